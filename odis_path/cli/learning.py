@@ -1,0 +1,95 @@
+"""Commands of learning: pretrain, embed, doctor, demo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the root application."""
+    app.command(context_settings={"ignore_unknown_options": False})(pretrain)
+    app.command()(embed)
+    app.command()(doctor)
+    app.command()(demo)
+
+
+def pretrain(
+    config: Annotated[str, typer.Argument(help="A YAML file, or the name of a recipe, for example odis_wsi.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value, for example data.tiles=tiles.")] = None,
+) -> None:
+    """Train a model from a configuration; the same command under torchrun trains on any number of ranks."""
+    from odis_path.train.config import load_config
+
+    settings = load_config(config, overrides)
+    from odis_path.train.loop import pretrain as run
+    from odis_path.train.report_run import print_run
+
+    checkpoint = run(settings)
+    print_run(checkpoint)
+
+
+def embed(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of slide files.")],
+    checkpoint: Annotated[str, typer.Option(help="Checkpoint, run folder, or timm model name.")],
+    out: Annotated[Path, typer.Option(help="Folder for the feature files.")],
+    level: Annotated[str, typer.Option(help="tile, object or slide.")] = "tile",
+    mode: Annotated[str, typer.Option(help="full, masked, crop or blackout.")] = "full",
+    kinds: Annotated[str, typer.Option(help="Objects to embed: tissue, cell, proposal, comma-separated.")] = "all",
+    batch: Annotated[int, typer.Option(min=1, help="Tiles a forward pass.")] = 64,
+    dtype: Annotated[str, typer.Option(help="float16 or float32.")] = "float16",
+    random_weights: Annotated[bool, typer.Option("--random-weights", help="Same architecture, untrained (baseline).")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    scheduler: Annotated[str | None, typer.Option(help="Dask scheduler, tcp://...")] = None,
+) -> None:
+    """Write tile, object or slide embeddings of every slide."""
+    from odis_path.embed import embed_cohort
+    from tiling.cohort import finish
+
+    outcomes = embed_cohort(
+        folder, checkpoint, out, level=level, mode=mode, kinds=kinds, batch=batch, dtype=dtype,
+        random_weights=random_weights, device=device, scheduler=scheduler,
+    )  # fmt: skip
+    raise typer.Exit(finish(outcomes, "embed", out))
+
+
+def doctor() -> None:
+    """Check the install: versions, slide readers, GPU, a tiny run of each part."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from odis_path.doctor import examine
+
+    checks = examine()
+    table = Table(title="odis-path doctor")
+    for title in ("what", "well", "found"):
+        table.add_column(title)
+    for check in checks:
+        table.add_row(check.what, "yes" if check.ok else "NO", escape(check.found))
+    Console().print(table)
+    raise typer.Exit(0 if all(check.ok for check in checks) else 1)
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for everything the demo makes.")],
+    slides: Annotated[Path | None, typer.Option(help="Your slides (file or folder) in place of generated ones.")] = None,
+    geojson: Annotated[Path | None, typer.Option(help="Their annotations; without them boxes are proposed.")] = None,
+    assume_mpp: Annotated[float | None, typer.Option(help="Micrometres per pixel of slides that do not say.")] = None,
+    manifest: Annotated[Path | None, typer.Option(help="CSV with patient ids of your images.")] = None,
+    point_size: Annotated[str | None, typer.Option(help="Extent given to point annotations, for example 12um.")] = None,
+    config: Annotated[str | None, typer.Option(help="Training recipe in place of the demo's.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Epochs in place of the recipe's.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the generated slides and the training.")] = 0,
+    workers: Annotated[int | None, typer.Option(help="Worker processes; default: one a core.")] = None,
+) -> None:
+    """Run the whole chain: slides, tiles, boxes, pretraining, embeddings, probes, report."""
+    from odis_path.demo.pipeline import DemoSettings, run_demo
+
+    settings = DemoSettings(
+        out=out, slides=slides, geojson=geojson, assume_mpp=assume_mpp, manifest=manifest, point_size=point_size,
+        config=config, epochs=epochs, seed=seed, workers=workers,
+    )  # fmt: skip
+    raise typer.Exit(run_demo(settings))

@@ -1,0 +1,24 @@
+"""The command `report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the root application."""
+    app.command()(report)
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder with what the other commands wrote.")],
+    out: Annotated[Path | None, typer.Option(help="The HTML file; default: report.html in DIR.")] = None,
+) -> None:
+    """Write one self-contained HTML page about everything found in a folder."""
+    from odis_path.report import write_report
+
+    path = write_report(folder, out)
+    typer.echo(f"report: {path}")

@@ -1,0 +1,123 @@
+"""Commands from slides to slide files: scan, tile, import, annotate, propose."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from tiling.cohort import Outcome
+
+Workers = Annotated[int | None, typer.Option(min=1, help="Processes; one per CPU when left out.", show_default=False)]
+Scheduler = Annotated[str | None, typer.Option(metavar="ADDR", help="Dask scheduler, tcp://host:8786 or its scheduler file.")]
+SlideDir = Annotated[Path, typer.Argument(metavar="DIR", help="Folder that tile or import wrote.", show_default=False)]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module to the application."""
+    app.command("scan")(scan)
+    app.command("tile")(tile)
+    app.command("import")(import_)
+    app.command("annotate")(annotate)
+    app.command("propose")(propose)
+
+
+def _end(outcomes: list[Outcome], title: str, out: Path, columns: tuple[str, ...] = ()) -> None:
+    from tiling.cohort import finish
+
+    raise typer.Exit(finish(outcomes, title, out, columns))
+
+
+def scan(
+    slides: Annotated[list[str], typer.Argument(help="Slides, folders (searched recursively) or globs.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="The manifest to write.")] = Path("manifest.csv"),
+) -> None:
+    """List slides with size, levels, mpp and vendor: the work list of a cohort."""
+    from tiling.scan import scan_slides
+
+    _end(scan_slides(slides, out), "scan", out, ("no_mpp",))
+
+
+def tile(
+    inputs: Annotated[
+        list[str], typer.Argument(metavar="MANIFEST|SLIDES...", help="A manifest.csv, or slides.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for one .h5 per slide.", show_default=False)],
+    mpp: Annotated[float | None, typer.Option(help="Micrometres per pixel of the tiles.", show_default=False)] = None,
+    mag: Annotated[float | None, typer.Option(help="Instead of --mpp: magnification, mpp = 10 / mag.")] = None,
+    size: Annotated[int, typer.Option(help="Side of a tile in pixels.")] = 224,
+    overlap: Annotated[int, typer.Option(help="Overlap of neighbours in pixels of the tiles.")] = 0,
+    min_tissue: Annotated[float, typer.Option(help="Least share of tissue in a tile.")] = 0.1,
+    tissue: Annotated[str, typer.Option(metavar="auto|none|GEOJSON_DIR", help="Where the tissue is.")] = "auto",
+    pixels: Annotated[bool, typer.Option(help="Store the tiles, or read them from the slide each time.")] = True,
+    assume_mpp: Annotated[float | None, typer.Option(help="Level-0 mpp of slides that have none.")] = None,
+    quality: Annotated[int, typer.Option(help="JPEG quality of stored tiles.")] = 90,
+    workers: Workers = None,
+    scheduler: Scheduler = None,
+) -> None:
+    """Cut slides into tiles where there is tissue."""
+    from annotations.errors import UserError
+    from tiling.tile import tile_cohort
+
+    if (mpp is None) == (mag is None):
+        raise UserError("give the resolution of the tiles once: --mpp 0.5, or --mag 20 for the same")
+    if mag is not None and mag <= 0:
+        raise UserError(f"--mag {mag}: is a number above 0, for instance 20")
+    wanted_mpp = mpp if mpp is not None else 10 / (mag or 1)
+    outcomes = tile_cohort(
+        inputs, out, wanted_mpp, size, overlap, min_tissue, tissue, pixels, assume_mpp, workers, scheduler, quality
+    )
+    _end(outcomes, "tile", out, ("tiles", "megapixels"))
+
+
+def import_(
+    images: Annotated[Path, typer.Argument(metavar="IMAGES", help="Folder of images or of class folders.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder for the slide files.", show_default=False)],
+    coco: Annotated[Path | None, typer.Option(metavar="FILE", help="COCO-style JSON with boxes.")] = None,
+    mpp: Annotated[float | None, typer.Option(help="Micrometres per pixel of the images.")] = None,
+    size: Annotated[int | None, typer.Option(help="Side of a tile in pixels; the images' own when left out.")] = None,
+    manifest: Annotated[Path | None, typer.Option(metavar="CSV", help="Patients (and more) of the images.")] = None,
+    workers: Workers = None,
+) -> None:
+    """Turn a class-folder tile set, or images with boxes, into the same files that tile writes."""
+    from tiling.importer import import_images
+
+    outcomes = import_images(images, out, coco=coco, mpp=mpp, size_px=size, manifest=manifest, workers=workers)
+    _end(outcomes, "import", out, ("tiles", "boxes"))
+
+
+def annotate(
+    folder: SlideDir,
+    annotations: Annotated[
+        list[Path], typer.Option(metavar="FILES|DIR", help="QuPath GeoJSON files, or their folder.", show_default=False)
+    ],
+    origin: Annotated[str, typer.Option(metavar="auto|level0|bounds", help="Where coordinates count from.")] = "auto",
+    kind: Annotated[str, typer.Option(metavar="auto|tissue|cell", help="What the objects are.")] = "auto",
+    point_size: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Give points an extent: 12um, or 24px at level 0.")
+    ] = None,
+    workers: Workers = None,
+    scheduler: Scheduler = None,
+) -> None:
+    """Clip annotations to the tiles and store them as boxes."""
+    from tiling.annotate import annotate_cohort
+
+    outcomes = annotate_cohort(
+        folder, annotations, origin=origin, kind=kind, point_size=point_size, workers=workers, scheduler=scheduler
+    )
+    _end(outcomes, "annotate", folder, ("objects", "boxes"))
+
+
+def propose(
+    folder: SlideDir,
+    workers: Workers = None,
+    scheduler: Scheduler = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Overwrite boxes that come from annotations.")] = False,
+) -> None:
+    """Propose class-agnostic boxes (nuclei, glands) where there are no annotations."""
+    from tiling.propose import propose_cohort
+
+    outcomes = propose_cohort(folder, workers=workers, scheduler=scheduler, replace=replace)
+    _end(outcomes, "propose", folder, ("nuclei", "clusters"))

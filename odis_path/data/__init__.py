@@ -1,0 +1,1 @@
+"""From slide files to training batches: object choice, object-aware crops, masks, augmentation."""

@@ -1,0 +1,67 @@
+"""Which object of a tile is the target: pure functions on boxes."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+
+BoxChoice = Literal["uniform", "area", "label"]
+
+
+def choose_box(
+    rng: np.random.Generator,
+    boxes: np.ndarray,
+    *,
+    choice: BoxChoice = "uniform",
+    groups: np.ndarray | None = None,
+    min_side_px: float = 0.0,
+    side_px: int,
+) -> np.ndarray | None:
+    """The target box of a tile, float64 (4,) in tile px, or None where there is no box.
+
+    boxes: (k, 4); groups: (k,) label of each box, used by choice="label" (a label first, uniformly, then one of its boxes).
+    uniform draws among the boxes whose area is at least min_side_px squared, if there are any; a smaller box is
+    merged with its nearest neighbours until it is that large, and widened at last.
+    """
+    if len(boxes) == 0:
+        return None
+    boxes = np.asarray(boxes, dtype=np.float64)
+    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    large = np.flatnonzero(area >= min_side_px**2)
+    pool = large if len(large) else np.arange(len(boxes))
+    if choice == "area":
+        weight = area[pool] / area[pool].sum()
+        pick = int(rng.choice(pool, p=weight))
+    elif choice == "label" and groups is not None:
+        names = np.unique(groups[pool])
+        pool = pool[groups[pool] == names[int(rng.integers(len(names)))]]
+        pick = int(rng.choice(pool))
+    else:
+        pick = int(rng.choice(pool))
+    if area[pick] >= min_side_px**2:
+        return boxes[pick]
+    return grow_box(boxes, pick, min_side_px, side_px)
+
+
+def grow_box(boxes: np.ndarray, pick: int, min_side_px: float, side_px: int) -> np.ndarray:
+    """The union of a small box with its nearest neighbours until it covers min_side_px squared, else widened: (4,)."""
+    centre = (boxes[:, :2] + boxes[:, 2:]) / 2
+    box = boxes[pick].copy()
+    order = np.argsort(((centre - centre[pick]) ** 2).sum(1), kind="stable")
+    reach = 2.0 * min_side_px
+    for row in order:
+        if row == pick:
+            continue
+        if (box[2] - box[0]) * (box[3] - box[1]) >= min_side_px**2:
+            return box
+        if np.abs(centre[row] - centre[pick]).max() > reach:
+            break
+        box[:2] = np.minimum(box[:2], boxes[row, :2])
+        box[2:] = np.maximum(box[2:], boxes[row, 2:])
+    if (box[2] - box[0]) * (box[3] - box[1]) >= min_side_px**2:
+        return box
+    middle = (box[:2] + box[2:]) / 2
+    half = np.maximum(box[2:] - box[:2], min_side_px) / 2
+    middle = np.clip(middle, np.minimum(half, side_px / 2), np.maximum(side_px - half, side_px / 2))
+    return np.clip(np.concatenate([middle - half, middle + half]), 0, side_px)

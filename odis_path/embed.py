@@ -1,0 +1,214 @@
+"""Embed a cohort: slide files in, feature files out, one slide at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from annotations.errors import UserError
+from odis_path.data.dataset import KINDS
+from odis_path.encode import FrozenEncoder, Mode, encode, load_encoder, refuse_modes
+from odis_path.features import embedded_already, read_features, write_features, write_slides_parquet
+from tiling.cohort import Outcome, run_cohort
+from tiling.slidefile import SlideFile, list_slide_files
+
+LEVELS = ("tile", "object", "slide")
+
+
+@dataclass(frozen=True)
+class EmbedJob:
+    """What is asked of every slide of a cohort; picklable, so that a cluster's workers can do it."""
+
+    checkpoint: str
+    out: Path
+    level: str
+    mode: Mode
+    kinds: tuple[str, ...] | None  # None: all
+    batch: int
+    dtype: str
+    random_weights: bool
+    device: str
+    stamp: str  # changes when the checkpoint does
+
+    def parameters(self) -> dict[str, Any]:
+        """What decides the result, for the feature file's `parameters` attribute."""
+        return {
+            "checkpoint": self.stamp, "level": "tile" if self.level == "slide" else self.level, "mode": self.mode,
+            "kinds": list(self.kinds) if self.kinds else "all", "dtype": self.dtype, "random_weights": self.random_weights,
+        }  # fmt: skip
+
+
+def embed_cohort(
+    folder: Path,
+    checkpoint: str,
+    out: Path,
+    *,
+    level: str = "tile",
+    mode: str = "full",
+    kinds: str = "all",
+    batch: int = 64,
+    dtype: str = "float16",
+    random_weights: bool = False,
+    device: str = "auto",
+    scheduler: str | None = None,
+) -> list[Outcome]:
+    """Write `<out>/<slide_id>.h5` (level tile, object) or `<out>/slides.parquet` (level slide: the mean over tiles).
+
+    checkpoint: a checkpoint file, a run folder, or a timm model name. Raises UserError for a wrong option or encoder
+    before any slide is opened; what fails on a slide is that slide's outcome.
+    """
+    if level not in LEVELS:
+        raise UserError(f"--level {level}: no such level; take one of {', '.join(LEVELS)}")
+    if dtype not in ("float16", "float32"):
+        raise UserError(f"--dtype {dtype}: take float16 or float32")
+    refuse_modes(mode)
+    chosen = parse_kinds(kinds)
+    files = list_slide_files(folder)
+    job = EmbedJob(
+        checkpoint, out, level, mode, chosen, batch, dtype, random_weights, device, checkpoint_stamp(checkpoint)  # type: ignore[arg-type]
+    )  # fmt: skip
+    if scheduler is None:
+        shared_encoder(checkpoint, device, random_weights)  # a wrong checkpoint is one error, not one a slide
+    outcomes = run_cohort(
+        files, partial(embed_slide, job), title=f"embed ({level}, {mode})", workers=1, scheduler=scheduler,
+        name=lambda path: path.stem,
+    )  # fmt: skip
+    if level == "slide":
+        done = {outcome.item for outcome in outcomes if outcome.ok}
+        write_slide_rows(out, [path for path in files if path.stem in done])
+    return outcomes
+
+
+def parse_kinds(kinds: str) -> tuple[str, ...] | None:
+    """ "all", or a comma-separated choice of tissue, cell, proposal."""
+    if kinds == "all":
+        return None
+    names = tuple(name.strip() for name in kinds.split(",") if name.strip())
+    wrong = [name for name in names if name not in KINDS]
+    if wrong or not names:
+        raise UserError(f"--kinds {kinds}: no such kind {', '.join(wrong)}; take all, or some of {', '.join(KINDS)}")
+    return names
+
+
+def checkpoint_stamp(checkpoint: str) -> str:
+    """Name, size and time of a checkpoint file (the name alone for a timm model): another file means embed again."""
+    from odis_path.train.checkpoint import latest_checkpoint
+
+    path = Path(checkpoint)
+    if path.is_dir():
+        path = latest_checkpoint(path) or path
+    if not path.is_file():
+        return checkpoint
+    state = path.stat()
+    return f"{path.resolve()}:{state.st_size}:{state.st_mtime_ns}"
+
+
+@lru_cache(maxsize=1)
+def shared_encoder(checkpoint: str, device: str, random_weights: bool) -> FrozenEncoder:
+    """The encoder, loaded once a process."""
+    return load_encoder(checkpoint, device=device, random_weights=random_weights)
+
+
+def embed_slide(job: EmbedJob, path: Path) -> dict[str, Any]:
+    """Embed one slide file; returns counts for the summary table."""
+    target = job.out / path.name
+    level = "tile" if job.level == "slide" else job.level
+    if embedded_already(target, level, path, job.parameters()):
+        return {"skipped": True}
+    encoder = shared_encoder(job.checkpoint, job.device, job.random_weights)
+    with SlideFile(path) as file:
+        rows = None
+        if level == "object":
+            rows = object_rows(file, job.kinds)
+            features = embed_objects(encoder, file, rows, job)
+        else:
+            features = embed_tiles(encoder, file, job)
+        write_features(
+            target, level=level, features=features, slide_file=file, encoder=encoder.name, mode=job.mode, dtype=job.dtype,
+            parameters=job.parameters(), box_rows=rows if job.kinds else None,
+        )  # fmt: skip
+    return {"objects" if level == "object" else "tiles": len(features)}
+
+
+def object_rows(file: SlideFile, kinds: tuple[str, ...] | None) -> np.ndarray:
+    """Rows of /boxes to embed, int64 (m,). Raises UserError where the slide has no boxes."""
+    if not file.has_boxes:
+        raise UserError(f"{file.path}: has no boxes: run odis-path annotate or odis-path propose on its folder first")
+    rows = file.boxes_table()["object"]
+    if kinds is None:
+        return np.arange(len(rows))
+    kind = file.objects_table()["kind"][rows]
+    return np.flatnonzero(np.isin(kind, [KINDS[name] for name in kinds]))
+
+
+def embed_objects(encoder: FrozenEncoder, file: SlideFile, rows: np.ndarray, job: EmbedJob) -> np.ndarray:
+    """One embedding a box: float32 (m, D), in the order of `rows`."""
+    table = file.boxes_table()
+    tile_of = np.repeat(np.arange(len(file)), np.diff(table["offsets"]))[rows]
+    return encode_rows(encoder, file, tile_of, table["xyxy"][rows], job)
+
+
+def embed_tiles(encoder: FrozenEncoder, file: SlideFile, job: EmbedJob) -> np.ndarray:
+    """One embedding a tile: float32 (N, D). In a box mode the mean over its boxes; a tile without a box is seen whole."""
+    if job.mode == "full":
+        return encode_rows(encoder, file, np.arange(len(file)), None, job)
+    rows = object_rows(file, job.kinds)
+    table = file.boxes_table()
+    tile_of = np.repeat(np.arange(len(file)), np.diff(table["offsets"]))[rows]
+    side = float(file.patch_size)
+    bare = np.setdiff1d(np.arange(len(file)), tile_of)
+    boxes = np.concatenate([table["xyxy"][rows], np.tile([0, 0, side, side], (len(bare), 1))])
+    owner = np.concatenate([tile_of, bare])
+    order = np.argsort(owner, kind="stable")
+    each = encode_rows(encoder, file, owner[order], boxes[order], job)
+    total = np.zeros((len(file), encoder.dim), dtype=np.float64)
+    np.add.at(total, owner[order], each)
+    return (total / np.bincount(owner, minlength=len(file))[:, None]).astype(np.float32)
+
+
+def encode_rows(
+    encoder: FrozenEncoder, file: SlideFile, tile_of: np.ndarray, boxes: np.ndarray | None, job: EmbedJob
+) -> np.ndarray:
+    """Embed tile tile_of[i] (with boxes[i]) for every i: float32 (n, D). Tiles of the next batch are read meanwhile."""
+    features = np.zeros((len(tile_of), encoder.dim), dtype=np.float32)
+
+    def read(part: slice) -> np.ndarray:
+        numbers, back = np.unique(tile_of[part], return_inverse=True)
+        return np.stack([file.tile(int(i)) for i in numbers])[back]
+
+    for part, tiles in read_ahead([slice(i, i + job.batch) for i in range(0, len(tile_of), job.batch)], read):
+        features[part] = encode(encoder, tiles, None if boxes is None else boxes[part], job.mode)
+    return features
+
+
+def read_ahead(parts: list[slice], read: Callable[[slice], np.ndarray]) -> Iterator[tuple[slice, np.ndarray]]:
+    """Yield each part with its pixels, the next one being read in a thread."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        pending = pool.submit(read, parts[0]) if parts else None
+        for number, part in enumerate(parts):
+            assert pending is not None
+            tiles = pending.result()
+            if number + 1 < len(parts):
+                pending = pool.submit(read, parts[number + 1])
+            yield part, tiles
+
+
+def write_slide_rows(out: Path, files: list[Path]) -> Path:
+    """slides.parquet: one row a slide, the mean of its tile features."""
+    rows = []
+    for path in files:
+        one = read_features(out / path.name, "tile")
+        if len(one.x):
+            rows.append({
+                "slide_id": path.stem, "patient_id": str(one.patient_id[0]), "n_tiles": len(one.x), "encoder": one.encoder,
+                "mode": one.mode, "features": one.x.mean(0),
+            })  # fmt: skip
+    if not rows:
+        raise UserError(f"{out}: no slide has a tile, so there is no slide embedding; look at the tiling first")
+    return write_slides_parquet(out / "slides.parquet", rows)

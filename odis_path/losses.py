@@ -1,0 +1,100 @@
+"""The two losses of a step and their centers, exact over any number of ranks.
+
+Equations: DINO (arXiv 2104.14294, eq. 1 and 4), iBOT (arXiv 2111.07832, eq. 3), ODIS (arXiv 2506.05409). Every mean over
+samples is a sum over all ranks divided by a count over all ranks; `world` undoes the division by world size that
+DistributedDataParallel applies to gradients.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def world_size() -> int:
+    """Number of ranks, 1 without torch.distributed."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def all_sum(value: Tensor) -> Tensor:
+    """The sum of a tensor over all ranks (in place); no gradient passes."""
+    if world_size() > 1:
+        dist.all_reduce(value)
+    return value
+
+
+class Center(nn.Module):
+    """The running mean of teacher logits: c <- m c + (1 - m) sum / count, both summed over all ranks (DINO eq. 4)."""
+
+    value: Tensor
+
+    def __init__(self, dim: int, momentum: float = 0.9) -> None:
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("value", torch.zeros(dim))
+
+    @torch.no_grad()
+    def update(self, logits: Tensor, weight: Tensor | None = None) -> None:
+        """logits: (n, K); weight: (n,) 0 or 1. Nothing happens where no rank has a row."""
+        logits = logits.to(self.value.dtype)
+        if weight is None:
+            total, count = logits.sum(0), logits.new_tensor([float(len(logits))])
+        else:
+            total, count = weight.to(logits.dtype) @ logits, weight.to(logits.dtype).sum()[None]
+        packed = all_sum(torch.cat([total, count]))
+        mean = packed[:-1] / packed[-1].clamp_min(1)
+        moved = torch.lerp(mean, self.value, self.momentum)
+        self.value.copy_(torch.where(packed[-1] > 0, moved, self.value))
+
+    def sharpen(self, logits: Tensor, temperature: float) -> Tensor:
+        """Teacher probabilities softmax((z - c) / tau): (n, K) -> (n, K)."""
+        return F.softmax((logits.to(self.value.dtype) - self.value) / temperature, dim=-1)
+
+
+def cross_view_loss(
+    teacher: Tensor, student_logits: Tensor, temperature: float, weight: Tensor | None = None
+) -> Tensor:
+    """L_obj: the mean over teacher view q and student view v != q of H(P_t(q), P_s(v)).
+
+    teacher: probabilities (Q, B, K) of the global views; student_logits: (V, B, K), the first Q of them the same
+    views; weight: (V, B), 0 where a view lacks its box, so that no pair with it counts. Returns a scalar.
+    """
+    log_student = F.log_softmax(student_logits.to(teacher.dtype) / temperature, dim=-1)
+    pairs = -torch.einsum("qbk,vbk->qvb", teacher, log_student)
+    queries, views, _ = pairs.shape
+    different = ~torch.eye(queries, views, dtype=torch.bool, device=pairs.device)[:, :, None]
+    pair_weight = different.to(pairs.dtype).expand_as(pairs)
+    if weight is not None:
+        pair_weight = pair_weight * weight[None].to(pairs.dtype) * weight[:queries, None].to(pairs.dtype)
+    count = all_sum(pair_weight.sum().detach().clone())
+    return (pairs * pair_weight).sum() * world_size() / count.clamp_min(1)
+
+
+def masked_patch_loss(
+    teacher: Tensor,
+    student_logits: Tensor,
+    image: Tensor,
+    images: int,
+    temperature: float,
+    counts: Tensor | None = None,
+) -> Tensor:
+    """L_patch: mean over images of sum_i m_i H_i / max(sum m, 1), on hidden patches only.
+
+    teacher: probabilities (n, K) of the n hidden patches; student_logits: (n, K); image: int64 (n,) the image of each row,
+    below `images` (global views of this rank, the same number on every rank); counts: (images,) hidden patches an image,
+    counted from `image` when None. Images with no hidden patch count as zero, as in iBOT. Returns a scalar.
+    """
+    if counts is None:
+        counts = torch.bincount(image, minlength=images)
+    log_student = F.log_softmax(student_logits.to(teacher.dtype) / temperature, dim=-1)
+    loss = -(teacher * log_student).sum(-1)
+    share = 1.0 / counts.clamp_min(1).to(loss.dtype)
+    return (loss * share[image]).sum() / images
+
+
+@torch.no_grad()
+def entropy(probabilities: Tensor) -> Tensor:
+    """Mean entropy of rows in nats: (.., K) -> scalar. log K means uniform, 0 means one prototype: both are collapse."""
+    return -torch.special.xlogy(probabilities, probabilities).sum(-1).mean()

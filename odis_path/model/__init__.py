@@ -1,0 +1,1 @@
+"""The [OBJ] vision transformer and its projection head."""

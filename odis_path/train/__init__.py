@@ -1,0 +1,1 @@
+"""Training: configuration, schedules, the loop, checkpoints, ranks."""

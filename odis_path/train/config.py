@@ -1,0 +1,254 @@
+"""The configuration of a run: YAML plus dotted overrides, every key known and typed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from annotations.errors import UserError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
+
+
+class DataConfig(_Section):
+    """Which tiles and boxes are trained on."""
+
+    tiles: str = Field("", description="folder of slide files written by `odis-path tile` or `import`")
+    kinds: list[Literal["tissue", "cell", "proposal"]] = ["tissue", "cell", "proposal"]
+    holdout: float = Field(0.2, ge=0, lt=1, description="share of patients kept out of pretraining, for the k-NN")
+    holdout_patients: list[str] = Field([], description="patient ids kept out; replaces `holdout`")
+    boxless: Literal["keep", "drop"] = Field("keep", description="tiles without a box: trained whole, or left out")
+    workers: int = Field(2, ge=0)
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+
+class TargetConfig(_Section):
+    """The target object of a tile and what the [OBJ] token may see of it."""
+
+    crop: bool = Field(True, description="object-aware crops: every view shows the target")
+    mask: bool = Field(True, description="masked attention: [OBJ] pools only from in-box patches")
+    choice: Literal["uniform", "area", "label"] = "uniform"
+    whole_tile_p: float = Field(0.0, ge=0, le=1, description="share of samples whose target is the whole tile")
+    min_patches: float = Field(4.0, ge=1, description="a target spans at least this many patches of a mean global crop")
+    containment: Literal["full", "fraction", "any"] = "full"
+    fraction: float = Field(0.5, gt=0, le=1)
+    sampler: Literal["construct", "reject"] = "construct"
+    tries: int = Field(20, ge=1)
+    mask_rule: Literal["any", "fraction", "centre"] = "any"
+    mask_fraction: float = Field(0.5, gt=0, le=1)
+    mask_margin: int = Field(0, ge=0, description="patches added around the box")
+    local: Literal["object", "free"] = "object"
+
+
+class ViewConfig(_Section):
+    """Crops and their colours."""
+
+    global_size: int = Field(224, ge=16)
+    global_scale: tuple[float, float] = (0.25, 1.0)
+    local_count: int = Field(10, ge=0)
+    local_size: int = Field(96, ge=16)
+    local_scale: tuple[float, float] = (0.05, 0.25)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    turns: Literal["none", "flip", "dihedral"] = "flip"
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.2
+    hue: float = 0.1
+    jitter_p: float = Field(0.8, ge=0, le=1)
+    gray_p: float = Field(0.2, ge=0, le=1)
+    blur_p: tuple[float, float, float] = Field((1.0, 0.1, 0.5), description="first global, second global, locals")
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    solarise_p: float = Field(0.2, ge=0, le=1, description="on the second global")
+    stain_p: float = Field(0.0, ge=0, le=1)
+    stain_scale: float = Field(0.0, ge=0, lt=1)
+    stain_shift: float = Field(0.0, ge=0)
+
+
+class MimConfig(_Section):
+    """Which patches of the student's global views are hidden (iBOT)."""
+
+    probability: float = Field(0.5, ge=0, le=1)
+    ratio: tuple[float, float] = (0.1, 0.5)
+
+
+class ModelConfig(_Section):
+    """A timm vision transformer with an [OBJ] token."""
+
+    name: str = "vit_small_patch16_224"
+    kwargs: dict[str, Any] = Field({}, description="further arguments of timm.create_model, for example depth")
+    weights: str | None = Field(None, description="'timm' for the published weights, or a local file")
+    drop_path: float = Field(0.1, ge=0, lt=1)
+    pool: Literal["obj", "linear"] = Field("obj", description="linear: mean of in-box patch embeddings (a documented failure)")
+    checkpoint_blocks: bool = False
+
+
+class HeadConfig(_Section):
+    """The projection head of DINO and iBOT."""
+
+    out_dim: int = Field(8192, ge=2)
+    hidden_dim: int = 2048
+    bottleneck_dim: int = 256
+    layers: int = Field(3, ge=1)
+    norm_last_layer: bool = True
+    shared: bool = Field(True, description="[OBJ] and patches share the head")
+
+
+class LossConfig(_Section):
+    """Weights, temperatures and centering."""
+
+    obj_weight: float = Field(1.0, ge=0)
+    patch_weight: float = Field(1.0, ge=0)
+    patch_in_box_only: bool = False
+    student_temperature: float = Field(0.1, gt=0)
+    teacher_temperature: tuple[float, float] = (0.04, 0.07)
+    teacher_temperature_epochs: float = Field(30, ge=0)
+    center_momentum: float = Field(0.9, ge=0, le=1)
+
+
+class OptimConfig(_Section):
+    """AdamW and its schedules; one optimisation step is a batch over all ranks."""
+
+    batch_size: int = Field(1024, ge=1, description="tiles a step, over all ranks")
+    accumulate: int = Field(1, ge=1, description="micro-batches a step on each rank")
+    epochs: float = Field(100, gt=0)
+    lr: float = Field(5e-4, gt=0, description="at batch 256; scaled by batch / 256")
+    min_lr: float = 1e-6
+    warmup_epochs: float = Field(10, ge=0)
+    weight_decay: tuple[float, float] = (0.04, 0.4)
+    clip: float = Field(3.0, ge=0, description="0: off")
+    clip_mode: Literal["per_parameter", "global"] = "per_parameter"
+    freeze_last_layer_epochs: float = Field(1, ge=0)
+    ema: tuple[float, float] = (0.996, 1.0)
+    amp: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 on a GPU, fp32 on a CPU")
+
+
+class EvalConfig(_Section):
+    """k-NN of the teacher on the held-out patients while training."""
+
+    every_epochs: float = Field(1, ge=0, description="0: never")
+    k: int = Field(20, ge=1)
+    max_tiles: int = Field(4000, ge=1)
+
+
+class RunConfig(_Section):
+    """Where a run goes and how it is kept."""
+
+    out: str = "runs/odis"
+    seed: int = 0
+    save_every_epochs: float = Field(1, gt=0)
+    keep: int = Field(2, ge=1, description="checkpoints kept")
+    log_every_steps: int = Field(10, ge=1)
+    device: str = "auto"
+    tensorboard: bool = False
+
+
+class PretrainConfig(_Section):
+    """Everything a run is made of."""
+
+    name: str = "odis"
+    data: DataConfig = DataConfig()
+    target: TargetConfig = TargetConfig()
+    views: ViewConfig = ViewConfig()
+    mim: MimConfig = MimConfig()
+    model: ModelConfig = ModelConfig()
+    head: HeadConfig = HeadConfig()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    eval: EvalConfig = EvalConfig()
+    run: RunConfig = RunConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> PretrainConfig:
+        if self.loss.obj_weight == 0 and self.loss.patch_weight == 0:
+            raise ValueError("loss.obj_weight and loss.patch_weight are both 0: nothing to train")
+        for key in ("global_scale", "local_scale"):
+            low, high = getattr(self.views, key)
+            if not 0 < low <= high <= 1:
+                raise ValueError(f"views.{key} is [{low}, {high}]: give 0 < low <= high <= 1")
+        return self
+
+
+def find_config(name: str) -> Path:
+    """The YAML file `name`: a path, or the name of a recipe that comes with odis-path (with or without .yaml)."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    for folder in config_folders():
+        candidate = folder / (path.name if path.suffix in (".yaml", ".yml") else f"{path.name}.yaml")
+        if candidate.is_file() and len(path.parts) <= 2:
+            return candidate
+    known = sorted({p.stem for folder in config_folders() for p in folder.glob("*.yaml")})
+    raise UserError(f"{name}: no such config; give a YAML file or one of: {', '.join(known)}")
+
+
+def config_folders() -> list[Path]:
+    """Where the recipes lie: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent.parent
+    return [folder for folder in (package / "configs", package.parent / "configs") if folder.is_dir()]
+
+
+def load_config(source: str | Path, overrides: list[str] | None = None) -> PretrainConfig:
+    """Read a YAML config and apply `key.sub=value` overrides.
+
+    Raises UserError in one line that names the file, the key, the value and what would be right.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    path = find_config(str(source))
+    overrides = overrides or []
+    for item in overrides:
+        if not re.match(r"^[A-Za-z_][\w.]*=", item):
+            raise UserError(f"{item}: not an override; write key.sub=value, for example optim.epochs=20")
+    try:
+        loaded = OmegaConf.load(path)
+        merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(overrides))
+        values = OmegaConf.to_container(merged, resolve=True)
+    except (OmegaConfBaseException, YAMLError, ValueError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: holds {type(values).__name__}, not a mapping of sections such as data: and optim:")
+    return parse_config({str(key): value for key, value in values.items()}, str(path))
+
+
+def parse_config(values: dict[str, Any], where: str) -> PretrainConfig:
+    """Check a plain dict against the schema; `where` names its origin in the error."""
+    try:
+        return PretrainConfig.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{where}: {'; '.join(_explain(item) for item in error.errors()[:3])}") from None
+
+
+def _explain(item: Any) -> str:
+    key = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        near = _nearest(key)
+        return f"unknown key {key}" + (f"; did you mean {near}?" if near else f"; known: {', '.join(_siblings(key))}")
+    return f"{key + ' is ' + repr(item['input']) + ': ' if key else ''}{item['msg'].removeprefix('Value error, ')}"
+
+
+def _siblings(key: str) -> list[str]:
+    fields: Any = PretrainConfig.model_fields
+    for part in key.split(".")[:-1]:
+        fields = fields[part].annotation.model_fields if part in fields else {}
+    return list(fields)
+
+
+def _nearest(key: str) -> str | None:
+    from difflib import get_close_matches
+
+    everything = [f"{s}.{k}" for s, f in PretrainConfig.model_fields.items() for k in _keys(f.annotation)]
+    everything += list(PretrainConfig.model_fields)
+    close = get_close_matches(key, everything, n=1, cutoff=0.6)
+    return close[0] if close else None
+
+
+def _keys(annotation: Any) -> list[str]:
+    return list(annotation.model_fields) if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []

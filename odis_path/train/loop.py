@@ -1,0 +1,392 @@
+"""The training loop, to be read from top to bottom.
+
+One file for every method: `odis`, `ibot`, `dino` and the ablations differ only in their configuration. The same command runs
+alone or under torchrun. A run that stops goes on from its newest checkpoint, bit for bit on a CPU.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from annotations.errors import UserError
+from odis_path.data.dataset import StepSampler, TileIndex, TileSamples, collate, held_out_patients, index_tiles
+from odis_path.encode import FrozenEncoder
+from odis_path.train.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, load_into, save_checkpoint
+from odis_path.train.config import PretrainConfig
+from odis_path.train.distributed import Ranks, any_rank, mean_of_ranks, start_ranks, stop_ranks
+from odis_path.train.monitor import COLLAPSE_SPREAD, KnnProbe, RunLog
+from odis_path.train.schedule import StepValues, step_values
+from odis_path.train.step import (
+    Criterion,
+    Network,
+    build_network,
+    clip_gradients,
+    make_views,
+    parameter_groups,
+    set_schedule,
+    update_teacher,
+)
+
+
+@dataclass
+class Run:
+    """Everything that training moves."""
+
+    config: PretrainConfig
+    ranks: Ranks
+    folder: Path
+    train: TileIndex
+    held_out: TileIndex
+    student: Network
+    wrapped: nn.Module  # the student, under DistributedDataParallel where there are several ranks
+    teacher: Network
+    criterion: Criterion
+    optimizer: torch.optim.Optimizer
+    steps_per_epoch: int
+    total_steps: int
+    step: int = 0
+
+    @property
+    def epoch(self) -> float:
+        return self.step / self.steps_per_epoch
+
+
+class RunStoppedError(UserError):
+    """SIGTERM or SIGUSR1 came: the run was saved and can go on."""
+
+
+def pretrain(config: PretrainConfig) -> Path:
+    """Train from a configuration; returns the newest checkpoint. Under torchrun every rank calls it.
+
+    The run folder gets config.yaml, versions.json, split.csv, train.jsonl and checkpoint-<step>.pt. A folder with a
+    checkpoint of the same configuration goes on from there; one of another configuration is refused.
+    """
+    ranks = start_ranks(config.run.device)
+    try:
+        run = prepare(config, ranks)
+        if run.step >= run.total_steps:
+            if ranks.first:
+                print(f"{run.folder}: already trained to step {run.step}, nothing to do", file=sys.stderr)
+        else:
+            train(run)
+        found = latest_checkpoint(run.folder)
+        assert found is not None
+        return found
+    finally:
+        stop_ranks()
+
+
+def prepare(config: PretrainConfig, ranks: Ranks) -> Run:
+    """Build data, networks and optimizer, and load the newest checkpoint of the run folder if there is one."""
+    check_sizes(config, ranks)
+    folder = Path(config.run.out)
+    index = index_tiles(config.data.tiles, need_boxes=config.data.boxless == "drop")
+    away = held_out_patients(index, config.data.holdout, config.data.holdout_patients, config.run.seed)
+    train_tiles, held_out = index.of_patients(away, inside=False), index.of_patients(away, inside=True)
+    steps_per_epoch = len(train_tiles) // config.optim.batch_size
+    if steps_per_epoch == 0:
+        raise UserError(
+            f"{config.data.tiles}: {len(train_tiles)} tiles to train on, fewer than optim.batch_size="
+            f"{config.optim.batch_size}; tile more slides or set optim.batch_size={max(1, len(train_tiles) // 2)}"
+        )
+    torch.manual_seed(config.run.seed)
+    student = build_network(config, student=True).to(ranks.device)
+    teacher = build_network(config, student=False).to(ranks.device)
+    teacher.load_state_dict(student.state_dict())
+    teacher.requires_grad_(False).eval()
+    student.train()
+    optimizer = torch.optim.AdamW(parameter_groups(student), lr=0.0, fused=True)
+    wrapped: nn.Module = student
+    if ranks.world > 1:
+        ids = [ranks.device.index] if ranks.device.type == "cuda" else None
+        wrapped = nn.parallel.DistributedDataParallel(student, device_ids=ids, gradient_as_bucket_view=True)
+    total = max(1, round(config.optim.epochs * steps_per_epoch))
+    criterion = Criterion(config).to(ranks.device)
+    run = Run(
+        config,
+        ranks,
+        folder,
+        train_tiles,
+        held_out,
+        student,
+        wrapped,
+        teacher,
+        criterion,
+        optimizer,
+        steps_per_epoch,
+        total,
+    )
+    found = latest_checkpoint(folder)
+    if found is not None:
+        resume(run, load_checkpoint(found))
+    elif ranks.first:
+        write_run_files(run, sorted(away))
+    return run
+
+
+def check_sizes(config: PretrainConfig, ranks: Ranks) -> None:
+    """UserError where batch and ranks do not divide."""
+    share = ranks.world * config.optim.accumulate
+    if config.optim.batch_size % share:
+        raise UserError(
+            f"optim.batch_size={config.optim.batch_size} cannot be cut into {ranks.world} ranks x "
+            f"{config.optim.accumulate} micro-batches; take a multiple of {share}"
+        )
+
+
+def resume(run: Run, checkpoint: Checkpoint) -> None:
+    """Put a checkpoint's state into a run. Raises UserError where it was made by another configuration."""
+    difference = config_difference(run.config, checkpoint.config)
+    if difference:
+        raise UserError(
+            f"{checkpoint.path}: was trained with {difference}; use the same configuration to go on, or another run.out"
+        )
+    for module, key in ((run.student, "student"), (run.teacher, "teacher"), (run.criterion, "criterion")):
+        load_into(module, checkpoint.state[key], checkpoint.path, key)
+    run.optimizer.load_state_dict(checkpoint.state["optimizer"])
+    run.step = checkpoint.step
+    if run.ranks.first:
+        print(f"{run.folder}: going on from step {run.step} of {run.total_steps}", file=sys.stderr)
+
+
+def config_difference(new: PretrainConfig, old: PretrainConfig) -> str:
+    """The first key that makes two runs different runs, as "key=old, now key=new"; empty where none does."""
+    free = {
+        "run.out",
+        "run.save_every_epochs",
+        "run.keep",
+        "run.log_every_steps",
+        "run.device",
+        "run.tensorboard",
+        "data.workers",
+    }
+
+    def flat(config: PretrainConfig) -> dict[str, Any]:
+        return {
+            f"{s}.{k}": v
+            for s, part in config.model_dump(mode="json").items()
+            if isinstance(part, dict)
+            for k, v in part.items()
+        }
+
+    a, b = flat(old), flat(new)
+    for key in a:
+        if key not in free and not key.startswith("eval.") and a[key] != b.get(key):
+            return f"{key}={a[key]}, now {key}={b.get(key)}"
+    return ""
+
+
+def write_run_files(run: Run, away: list[str]) -> None:
+    """config.yaml (resolved), versions.json and split.csv of a new run."""
+    import yaml
+
+    from odis_path.doctor import versions
+    from tiling.atomic import atomic_path
+
+    run.folder.mkdir(parents=True, exist_ok=True)
+    with atomic_path(run.folder / "config.yaml") as path:
+        path.write_text(yaml.safe_dump(run.config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+    with atomic_path(run.folder / "versions.json") as path:
+        path.write_text(json.dumps(versions(), indent=2), encoding="utf-8")
+    with atomic_path(run.folder / "split.csv") as path, path.open("w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(["slide_id", "patient_id", "split"])
+        for slide, patient in zip(run.train.slide_ids, run.train.patients, strict=True):
+            rows.writerow([slide, patient, "test" if patient in away else "train"])
+
+
+def train(run: Run) -> None:
+    """Steps from run.step to run.total_steps, with logs, k-NN and checkpoints on the way."""
+    config, ranks = run.config, run.ranks
+    log = RunLog(run.folder, run.total_steps, active=ranks.first, first_step=run.step, title=f"pretraining {config.name}")
+    board = open_tensorboard(run) if ranks.first and config.run.tensorboard else None
+    e = config.eval
+    probe = None
+    if ranks.first and e.every_epochs:
+        probe = KnnProbe(run.train, run.held_out, k=e.k, max_tiles=e.max_tiles, seed=config.run.seed)
+        if not probe.ready:
+            log.warn("k-NN while training: off (it needs tissue labels of two classes, and held-out patients that have them)")
+    stop = watch_signals()
+    every = max(1, round(e.every_epochs * run.steps_per_epoch))
+    save_every = max(1, round(config.run.save_every_epochs * run.steps_per_epoch))
+    try:
+        for figures in steps(run):
+            if figures is not None:
+                check_figures(run, figures)
+                log.write(figures)
+                if board is not None:
+                    for key, value in figures.items():
+                        board.add_scalar(key, value, run.step)
+            done = run.step >= run.total_steps
+            if probe is not None and probe.ready and (run.step % every == 0 or done):
+                score_teacher(run, probe, log)
+            stopping = any_rank(stop["asked"], ranks) if ranks.world == 1 or figures is not None else False
+            if run.step % save_every == 0 or done or stopping:
+                save(run)
+            if stopping and not done:
+                raise RunStoppedError(
+                    f"stopped at step {run.step} of {run.total_steps}: saved; the same command goes on from there"
+                )
+    finally:
+        log.close()
+        if board is not None:
+            board.close()
+
+
+def steps(run: Run) -> Any:
+    """Train step by step; yields a row of figures at every log step and None else. run.step is the count of steps done."""
+    config, ranks = run.config, run.ranks
+    o = config.optim
+    samples = TileSamples(run.train, config, run.student.encoder.patch_px)
+    sampler = StepSampler(
+        len(run.train), o.batch_size, seed=config.run.seed, first_step=run.step, last_step=run.total_steps,
+        rank=ranks.rank, world=ranks.world, accumulate=o.accumulate,
+    )  # fmt: skip
+    loader = torch.utils.data.DataLoader(
+        samples, batch_sampler=sampler, collate_fn=collate, num_workers=config.data.workers,
+        pin_memory=ranks.device.type == "cuda", worker_init_fn=one_thread,
+    )  # fmt: skip
+    batches = iter(loader)
+    since, waited, counted = time.perf_counter(), 0.0, 0
+    while run.step < run.total_steps:
+        values = step_values(config, run.step, run.steps_per_epoch, run.total_steps)
+        set_schedule(run.optimizer, values)
+        torch.manual_seed(step_seed(config.run.seed, run.step, ranks.rank))  # drop path depends on the step alone
+        run.optimizer.zero_grad(set_to_none=True)
+        sums: dict[str, Tensor] = {}
+        for micro in range(o.accumulate):
+            begin = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - begin
+            parts = forward_backward(run, batch, values, last=micro == o.accumulate - 1)
+            for key, value in parts.items():
+                sums[key] = sums.get(key, 0) + value.detach() / o.accumulate
+        apply_gradients(run, values)
+        run.step += 1
+        counted += 1
+        if run.step % config.run.log_every_steps == 0 or run.step == run.total_steps:
+            keys = sorted(sums)
+            figures = mean_of_ranks(torch.stack([sums[key].float() for key in keys]), ranks).tolist()
+            elapsed = time.perf_counter() - since
+            yield {
+                "step": run.step, "epoch": round(run.epoch, 4), **dict(zip(keys, figures, strict=True)), "lr": values.lr,
+                "wd": values.weight_decay, "ema": values.ema, "teacher_temperature": values.teacher_temperature,
+                "images_per_s": counted * o.batch_size / elapsed, "data_wait_share": waited / elapsed,
+            }  # fmt: skip
+            since, waited, counted = time.perf_counter(), 0.0, 0
+        else:
+            yield None
+
+
+def forward_backward(run: Run, batch: dict[str, Tensor], values: StepValues, *, last: bool) -> dict[str, Tensor]:
+    """Losses of one micro-batch and their gradients (reduced over ranks on the last one)."""
+    config = run.config
+    with_patches = config.loss.patch_weight > 0
+    bf16 = config.optim.amp == "bf16" or (config.optim.amp == "auto" and run.ranks.device.type == "cuda")
+    with torch.no_grad():
+        views = make_views(batch, config, run.train.tile_px, run.ranks.device)
+    sync = run.wrapped.no_sync() if not last and run.ranks.world > 1 else nullcontext()  # type: ignore[operator]
+    with sync:
+        with torch.autocast(run.ranks.device.type, torch.bfloat16, enabled=bf16):
+            with torch.no_grad():
+                teacher = run.teacher(views, with_locals=False, hide=False, patches=with_patches)
+            student = run.wrapped(views, with_locals=True, hide=with_patches, patches=with_patches)
+        parts = run.criterion(teacher, student, views, values.teacher_temperature)
+        (parts["loss"] / config.optim.accumulate).backward()
+    return parts
+
+
+def apply_gradients(run: Run, values: StepValues) -> None:
+    """Clip, freeze the last layer while it is frozen, step, and move the teacher."""
+    if values.last_layer_frozen:
+        for head in (run.student.head, run.student.patch_head):
+            if head is not None:
+                for parameter in head.last_layer.parameters():
+                    parameter.grad = None  # as in iBOT: no step and no Adam moments
+    clip_gradients(run.student.parameters(), run.config.optim.clip, run.config.optim.clip_mode)
+    run.optimizer.step()
+    update_teacher(run.teacher, run.student, values.ema)
+
+
+def check_figures(run: Run, figures: dict[str, Any]) -> None:
+    """Stop every rank when the loss of any is not finite (figures are means over ranks, so all see it)."""
+    if not np.isfinite(figures["loss"]):
+        newest = latest_checkpoint(run.folder)
+        raise UserError(
+            f"{run.folder}: the loss is {figures['loss']} at step {run.step}: stopped; lower optim.lr or optim.clip"
+            + (f", the last good state is {newest}" if newest else "")
+        )
+
+
+def score_teacher(run: Run, probe: KnnProbe, log: RunLog) -> None:
+    """k-NN of the teacher, into the log; warns when its embeddings collapse."""
+    data = run.config.data
+    encoder = FrozenEncoder(run.teacher.encoder, run.config.name, data.mean, data.std, run.ranks.device)
+    row = {"step": run.step, "epoch": round(run.epoch, 4), **probe.score(encoder)}
+    log.write(row)
+    if row["embedding_spread"] < COLLAPSE_SPREAD:
+        log.warn(
+            f"step {run.step}: the embeddings of different tiles are nearly equal (spread {row['embedding_spread']:.2f} of 1): "
+            "collapse? lower optim.lr, or raise loss.teacher_temperature"
+        )
+
+
+def save(run: Run) -> Path | None:
+    """Write a checkpoint from rank 0, unless the weights are no longer finite."""
+    if not run.ranks.first:
+        return None
+    probe = torch.stack([p.detach().float().abs().max() for p in run.student.parameters()]).max()
+    if not torch.isfinite(probe):
+        raise UserError(f"{run.folder}: the weights are not finite at step {run.step}: not saved; lower optim.lr")
+    state = {
+        "student": run.student.state_dict(), "teacher": run.teacher.state_dict(),
+        "criterion": run.criterion.state_dict(), "optimizer": run.optimizer.state_dict(),
+    }  # fmt: skip
+    return save_checkpoint(run.folder, run.step, run.epoch, run.config, state, run.config.run.keep)
+
+
+def watch_signals() -> dict[str, bool]:
+    """Note SIGTERM and SIGUSR1 (a scheduler's warning): the loop saves and stops after the step."""
+    asked = {"asked": False}
+
+    def note(_number: int, _frame: Any) -> None:
+        asked["asked"] = True
+
+    for name in ("SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            try:
+                signal.signal(getattr(signal, name), note)
+            except ValueError:  # not the main thread: whoever embeds this loop stops it in their own way
+                break
+    return asked
+
+
+def open_tensorboard(run: Run) -> Any:
+    """A TensorBoard writer in the run folder. Raises UserError where the extra is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("run.tensorboard=true needs the extra: pip install 'odis-path[tracking]'") from None
+    return SummaryWriter(str(run.folder / "tensorboard"))
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """A seed for the random layers of one step on one rank."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
+
+
+def one_thread(_worker: int) -> None:
+    """Loader workers use one thread each: the cores belong to training."""
+    torch.set_num_threads(1)

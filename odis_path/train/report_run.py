@@ -1,0 +1,53 @@
+"""The closing lines of `odis-path pretrain`."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """The rows of train.jsonl; [] where there is none, a torn last line is left out."""
+    path = folder / "train.jsonl"
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def print_run(checkpoint: Path) -> None:
+    """A table of the last figures, and where the run lies (rank 0 only)."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    rows = read_log(checkpoint.parent)
+    last: dict[str, Any] = {}
+    for row in rows:
+        last.update(row)
+    table = Table(title="pretrain")
+    table.add_column("figure")
+    table.add_column("last value", justify="right")
+    for key in (
+        "step",
+        "epoch",
+        "loss",
+        "loss_obj",
+        "loss_patch",
+        "knn_balanced_accuracy",
+        "token_spread",
+        "images_per_s",
+        "data_wait_share",
+    ):
+        if key in last:
+            table.add_row(key.replace("_", " "), f"{last[key]:.4g}")
+    console = Console()
+    console.print(table)
+    console.print(f"checkpoint: {checkpoint}", soft_wrap=True, highlight=False)
+    console.print(f"log: {checkpoint.parent / 'train.jsonl'}", soft_wrap=True, highlight=False)

@@ -1,0 +1,35 @@
+"""Run a function on two gloo ranks, each its own process; used by the rank tests."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def _enter(rank: int, world: int, port: int, work: Callable[..., Any], out: str, args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    dist.init_process_group("gloo")
+    try:
+        torch.save(work(rank, world, *args), Path(out) / f"rank{rank}.pt")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def on_two_ranks(work: Callable[..., Any], out: Path, *args: Any) -> list[Any]:
+    """work(rank, world, *args) on two processes; the returned values (tensors, dicts), rank by rank."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_enter, args=(2, port, work, str(out), args), nprocs=2, join=True)
+    return [torch.load(out / f"rank{rank}.pt", weights_only=False) for rank in range(2)]

@@ -1,0 +1,189 @@
+"""The work list of an import: images, the names of their slide files, their patients, classes and resolution."""
+
+from __future__ import annotations
+
+import csv
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from annotations.errors import UserError
+from tiling.mpp import check_mpp
+from tiling.scan import patient_of
+from tiling.slide import slide_stem
+
+IMAGE_EXTENSIONS = frozenset([".png", ".jpg", ".jpeg", ".tif", ".tiff"])
+TIFF_EXTENSIONS = frozenset([".tif", ".tiff"])
+JOINT = "__"  # between folder and name where the name alone is not unique
+
+
+@dataclass(frozen=True)
+class ImageItem:
+    """One image to import.
+
+    key: its path below the folder that was given, with slashes. label: its class folder, empty where there are none.
+    patient_id may be empty. mpp: the manifest's, if any. listed: False where there is a manifest without this image.
+    """
+
+    path: Path
+    key: str
+    slide_id: str
+    patient_id: str = ""
+    label: str = ""
+    mpp: float | None = None
+    listed: bool = True
+
+    def __str__(self) -> str:
+        return self.slide_id
+
+
+def find_images(images: Path | str | Sequence[Path | str]) -> list[ImageItem]:
+    """PNG, JPEG and TIFF images of folders (searched recursively) and single files, in order of their paths.
+
+    Images exactly one level below one given folder, in at least two folders, get their folder as `label`. Equal stems
+    get their folder in front (`AC__name`). Raises UserError for what does not exist or holds no image.
+    """
+    inputs = [Path(images)] if isinstance(images, str | Path) else [Path(each) for each in images]
+    found: dict[Path, str] = {}
+    for each in inputs:
+        for path, key in _expanded(each.expanduser()):
+            found.setdefault(path, key)
+    if not found:
+        raise UserError("no images given: name a folder of images")
+    stems = _unique_stems(found)
+    items = [ImageItem(path, key, stems[path], patient_of(path.name)) for path, key in found.items()]
+    folders = [item.key.split("/")[:-1] for item in items]
+    if len(inputs) == 1 and all(len(parts) == 1 for parts in folders) and len({parts[0] for parts in folders}) > 1:
+        items = [replace(item, label=parts[0]) for item, parts in zip(items, folders, strict=True)]
+    return items
+
+
+def apply_manifest(items: Sequence[ImageItem], manifest: Path) -> list[ImageItem]:
+    """Patients, and where given slide_id and mpp, from a CSV with the column `image`; other columns are ignored.
+
+    An image is found by its path below the image folder or by its file name. Raises UserError for a missing file or
+    column, a bad value, a name that means two images, or a manifest that lists none of the images.
+    """
+    rows = _manifest_rows(manifest)
+    row_of = match_names(items, rows, manifest)
+    if not row_of:
+        raise UserError(f"{manifest}: lists none of the images (first row: {next(iter(rows))}): write their file names")
+    new = []
+    for item in items:
+        if item.path not in row_of:
+            new.append(replace(item, listed=False))
+            continue
+        row = rows[row_of[item.path]]
+        slide_id = row.get("slide_id") or item.slide_id
+        if "/" in slide_id or "\\" in slide_id or slide_id.startswith("."):
+            raise UserError(f"{manifest}: slide_id {slide_id} cannot be a file name: leave out slashes")
+        patient_id = row.get("patient_id") or item.patient_id
+        mpp = _mpp_of_row(manifest, row)
+        new.append(replace(item, slide_id=slide_id, patient_id=patient_id, mpp=mpp))
+    owner: dict[str, ImageItem] = {}
+    for item in new:
+        other = owner.setdefault(item.slide_id, item)
+        if other is not item:
+            raise UserError(f"{manifest}: slide_id {item.slide_id} stands for both {other.path} and {item.path}: rename one")
+    return new
+
+
+def match_names(items: Sequence[ImageItem], names: Iterable[str], where: object) -> dict[Path, str]:
+    """Which of `names` (as a manifest or a COCO file writes them) means which image: image path -> name.
+
+    A name is a path that ends like the image's, or the bare file name, with or without its extension. Raises UserError
+    naming `where` for a name that means two images.
+    """
+    by_key = {item.key: item for item in items}
+    by_name: dict[str, list[ImageItem]] = {}
+    for item in items:
+        for name in {item.path.name, item.path.stem}:
+            by_name.setdefault(name, []).append(item)
+    found: dict[Path, str] = {}
+    for name in names:
+        clean = name.replace("\\", "/").removeprefix("./")
+        if clean in by_key:
+            found[by_key[clean].path] = name
+            continue
+        candidates = by_name.get(clean.rsplit("/", 1)[-1], [])
+        if len(candidates) > 1:
+            exact = [item for item in candidates if f"/{item.path.absolute().as_posix()}".endswith(f"/{clean}")]
+            if len(exact) != 1:
+                first, second = candidates[:2]
+                raise UserError(f"{where}: {name} means both {first.path} and {second.path}: write the folder in front")
+            candidates = exact
+        for item in candidates:
+            found.setdefault(item.path, name)
+    return found
+
+
+def _expanded(path: Path) -> list[tuple[Path, str]]:
+    """(image, its path below `path`), sorted."""
+    if path.is_file():
+        if path.suffix.lower() not in IMAGE_EXTENSIONS:
+            raise UserError(f"{path}: not a PNG, JPEG or TIFF image: give images, or a folder of them")
+        return [(path, path.name)]
+    if not path.is_dir():
+        raise UserError(f"{path}: no such file or folder")
+    below = [(each, each.relative_to(path)) for each in sorted(path.rglob("*")) if each.suffix.lower() in IMAGE_EXTENSIONS]
+    images = [(each, key.as_posix()) for each, key in below if not any(part.startswith(".") for part in key.parts)]
+    images = [(each, key) for each, key in images if each.is_file()]
+    if not images:
+        raise UserError(f"{path}: holds no image (looked for {' '.join(sorted(IMAGE_EXTENSIONS))}, in its folders too)")
+    return images
+
+
+def _unique_stems(keys: Mapping[Path, str]) -> dict[Path, str]:
+    """The stem of each image; where it occurs more than once with folders in front, then with the extension behind."""
+
+    def clashing(names: Mapping[Path, str]) -> list[Path]:
+        times = Counter(names.values())
+        return [path for path, name in names.items() if times[name] > 1]
+
+    names = {path: slide_stem(path) for path in keys}
+    for path in clashing(names):
+        names[path] = JOINT.join([*keys[path].split("/")[:-1], slide_stem(path)])
+    for path in clashing(names):
+        names[path] = f"{names[path]}_{path.suffix[1:].lower()}"
+    for path in clashing(names):
+        names[path] = JOINT.join([path.absolute().parent.name, names[path]])
+    if left := clashing(names):
+        twice = [path for path in left if names[path] == names[left[0]]]
+        raise UserError(f"{twice[0]}, {twice[1]}: both would be named {names[left[0]]}: rename one, or use a manifest")
+    return names
+
+
+def _manifest_rows(manifest: Path) -> dict[str, dict[str, str]]:
+    """Value of column `image` -> its row, stripped."""
+    if not manifest.is_file():
+        raise UserError(f"{manifest}: no such manifest: a CSV with the columns image and patient_id")
+    try:
+        with manifest.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            heads = [head.strip() for head in reader.fieldnames or []]
+            lines = [{(key or "").strip(): str(text or "").strip() for key, text in row.items()} for row in reader]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{manifest}: not a CSV in UTF-8 ({error}): save it as one") from None
+    if "image" not in heads:
+        raise UserError(f"{manifest}: has no column image (found: {', '.join(heads) or 'nothing'}): name the image files in it")
+    rows: dict[str, dict[str, str]] = {}
+    for number, row in enumerate(lines, 2):
+        if not row["image"]:
+            raise UserError(f"{manifest}: line {number}: column image is empty")
+        if rows.setdefault(row["image"], row) != row:
+            raise UserError(f"{manifest}: line {number}: {row['image']} is listed twice, differently: keep one")
+    if not rows:
+        raise UserError(f"{manifest}: lists no image")
+    return rows
+
+
+def _mpp_of_row(manifest: Path, row: Mapping[str, str]) -> float | None:
+    text = row.get("mpp", "")
+    if not text:
+        return None
+    where = f"{manifest}: {row['image']}: column mpp"
+    try:
+        return check_mpp(float(text), where)
+    except ValueError:
+        raise UserError(f"{where}: {text}: not a number") from None

@@ -1,0 +1,311 @@
+"""Images that are tiles or fields of view already -> the slide files that `tile` writes."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from annotations.errors import UserError
+from tiling import codec
+from tiling.atomic import atomic_path
+from tiling.cohort import Outcome, available_cpus, one_line, run_cohort
+from tiling.grid import plan_grid
+from tiling.imagelist import TIFF_EXTENSIONS, ImageItem, apply_manifest, find_images, match_names
+from tiling.mpp import Mpp, check_mpp, mpp_of
+from tiling.readers import MAX_IMAGE_PIXELS, ImageReader
+from tiling.slide import Slide, SlideInfo
+from tiling.slidefile import SlideFile
+from tiling.slidewrite import (
+    FORMAT_VERSION,
+    GroupContent,
+    SlideMeta,
+    parameters_hash,
+    replace_groups,
+    source_stamp,
+    write_slide_file,
+)
+from tiling.tile import THUMBNAIL_SIDE_PX, _made, _overview
+
+if TYPE_CHECKING:
+    from annotations.table import ObjectTable
+
+DEFAULT_SIZE_PX = 224
+LARGEST_TILE_PX = 1024  # images of one square size up to this are taken to be tiles
+QUALITY = 95
+POOL_FROM = 200  # an image takes milliseconds: fewer are not worth starting processes for, unless asked
+LABEL_COLUMNS = ("slide_id", "x", "y", "label", "patient_id", "image")
+Work = tuple[ImageItem, "ObjectTable | None"]
+
+
+@dataclass(frozen=True)
+class ImportSettings:
+    """mpp: micrometres per pixel of every image, None to look further. size_px: side of a tile. coco: hash of the boxes."""
+
+    mpp: float | None
+    size_px: int
+    coco: str = ""
+
+
+def import_images(
+    images: Path | str | Sequence[Path | str],
+    out: Path | str,
+    coco: Path | str | None = None,
+    mpp: float | None = None,
+    size_px: int | None = None,
+    manifest: Path | str | None = None,
+    workers: int | None = 1,
+) -> list[Outcome]:
+    """Write `<out>/<slide_id>.h5` for every PNG, JPEG or TIFF image; one outcome per image.
+
+    images: a folder (searched recursively) or files. Each image is cut into whole tiles of `size_px` from its top-left
+    corner, at its own resolution; None: the images' side where all are one square size up to 1024, else 224.
+    mpp: micrometres per pixel of the images, before the manifest's and the files' own. manifest: a CSV with the column
+    image and any of patient_id, slide_id, mpp. coco: a COCO file; its boxes are clipped to the tiles.
+    Class folders one level below `images` are also written as labels, `<out>/labels.csv`.
+    workers None: one per CPU. An image whose file is there with the same parameters and source is skipped. Raises UserError
+    for inputs that cannot be; a bad image is a failed outcome.
+    """
+    check_mpp(mpp, "--mpp")
+    if size_px is not None and size_px < 1:
+        raise UserError(f"--size {size_px}: a tile has at least 1 pixel")
+    items = find_images(images)
+    if manifest is not None:
+        items = apply_manifest(items, Path(manifest))
+    tables, digest = _coco_tables(items, Path(coco)) if coco is not None else ({}, "")
+    settings = ImportSettings(mpp, size_px or default_size_px([item.path for item in items]), digest)
+    out = _made(Path(out))
+    work = partial(import_image, out=out, settings=settings)
+    pairs: list[Work] = [(item, tables.get(item.path)) for item in items]
+    if workers is None:
+        workers = 1 if len(pairs) < POOL_FROM else available_cpus()
+    outcomes = run_cohort(pairs, work, title="import", workers=workers, name=_name)
+    if any(item.label for item in items):
+        _write_labels(out / "labels.csv", items, outcomes)
+    for outcome in outcomes:
+        outcome.info.pop("coords", None)
+    return outcomes
+
+
+def import_image(pair: Work, out: Path, settings: ImportSettings) -> dict[str, Any]:
+    """Import one image; returns tiles, boxes, coords (of an image with a class), `message` and `skipped`."""
+    item, table = pair
+    path = out / f"{item.slide_id}.h5"
+    found = _known_mpp(item, settings)
+    if found is not None and (done := _done(path, _parameters(settings, found.value), item)) is not None:
+        return {"skipped": True, **done}  # found out without decoding the image
+    with _open_image(item.path) as slide:
+        mpp = (found or _own_mpp(item.path, slide.info.mpp_found)).value
+        assert mpp is not None
+        parameters = _parameters(settings, mpp)
+        if found is None and (done := _done(path, parameters, item)) is not None:
+            return {"skipped": True, **done}
+        info = slide.info
+        if min(info.width_l0, info.height_l0) < settings.size_px:
+            size = f"{info.width_l0} x {info.height_l0} pixels"
+            raise UserError(f"{item.path}: {size} hold no tile of {settings.size_px}: ask for a smaller --size")
+        plan = plan_grid(info.width_l0, info.height_l0, mpp, mpp, settings.size_px)
+        thumb = slide.thumbnail(THUMBNAIL_SIDE_PX)
+        groups: dict[str, GroupContent] = {"thumbnail": _overview(thumb, None, info.width_l0 / thumb.shape[1])}
+        counts = {"boxes": 0}
+        if table is not None:
+            boxes, counts = _boxes(table, plan.coords, settings.size_px, mpp)
+            groups |= boxes
+        had_boxes = _has_boxes(path)
+        meta = SlideMeta(
+            slide_id=item.slide_id,
+            source=item.path,
+            width_l0=info.width_l0,
+            height_l0=info.height_l0,
+            mpp=mpp,
+            mpp_level0=mpp,
+            patch_px=settings.size_px,
+            patient_id=item.patient_id,
+            parameters=parameters,
+        )
+        write_slide_file(path, meta=meta, coords=plan.coords, pixels=_encoded(slide, plan.coords, settings), groups=groups)
+    remarks = ["" if item.listed else "not in the manifest", slide.info.mpp_note if found is None else ""]
+    remarks.append("not in the COCO file: no boxes" if settings.coco and table is None else "")
+    remarks.append("its boxes are gone with the old tiles: run annotate again" if had_boxes and table is None else "")
+    message = "; ".join(remark for remark in remarks if remark)
+    coords = {"coords": plan.coords.tolist()} if item.label else {}
+    return {"tiles": len(plan.coords), **counts, **coords, "message": message}
+
+
+def default_size_px(paths: Sequence[Path]) -> int:
+    """The side of the images where all readable ones are one square of at most 1024 pixels, else 224. Reads headers."""
+    sizes: Counter[tuple[int, int]] = Counter()
+    for path in paths:
+        if (size := _header_size(path)) is not None:
+            sizes[size] += 1
+            if len(sizes) > 1 or size[0] != size[1] or size[0] > LARGEST_TILE_PX:
+                return DEFAULT_SIZE_PX
+    return next(iter(sizes))[0] if sizes else DEFAULT_SIZE_PX
+
+
+def _header_size(path: Path) -> tuple[int, int] | None:
+    """Width and height from the header; None where it cannot be read (the import of that image says why)."""
+    from PIL import Image
+
+    Image.MAX_IMAGE_PIXELS = MAX_IMAGE_PIXELS
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except Exception:  # pillow does not read every TIFF that a slide library does
+        if path.suffix.lower() not in TIFF_EXTENSIONS:
+            return None
+    try:
+        with Slide.open(path) as slide:
+            return slide.info.width_l0, slide.info.height_l0
+    except UserError:
+        return None
+
+
+def _open_image(path: Path) -> Slide:
+    """A TIFF through the slide libraries (it may be large), PNG and JPEG decoded into memory."""
+    if path.suffix.lower() in TIFF_EXTENSIONS:
+        return Slide.open(path)
+    try:
+        reader = ImageReader(path)
+    except Exception as error:  # pillow has many
+        what = one_line(error).replace(f" {str(path)!r}", "")
+        raise UserError(f"{path}: not a readable image ({what}): copy it again or leave it out") from None
+    width, height = reader.level_dimensions[0]
+    found = mpp_of(reader.properties, tags_only=True)
+    info = SlideInfo(
+        path=path,
+        slide_id=path.stem,
+        width_l0=width,
+        height_l0=height,
+        level_downsamples=reader.level_downsamples,
+        level_dimensions=reader.level_dimensions,
+        mpp=found.value,
+        mpp_source=found.source,
+        vendor=reader.vendor,
+        reader=reader.name,
+        mpp_note=found.note,
+    )
+    return Slide(info, reader)
+
+
+def _known_mpp(item: ImageItem, settings: ImportSettings) -> Mpp | None:
+    if settings.mpp is not None:
+        return Mpp(settings.mpp, "--mpp")
+    return Mpp(item.mpp, "manifest") if item.mpp is not None else None
+
+
+def _own_mpp(path: Path, found: Mpp) -> Mpp:
+    if found.value is not None:
+        return found
+    because = f" ({found.note})" if found.note else ""
+    raise UserError(f"{path}: no mpp in its tags{because}: give --mpp, column mpp in a --manifest, or set the resolution tags")
+
+
+def _parameters(settings: ImportSettings, mpp: float | None) -> dict[str, Any]:
+    """All that changes the result; the hash of it tells whether a file is up to date."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "import": 1,
+        "mpp": mpp,
+        "size_px": settings.size_px,
+        "quality": QUALITY,
+        "coco_sha256": settings.coco,
+    }
+
+
+def _done(path: Path, parameters: dict[str, Any], item: ImageItem) -> dict[str, Any] | None:
+    """What an up-to-date file holds (its patient_id is brought up to date), None where it must be made."""
+    if not path.exists():
+        return None
+    try:
+        with SlideFile(path) as file:
+            attrs, patient_id = file.attrs, file.patient_id
+            done: dict[str, Any] = {"tiles": len(file), "boxes": len(file.boxes_table()["object"])}
+            if item.label:
+                done["coords"] = file.coords.tolist()
+        stamp = (int(attrs["source_size"]), int(attrs["source_mtime_ns"]))
+        same = attrs["parameters_sha256"] == parameters_hash(parameters)[1]
+    except (UserError, OSError, KeyError, RuntimeError):
+        return None  # damaged, or not ours: made anew
+    if not same or stamp != source_stamp(item.path):
+        return None
+    if item.patient_id and item.patient_id != patient_id:
+        replace_groups(path, {}, root_attrs={"patient_id": item.patient_id})
+    return done
+
+
+def _has_boxes(path: Path) -> bool:
+    if not path.exists():
+        return False
+    try:
+        with SlideFile(path) as file:
+            return file.has_boxes
+    except (UserError, OSError):
+        return False
+
+
+def _encoded(slide: Slide, coords: np.ndarray, settings: ImportSettings) -> Iterator[bytes]:
+    """The tiles as JPEG: the image's own bytes where it is one tile and a plain JPEG, else quality 95."""
+    info, size = slide.info, settings.size_px
+    if (info.width_l0, info.height_l0) == (size, size) and (data := _plain_jpeg(info.path)) is not None:
+        yield data
+        return
+    for tile in slide.read_tiles(coords, size, size):
+        yield codec.encode_jpeg(tile, QUALITY)
+
+
+def _plain_jpeg(path: Path) -> bytes | None:
+    """The bytes of a JPEG in colour or grey; None for other formats and colour spaces."""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        plain = image.format == "JPEG" and image.mode in ("RGB", "L")
+    return path.read_bytes() if plain else None
+
+
+def _coco_tables(items: Sequence[ImageItem], coco: Path) -> tuple[dict[Path, ObjectTable], str]:
+    """The objects of each image a COCO file names, and the sha256 of the file."""
+    from annotations.coco import read_coco
+
+    if not coco.is_file():
+        raise UserError(f"{coco}: no such COCO file")
+    tables = read_coco(coco)
+    name_of = match_names(items, tables, coco)
+    if not name_of:
+        first = next(iter(tables), "no image at all")
+        raise UserError(f"{coco}: names none of the images (first: {first}): are they its images?")
+    digest = hashlib.sha256(coco.read_bytes()).hexdigest()
+    return {path: tables[name] for path, name in name_of.items()}, digest
+
+
+def _boxes(
+    table: ObjectTable, coords: np.ndarray, size_px: int, mpp: float
+) -> tuple[dict[str, dict[str, Any]], dict[str, int]]:
+    """Groups /objects and /boxes, and counts of objects, boxes and objects outside every tile."""
+    from annotations.clip import clip_to_tiles
+    from annotations.group import annotation_groups
+
+    boxes = clip_to_tiles(table.geometry, coords, float(size_px), size_px)
+    counts = {"objects": len(table), "boxes": len(boxes.object), "outside": int(boxes.counts.get("outside", 0))}
+    return annotation_groups(table, boxes, mpp), counts
+
+
+def _write_labels(path: Path, items: Sequence[ImageItem], outcomes: Sequence[Outcome]) -> None:
+    """One row per tile: its slide file, its place, its class folder."""
+    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(LABEL_COLUMNS)
+        for item, outcome in zip(items, outcomes, strict=True):
+            for x, y in outcome.info.get("coords", ()):
+                writer.writerow((item.slide_id, x, y, item.label, item.patient_id, item.key))
+
+
+def _name(pair: Work) -> str:
+    return pair[0].slide_id

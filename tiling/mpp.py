@@ -1,0 +1,122 @@
+"""Micrometres per pixel at level 0: where a slide says it, and what to do where it does not."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from annotations.errors import UserError
+
+PLAUSIBLE_MPP = (0.05, 10.0)
+PRINT_MPP = 40.0  # a resolution tag coarser than this (635 dpi) describes a screen or a printer, not a scanner
+KEYS = "openslide.mpp-x, aperio.MPP, DICOM PixelSpacing, OME PhysicalSizeX, TIFF XResolution with ResolutionUnit"
+WAYS_OUT = "give it in the manifest column mpp, pass --assume-mpp, or set the TIFF resolution tags with their unit"
+UM_PER_UNIT = {"inch": 25400.0, "centimeter": 10000.0, "millimeter": 1000.0, "micrometer": 1.0}
+OME_UNITS = {"µm": 1.0, "um": 1.0, "μm": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6, "": 1.0}
+
+
+@dataclass(frozen=True)
+class Mpp:
+    """value: micrometres per level-0 pixel, None where there is none. source: the key it came from. note: a doubt."""
+
+    value: float | None
+    source: str = ""
+    note: str = ""
+
+
+def mpp_of(properties: Mapping[str, Any], *, tags_only: bool = False) -> Mpp:
+    """Find mpp among a slide's properties (OpenSlide's names, or tiffslide's).
+
+    tags_only: the reader derives its mpp from TIFF resolution tags (generic TIFF, plain images), where any image editor
+    writes 72 or 300 dpi; such values are turned down with a note.
+    """
+    texts = {key: str(value) for key, value in properties.items() if value is not None}
+    rejected = ""
+    for source, value, is_tag in _candidates(texts, tags_only):
+        if value is None:
+            continue
+        if is_tag and value > PRINT_MPP:
+            rejected = f"{source} says {value:.4g} um ({25400 / value:.0f} dpi), a screen or print resolution"
+            continue
+        low, high = PLAUSIBLE_MPP
+        note = "" if low <= value <= high else f"mpp {value:.4g} from {source} is outside {low}..{high}: is it right?"
+        return Mpp(value, source, note)
+    return Mpp(None, "", rejected)
+
+
+def settle_mpp(path: object, found: Mpp, *, manifest_mpp: float | None = None, assume_mpp: float | None = None) -> Mpp:
+    """The mpp to work with: the manifest's, else the file's own, else the assumed one. Raises UserError without any."""
+    if manifest_mpp is not None:
+        return Mpp(manifest_mpp, "manifest")
+    if found.value is not None:
+        return found
+    if assume_mpp is not None:
+        return Mpp(assume_mpp, "--assume-mpp")
+    raise UserError(f"{path}: {missing_mpp(found)}")
+
+
+def missing_mpp(found: Mpp) -> str:
+    """Why there is no mpp and the three ways out, as one line."""
+    because = f" ({found.note})" if found.note else ""
+    return f"no mpp: looked at {KEYS}{because}: {WAYS_OUT}"
+
+
+def check_mpp(value: float | None, where: str) -> float | None:
+    """A value a user gave: finite and above 0. Raises UserError naming `where`."""
+    if value is None or (math.isfinite(value) and value > 0):
+        return value
+    raise UserError(f"{where}: {value}: mpp is micrometres per pixel, a number above 0, for instance 0.5")
+
+
+def _candidates(texts: Mapping[str, str], tags_only: bool) -> list[tuple[str, float | None, bool]]:
+    """(key, value, is a bare resolution tag), best first."""
+    found: list[tuple[str, float | None, bool]] = [("OME PhysicalSizeX", _ome(texts), False)]
+    for x, y in (("openslide.mpp-x", "openslide.mpp-y"), ("tiffslide.mpp-x", "tiffslide.mpp-y")):
+        found.append((x, _mean(_number(texts.get(x)), _number(texts.get(y))), tags_only))
+    found.append(("aperio.MPP", _number(texts.get("aperio.MPP")), False))
+    found.append(("DICOM PixelSpacing", _pixel_spacing(texts), False))
+    found.append(("TIFF XResolution", _resolution_tags(texts), True))
+    return found
+
+
+def _number(text: str | None) -> float | None:
+    """A finite number above 0, also with a decimal comma; else None."""
+    try:
+        value = float((text or "").strip().replace(",", "."))
+    except ValueError:
+        return None
+    return value if math.isfinite(value) and value > 0 else None
+
+
+def _mean(x: float | None, y: float | None) -> float | None:
+    return (x + y) / 2 if x is not None and y is not None else x if x is not None else y
+
+
+def _ome(texts: Mapping[str, str]) -> float | None:
+    for key in ("tiff.ImageDescription", "openslide.comment", "tiffslide.comment"):
+        text = texts.get(key, "")
+        if "PhysicalSizeX" not in text:
+            continue
+        size = re.search(r'PhysicalSizeX\s*=\s*"([^"]+)"', text)
+        unit = re.search(r'PhysicalSizeXUnit\s*=\s*"([^"]*)"', text)
+        value = _number(size.group(1)) if size else None
+        factor = OME_UNITS.get(unit.group(1).replace("&#181;", "µ") if unit else "")
+        if value is not None and factor is not None:
+            return value * factor
+    return None
+
+
+def _pixel_spacing(texts: Mapping[str, str]) -> float | None:
+    spacing = [_number(value) for key, value in sorted(texts.items()) if "PixelSpacing" in key]
+    millimetres = _mean(*spacing[:2]) if len(spacing) > 1 else spacing[0] if spacing else None
+    return None if millimetres is None else millimetres * 1000
+
+
+def _resolution_tags(texts: Mapping[str, str]) -> float | None:
+    factor = UM_PER_UNIT.get(texts.get("tiff.ResolutionUnit", "").lower())
+    x, y = _number(texts.get("tiff.XResolution")), _number(texts.get("tiff.YResolution"))
+    per_unit = _mean(x, y)
+    return None if factor is None or per_unit is None else factor / per_unit

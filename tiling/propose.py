@@ -1,0 +1,87 @@
+"""Class-agnostic boxes for slides without annotations: nuclei and the clusters they form, tile by tile."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from annotations.errors import UserError
+from tiling.cohort import Outcome, run_cohort
+from tiling.nuclei import LABELS, Proposals, ProposalSettings, propose_tile, slide_levels
+from tiling.slidefile import SlideFile, list_slide_files
+from tiling.slidewrite import parameters_hash, replace_groups
+
+PROPOSAL_KIND = 2  # annotations.table.PROPOSAL
+METHOD_VERSION = 1  # raise it when the method changes, so that old proposals are made anew
+LEVEL_TILES = 48  # tiles looked at to learn a slide's levels
+HASH_ATTR = "proposal_sha256"
+
+
+def propose_cohort(
+    folder: Path | str, workers: int | None = None, scheduler: str | None = None, replace: bool = False
+) -> list[Outcome]:
+    """Add proposals to every slide file of a folder.
+
+    A file with proposals of the same method is skipped. One with boxes from annotations fails with a line that says so,
+    unless `replace` is set. Raises UserError where the folder is missing or holds no slide file.
+    """
+    files = [path.absolute() for path in list_slide_files(folder)]
+    work = partial(propose_slide, replace=replace)
+    return run_cohort(files, work, title="propose", workers=workers, scheduler=scheduler, name=_name)
+
+
+def propose_slide(path: Path, replace: bool = False, settings: ProposalSettings | None = None) -> dict[str, Any]:
+    """Propose boxes for one slide file; returns counts of nuclei and clusters, and `skipped`."""
+    settings = settings or ProposalSettings()
+    with SlideFile(path) as file:
+        parameters = {"method_version": METHOD_VERSION, **asdict(settings)}
+        digest = parameters_hash({**parameters, "tiles": file.attrs["parameters_sha256"]})[1]
+        if file.has_boxes:
+            objects = file.objects_table()
+            if file.group_attrs("objects").get(HASH_ATTR) == digest:
+                counts = np.bincount(np.maximum(objects["label"], 0), minlength=len(LABELS))
+                return {"skipped": True, "nuclei": int(counts[0]), "clusters": int(counts[1])}
+            if not replace and (objects["kind"] != PROPOSAL_KIND).any():
+                raise UserError(f"{path}: holds boxes from annotations: left as they are; --replace overwrites them")
+        sample = np.unique(np.linspace(0, len(file) - 1, LEVEL_TILES).astype(int)) if len(file) else np.zeros(0, int)
+        levels = slide_levels([file.tile(int(i)) for i in sample], file.mpp, settings)
+        found = [propose_tile(file.tile(i), file.mpp, settings, levels) for i in range(len(file))]
+        groups = proposal_groups(found, file.mpp)
+    groups["objects"]["attrs"][HASH_ATTR] = digest  # on the group, so that it goes when annotate replaces the group
+    replace_groups(path, groups)
+    labels = groups["objects"]["label"]
+    return {"nuclei": int((labels == 0).sum()), "clusters": int((labels == 1).sum())}
+
+
+def proposal_groups(found: list[Proposals], mpp: float) -> dict[str, dict[str, Any]]:
+    """Groups /objects and /boxes of a slide file from the proposals of its tiles, in order; one object per box."""
+    counts = np.array([len(proposals.label) for proposals in found], np.int64)
+    total = int(counts.sum())
+
+    def joined(name: str, shape: tuple[int, ...], dtype: type) -> np.ndarray:
+        arrays = [np.zeros(shape, dtype), *(getattr(proposals, name) for proposals in found)]
+        return np.concatenate(arrays).astype(dtype)
+
+    objects: Mapping[str, Any] = {
+        "id": np.array([f"proposal-{i}" for i in range(total)], dtype=object),
+        "label": joined("label", (0,), np.int16),
+        "kind": np.full(total, PROPOSAL_KIND, np.uint8),
+        "area_um2": joined("area_px", (0,), np.float32) * np.float32(mpp**2),
+        "attrs": {"labels": list(LABELS)},
+    }
+    boxes: Mapping[str, Any] = {
+        "xyxy": joined("xyxy", (0, 4), np.float32),
+        "offsets": np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        "object": np.arange(total, dtype=np.int32),
+        "visible": np.ones(total, np.float32),
+    }
+    return {"objects": dict(objects), "boxes": dict(boxes)}
+
+
+def _name(path: Path) -> str:
+    return path.stem

@@ -1,0 +1,318 @@
+"""Read the slide file, and list a folder of them. The writing half lives in tiling.slidewrite."""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from annotations.errors import UserError
+from tiling import codec
+from tiling.slidewrite import FORMAT, FORMAT_VERSION, SlideMeta, replace_groups, source_stamp, write_slide_file
+
+__all__ = [
+    "FORMAT",
+    "FORMAT_VERSION",
+    "SlideFile",
+    "SlideMeta",
+    "list_slide_files",
+    "replace_groups",
+    "source_stamp",
+    "tile_labels",
+    "write_slide_file",
+]
+
+TISSUE_KIND = 0  # annotations.table.TISSUE, kept apart so that reading a file imports no geometry
+
+
+class SlideFile:
+    """One slide file, open for reading; a context manager. Arrays are read on first use and kept.
+
+    Raises UserError where the file is missing, is not HDF5 or was not written by odis-path. Not picklable: open it by
+    path in the process that reads it.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self._slide: Any = None
+        try:
+            # Files are replaced by renaming, never written in place, so no lock is needed (and none works on some
+            # network mounts). A chunk cache of zero makes HDF5 read just the bytes of one tile, not its whole chunk.
+            self._file = h5py.File(self.path, "r", locking=False, rdcc_nbytes=0)
+        except FileNotFoundError:
+            raise UserError(f"{self.path}: no such slide file: make it with odis-path tile") from None
+        except OSError as error:
+            raise UserError(f"{self.path}: not a readable HDF5 file ({error}): tile the slide again") from None
+        found = self._file.attrs.get("format")
+        version = int(self._file.attrs.get("format_version", 0))
+        if found != FORMAT or version > FORMAT_VERSION:
+            self._file.close()
+            newer = f"format_version {version} (this software reads {FORMAT_VERSION})"
+            what = f"format {found!r}" if found != FORMAT else newer
+            raise UserError(f"{self.path}: {what}: not a slide file this odis-path reads; make it with odis-path tile")
+
+    def close(self) -> None:
+        self._file.close()
+        if self._slide is not None:
+            self._slide.close()
+
+    def __enter__(self) -> SlideFile:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        return len(self.coords)
+
+    # --- what the file says about itself
+
+    @cached_property
+    def attrs(self) -> dict[str, Any]:
+        """Root attributes."""
+        return dict(self._file.attrs)
+
+    @cached_property
+    def coords_attrs(self) -> dict[str, Any]:
+        """Attributes of /coords, ready to be copied to a feature file."""
+        return dict(self._file["coords"].attrs)
+
+    @property
+    def slide_id(self) -> str:
+        return str(self.attrs["slide_id"])
+
+    @property
+    def patient_id(self) -> str:
+        """May be empty."""
+        return str(self.attrs.get("patient_id", ""))
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        return json.loads(self.attrs["parameters"])
+
+    @property
+    def source(self) -> Path:
+        """The slide (or image) the tiles came from."""
+        return Path(str(self.attrs["source"]))
+
+    @property
+    def bounds_xy(self) -> tuple[int, int]:
+        """Offset of the scanned area in level-0 pixels (OpenSlide bounds-x, bounds-y)."""
+        return int(self.attrs.get("bounds_x", 0)), int(self.attrs.get("bounds_y", 0))
+
+    @property
+    def dimensions_l0(self) -> tuple[int, int]:
+        """Width and height of the slide in level-0 pixels."""
+        return int(self.coords_attrs["level0_width"]), int(self.coords_attrs["level0_height"])
+
+    @property
+    def mpp(self) -> float:
+        """Micrometres per target pixel."""
+        return float(self.coords_attrs["mpp"])
+
+    @property
+    def mpp_level0(self) -> float:
+        """Micrometres per level-0 pixel."""
+        return float(self.coords_attrs["mpp_level0"])
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a tile in target pixels."""
+        return int(self.coords_attrs["patch_size"])
+
+    @property
+    def patch_size_level0(self) -> int:
+        """Side of a tile in level-0 pixels, rounded; `size_l0` is the exact one."""
+        return int(self.coords_attrs["patch_size_level0"])
+
+    @property
+    def size_l0(self) -> float:
+        """Exact side of a tile in level-0 pixels."""
+        return self.patch_size * self.mpp / self.mpp_level0
+
+    @property
+    def overlap(self) -> int:
+        """Overlap of neighbouring tiles in target pixels."""
+        return int(self.coords_attrs["overlap"])
+
+    # --- tiles
+
+    @cached_property
+    def coords(self) -> np.ndarray:
+        """int64 (N, 2): top-left x, y of each tile in level-0 pixels."""
+        return self._file["coords"][...]
+
+    @cached_property
+    def tissue_fraction(self) -> np.ndarray:
+        """float32 (N,)"""
+        return self._file["tissue_fraction"][...]
+
+    @property
+    def has_pixels(self) -> bool:
+        return "pixels" in self._file
+
+    @cached_property
+    def _pixel_offsets(self) -> np.ndarray:
+        return self._file["pixels/offsets"][...]
+
+    @cached_property
+    def _pixel_data(self) -> h5py.Dataset:
+        return self._file["pixels/data"]
+
+    def tile_bytes(self, i: int) -> bytes:
+        """Tile i as JPEG or PNG; from /pixels, or read from the slide and encoded as JPEG."""
+        i = self._checked(i)
+        if not self.has_pixels:
+            return codec.encode_jpeg(self.tile(i))
+        start, stop = self._pixel_offsets[i], self._pixel_offsets[i + 1]
+        return self._pixel_data[start:stop].tobytes()
+
+    def tile(self, i: int) -> np.ndarray:
+        """Tile i as uint8 (S, S, 3); from /pixels, or read from the slide named in `source`."""
+        i = self._checked(i)
+        if self.has_pixels:
+            return codec.decode(self.tile_bytes(i))
+        x, y = (int(value) for value in self.coords[i])
+        size = self.patch_size
+        return self._open_source().read_region(x, y, self.size_l0, self.size_l0, size, size)
+
+    def _checked(self, i: int) -> int:
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"tile {i} of {len(self)} in {self.path}")
+        return i % len(self)
+
+    def _open_source(self) -> Any:
+        if self._slide is None:
+            from tiling.slide import Slide
+
+            if not self.source.exists():
+                raise UserError(
+                    f"{self.path}: holds no pixels and its slide {self.source} is gone: "
+                    "bring the slide back or tile again with --pixels"
+                )
+            # mpp was settled when the slide was tiled; here only pixels are read.
+            self._slide = Slide.open(self.source)
+        return self._slide
+
+    # --- boxes and objects
+
+    @property
+    def has_boxes(self) -> bool:
+        return "boxes" in self._file
+
+    @cached_property
+    def _box_offsets(self) -> np.ndarray:
+        return self._file["boxes/offsets"][...]
+
+    @cached_property
+    def _box_xyxy(self) -> np.ndarray:
+        return self._file["boxes/xyxy"][...]
+
+    def box_rows(self, i: int) -> slice:
+        """Rows of /boxes that belong to tile i; empty where the file has no boxes."""
+        i = self._checked(i)
+        if not self.has_boxes:
+            return slice(0, 0)
+        return slice(int(self._box_offsets[i]), int(self._box_offsets[i + 1]))
+
+    def boxes(self, i: int) -> np.ndarray:
+        """float32 (k, 4): x0, y0, x1, y1 of tile i's boxes in target pixels; (0, 4) where there are none."""
+        if not self.has_boxes:
+            return np.zeros((0, 4), np.float32)
+        return self._box_xyxy[self.box_rows(i)]
+
+    def boxes_table(self) -> dict[str, np.ndarray]:
+        """xyxy float32 (M, 4), offsets int64 (N+1,), object int32 (M,), visible float32 (M,); empty where none."""
+        if not self.has_boxes:
+            return {
+                "xyxy": np.zeros((0, 4), np.float32),
+                "offsets": np.zeros(len(self) + 1, np.int64),
+                "object": np.zeros(0, np.int32),
+                "visible": np.zeros(0, np.float32),
+            }
+        return {name: self._file["boxes"][name][...] for name in ("xyxy", "offsets", "object", "visible")}
+
+    def objects_table(self) -> dict[str, Any]:
+        """id object (str) (K,), label int16, kind uint8, area_um2 float32 (K,), labels list[str]; empty where none."""
+        if "objects" not in self._file:
+            return {
+                "id": np.zeros(0, object),
+                "label": np.zeros(0, np.int16),
+                "kind": np.zeros(0, np.uint8),
+                "area_um2": np.zeros(0, np.float32),
+                "labels": [],
+            }
+        group = self._file["objects"]
+        table: dict[str, Any] = {name: group[name][...] for name in ("label", "kind", "area_um2")}
+        table["id"] = group["id"].asstr()[...]
+        table["labels"] = [str(name) for name in group.attrs["labels"]]
+        return table
+
+    def group_attrs(self, name: str) -> dict[str, Any]:
+        """Attributes of a top-level group or dataset; empty where there is none."""
+        return dict(self._file[name].attrs) if name in self._file else {}
+
+    # --- the overview
+
+    def thumbnail(self) -> tuple[np.ndarray, float] | None:
+        """uint8 (h, w, 3) overview and its downsample (level-0 pixels per pixel); None where the file has none."""
+        if "thumbnail" not in self._file or "jpeg" not in self._file["thumbnail"]:
+            return None
+        group = self._file["thumbnail"]
+        return codec.decode(group["jpeg"][...].tobytes()), float(group.attrs["downsample"])
+
+    def tissue_mask(self) -> np.ndarray | None:
+        """bool (h, w) on the thumbnail's grid; None where the file has none."""
+        if "thumbnail" not in self._file or "tissue" not in self._file["thumbnail"]:
+            return None
+        return self._file["thumbnail/tissue"][...].astype(bool)
+
+
+def list_slide_files(folder: Path | str) -> list[Path]:
+    """The slide files of a folder, sorted by name. Raises UserError where it is missing or holds none."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        what = "a file, not a folder" if folder.is_file() else "no such folder"
+        raise UserError(f"{folder}: {what}: give the folder that odis-path tile or import wrote")
+    found = [path for path in sorted(folder.glob("*.h5")) if not path.name.startswith(".") and is_slide_file(path)]
+    if not found:
+        raise UserError(f"{folder}: holds no slide file: give the folder that odis-path tile or import wrote")
+    return found
+
+
+def is_slide_file(path: Path) -> bool:
+    """True where the file is HDF5 and says format odis-path."""
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            return file.attrs.get("format") == FORMAT
+    except OSError:
+        return False
+
+
+def tile_labels(file: SlideFile, min_share: float = 0.5) -> tuple[np.ndarray, list[str]]:
+    """The tissue class of each tile: the label with the largest clipped area, where it covers `min_share` of the tile.
+
+    Only tissue objects (kind 0) with a class count. Returns int16 (N,), -1 where no class reaches the share, and the
+    label names. The area of an object in a tile is visible * area_um2.
+    """
+    objects, boxes = file.objects_table(), file.boxes_table()
+    names: list[str] = objects["labels"]
+    labels = np.full(len(file), -1, np.int16)
+    if not names or not len(file) or not len(boxes["object"]):
+        return labels, names
+    tile = np.repeat(np.arange(len(file)), np.diff(boxes["offsets"]))
+    row = boxes["object"]
+    counts = (objects["kind"][row] == TISSUE_KIND) & (objects["label"][row] >= 0)
+    tile, row = tile[counts], row[counts]
+    area = boxes["visible"][counts].astype(float) * objects["area_um2"][row]
+    table = np.zeros((len(file), len(names)))
+    np.add.at(table, (tile, objects["label"][row]), area)
+    best = table.argmax(axis=1)
+    tile_area_um2 = (file.patch_size * file.mpp) ** 2
+    enough = table[np.arange(len(file)), best] >= (min_share - 1e-4) * tile_area_um2
+    labels[enough & (table.max(axis=1) > 0)] = best[enough & (table.max(axis=1) > 0)]
+    return labels, names
