@@ -25,6 +25,8 @@ class Reader(Protocol):
 
     def read(self, level: int, x: int, y: int, w: int, h: int) -> np.ndarray: ...
 
+    def expect_strips(self) -> None: ...  # the whole slide will be read row by row
+
     def close(self) -> None: ...
 
 
@@ -37,7 +39,6 @@ class OpenSlideReader:
         import openslide
 
         self._slide = openslide.OpenSlide(str(path))
-        self._slide.set_cache(openslide.OpenSlideCache(CACHE_BYTES))
         self.properties: Mapping[str, Any] = dict(self._slide.properties)
         self.vendor = self.properties.get("openslide.vendor", "")
         self.tags_only = self.vendor == "generic-tiff"
@@ -46,15 +47,20 @@ class OpenSlideReader:
         colour = self.properties.get("openslide.background-color", "FFFFFF")
         self.background = np.array([int(colour[i : i + 2], 16) for i in (0, 2, 4)], dtype=np.uint8)
 
+    def expect_strips(self) -> None:
+        import openslide
+
+        self._slide.set_cache(openslide.OpenSlideCache(CACHE_BYTES))
+
     def read(self, level: int, x: int, y: int, w: int, h: int) -> np.ndarray:
         """uint8 (h, w, 3); what was not scanned has the slide's background colour."""
         downsample = self.level_downsamples[level]
-        rgba = np.asarray(self._slide.read_region((round(x * downsample), round(y * downsample)), level, (w, h)))
-        alpha = rgba[..., 3]
-        rgb = np.ascontiguousarray(rgba[..., :3])
-        if alpha.min() == 255:
+        image = self._slide.read_region((round(x * downsample), round(y * downsample)), level, (w, h))
+        rgb = np.asarray(image.convert("RGB"))
+        alpha = image.getchannel("A")
+        if alpha.getextrema()[0] == 255:
             return rgb
-        share = alpha[..., None].astype(np.float32) / 255
+        share = np.asarray(alpha)[..., None].astype(np.float32) / 255
         return (rgb * share + self.background * (1 - share) + 0.5).astype(np.uint8)
 
     def close(self) -> None:
@@ -78,6 +84,9 @@ class TiffSlideReader:
         self.level_dimensions: tuple[tuple[int, int], ...] = tuple((int(w), int(h)) for w, h in self._slide.level_dimensions)
         self.level_downsamples: tuple[float, ...] = tuple(float(value) for value in self._slide.level_downsamples)
         self.read(0, 0, 0, 1, 1)  # pages that open and cannot be decoded are found out here
+
+    def expect_strips(self) -> None:
+        """Nothing to prepare."""
 
     def read(self, level: int, x: int, y: int, w: int, h: int) -> np.ndarray:
         """uint8 (h, w, 3)"""
@@ -106,9 +115,12 @@ class ImageReader:
                 x, y = resolution
                 self.properties = {"tiff.ResolutionUnit": "inch", "tiff.XResolution": x, "tiff.YResolution": y}
             self._rgb = as_rgb(np.asarray(_flattened(image)))
-        self.tags_only = True
+        self.tags_only = True  # of the dpi an image editor may have written
         self.level_dimensions: tuple[tuple[int, int], ...] = ((self._rgb.shape[1], self._rgb.shape[0]),)
         self.level_downsamples: tuple[float, ...] = (1.0,)
+
+    def expect_strips(self) -> None:
+        """Nothing to prepare."""
 
     def read(self, level: int, x: int, y: int, w: int, h: int) -> np.ndarray:
         """uint8 (h, w, 3)"""

@@ -117,6 +117,7 @@ class Slide:
         Neighbours of a row are read in one piece; memory stays bounded whatever N is.
         """
         level = self.best_level(size_l0 / patch_px)
+        self._reader.expect_strips()
         widest_l0 = max(size_l0, BLOCK_PIXELS / (size_l0 / self.info.level_downsamples[level]) ** 2 * size_l0)
         for start, stop in _runs(coords_l0, size_l0, min(widest_l0, 64 * size_l0)):
             x0, y0 = (float(value) for value in coords_l0[start])

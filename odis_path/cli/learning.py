@@ -82,6 +82,8 @@ def demo(
     point_size: Annotated[str | None, typer.Option(help="Extent given to point annotations, for example 12um.")] = None,
     config: Annotated[str | None, typer.Option(help="Training recipe in place of the demo's.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Epochs in place of the recipe's.")] = None,
+    patients: Annotated[int, typer.Option(min=2, help="Generated patients, two slides each.")] = 10,
+    slide_px: Annotated[int, typer.Option(min=512, help="Side of a generated slide in pixels.")] = 2048,
     seed: Annotated[int, typer.Option(help="Seed of the generated slides and the training.")] = 0,
     workers: Annotated[int | None, typer.Option(help="Worker processes; default: one a core.")] = None,
 ) -> None:
@@ -90,6 +92,6 @@ def demo(
 
     settings = DemoSettings(
         out=out, slides=slides, geojson=geojson, assume_mpp=assume_mpp, manifest=manifest, point_size=point_size,
-        config=config, epochs=epochs, seed=seed, workers=workers,
+        config=config, epochs=epochs, patients=patients, slide_px=slide_px, seed=seed, workers=workers,
     )  # fmt: skip
     raise typer.Exit(run_demo(settings))

@@ -93,6 +93,9 @@ def annotate(
     annotations: Annotated[
         list[Path], typer.Option(metavar="FILES|DIR", help="QuPath GeoJSON files, or their folder.", show_default=False)
     ],
+    more: Annotated[
+        list[Path] | None, typer.Argument(metavar="FILES", help="What a shell glob after --annotations adds.")
+    ] = None,
     origin: Annotated[str, typer.Option(metavar="auto|level0|bounds", help="Where coordinates count from.")] = "auto",
     kind: Annotated[str, typer.Option(metavar="auto|tissue|cell", help="What the objects are.")] = "auto",
     point_size: Annotated[
@@ -105,7 +108,13 @@ def annotate(
     from tiling.annotate import annotate_cohort
 
     outcomes = annotate_cohort(
-        folder, annotations, origin=origin, kind=kind, point_size=point_size, workers=workers, scheduler=scheduler
+        folder,
+        [*annotations, *(more or [])],
+        origin=origin,
+        kind=kind,
+        point_size=point_size,
+        workers=workers,
+        scheduler=scheduler,
     )
     _end(outcomes, "annotate", folder, ("objects", "boxes"))
 

@@ -1,0 +1,229 @@
+"""GeoJSON bytes -> typed features: every dialect of QuPath and of the programs that imitate it.
+
+Well-formed files go through one msgspec decoder. A file that departs from the types (NaN literals, three-dimensional
+positions, numbers as class names, a feature without "type") is read again by the tolerant path, feature by feature.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from annotations.errors import UserError
+
+Ring = list[tuple[float, float]]
+
+
+class Point(msgspec.Struct, tag_field="type", tag="Point", gc=False):
+    coordinates: tuple[float, float]
+
+
+class MultiPoint(msgspec.Struct, tag_field="type", tag="MultiPoint", gc=False):
+    coordinates: Ring
+
+
+class LineString(msgspec.Struct, tag_field="type", tag="LineString", gc=False):
+    coordinates: msgspec.Raw = msgspec.Raw()
+
+
+class MultiLineString(msgspec.Struct, tag_field="type", tag="MultiLineString", gc=False):
+    coordinates: msgspec.Raw = msgspec.Raw()
+
+
+class Polygon(msgspec.Struct, tag_field="type", tag="Polygon", gc=False):
+    coordinates: list[Ring]
+
+
+class MultiPolygon(msgspec.Struct, tag_field="type", tag="MultiPolygon", gc=False):
+    coordinates: list[list[Ring]]
+
+
+class GeometryCollection(msgspec.Struct, tag_field="type", tag="GeometryCollection", gc=False):
+    geometries: list[Point | MultiPoint | LineString | MultiLineString | Polygon | MultiPolygon]
+
+
+class Malformed(msgspec.Struct, tag_field="type", tag="", gc=False):
+    """Stands for a geometry that could not be understood."""
+
+
+Simple = Point | MultiPoint | LineString | MultiLineString | Polygon | MultiPolygon
+Geometry = Simple | GeometryCollection
+
+
+class Classification(msgspec.Struct, gc=False):
+    name: str | None = None
+    names: list[str] | str | None = None
+
+
+class Properties(msgspec.Struct, gc=False):
+    object_type: str | None = msgspec.field(default=None, name="objectType")
+    object_type_snake: str | None = msgspec.field(default=None, name="object_type")
+    type: str | None = None
+    classification: Classification | str | None = None
+    children: list[Feature] | None = msgspec.field(default=None, name="childObjects")
+
+
+class Feature(msgspec.Struct, tag_field="type", tag="Feature", gc=False):
+    geometry: Geometry | Malformed | None = None
+    properties: Properties | None = None
+    id: str | int | None = None
+    object_type: str | None = msgspec.field(default=None, name="objectType")
+    object_type_snake: str | None = msgspec.field(default=None, name="object_type")
+    classification: Classification | str | None = None
+
+
+class FeatureCollection(msgspec.Struct, tag_field="type", tag="FeatureCollection", gc=False):
+    features: list[Feature]
+
+
+Document = list[Feature] | FeatureCollection | Feature | Geometry
+_decoder: msgspec.json.Decoder[Document] = msgspec.json.Decoder(Document)
+_DEPTH = {"Point": 0, "MultiPoint": 1, "LineString": 1, "MultiLineString": 2, "Polygon": 2, "MultiPolygon": 3}
+_CLASS = {c.__name__: c for c in (Point, MultiPoint, LineString, MultiLineString, Polygon, MultiPolygon)}
+
+
+def decode_features(data: bytes, source: str) -> list[Feature]:
+    """All features of a document, children and members of geometry collections included, in file order.
+
+    data: the JSON text; source: what errors call the file. A geometry that could not be understood is a Malformed.
+    Raises UserError where the text is not JSON or not GeoJSON, with the position.
+    """
+    data = data.removeprefix(b"\xef\xbb\xbf")
+    if not data.strip():
+        raise UserError(f"{source}: the file is empty: export the annotations again")
+    try:
+        document = _decoder.decode(data)
+    except msgspec.ValidationError:
+        features = _tolerant(_loads(data, source), source)
+    except msgspec.DecodeError as error:
+        if "truncated" in str(error):
+            raise UserError(f"{source}: the JSON stops early, after byte {len(data)}: export or copy it again") from None
+        features = _tolerant(_loads(data, source), source)
+    except (RecursionError, UnicodeDecodeError) as error:
+        raise UserError(f"{source}: not readable as JSON: {error}: export the annotations again") from None
+    else:
+        features = list(_expanded(_top(document)))
+    return features
+
+
+def _top(document: Any) -> list[Feature]:
+    if isinstance(document, FeatureCollection):
+        return document.features
+    if isinstance(document, list):
+        return document
+    return [document if isinstance(document, Feature) else Feature(geometry=document)]
+
+
+def _expanded(features: list[Feature]) -> Iterator[Feature]:
+    """Features with their children behind them; a geometry collection as one feature per member."""
+    for feature in features:
+        if type(feature.geometry) is GeometryCollection:
+            for member in feature.geometry.geometries:
+                yield msgspec.structs.replace(feature, geometry=member)
+        else:
+            yield feature
+        if feature.properties is not None and feature.properties.children:
+            yield from _expanded(feature.properties.children)
+
+
+def _loads(data: bytes, source: str) -> Any:
+    """The standard library's reader: takes NaN and Infinity, and knows line and column of an error."""
+    try:
+        return json.loads(data)
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno} column {error.colno}"
+        raise UserError(f"{source}: not JSON, {where}: {error.msg}: export the annotations as GeoJSON") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{source}: not JSON text, byte {error.start}: export the annotations as GeoJSON") from None
+    except RecursionError:
+        raise UserError(f"{source}: JSON nested too deeply: export the annotations as GeoJSON") from None
+
+
+def _tolerant(document: Any, source: str) -> list[Feature]:
+    if isinstance(document, dict):
+        kind = document.get("type")
+        if kind == "FeatureCollection" or (kind is None and isinstance(document.get("features"), list)):
+            document = document.get("features")
+            if not isinstance(document, list):
+                raise UserError(f"{source}: a FeatureCollection without a list of features: export it again")
+        elif kind in ("Feature", "GeometryCollection", *_DEPTH) or (kind is None and "geometry" in document):
+            document = [document]
+        else:
+            keys = ", ".join(map(str, list(document)[:6])) or "none"
+            raise UserError(f"{source}: not GeoJSON (type {kind!r}; keys: {keys:.200}): give a FeatureCollection or features")
+    if not isinstance(document, list):
+        raise UserError(f"{source}: not GeoJSON, the top level is a {type(document).__name__}: give a FeatureCollection")
+    return [feature for number, item in enumerate(document) for feature in _tolerant_features(item, number, source)]
+
+
+def _tolerant_features(item: Any, number: int, source: str) -> list[Feature]:
+    """A feature from plain dicts; several where its geometry is a collection; its children behind it."""
+    if isinstance(item, dict) and item.get("type") in ("GeometryCollection", *_DEPTH):
+        item = {"geometry": item}
+    if not isinstance(item, dict) or not ("geometry" in item or item.get("type") == "Feature"):
+        raise UserError(f"{source}: not GeoJSON, item {number} of the list is no Feature: give a FeatureCollection or features")
+    raw = item.get("properties")
+    props: dict[str, Any] = raw if isinstance(raw, dict) else {}
+    key = item.get("id")
+    feature = Feature(
+        id=key if isinstance(key, str | int) else None,
+        object_type=_text(item.get("objectType")),
+        object_type_snake=_text(item.get("object_type")),
+        classification=_classification(item.get("classification")),
+        properties=Properties(
+            object_type=_text(props.get("objectType")),
+            object_type_snake=_text(props.get("object_type")),
+            type=_text(props.get("type")),
+            classification=_classification(props.get("classification")),
+        ),
+    )
+    geometry = item.get("geometry")
+    members: Any = [geometry]
+    if isinstance(geometry, dict) and geometry.get("type") == "GeometryCollection":
+        members = geometry.get("geometries") or [None]
+    found = [msgspec.structs.replace(feature, geometry=_geometry(member)) for member in members]
+    children = props.get("childObjects")
+    for child in children if isinstance(children, list) else ():
+        found += _tolerant_features(child, number, source)
+    return found
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None or isinstance(value, dict | list) else str(value)
+
+
+def _classification(value: Any) -> Classification | str | None:
+    if not isinstance(value, dict):
+        return _text(value)
+    names = value.get("names")
+    return Classification(_text(value.get("name")), list(map(str, names)) if isinstance(names, list) else _text(names))
+
+
+def _geometry(value: Any) -> Simple | Malformed | None:
+    """A geometry from plain dicts: positions cut to x, y, what is no number becomes NaN; None where there is none."""
+    if value is None:
+        return None
+    kind = value.get("type") if isinstance(value, dict) else None
+    if kind in _DEPTH:
+        if kind in ("LineString", "MultiLineString"):
+            return LineString()
+        try:
+            return _CLASS[kind](_positions(value.get("coordinates") or [], _DEPTH[kind]))
+        except (TypeError, ValueError, IndexError):
+            pass
+    return Malformed()
+
+
+def _positions(value: Any, depth: int) -> Any:
+    if depth > 1:
+        return [_positions(part, depth - 1) for part in value]
+    array = np.array(value, dtype=np.float64)  # takes None and "NaN" for NaN
+    if depth == 0:
+        return (float(array[0]), float(array[1]))
+    if array.size and (array.ndim != 2 or array.shape[1] < 2):
+        raise ValueError("positions are not pairs of numbers")
+    return array[:, :2].tolist() if array.size else []

@@ -1,0 +1,121 @@
+"""Rings of positions -> valid polygons, in bulk: cleaned, closed, repaired, and every loss counted."""
+
+from __future__ import annotations
+
+from itertools import chain
+
+import numpy as np
+import shapely
+
+MAX_COORDINATE_L0 = 1e9  # no slide is a thousand million pixels wide; beyond this a coordinate is damage
+
+
+def usable(xy: np.ndarray) -> np.ndarray:
+    """(V,) bool: positions (V, 2) that are finite and on any conceivable slide."""
+    with np.errstate(invalid="ignore"):
+        return (np.abs(xy) <= MAX_COORDINATE_L0).all(axis=1)
+
+
+def polygons_from_rings(polygons: list, group: np.ndarray, counts: dict[str, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Polygons, or MultiPolygons where several share a group number; unrepaired.
+
+    polygons: list over polygons of lists of rings (outline first, then holes) of (x, y), closed or not
+    group: (P,) int64, ascending, the row each polygon belongs to
+    Returns geometry (G,) object and (G,) int64, the group of each. Positions that are not usable are dropped
+    ("vertices_dropped"), holes of fewer than three corners too ("holes_dropped"); a polygon whose outline has fewer
+    than three corners is left out ("invalid_dropped"), one without any ring as well ("empty").
+    """
+    ring_count = np.fromiter(map(len, polygons), np.int64, len(polygons))
+    rings = list(chain.from_iterable(polygons))
+    length = np.fromiter(map(len, rings), np.int64, len(rings))
+    flat = chain.from_iterable(chain.from_iterable(rings))
+    xy = np.fromiter(flat, np.float64, 2 * int(length.sum())).reshape(-1, 2)
+    _count(counts, "empty", int((ring_count == 0).sum()))
+
+    good = usable(xy)
+    if not good.all():
+        _count(counts, "vertices_dropped", int((~good).sum()))
+        length = np.bincount(np.repeat(np.arange(len(rings)), length)[good], minlength=len(rings))
+        xy = xy[good]
+    polygon_of_ring = np.repeat(np.arange(len(polygons)), ring_count)
+    is_outline = np.ones(len(rings), dtype=bool)
+    is_outline[1:] = polygon_of_ring[1:] != polygon_of_ring[:-1]
+
+    xy, length = _closed(xy, length)
+    long_enough = length >= 4
+    bad_outline = is_outline & ~long_enough
+    _count(counts, "invalid_dropped", int(bad_outline.sum()))
+    _count(counts, "holes_dropped", int((~is_outline & ~long_enough).sum()))
+    alive = np.ones(len(polygons), dtype=bool)
+    alive[polygon_of_ring[bad_outline]] = False
+    alive &= ring_count > 0
+    use = long_enough & alive[polygon_of_ring]
+    if not use.all():
+        xy, length, polygon_of_ring = xy[np.repeat(use, length)], length[use], polygon_of_ring[use]
+    if not alive.any():
+        return np.empty(0, dtype=object), np.empty(0, dtype=np.int64)
+
+    ring_offsets = np.concatenate([[0], np.cumsum(length)])
+    per_polygon = np.bincount(polygon_of_ring, minlength=len(polygons))[alive]
+    polygon_offsets = np.concatenate([[0], np.cumsum(per_polygon)])
+    built = shapely.from_ragged_array(shapely.GeometryType.POLYGON, xy, (ring_offsets, polygon_offsets))
+    return _grouped(np.asarray(built, dtype=object), group[alive])
+
+
+def _closed(xy: np.ndarray, length: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rings laid end to end, each ending where it starts; empty rings stay empty."""
+    end = np.cumsum(length)
+    some = np.flatnonzero(length)
+    open_ring = some[(xy[end[some] - 1] != xy[end[some] - length[some]]).any(axis=1)]
+    if not len(open_ring):
+        return xy, length
+    closed = np.insert(xy, end[open_ring], xy[end[open_ring] - length[open_ring]], axis=0)
+    length = length.copy()
+    length[open_ring] += 1
+    return closed, length
+
+
+def _grouped(polygons: np.ndarray, group: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    names, row, size = np.unique(group, return_inverse=True, return_counts=True)
+    if len(names) == len(polygons):
+        return polygons, names
+    geometry = np.empty(len(names), dtype=object)
+    single = size[row] == 1
+    geometry[row[single]] = polygons[single]
+    several = np.flatnonzero(size > 1)
+    rank = np.searchsorted(several, row[~single])
+    geometry[several] = shapely.multipolygons(polygons[~single], indices=rank)
+    return geometry, names
+
+
+def repaired(geometry: np.ndarray, counts: dict[str, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Valid geometries with area, and (K,) int64, which of the given each is.
+
+    Invalid ones are repaired by make_valid, polygon parts kept ("repaired"); what has no area is left out ("zero_area").
+    """
+    geometry = geometry.copy()
+    invalid = np.flatnonzero(~shapely.is_valid(geometry))
+    if len(invalid):
+        geometry[invalid] = polygon_parts(shapely.make_valid(geometry[invalid]))
+    has_area = shapely.area(geometry) > 0
+    _count(counts, "repaired", int(has_area[invalid].sum()))
+    _count(counts, "zero_area", int((~has_area).sum()))
+    kept = np.flatnonzero(has_area)
+    return geometry[kept], kept
+
+
+def polygon_parts(geometry: np.ndarray) -> np.ndarray:
+    """The same geometries with points and lines taken out of collections; an empty polygon where none is left."""
+    geometry = np.array(geometry, dtype=object)
+    mixed = np.flatnonzero(~np.isin(shapely.get_type_id(geometry), (3, 6)))
+    for i in mixed.tolist():  # few: what a repair or a cut leaves of slivers and touching edges
+        parts = shapely.get_parts(shapely.get_parts(geometry[i]))
+        geometry[i] = shapely.union_all(parts[shapely.get_type_id(parts) == 3])
+        if shapely.get_type_id(geometry[i]) not in (3, 6):
+            geometry[i] = shapely.Polygon()
+    return geometry
+
+
+def _count(counts: dict[str, int], name: str, n: int) -> None:
+    if n:
+        counts[name] = counts.get(name, 0) + n
