@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -12,6 +12,7 @@ import shapely
 from annotations.errors import UserError
 
 TISSUE, CELL, PROPOSAL = 0, 1, 2
+UNCLASSIFIED = -1
 MAX_LABELS = int(np.iinfo(np.int16).max)
 
 
@@ -21,14 +22,14 @@ class ObjectTable:
 
     geometry: object (n,), valid shapely Polygon or MultiPolygon of positive area. id: object (n,) of str.
     label: int16 (n,), index into `labels`, -1 unclassified. kind: uint8 (n,), TISSUE, CELL or PROPOSAL.
-    labels: class names, sorted. counts: what reading did, see `annotations.read.COUNTS`.
+    labels: class names, sorted. counts: what reading did, for example features, repaired, points_skipped.
     """
 
     geometry: np.ndarray
     id: np.ndarray
     label: np.ndarray
     kind: np.ndarray
-    labels: tuple[str, ...]
+    labels: tuple[str, ...] = ()
     counts: dict[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -36,34 +37,16 @@ class ObjectTable:
 
     def shifted(self, dx_l0: float, dy_l0: float) -> ObjectTable:
         """The same objects, moved by (dx, dy) level-0 pixels."""
+        if not len(self):
+            return self
         moved = shapely.transform(self.geometry, lambda xy: xy + (dx_l0, dy_l0))
         return replace(self, geometry=np.asarray(moved, dtype=object).reshape(len(self)))
 
 
-def objects(values: Sequence[object] | np.ndarray) -> np.ndarray:
-    """Any sequence as an object array (n,), which numpy would otherwise try to look into."""
-    array = np.empty(len(values), dtype=object)
-    array[:] = values
-    return array
-
-
-def encode_labels(names: Sequence[str | None]) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Class names (None: unclassified) -> int16 (n,) indices, -1 for None, and the sorted distinct names.
-
-    Raises UserError for more classes than an int16 can count.
-    """
-    distinct = tuple(sorted({name for name in names if name is not None}))
-    if len(distinct) > MAX_LABELS:
-        raise UserError(f"{len(distinct)} classes: at most {MAX_LABELS} fit: are object names stored as classes?")
-    index: dict[str | None, int] = {name: i for i, name in enumerate(distinct)}
-    index[None] = -1
-    return np.fromiter((index[name] for name in names), np.int16, len(names)), distinct
-
-
-def empty_table() -> ObjectTable:
+def empty_table(counts: dict[str, int] | None = None, labels: tuple[str, ...] = ()) -> ObjectTable:
     """A table of no objects."""
     none = np.zeros(0, dtype=object)
-    return ObjectTable(none, none, np.zeros(0, np.int16), np.zeros(0, np.uint8), ())
+    return ObjectTable(none, none, np.zeros(0, np.int16), np.zeros(0, np.uint8), labels, dict(counts or {}))
 
 
 def concatenate(tables: Iterable[ObjectTable]) -> ObjectTable:

@@ -44,15 +44,9 @@ def examine() -> list[Check]:
     checks = [Check("Python", sys.version_info >= (3, 11), f"{found['python']} (3.11 or newer)")]
     for package in PACKAGES:
         missing = found[package] == "missing"
-        checks.append(
-            Check(package, not missing, "missing: pip install odis-path again" if missing else found[package])
-        )
+        checks.append(Check(package, not missing, "missing: pip install odis-path again" if missing else found[package]))
     for package, extra in OPTIONAL.items():
-        note = (
-            f"not installed (optional: pip install 'odis-path[{extra}]')"
-            if found[package] == "missing"
-            else found[package]
-        )
+        note = f"not installed (optional: pip install 'odis-path[{extra}]')" if found[package] == "missing" else found[package]
         checks.append(Check(package, True, note))
     for what, probe in (
         ("slide readers", _readers),

@@ -80,9 +80,7 @@ def load_encoder(source: str, *, device: str = "auto", random_weights: bool = Fa
 
 
 @torch.inference_mode()
-def encode(
-    encoder: FrozenEncoder, tiles: np.ndarray, boxes: np.ndarray | None = None, mode: Mode = "full"
-) -> np.ndarray:
+def encode(encoder: FrozenEncoder, tiles: np.ndarray, boxes: np.ndarray | None = None, mode: Mode = "full") -> np.ndarray:
     """Embeddings of tiles, or of one box in each.
 
     tiles: uint8 (B, S, S, 3); boxes: (B, 4) in tile px, needed by every mode but full. Returns float32 (B, D).
@@ -125,9 +123,7 @@ def _cut(tile: np.ndarray, box: np.ndarray, size_px: int) -> torch.Tensor:
     length = min(side, max(2, int(np.ceil(max(box[2] - box[0], box[3] - box[1])))))
     x = int(np.clip(round((box[0] + box[2] - length) / 2), 0, side - length))
     y = int(np.clip(round((box[1] + box[3] - length) / 2), 0, side - length))
-    cut = (
-        torch.from_numpy(np.ascontiguousarray(tile[y : y + length, x : x + length])).permute(2, 0, 1).float().div_(255)
-    )
+    cut = torch.from_numpy(np.ascontiguousarray(tile[y : y + length, x : x + length])).permute(2, 0, 1).float().div_(255)
     return F.interpolate(cut[None], size=(size_px, size_px), mode="bilinear", antialias=True, align_corners=False)[0]
 
 

@@ -53,9 +53,7 @@ class Center(nn.Module):
         return F.softmax((logits.to(self.value.dtype) - self.value) / temperature, dim=-1)
 
 
-def cross_view_loss(
-    teacher: Tensor, student_logits: Tensor, temperature: float, weight: Tensor | None = None
-) -> Tensor:
+def cross_view_loss(teacher: Tensor, student_logits: Tensor, temperature: float, weight: Tensor | None = None) -> Tensor:
     """L_obj: the mean over teacher view q and student view v != q of H(P_t(q), P_s(v)).
 
     teacher: probabilities (Q, B, K) of the global views; student_logits: (V, B, K), the first Q of them the same

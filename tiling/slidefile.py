@@ -285,12 +285,12 @@ def list_slide_files(folder: Path | str) -> list[Path]:
 
 
 def is_slide_file(path: Path) -> bool:
-    """True where the file is HDF5 and says format odis-path."""
+    """True where the file is HDF5 and says format odis-path, and where it cannot be read: a torn file is met, not skipped."""
     try:
         with h5py.File(path, "r", locking=False) as file:
             return file.attrs.get("format") == FORMAT
     except OSError:
-        return False
+        return True
 
 
 def tile_labels(file: SlideFile, min_share: float = 0.5) -> tuple[np.ndarray, list[str]]:

@@ -52,7 +52,7 @@ def embed(
         folder, checkpoint, out, level=level, mode=mode, kinds=kinds, batch=batch, dtype=dtype,
         random_weights=random_weights, device=device, scheduler=scheduler,
     )  # fmt: skip
-    raise typer.Exit(finish(outcomes, "embed", out))
+    raise typer.Exit(finish(outcomes, "embed", out, ("objects",) if level == "object" else ("tiles",)))
 
 
 def doctor() -> None:

@@ -64,7 +64,7 @@ def _show(tile: np.ndarray, view: View) -> np.ndarray:
 
 @torch.inference_mode()
 def obj_attention(checkpoint: str | Path, tiles: np.ndarray, boxes: np.ndarray | None = None) -> np.ndarray:
-    """Last-layer attention of [OBJ] over patches: uint8 (n, S, S, 3), (n, 4) or None for the whole tile -> float32 (n, g, g)."""
+    """Last-layer attention of [OBJ] over patches: uint8 (n, S, S, 3), boxes (n, 4) or None (all) -> float32 (n, g, g)."""
     from odis_path.data.views import normalise
 
     encoder = load_encoder(str(checkpoint), device="cpu")

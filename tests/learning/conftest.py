@@ -70,7 +70,9 @@ def tiny_values(tiles: Path | str, out: Path | str, **sections: dict[str, Any]) 
     """A configuration of a model of width 32 and depth 2, as a plain dict; `sections` replace single keys."""
     values: dict[str, Any] = {
         "data": {"tiles": str(tiles), "workers": 0, "holdout": 0.34},
-        "views": {"global_size": 32, "local_count": 2, "local_size": 16, "turns": "dihedral", "stain_p": 0.5, "stain_scale": 0.2},
+        "views": {
+            "global_size": 32, "local_count": 2, "local_size": 16, "turns": "dihedral", "stain_p": 0.5, "stain_scale": 0.2,
+        },
         "model": {
             "name": "vit_tiny_patch16_224", "drop_path": 0.1,
             "kwargs": {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2},

@@ -129,7 +129,7 @@ def test_broken_feature_files_are_refused(tiny_tiles: Path, run_folder: Path, tm
     embed_cohort(tiny_tiles, str(run_folder), tmp_path)
     with h5py.File(tmp_path / "S0.h5", "r+") as file:
         file["features"][3] = np.nan
-    with pytest.raises(UserError, match="S0.h5: 1 embeddings hold NaN"):
+    with pytest.raises(UserError, match=r"S0\.h5: 1 embeddings hold NaN"):
         features.read_features(tmp_path)
     with h5py.File(tmp_path / "S0.h5", "r+") as file:
         file["features"][3] = 0

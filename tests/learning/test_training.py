@@ -278,7 +278,7 @@ def test_a_config_that_is_no_yaml_or_missing_is_one_line(tmp_path: Path) -> None
 
 
 def test_too_few_tiles_or_indivisible_batches_are_told(tiny_tiles: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="fewer than optim.batch_size=500"):
+    with pytest.raises(UserError, match=r"fewer than optim\.batch_size=500"):
         loop.pretrain(tiny_config(tiny_tiles, tmp_path, optim={"batch_size": 500}))
     with pytest.raises(UserError, match="multiple of 3"):
         loop.pretrain(tiny_config(tiny_tiles, tmp_path, optim={"accumulate": 3}))

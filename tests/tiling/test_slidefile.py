@@ -231,9 +231,12 @@ def test_files_that_are_not_ours_are_named(tmp_path: Path) -> None:
             SlideFile(tmp_path / name)
         assert name in str(error.value)
         assert "\n" not in str(error.value)
+    (tmp_path / "text.h5").unlink()
     with pytest.raises(UserError, match="holds no slide file"):
         list_slide_files(tmp_path)
     with pytest.raises(UserError, match="no such folder"):
         list_slide_files(tmp_path / "nowhere")
     write_slide_file(tmp_path / "mine.h5", meta=meta(tmp_path), coords=grid(1, 1))
-    assert [path.name for path in list_slide_files(tmp_path)] == ["mine.h5"]
+    (tmp_path / "torn.h5").write_bytes((tmp_path / "mine.h5").read_bytes()[:500])
+    # A torn file is listed, so that whoever opens it reports it; another program's file is not.
+    assert [path.name for path in list_slide_files(tmp_path)] == ["mine.h5", "torn.h5"]

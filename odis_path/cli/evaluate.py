@@ -1,0 +1,106 @@
+"""The command evaluate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the root application."""
+    app.command()(evaluate)
+
+
+def evaluate(
+    feats: Annotated[Path, typer.Argument(metavar="FEATS", help="Folder of feature files, as odis-path embed writes it.")],
+    labels: Annotated[str, typer.Option(help="CSV with slide_id and label (and x,y or object), or: annotations.")],
+    probe: Annotated[str, typer.Option(help="knn, linear, prototype or retrieval.")],
+    out: Annotated[Path, typer.Option(help="Folder for results.json, tables and figures.")],
+    groups: Annotated[str, typer.Option(help="What is kept on one side: patient_id, slide_id or none.")] = "patient_id",
+    level: Annotated[str, typer.Option(help="auto, tile, object or slide.")] = "auto",
+    split: Annotated[Path | None, typer.Option(help="CSV with split (train, val, test) and patient_id or slide_id.")] = None,
+    k: Annotated[str, typer.Option("--k", help="Numbers of neighbours to choose from.")] = "1,5,10,20,50",
+    weights: Annotated[str, typer.Option(help="Votes of neighbours: temperature or majority.")] = "temperature",
+    folds: Annotated[int, typer.Option(help="Folds of the cross-validation, without --split.")] = 5,
+    seed: Annotated[int, typer.Option(help="Seed of folds, draws and episodes.")] = 0,
+    bootstrap: Annotated[int, typer.Option(help="Samples for the intervals.")] = 1000,
+    max_rows: Annotated[int, typer.Option(help="Judge at most so many labelled rows, drawn at random.")] = 20000,
+    baseline: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=FOLDER", help="Another feature folder to compare with; repeatable.")
+    ] = None,
+) -> None:
+    """Judge embeddings by a probe, patients kept apart, with intervals and with baselines beside."""
+    from rich.console import Console
+
+    from odis_path.evaluate.run import evaluate_features
+
+    console = Console()
+    with console.status("starting") as status:
+        results = evaluate_features(
+            feats, labels, probe=probe, out=out, groups=groups, level=level, split=split, k=parse_ks(k),
+            weights=weights, folds=folds, seed=seed, bootstrap=bootstrap, max_rows=max_rows,
+            baselines=parse_baselines(baseline or []), tell=status.update,
+        )  # fmt: skip
+    print_results(results, console)
+    typer.echo(f"results in {out}: results.json, table.csv, predictions.csv and figures")
+
+
+def parse_ks(text: str) -> tuple[int, ...]:
+    """ "1,5,10" -> (1, 5, 10). Raises UserError."""
+    from annotations.errors import UserError
+
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(f"--k {text}: whole numbers with commas between, for example 1,5,20") from None
+
+
+def parse_baselines(entries: list[str]) -> dict[str, Path]:
+    """NAME=FOLDER entries -> folder by name. Raises UserError."""
+    from annotations.errors import UserError
+
+    found: dict[str, Path] = {}
+    for entry in entries:
+        name, equals, folder = entry.partition("=")
+        if not equals or not name.strip() or not folder:
+            raise UserError(f"--baseline {entry}: write NAME=FOLDER, for example random=features/random")
+        if name.strip() in found:
+            raise UserError(f"--baseline {entry}: the name {name.strip()} is given twice")
+        found[name.strip()] = Path(folder)
+    return found
+
+
+def print_results(results: dict[str, Any], console: Any) -> None:
+    """Headline and baselines as a table, warnings below it."""
+    from rich.table import Table
+
+    rest = [name for name in results["headline"] if name not in ("balanced_accuracy", "macro_f1")]
+    title = (
+        f"{results['probe']} probe of {results['encoder']}: {results['n']} {results['level']}s, "
+        f"{len(results['labels'])} classes, {results['n_groups']} groups, {results['split']}"
+    )
+    table = Table(title=title)
+    table.add_column("")
+    for name in ("balanced accuracy", "model minus it", "macro F1", *rest):
+        table.add_column(name, justify="right")
+    headline = results["headline"]
+    first = [spell(headline["balanced_accuracy"]), "", spell(headline["macro_f1"]), *(spell(headline[name]) for name in rest)]
+    table.add_row("[bold]this model", *first)
+    for name, values in results["baselines"].items():
+        cells = [values["balanced_accuracy"], values["difference"], values["macro_f1"], *(values.get(key) for key in rest)]
+        table.add_row(name, *map(spell, cells))
+    console.print(table)
+    console.print("in brackets: 95 % interval, whole patients (or what --groups says) drawn anew", style="dim")
+    for warning in results["warnings"]:
+        console.print(f"note: {warning}", markup=False, highlight=False)
+
+
+def spell(value: dict[str, float | None] | None) -> str:
+    """0.812 (0.77 to 0.85)"""
+    if value is None or value["point"] is None:
+        return ""
+    if value["low"] is None:
+        return f"{value['point']:.3f}"
+    return f"{value['point']:.3f} ({value['low']:.2f} to {value['high']:.2f})"

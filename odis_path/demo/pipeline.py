@@ -1,0 +1,244 @@
+"""The whole chain in one command: slides, tiles, boxes, pretraining, embeddings, probes, report."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from annotations.errors import UserError
+
+TILE_PX = 128
+MPP = 0.5
+STEPS = 600  # optimisation steps of the demo recipe: a few minutes on two cores
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """What the user asked for; everything has a default but the output folder."""
+
+    out: Path
+    slides: Path | None = None
+    geojson: Path | None = None
+    assume_mpp: float | None = None
+    manifest: Path | None = None
+    point_size: str | None = None
+    config: str | None = None
+    epochs: float | None = None
+    patients: int = 10
+    slide_px: int = 2048
+    seed: int = 0
+    workers: int | None = None
+
+
+@dataclass
+class Stages:
+    """Seconds of each stage, told as they pass and written to timings.json."""
+
+    out: Path
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        print(f"\n=== {len(self.seconds) + 1}. {name}", flush=True)
+        begin = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - begin
+        (self.out / "timings.json").write_text(json.dumps(self.seconds, indent=2), encoding="utf-8")
+
+    def table(self) -> None:
+        """Each stage with its share of the whole."""
+        from rich.console import Console
+        from rich.table import Table
+
+        total = sum(self.seconds.values())
+        table = Table(title=f"time: {total / 60:.1f} minutes")
+        for title in ("stage", "seconds", "share"):
+            table.add_column(title, justify="left" if title == "stage" else "right")
+        for name, seconds in self.seconds.items():
+            table.add_row(name, f"{seconds:.1f}", f"{seconds / total:.0%}")
+        Console().print(table)
+
+
+def run_demo(settings: DemoSettings) -> int:
+    """Run the chain; returns the exit code. Done stages are skipped when the same command runs again."""
+    out = settings.out
+    if settings.slides is not None and not settings.slides.exists():
+        raise UserError(f"{settings.slides}: no such slide or folder")
+    if settings.geojson is not None and not settings.geojson.exists():
+        raise UserError(f"{settings.geojson}: no such GeoJSON file or folder")
+    out.mkdir(parents=True, exist_ok=True)
+    stages = Stages(out)
+    with stages.stage("slides"):
+        slides, annotations, manifest = settings.slides, settings.geojson, settings.manifest
+        if slides is None:
+            slides, annotations, manifest = make_slides(settings)
+    with stages.stage("tile"):
+        make_tiles(settings, slides, manifest)
+    with stages.stage("annotate" if annotations else "propose"):
+        make_boxes(settings, annotations)
+    with stages.stage("pretrain"):
+        make_model(settings)
+    with stages.stage("embed"):
+        make_features(out)
+    with stages.stage("evaluate"):
+        evaluated = make_probes(out)
+    with stages.stage("report"):
+        command(["report", str(out)])
+    stages.table()
+    for line in evaluated:
+        print(line)
+    print(f"\nopen {(out / 'report.html').resolve()}")
+    return 0
+
+
+def command(arguments: list[str], *, may_fail: bool = False) -> int:
+    """Run one `odis-path` command in a process of its own, as a user would; its failure ends the demo with its message."""
+    print("$ odis-path " + " ".join(arguments), flush=True)
+    code = subprocess.run([sys.executable, "-m", "odis_path", *arguments], check=False).returncode
+    if code and not may_fail:
+        raise UserError(f"odis-path {arguments[0]}: ended with code {code}; its message is above")
+    return code
+
+
+def make_slides(settings: DemoSettings) -> tuple[Path, Path, Path]:
+    """Generated slides, annotations and manifest."""
+    from odis_path.demo.slides import write_cohort
+
+    cohort = settings.out / "cohort"
+    done = cohort / "manifest.csv"
+    if not done.exists():
+        print("the slides of this demo are synthetic: drawn by a program from a seed, no patient's tissue")
+        write_cohort(
+            cohort, patients=settings.patients, side_px=settings.slide_px, seed=settings.seed, workers=settings.workers or 2
+        )
+    return cohort / "slides", cohort / "annotations", done
+
+
+def make_tiles(settings: DemoSettings, slides: Path, manifest: Path | None) -> None:
+    """Scan and tile slides, or import a folder of images."""
+    out, workers = settings.out, ["--workers", str(settings.workers)] if settings.workers else []
+    if is_image_folder(slides):
+        mpp = ["--mpp", str(settings.assume_mpp)] if settings.assume_mpp else []
+        table = ["--manifest", str(manifest)] if manifest else []
+        command(["import", str(slides), "--out", str(out / "tiles"), "--size", str(TILE_PX), *mpp, *table, *workers])
+        return
+    mpp = ["--assume-mpp", str(settings.assume_mpp)] if settings.assume_mpp else []
+    if manifest is None:
+        manifest = out / "manifest.csv"
+        command(["scan", str(slides), "--out", str(manifest)], may_fail=True)
+    code = command(
+        ["tile", str(manifest), "--out", str(out / "tiles"), "--mpp", str(MPP), "--size", str(TILE_PX), *mpp, *workers],
+        may_fail=True,
+    )
+    if code and not list((out / "tiles").glob("*.h5")):
+        raise UserError("no slide could be tiled; the reasons are in the table above")
+
+
+def is_image_folder(path: Path) -> bool:
+    """Whether a folder holds plain images and no slide."""
+    if path.is_file():
+        return path.suffix.lower() in IMAGE_SUFFIXES
+    suffixes = {p.suffix.lower() for p in path.rglob("*") if p.is_file()}
+    return bool(suffixes & set(IMAGE_SUFFIXES)) and not suffixes & {".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".dcm", ".scn"}
+
+
+def make_boxes(settings: DemoSettings, annotations: Path | None) -> None:
+    """Clip annotations to the tiles, or propose boxes where there are none."""
+    tiles = str(settings.out / "tiles")
+    workers = ["--workers", str(settings.workers)] if settings.workers else []
+    if annotations is None:
+        command(["propose", tiles, *workers])
+        return
+    size = ["--point-size", settings.point_size] if settings.point_size else []
+    command(["annotate", tiles, "--annotations", str(annotations), *size, *workers])
+
+
+def make_model(settings: DemoSettings) -> None:
+    """Pretrain with the demo's recipe, or the user's, for as many epochs as make the demo's number of steps."""
+    out = settings.out
+    overrides = [f"data.tiles={out / 'tiles'}", f"run.out={out / 'run'}", f"run.seed={settings.seed}"]
+    if settings.config is None:
+        overrides += fit_recipe(out / "tiles")
+    if settings.epochs is not None:
+        overrides.append(f"optim.epochs={settings.epochs}")
+    command(["pretrain", settings.config or "demo", *overrides])
+
+
+def fit_recipe(tiles: Path) -> list[str]:
+    """Overrides that fit the demo's recipe to a cohort: batch, epochs, kinds of objects, held-out patients."""
+    from odis_path.data.dataset import index_tiles
+    from tiling.slidefile import SlideFile
+
+    index = index_tiles(tiles)
+    kinds: set[int] = set()
+    for path in index.paths:
+        with SlideFile(path) as file:
+            kinds.update(int(kind) for kind in set(file.objects_table()["kind"].tolist()))
+    names = [name for number, name in ((0, "tissue"), (1, "cell"), (2, "proposal")) if number in kinds]
+    chosen = ["tissue"] if "tissue" in names else names or ["tissue"]
+    patients = len(set(index.patients))
+    holdout = 0.4 if patients >= 3 else 0.0
+    batch = max(2, min(32, round(len(index) * (1 - holdout)) // 2))
+    steps_per_epoch = max(1, int(len(index) * (1 - holdout)) // batch)
+    return [
+        f"data.kinds=[{','.join(chosen)}]", f"data.holdout={holdout}", f"optim.batch_size={batch}",
+        f"optim.epochs={STEPS / steps_per_epoch:.3g}", f"eval.every_epochs={STEPS / steps_per_epoch / 5:.3g}",
+    ]  # fmt: skip
+
+
+def make_features(out: Path) -> None:
+    """Tile, slide and object embeddings of the trained encoder, and tile and object ones of an untrained twin."""
+    tiles, run = str(out / "tiles"), str(out / "run")
+    for name, extra in (("odis", []), ("random", ["--random-weights"])):
+        command(["embed", tiles, "--checkpoint", run, "--out", str(out / "features" / f"{name}-tile"), *extra])
+        objects = ["--level", "object", "--mode", "masked", "--kinds", object_kind(out / "tiles")]
+        command(["embed", tiles, "--checkpoint", run, "--out", str(out / "features" / f"{name}-object"), *objects, *extra])
+    slide = ["--level", "slide", "--out", str(out / "features" / "odis-tile")]
+    command(["embed", tiles, "--checkpoint", run, *slide])
+
+
+def object_kind(tiles: Path) -> str:
+    """The kind of objects the demo embeds: tissue where it is annotated, else cells, else proposals."""
+    kinds = next(item for item in fit_recipe(tiles) if item.startswith("data.kinds="))
+    return kinds.split("[")[1].rstrip("]")
+
+
+def make_probes(out: Path) -> list[str]:
+    """k-NN and linear probes on held-out patients; what cannot be probed is said, not hidden. Returns the closing lines."""
+    lines = []
+    probes = [("tile", "knn", "tile-knn"), ("tile", "linear", "tile-linear"), ("object", "knn", "object-knn")]
+    split = ["--split", str(out / "run" / "split.csv")] if has_test_split(out / "run" / "split.csv") else []
+    for level, probe, name in probes:
+        features = out / "features"
+        arguments = [
+            "evaluate", str(features / f"odis-{level}"), "--labels", "annotations", "--probe", probe, "--groups", "patient_id",
+            "--level", level, "--out", str(out / "evaluation" / name),
+            "--baseline", f"random weights={features / f'random-{level}'}", *split,
+        ]  # fmt: skip
+        if command(arguments, may_fail=True):
+            lines.append(f"{level} {probe}: not evaluated; its message above says why")
+            continue
+        lines.append(headline(out / "evaluation" / name / "results.json", f"{level} {probe}"))
+    return lines
+
+
+def has_test_split(path: Path) -> bool:
+    """Whether a run kept patients out."""
+    return path.exists() and ",test" in path.read_text(encoding="utf-8")
+
+
+def headline(results: Path, what: str) -> str:
+    """One line of an evaluation: balanced accuracy with its interval, beside the baselines."""
+    content: dict[str, Any] = json.loads(results.read_text(encoding="utf-8"))
+    point = content["headline"]["balanced_accuracy"]
+    others = ", ".join(f"{name} {value['balanced_accuracy']['point']:.3f}" for name, value in content["baselines"].items())
+    interval = f"{point['point']:.3f} (95% interval {point['low']:.3f} to {point['high']:.3f})"
+    return f"{what}: balanced accuracy {interval} on {content['n_patients']} patients; {others}"

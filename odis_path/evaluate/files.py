@@ -1,0 +1,118 @@
+"""The files of an evaluation: results.json, predictions.csv, table.csv and the figures."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from odis_path.evaluate.bootstrap import Judged
+from odis_path.evaluate.problem import Problem
+from tiling.atomic import atomic_path
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+DPI = 150
+FIGURES = ("confusion", "roc", "k_curve", "c_curve", "shots")
+_PARTS = ("point", "low", "high")
+
+
+def write_all(out: Path, results: dict[str, Any], problem: Problem, judged: Judged) -> None:
+    """Write everything into out; results.json last, so that a folder that holds it holds all. What an earlier evaluation
+    left there goes first."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("results.json", *(f"{figure}.png" for figure in FIGURES)):
+        (out / name).unlink(missing_ok=True)
+    scores = class_scores(judged, problem.n_classes)
+    write_csv(out / "predictions.csv", prediction_lines(problem, judged, scores))
+    write_csv(out / "table.csv", table_lines(results))
+    draw_figures(out, results, problem.y[problem.tested], scores)
+    with atomic_path(out / "results.json") as path:
+        path.write_text(json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def write_csv(path: Path, lines: Iterable[list[Any]]) -> None:
+    """A CSV that is there when it is complete."""
+    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(lines)
+
+
+def class_scores(judged: Judged, n_classes: int) -> np.ndarray:
+    """Scores (t, C) of the judged rows: those of the only episode, or the share of episodes that said the class."""
+    if len(judged.pred) == 1:
+        return judged.scores[0]
+    return np.stack([(judged.pred == c).mean(axis=0) for c in range(n_classes)], axis=1)
+
+
+def prediction_lines(problem: Problem, judged: Judged, scores: np.ndarray) -> Iterator[list[Any]]:
+    """Each judged row: where it is, truth, prediction (of several episodes the commonest), fold, score of each class."""
+    rows, names = problem.tested, problem.names
+    features = problem.features.take(rows)
+    truth, fold = problem.y[rows], problem.plan.fold[rows]
+    predicted = judged.pred[0] if len(judged.pred) == 1 else scores.argmax(axis=1)
+    yield ["slide_id", "patient_id", "x", "y", "object", "label", "predicted", "fold", *(f"score {name}" for name in names)]
+    for i in range(len(rows)):
+        yield [
+            features.slide_id[i], features.patient_id[i], *features.coords[i].tolist(), int(features.object[i]),
+            names[truth[i]], names[predicted[i]], int(fold[i]), *(f"{score:.6g}" for score in scores[i].tolist()),
+        ]  # fmt: skip
+
+
+def table_lines(results: dict[str, Any]) -> Iterator[list[Any]]:
+    """Model and baselines, one measure a line; difference: model minus baseline."""
+    yield ["what", "measure", *_PARTS, *(f"difference_{part}" for part in _PARTS)]
+    for name, value in results["headline"].items():
+        yield ["model", name, *_cells(value), "", "", ""]
+    for baseline, values in results["baselines"].items():
+        for name, value in values.items():
+            if name != "difference":
+                difference = _cells(values["difference"]) if name == "balanced_accuracy" else ["", "", ""]
+                yield [baseline, name, *_cells(value), *difference]
+    for rule, table in results.get("retrieval", {}).items():
+        for k, row in table["per_k"].items():
+            for name, value in row.items():
+                yield [f"model, {rule}", f"{name}@{k}", *_cells(value), "", "", ""]
+    for shots, row in results.get("per_shots", {}).items():
+        yield [
+            f"model, {shots} shots",
+            "balanced_accuracy, episodes' mean and 5 to 95 %",
+            row["mean"],
+            row["p5"],
+            row["p95"],
+            *[""] * 3,
+        ]
+
+
+def _cells(value: dict[str, float | None]) -> list[Any]:
+    return ["" if value[part] is None else value[part] for part in _PARTS]
+
+
+def draw_figures(out: Path, results: dict[str, Any], y: np.ndarray, scores: np.ndarray) -> None:
+    """The figures this probe has, as PNG. y int (t,), scores (t, C)."""
+    from odis_path.evaluate import figures
+    from odis_path.report.result_figures import draw_confusion
+
+    labels = results["labels"]
+    drawn: dict[str, Figure | None] = {
+        "confusion": draw_confusion(np.array(results["confusion"]), labels),
+        "roc": figures.draw_roc(y, scores, labels),
+    }
+    if results.get("per_k"):
+        points = {float(k): score for k, score in results["per_k"].items()}
+        chosen = results["chosen_k"]
+        drawn["k_curve"] = figures.draw_curve(points, chosen, "neighbours asked (k)", "balanced accuracy, validation folds")
+    if results.get("per_C"):
+        points = {float(c): score for c, score in results["per_C"].items()}
+        label = "C (weaker regularisation to the right)"
+        drawn["c_curve"] = figures.draw_curve(points, results["chosen_C"], label, "balanced accuracy, validation folds")
+    if results.get("per_shots"):
+        drawn["shots"] = figures.draw_shots(results["per_shots"])
+    for name, figure in drawn.items():
+        if figure is not None:
+            with atomic_path(out / f"{name}.png") as path, path.open("wb") as file:
+                figure.savefig(file, format="png", dpi=DPI, facecolor="white")

@@ -1,0 +1,192 @@
+"""Write feature files: one HDF5 file per slide with its embeddings, and slides.parquet with one row per slide.
+
+`/features` (N, D) and `/coords` (N, 2) are laid out as TRIDENT, Patho-Bench and CLAM read them; `/object_features` (M, D)
+goes with the file's own `/boxes` and `/objects`; `/tile_label` (N,) is the tissue class of each tile. A file is complete
+or absent at every moment. The reading half is odis_path.features.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from annotations.errors import UserError
+from tiling.atomic import atomic_path
+from tiling.slidefile import SlideFile, tile_labels
+from tiling.slidewrite import GroupContent, parameters_hash, replace_groups, software_version, write_group
+
+FORMAT = "odis-path-features"
+FORMAT_VERSION = 1
+DATASETS = {"tile": "features", "object": "object_features"}
+SLIDES_FILE = "slides.parquet"
+_OBJECT_PARTS = ("object_features", "boxes", "objects")
+
+
+def write_features(
+    path: Path,
+    *,
+    level: str,
+    features: np.ndarray,
+    slide_file: SlideFile,
+    encoder: str,
+    mode: str,
+    dtype: str = "float16",
+    parameters: Mapping[str, Any] | None = None,
+    box_rows: np.ndarray | None = None,
+) -> None:
+    """Write the embeddings of one slide, or add them to its feature file; crash-safe.
+
+    level "tile": features (N, D) in the order of /coords. level "object": features (M, D) in the order of the slide
+    file's /boxes, or of its rows `box_rows` (ascending). What the file holds at the other level stays when it is of
+    the same tiles and boxes, and goes when it is not. Raises UserError where it is of another encoder or mode, and
+    ValueError where the number of rows is wrong.
+    """
+    path, features = Path(path), np.asarray(features)
+    boxes = slide_file.boxes_table()
+    rows = np.arange(len(boxes["object"])) if box_rows is None else np.asarray(box_rows, dtype=np.int64)
+    expected = len(slide_file) if level == "tile" else len(rows)
+    if features.ndim != 2 or len(features) != expected:
+        raise ValueError(f"{path}: features of shape {features.shape} for {expected} {level}s")
+    stored = features.astype(dtype)
+    if not np.isfinite(stored).all():
+        what = "larger than float16 can hold: say --dtype float32" if np.isfinite(features).all() else "NaN or infinite"
+        raise UserError(f"{path}: embeddings of encoder {encoder} are {what}")
+    text, digest = parameters_hash(parameters or {})
+    attrs = {"encoder": encoder, "name": slide_file.slide_id, "mode": mode, "parameters": text, "parameters_sha256": digest}
+    content: dict[str, GroupContent] = {"coords": (slide_file.coords, slide_file.coords_attrs)}
+    content[DATASETS[level]] = (stored, attrs)
+    content["tile_label"] = _tile_label(slide_file)
+    if level == "object":
+        content |= {"boxes": _boxes(boxes, rows), "objects": _objects(slide_file)}
+    root = _root_attrs(slide_file, text, digest)
+    if not path.exists():
+        _write_new(path, content, root)
+        return
+    content |= dict.fromkeys(_stale(path, level, root, encoder, mode))
+    replace_groups(path, content, root_attrs=root)
+
+
+def embedded_already(path: Path, level: str, slide_path: Path, parameters: Mapping[str, Any]) -> bool:
+    """Whether a feature file holds this level of this slide file, made with these parameters.
+
+    Tiles embedded whole do not depend on the annotations: when only those have changed, the stored labels are brought up
+    to date here and the embeddings stay.
+    """
+    path = Path(path)
+    if not path.exists():
+        return False
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            dataset = file.get(DATASETS[level])
+            if dataset is None or dataset.attrs.get("parameters_sha256") != parameters_hash(parameters)[1]:
+                return False
+            had = {key: str(file.attrs.get(key, "")) for key in ("tiles_sha256", "objects_sha256", "patient_id", "source")}
+            other = level == "tile" and DATASETS["object"] in file
+            mode = dataset.attrs.get("mode")
+    except OSError:
+        return False
+    with SlideFile(slide_path) as slide_file:
+        root = _root_attrs(slide_file, *parameters_hash(parameters))
+        if had == {key: str(root[key]) for key in had}:
+            return True
+        objects_changed = had["objects_sha256"] != root["objects_sha256"]
+        if had["tiles_sha256"] != root["tiles_sha256"] or (objects_changed and (level != "tile" or mode != "full" or other)):
+            return False
+        replace_groups(path, {"tile_label": _tile_label(slide_file)}, root_attrs=root)
+    return True
+
+
+def _write_new(path: Path, content: Mapping[str, GroupContent], root: Mapping[str, Any]) -> None:
+    with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
+        file.attrs.update(dict(root))
+        for name, value in content.items():
+            write_group(file, name, value)
+
+
+def _root_attrs(slide_file: SlideFile, parameters: str, parameters_sha256: str) -> dict[str, Any]:
+    tiles, boxes, objects = hashlib.sha256(), hashlib.sha256(), slide_file.objects_table()
+    for key in ("parameters_sha256", "source_size", "source_mtime_ns"):
+        tiles.update(str(slide_file.attrs.get(key, "")).encode() + b"\0")
+    tiles.update(slide_file.coords.tobytes())
+    for array in slide_file.boxes_table().values():
+        boxes.update(np.ascontiguousarray(array).tobytes())
+    for key in ("label", "kind", "area_um2"):
+        boxes.update(np.ascontiguousarray(objects[key]).tobytes())
+    boxes.update(json.dumps([objects["labels"], [str(i) for i in objects["id"]]]).encode())
+    return {
+        "format": FORMAT, "format_version": FORMAT_VERSION, "slide_id": slide_file.slide_id,
+        "patient_id": slide_file.patient_id, "source": str(slide_file.path.absolute()), "parameters": parameters,
+        "parameters_sha256": parameters_sha256, "software_version": software_version(),
+        "tiles_sha256": tiles.hexdigest(), "objects_sha256": boxes.hexdigest(),
+    }  # fmt: skip
+
+
+def _tile_label(slide_file: SlideFile) -> GroupContent:
+    """The tissue class of each tile; None where the slide has no annotated classes."""
+    labels, names = tile_labels(slide_file)
+    return (labels, {"labels": list(names)}) if names else None
+
+
+def _boxes(boxes: Mapping[str, np.ndarray], rows: np.ndarray) -> dict[str, np.ndarray]:
+    """/boxes with some of its rows."""
+    kept = np.zeros(len(boxes["object"]), dtype=bool)
+    kept[rows] = True
+    before = np.concatenate([[0], np.cumsum(kept)])
+    return {
+        "xyxy": boxes["xyxy"][rows], "object": boxes["object"][rows], "visible": boxes["visible"][rows],
+        "offsets": before[boxes["offsets"]].astype(np.int64),
+    }  # fmt: skip
+
+
+def _objects(slide_file: SlideFile) -> dict[str, Any]:
+    table = slide_file.objects_table()
+    values = {name: table[name] for name in ("label", "kind", "area_um2")}
+    return {"id": [str(i) for i in table["id"]], **values, "attrs": {"labels": list(table["labels"])}}
+
+
+def _stale(path: Path, level: str, root: Mapping[str, Any], encoder: str, mode: str) -> list[str]:
+    """What of an existing feature file no longer goes with the slide file. UserError for another encoder or mode."""
+    other = DATASETS["object" if level == "tile" else "tile"]
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            if file.attrs.get("format") != FORMAT:
+                raise UserError(f"{path}: exists and is not a feature file: give another --out")
+            tiles_changed = file.attrs.get("tiles_sha256") != root["tiles_sha256"]
+            objects_changed = file.attrs.get("objects_sha256") != root["objects_sha256"]
+            found = {key: str(file[other].attrs.get(key)) for key in ("encoder", "mode")} if other in file else None
+    except OSError as error:
+        raise UserError(
+            f"{path}: not a readable HDF5 file ({' '.join(str(error).split())}): remove it and embed again"
+        ) from None
+    if found is None:
+        return []
+    goes_with_objects = level == "tile" or found["mode"] != "full"
+    if tiles_changed or (objects_changed and goes_with_objects):
+        return list(_OBJECT_PARTS) if level == "tile" else [other]
+    if found != {"encoder": encoder, "mode": mode}:
+        raise UserError(
+            f"{path}: holds /{other} of encoder {found['encoder']}, mode {found['mode']}, not {encoder}, mode {mode}: "
+            "one folder holds one encoder and mode, so give another --out"
+        )
+    return []
+
+
+def write_slides_parquet(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
+    """slides.parquet: slide_id, patient_id, n_tiles, encoder, mode, features (float32 (D,)) of each row; crash-safe."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = [{**row, "features": np.asarray(row["features"], dtype=np.float32).tolist()} for row in rows]
+    schema = pa.schema([
+        ("slide_id", pa.string()), ("patient_id", pa.string()), ("n_tiles", pa.int64()), ("encoder", pa.string()),
+        ("mode", pa.string()), ("features", pa.list_(pa.float32())),
+    ])  # fmt: skip
+    with atomic_path(Path(path)) as temporary:
+        pq.write_table(pa.Table.from_pylist(table, schema=schema), temporary)
+    return Path(path)

@@ -1,0 +1,186 @@
+"""Put a report together: find, draw, render, write."""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import io
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from odis_path.report import style
+from odis_path.report.cohort import Cohort, read_cohort
+from odis_path.report.collect import Findings, find_everything
+from odis_path.report.results import Evaluation, read_evaluation
+
+
+@dataclass(frozen=True)
+class FigureItem:
+    """A picture with one sentence below it; `alt` says what it shows to those who do not see it."""
+
+    path: Path
+    caption: str
+    alt: str
+    narrow: bool = False
+    photo: bool = False
+
+    @property
+    def uri(self) -> str:
+        """The picture as a data URI; photographs as JPEG, which keeps the page to a few megabytes."""
+        if not self.photo:
+            return "data:image/png;base64," + base64.b64encode(self.path.read_bytes()).decode()
+        from PIL import Image
+
+        buffer = io.BytesIO()
+        with Image.open(self.path) as image:
+            image.convert("RGB").save(buffer, "JPEG", quality=88, subsampling=0)
+        return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+@dataclass(frozen=True)
+class TableItem:
+    """A table. A row of one cell is a heading across all columns.
+
+    `numeric` are the columns of numbers, `strong` the rows to stress; with `fold` it is folded away under that title.
+    """
+
+    columns: list[str]
+    rows: list[list[str]]
+    caption: str = ""
+    numeric: frozenset[int] = frozenset()
+    strong: frozenset[int] = frozenset()
+    fold: str = ""
+
+
+@dataclass(frozen=True)
+class TextItem:
+    """A paragraph."""
+
+    text: str
+    lead: bool = False
+
+
+@dataclass(frozen=True)
+class FoldItem:
+    """Text that is folded away until asked for, such as a configuration; it is printed unfolded."""
+
+    title: str
+    text: str
+
+
+Item = FigureItem | TableItem | TextItem | FoldItem
+
+
+@dataclass
+class Section:
+    """A part of the report under one heading."""
+
+    anchor: str
+    title: str
+    items: list[Item] = field(default_factory=list)
+
+
+@dataclass
+class Report:
+    """What sections draw on, and where they put their pictures and numbers."""
+
+    found: Findings
+    cohort: Cohort
+    evaluations: list[Evaluation]
+    files: Path
+    problems: list[str] = field(default_factory=list)
+    numbers: dict[str, Any] = field(default_factory=dict)
+    _used: set[str] = field(default_factory=set)
+
+    def figure(
+        self, name: str, figure: Any, caption: str, alt: str, *, narrow: bool = False, photo: bool = False
+    ) -> FigureItem:
+        """Save a matplotlib figure as PNG among the report's files."""
+        path = self.files / self.unused(name, ".png")
+        style.save_png(figure, path)
+        return FigureItem(path, caption, alt, narrow, photo)
+
+    def unused(self, name: str, suffix: str) -> str:
+        """A file name made of `name` that no earlier figure or table has."""
+        clean = "".join(c if c.isalnum() or c in "-_." else "-" for c in name).strip("-.") or "figure"
+        number, candidate = 1, clean + suffix
+        while candidate in self._used:
+            number += 1
+            candidate = f"{clean}-{number}{suffix}"
+        self._used.add(candidate)
+        return candidate
+
+    def write_csv(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
+        import csv
+
+        with (self.files / self.unused(name, ".csv")).open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(columns)
+            writer.writerows(rows)
+
+    @property
+    def class_names(self) -> list[str]:
+        """Every class of the report, tissue first, in the order colours are given."""
+        names = [n for kind in ("tissue", "cell", "proposal") for n in self.cohort.classes(kind)]
+        names += [n for e in self.evaluations for n in e.labels]
+        return list(dict.fromkeys(names))
+
+    @property
+    def colors(self) -> dict[str, str]:
+        return style.class_colors(self.class_names)
+
+
+def build_report(folder: Path, out: Path | None) -> Path:
+    """Write the page and the files beside it; see `odis_path.report.write_report`."""
+    from odis_path.report import sections
+
+    out = folder / "report.html" if out is None else out
+    files = out.with_name(f"{out.stem}_files")
+    found = find_everything(folder, leave_out=files)
+    cohort = read_cohort(found.slides)
+    evaluations = [read_evaluation(e) for e in found.evaluations]
+    files.mkdir(parents=True, exist_ok=True)
+    if (files / "report.json").is_file():  # an earlier report's files; nobody else's are touched
+        for old in (*files.glob("*.png"), *files.glob("*.csv")):
+            old.unlink()
+    report = Report(found, cohort, evaluations, files, problems=[*found.problems, *cohort.problems])
+    parts = [section for make in sections.ORDER if (section := make(report)) is not None and section.items]
+    write_numbers(report)
+    write_page(report, parts, out)
+    return out
+
+
+def write_numbers(report: Report) -> None:
+    """All numbers of the report as `report.json` among its files."""
+    from tiling.atomic import atomic_path
+
+    with atomic_path(report.files / "report.json") as temporary:
+        temporary.write_text(json.dumps(report.numbers, indent=1, default=str), encoding="utf-8")
+
+
+def write_page(report: Report, parts: list[Section], out: Path) -> None:
+    """Render the template to one HTML file that needs nothing else."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    from odis_path import __version__
+    from tiling.atomic import atomic_path
+
+    environment = Environment(
+        loader=PackageLoader("odis_path.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    synthetic = report.cohort.synthetic
+    page = environment.get_template("page.html.j2").render(
+        title=report.found.root.resolve().name,
+        sections=parts,
+        problems=report.problems,
+        version=__version__,
+        date=f"{datetime.date.today():%d %B %Y}".lstrip("0"),
+        synthetic=len(synthetic),
+        all_synthetic=len(synthetic) == len(report.cohort.rows),
+        files=report.files.name,
+    )
+    with atomic_path(out) as temporary:
+        temporary.write_text(page, encoding="utf-8")

@@ -1,0 +1,162 @@
+"""Figures of results: scores with intervals, confusion matrices, neighbours against score, training curves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from odis_path.report import style
+from odis_path.report.collect import RunFound
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Score:
+    """A number with its 95% interval (None where there is none)."""
+
+    point: float
+    low: float | None = None
+    high: float | None = None
+
+    def __str__(self) -> str:
+        return self._text(".3f")
+
+    def signed(self) -> str:
+        """The text of a difference: with its sign."""
+        return self._text("+.3f").replace("-", "−")
+
+    def _text(self, form: str) -> str:
+        text = format(self.point, form)
+        if self.low is None or self.high is None:
+            return text
+        return f"{text} ({format(self.low, form)} to {format(self.high, form)})"
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A line of the score plot: what was scored, and whether it is the model or something it is compared with."""
+
+    label: str
+    score: Score
+    is_model: bool
+
+
+def draw_scores(groups: Sequence[tuple[str, Sequence[Bar]]], chance: Sequence[float | None], xlabel: str) -> Figure:
+    """Points with intervals, one block per evaluation; the model filled and dark, baselines hollow and grey."""
+    lines = sum(len(bars) + 1 for _, bars in groups)
+    figure = style.new_figure(style.WIDTH_IN, 0.34 * lines + 0.95)
+    with style.styled():
+        axes = figure.subplots()
+        y, ticks, labels = 0.0, [], []
+        for (title, bars), guess in zip(groups, chance, strict=True):
+            axes.text(0.0, y, title, fontweight="bold", va="center", fontsize=10)
+            top = y + 0.5
+            for bar in bars:
+                y += 1
+                ticks.append(y)
+                labels.append(bar.label)
+                _draw_bar(axes, y, bar)
+            if guess is not None:
+                axes.plot([guess, guess], [top, y + 0.5], color=style.MUTED, lw=1.2, ls=":")
+                axes.text(guess, y + 0.72, "guessing", fontsize=8, color=style.MUTED, ha="center", va="center")
+            y += 1.35
+        axes.set(yticks=ticks, yticklabels=labels, xlim=(0, 1.09), ylim=(y - 0.1, -0.7), xlabel=xlabel)
+        axes.set_xticks(np.arange(0, 1.01, 0.2))
+        axes.tick_params(axis="y", length=0)
+        axes.spines["left"].set_visible(False)
+        axes.grid(axis="x", lw=0.7)
+        axes.set_axisbelow(True)
+    return figure
+
+
+def _draw_bar(axes: Any, y: float, bar: Bar) -> None:
+    color = style.ACCENT if bar.is_model else style.GREY
+    low, high = bar.score.low, bar.score.high
+    axes.barh(y, bar.score.point, height=0.62, color=color, alpha=0.9 if bar.is_model else 0.55, lw=0)
+    if low is not None and high is not None:
+        axes.plot([low, high], [y, y], color=style.INK, lw=1.6)
+        for end in (low, high):
+            axes.plot([end, end], [y - 0.16, y + 0.16], color=style.INK, lw=1.6)
+    at = max(bar.score.point, high if high is not None else 0) + 0.012
+    weight = "bold" if bar.is_model else "normal"
+    axes.text(at, y, f"{bar.score.point:.2f}", va="center", fontsize=9.5, fontweight=weight)
+
+
+def draw_confusion(counts: np.ndarray, labels: Sequence[str]) -> Figure:
+    """(C, C) counts, rows the truth: colour is the share of the row, the number in a cell is the count."""
+    classes = len(labels)
+    size = min(0.8 * classes + 2.4, style.WIDTH_IN)
+    figure = style.new_figure(size, 0.9 * size)
+    share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    with style.styled():
+        axes = figure.subplots()
+        axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+        if classes <= 15:
+            for i, j in np.ndindex(classes, classes):
+                color = "white" if share[i, j] > 0.55 else style.INK
+                count = f"{counts[i, j]:,.0f}" if float(counts[i, j]).is_integer() else f"{counts[i, j]:,.1f}"
+                text = f"{count}\n{share[i, j]:.0%}" if counts[i, j] else "0"
+                axes.text(j, i, text, ha="center", va="center", fontsize=11, color=color)
+        axes.set_xticks(range(classes), labels, rotation=35, ha="right", rotation_mode="anchor")
+        axes.set_yticks(range(classes), labels)
+        axes.set_xlabel("what the model said", fontsize=12)
+        axes.set_ylabel("what it is", fontsize=12)
+        axes.tick_params(length=0, labelsize=12)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+    return figure
+
+
+def draw_per_k(series: Sequence[tuple[str, list[int], list[float], int | None]]) -> Figure:
+    """Number of neighbours against balanced accuracy, one line per evaluation; a ring marks the k that was used."""
+    figure = style.new_figure(style.WIDTH_IN, 3.2)
+    with style.styled():
+        axes = figure.subplots()
+        for i, (label, ks, scores, used) in enumerate(series):
+            color = style.PALETTE[i % len(style.PALETTE)]
+            axes.plot(ks, scores, color=color, marker=style.MARKERS[i % len(style.MARKERS)], label=label)
+            if used in ks:
+                axes.scatter([used], [scores[ks.index(used)]], s=170, fc="none", ec=color, lw=1.8)
+        axes.set_xscale("log")
+        ks = sorted({k for _, values, _, _ in series for k in values})
+        axes.set_xticks(ks, [str(k) for k in ks])
+        axes.minorticks_off()
+        axes.set(xlabel="neighbours asked (k)", ylabel="balanced accuracy")
+        axes.set_ylim(0, 1)
+        axes.grid(axis="y", lw=0.7)
+        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=9)
+    return figure
+
+
+def draw_training(runs: Sequence[RunFound]) -> Figure:
+    """Loss, k-NN on held-out patients and learning rate against epochs; one run shows its loss in parts."""
+    figure = style.new_figure(style.WIDTH_IN, 3.6)
+    parts = [("loss", "total"), ("loss_obj", "[OBJ] token"), ("loss_patch", "hidden patches")]
+    with style.styled():
+        loss, knn, rate = figure.subplots(1, 3)
+        for i, run in enumerate(runs):
+            color, marker = style.PALETTE[i % len(style.PALETTE)], style.MARKERS[i % len(style.MARKERS)]
+            keys = parts if len(runs) == 1 else [("loss", run.name)]
+            for j, (key, label) in enumerate(keys):
+                x, y = run.series(key)
+                if x and (len(runs) > 1 or any(y)):
+                    loss.plot(x, y, color=style.PALETTE[i + j], lw=1.8, label=label, ls=("-", "--", ":")[j])
+            x, y = run.series("knn_balanced_accuracy")
+            knn.plot(x, y, color=color, marker=marker, ms=4.5, label=run.name)
+            knn.set_ylim(0, 1)
+            rate.plot(*run.series("lr"), color=color, label=run.name)
+        if not knn.lines or not any(len(line.get_xdata()) for line in knn.lines):
+            knn.text(0.5, 0.5, "not measured", transform=knn.transAxes, ha="center", color=style.MUTED)
+        for axes, title in ((loss, "loss"), (knn, "k-NN balanced accuracy"), (rate, "learning rate")):
+            axes.set_title(title)
+            axes.set_xlabel("epoch")
+            axes.grid(axis="y", lw=0.7)
+        rate.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        handles, labels = loss.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9)
+    return figure
