@@ -39,7 +39,7 @@ class ObjectTable:
         """The same objects, moved by (dx, dy) level-0 pixels."""
         if not len(self):
             return self
-        moved = shapely.transform(self.geometry, lambda xy: xy + (dx_l0, dy_l0))
+        moved = shapely.transform(self.geometry, lambda xy: np.add(xy, [dx_l0, dy_l0]))
         return replace(self, geometry=np.asarray(moved, dtype=object).reshape(len(self)))
 
 

@@ -39,7 +39,8 @@ class FeatureSet:
     x: float32 (n, D). slide_id, patient_id (may be ""): object (str) (n,). coords: int64 (n, 2), the tile's top-left in
     level-0 pixels (-1 for slides). tile: int64 (n,), row of the tile in the file (-1 for slides). object: int64 (n,), row
     in /objects, -1 for tiles and slides. xyxy: float32 (n, 4), the box x0 y0 x1 y1 in target pixels of the tile, NaN
-    where none. visible: float32 (n,), share of the object in its box, 1 where there is none. label: int64 (n,) into `labels`, -1 none.
+    where none. visible: float32 (n,), share of the object in its box, 1 where there is none. label: int64 (n,) into
+    `labels`, -1 none.
     mpp: micrometres per target pixel (NaN where not known). sources: slide_id -> slide file. parameters: of the embedding.
     """
 

@@ -66,7 +66,7 @@ def annotate_cohort(
     objects, "auto" goes by what each says. point_size: side of the square a point becomes, "12um" (as is a bare
     number) or "24px" of level 0; None skips points.
 
-    Each outcome's info has objects, boxes, repaired, skipped, outside. A slide without annotations is fine and says so;
+    Each outcome's info has objects, boxes, repaired, left_out, outside. A slide without annotations is fine and says so;
     one with the same boxes already is skipped. Raises UserError for settings and paths that cannot be, and where no
     annotation file belongs to any slide.
     """
@@ -87,8 +87,6 @@ def annotate_cohort(
     work = partial(annotate_slide, settings=settings)
     outcomes = run_cohort(items, work, title="annotate", workers=workers, scheduler=scheduler, name=_name)
     for (_, own), outcome in zip(items, outcomes, strict=True):
-        if "left_out" in outcome.info:
-            outcome.info["skipped"] = outcome.info.pop("left_out")
         if not own and unused:
             outcome.message += f" ({len(unused)} annotation files belong to no slide, for instance {unused[0]})"
     return outcomes
@@ -252,7 +250,7 @@ def _check_on_slide(file: SlideFile, path: Path, table: ObjectTable, shift: tupl
 
 
 def _outcome(result: dict[str, Any], done: bool = False) -> dict[str, Any]:
-    """What the cohort shows of one slide. `skipped` tells the cohort of finished work: objects skipped are `left_out`."""
+    """What the cohort shows of one slide."""
     shown = {key: result[key] for key in ("objects", "boxes", "repaired", "outside", "origin")}
     shown["left_out"] = result["skipped"]
     return {**shown, "skipped": done, "message": _message(result)}

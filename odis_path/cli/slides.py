@@ -116,7 +116,7 @@ def annotate(
         workers=workers,
         scheduler=scheduler,
     )
-    _end(outcomes, "annotate", folder, ("objects", "boxes"))
+    _end(outcomes, "annotate", folder, ("objects", "boxes", "repaired", "left_out", "outside"))
 
 
 def propose(

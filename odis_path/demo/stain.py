@@ -17,15 +17,21 @@ MEAN_H, MEAN_E = 0.44, 0.52  # the mean concentrations every tissue type is brou
 
 @dataclass(frozen=True)
 class Stain:
-    """The look of one slide: optical density per unit of H and E (3,), and the colour of empty glass (3,)."""
+    """The look of one slide.
+
+    h, e: optical density per unit of dye (3,); glass: colour of empty glass (3,); blur_um: sigma of the scanner's focus;
+    noise: standard deviation of the camera in grey levels.
+    """
 
     h: np.ndarray
     e: np.ndarray
     glass: np.ndarray
+    blur_um: float
+    noise: float
 
 
 def draw_stain(rng: np.random.Generator) -> Stain:
-    """A stain as different laboratories make it: hue of both dyes, their strength, and the lamp all vary."""
+    """A stain as different laboratories make it: hue of both dyes, their strength, lamp, focus and noise all vary."""
     h = np.array([0.60, 0.70, 0.36]) + rng.normal(0, [0.07, 0.05, 0.07])
     e = np.array([0.14, 0.88, 0.38]) + rng.normal(0, [0.06, 0.06, 0.09])
     h, e = h.clip(0.05), e.clip(0.02)
@@ -35,6 +41,8 @@ def draw_stain(rng: np.random.Generator) -> Stain:
         strength[0] * h / np.linalg.norm(h),
         strength[1] * e / np.linalg.norm(e),
         glass.clip(225, 253),
+        blur_um=rng.uniform(0.25, 0.95),  # focus and noise differ by scanner, so that fine grain alone says little
+        noise=float(np.exp(rng.uniform(np.log(1.0), np.log(6.0)))),
     )
 
 
@@ -70,18 +78,18 @@ def balance(h: np.ndarray, e: np.ndarray, room: np.ndarray, types: np.ndarray, s
 
 
 def develop(rng: np.random.Generator, h: np.ndarray, e: np.ndarray, types: np.ndarray, stain: Stain, mpp: float) -> np.ndarray:
-    """Concentrations (side, side) -> uint8 (side, side, 3): uneven thickness, slight blur, camera noise."""
+    """Concentrations (side, side) -> uint8 (side, side, 3): uneven thickness, the slide's blur and camera noise."""
     from scipy import ndimage
 
     side = len(h)
     uneven = [1 + 0.09 * smooth_noise(rng, side, length / mpp) for length in (160, 160)]
     tissue = ndimage.gaussian_filter((types != BACKGROUND).astype(np.float32), 1.2)
     dust = 0.004 * smooth_noise(rng, side, 200 / mpp)
-    h = ndimage.gaussian_filter(h.clip(0) * uneven[0], 0.35 / mpp) * tissue
-    e = ndimage.gaussian_filter(e.clip(0) * uneven[1], 0.35 / mpp) * tissue
+    h = ndimage.gaussian_filter(h.clip(0) * uneven[0], stain.blur_um / mpp) * tissue
+    e = ndimage.gaussian_filter(e.clip(0) * uneven[1], stain.blur_um / mpp) * tissue
     out = np.empty((side, side, 3), np.uint8)
     for channel in range(3):
         density = h * np.float32(stain.h[channel]) + e * np.float32(stain.e[channel]) + dust
-        noise = rng.standard_normal((side, side), dtype=np.float32) * np.float32(2.2)
+        noise = rng.standard_normal((side, side), dtype=np.float32) * np.float32(stain.noise)
         out[..., channel] = (np.exp(-density) * np.float32(stain.glass[channel]) + noise).clip(0, 255)
     return out

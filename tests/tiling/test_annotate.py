@@ -47,7 +47,7 @@ def test_objects_and_boxes_are_stored(tmp_path: Path) -> None:
     (outcome,) = annotate_cohort(tmp_path / "s", source)
     assert outcome.ok
     assert not outcome.skipped
-    wanted = {"objects": 2, "boxes": 3, "repaired": 0, "skipped": 0, "outside": 0, "origin": "level0"}
+    wanted = {"objects": 2, "boxes": 3, "repaired": 0, "left_out": 0, "outside": 0, "origin": "level0"}
     assert outcome.info == wanted
     assert outcome.message == ""
     with SlideFile(path) as file:
@@ -183,11 +183,11 @@ def test_points_need_an_extent(tmp_path: Path) -> None:
     source = save(tmp_path / "a.geojson", *points, feature({"type": "LineString", "coordinates": [[0, 0], [1, 1]]}))
     (outcome,) = annotate_cohort(tmp_path / "s", source)
     assert outcome.info["objects"] == 0
-    assert outcome.info["skipped"] == 3
+    assert outcome.info["left_out"] == 3
     assert "2 points skipped: give them an extent with --point-size" in outcome.message
     for size, side in (("12um", 24), (12, 24), ("24px", 12), ("6 µm", 12)):
         (outcome,) = annotate_cohort(tmp_path / "s", source, point_size=size)
-        assert (outcome.info["objects"], outcome.info["skipped"]) == (2, 1)
+        assert (outcome.info["objects"], outcome.info["left_out"]) == (2, 1)
         with SlideFile(path) as file:
             x0, y0, x1, y1 = file.boxes(0)[0].tolist()
             assert (x1 - x0, y1 - y0) == (side, side)
