@@ -16,7 +16,7 @@ from annotations.errors import UserError
 
 TILE_PX = 128
 MPP = 0.5
-STEPS = 600  # optimisation steps of the demo recipe: a few minutes on two cores
+STEPS = 700  # optimisation steps of the demo recipe: a few minutes on two cores
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
@@ -240,5 +240,7 @@ def headline(results: Path, what: str) -> str:
     content: dict[str, Any] = json.loads(results.read_text(encoding="utf-8"))
     point = content["headline"]["balanced_accuracy"]
     others = ", ".join(f"{name} {value['balanced_accuracy']['point']:.3f}" for name, value in content["baselines"].items())
-    interval = f"{point['point']:.3f} (95% interval {point['low']:.3f} to {point['high']:.3f})"
-    return f"{what}: balanced accuracy {interval} on {content['n_patients']} patients; {others}"
+    interval = "no interval from one patient"
+    if point["low"] is not None:
+        interval = f"95% interval {point['low']:.3f} to {point['high']:.3f}"
+    return f"{what}: balanced accuracy {point['point']:.3f} ({interval}) on {content['n_patients']} patients; {others}"

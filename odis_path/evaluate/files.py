@@ -17,7 +17,6 @@ from tiling.atomic import atomic_path
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-DPI = 150
 FIGURES = ("confusion", "roc", "k_curve", "c_curve", "shots")
 _PARTS = ("point", "low", "high")
 
@@ -95,6 +94,7 @@ def _cells(value: dict[str, float | None]) -> list[Any]:
 def draw_figures(out: Path, results: dict[str, Any], y: np.ndarray, scores: np.ndarray) -> None:
     """The figures this probe has, as PNG. y int (t,), scores (t, C)."""
     from odis_path.evaluate import figures
+    from odis_path.report import style
     from odis_path.report.result_figures import draw_confusion
 
     labels = results["labels"]
@@ -114,5 +114,5 @@ def draw_figures(out: Path, results: dict[str, Any], y: np.ndarray, scores: np.n
         drawn["shots"] = figures.draw_shots(results["per_shots"])
     for name, figure in drawn.items():
         if figure is not None:
-            with atomic_path(out / f"{name}.png") as path, path.open("wb") as file:
-                figure.savefig(file, format="png", dpi=DPI, facecolor="white")
+            with atomic_path(out / f"{name}.png") as path:
+                style.save_png(figure, path)

@@ -271,6 +271,8 @@ def prototype_probe(
     (minus the squared distance) too, of the first episodes, which the AUROC takes.
     """
     features = np.asarray(x, dtype=np.float32) if metric == "cosine" else in_space(x, metric)
+    features = features - features.mean(axis=0)  # changes no distance, and spares digits
+    asked = [(rows, features[rows], (features[rows] ** 2).sum(axis=1)) for rows in (plan.rows(r.test) for r in plan.rounds)]
     tested = plan.tested
     place = np.full(len(y), -1)
     place[tested] = np.arange(len(tested))
@@ -283,11 +285,12 @@ def prototype_probe(
         orders = {n: _support_order(y, plan, r, (seed, episode, n)) for n, r in enumerate(plan.rounds)}
         for s in shots:
             now = np.full((len(tested), n_classes), -np.inf, dtype=np.float32)
-            for n, r in enumerate(plan.rounds):
-                rows = plan.rows(r.test)
+            for n, (rows, queries, squared) in enumerate(asked):
                 support = {c: order[:s] for c, order in orders[n].items()}
                 short |= {c for c in support if s == most and len(support[c]) < s}
-                now[place[rows]] = prototype_scores(features, support, rows, n_classes, unit=metric == "cosine")
+                now[place[rows]] = prototype_scores(
+                    features, support, queries, n_classes, unit=metric == "cosine", squared=squared
+                )
             guess = now.argmax(axis=1)
             per_shots[s][episode] = balanced_accuracy(y[tested], guess, n_classes)
             if s == most:
@@ -308,17 +311,31 @@ def _support_order(y: np.ndarray, plan: Plan, r: Round, seed: tuple[int, ...]) -
 
 
 def prototype_scores(
-    x: np.ndarray, support: dict[int, np.ndarray], rows: np.ndarray, n_classes: int, *, unit: bool = True
+    x: np.ndarray,
+    support: dict[int, np.ndarray],
+    queries: np.ndarray,
+    n_classes: int,
+    *,
+    unit: bool = True,
+    squared: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Minus the squared distance of rows to the mean of each class's support: float32 (q, C), -inf for a class without."""
+    """Minus the squared distance of queries (q, D) to the mean of each class's support: float32 (q, C), -inf without one.
+
+    support: class -> rows of x. squared: the squared lengths of the queries (q,), where they are known already. All inner
+    products come from one matrix product with the centre and the class means, so that no query is centred by itself.
+    """
     centre = x[np.concatenate(list(support.values()))].mean(axis=0)
     shape = unit_rows if unit else np.asarray
-    queries = shape(x[rows] - centre)
-    scores = np.full((len(rows), n_classes), -np.inf, dtype=np.float32)
-    for c, chosen in support.items():
-        prototype = shape(x[chosen] - centre).mean(axis=0)
-        scores[:, c] = 2 * (queries @ prototype) - prototype @ prototype
-    return scores - (queries**2).sum(axis=1, keepdims=True)
+    prototypes = np.stack([shape(x[rows] - centre).mean(axis=0) for rows in support.values()])
+    inner = queries @ np.concatenate([prototypes, centre[None]]).T
+    squared = (queries**2).sum(axis=1) if squared is None else squared
+    length = np.sqrt(np.maximum(squared - 2 * inner[:, -1] + centre @ centre, 1e-24))
+    along = inner[:, :-1] - prototypes @ centre
+    if unit:
+        along, length = along / length[:, None], np.ones_like(length)
+    scores = np.full((len(queries), n_classes), -np.inf, dtype=np.float32)
+    scores[:, list(support)] = 2 * along - (prototypes**2).sum(axis=1) - length[:, None] ** 2
+    return scores
 
 
 def majority_probe(y: np.ndarray, plan: Plan, n_classes: int) -> ProbeResult:

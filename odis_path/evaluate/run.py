@@ -111,7 +111,6 @@ def evaluate_features(
         "features": str(feats), "labels": str(labels), "folds": folds, "bootstrap": bootstrap, "max_rows": max_rows,
         "baselines": {name: str(folder) for name, folder in folders.items()},
     }  # fmt: skip
-    tell("writing results")
     write_all(Path(out), results, problem, model.judged)
     return results
 

@@ -66,7 +66,7 @@ def test_predictions_agree_with_the_headline(cohort: Cohort, tmp_path: Path) -> 
 
 
 def test_the_same_seed_gives_the_same_result(cohort: Cohort, tmp_path: Path) -> None:
-    first, second = (run(cohort, tmp_path / name, probe="prototype", level="tile") for name in "ab")
+    first, second = (run(cohort, tmp_path / name, level="object") for name in "ab")
     assert first == second
 
 

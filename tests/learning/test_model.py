@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -175,3 +176,16 @@ def test_a_model_that_cannot_be_built_is_one_line(name: str, kwargs: dict[str, A
     with pytest.raises(UserError, match=words) as caught:
         build_encoder(name, kwargs, weights=weights)
     assert "\n" not in str(caught.value)
+
+
+def test_local_weights_are_loaded_whole(tmp_path: Path) -> None:
+    """A timm state dict in a file becomes the encoder's weights; one that does not fit is one line."""
+    torch.manual_seed(3)
+    source: Any = build_encoder("vit_tiny_patch16_224", TINY).vit
+    torch.save(source.state_dict(), tmp_path / "weights.pth")
+    loaded = build_encoder("vit_tiny_patch16_224", TINY, weights=str(tmp_path / "weights.pth"))
+    images = torch.randn(2, 3, 32, 32)
+    source.eval(), loaded.eval()
+    assert torch.equal(loaded(images).obj, source.forward_features(images)[:, 0])
+    with pytest.raises(UserError, match="timm cannot build"):
+        build_encoder("vit_tiny_patch16_224", {**TINY, "embed_dim": 64}, weights=str(tmp_path / "weights.pth"))
