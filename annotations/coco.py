@@ -9,6 +9,7 @@ import msgspec
 import numpy as np
 
 from annotations.errors import UserError
+from annotations.positions import rings_from_lists
 from annotations.rings import polygons_from_rings, repaired, usable
 from annotations.table import CELL, UNCLASSIFIED, ObjectTable, empty_table
 
@@ -84,7 +85,7 @@ def _table(group: list[tuple[int, _Annotation]], labels: tuple[str, ...], label_
                 _add(counts, "masks_as_boxes", 1)
         else:
             _add(counts, "empty", 1)
-    outlines, of_outline = polygons_from_rings(polygons, np.array(polygon_row, dtype=np.int64), counts)
+    outlines, of_outline = polygons_from_rings(*rings_from_lists(polygons), np.array(polygon_row, dtype=np.int64), counts)
     outlines, kept = repaired(outlines, counts)
     rectangles, of_box = _rectangles(boxes, counts)
     rows = np.concatenate([of_outline[kept], np.array(box_row, dtype=np.int64)[of_box]])

@@ -2,6 +2,7 @@
 
 Well-formed files go through one msgspec decoder. A file that departs from the types (NaN literals, three-dimensional
 positions, numbers as class names, a feature without "type") is read again by the tolerant path, feature by feature.
+The coordinates of polygons stay JSON at first: annotations.positions parses them in bulk.
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ class MultiLineString(msgspec.Struct, tag_field="type", tag="MultiLineString", g
 
 
 class Polygon(msgspec.Struct, tag_field="type", tag="Polygon", gc=False):
-    coordinates: list[Ring]
+    coordinates: msgspec.Raw
 
 
 class MultiPolygon(msgspec.Struct, tag_field="type", tag="MultiPolygon", gc=False):
-    coordinates: list[list[Ring]]
+    coordinates: list[msgspec.Raw]
 
 
 class GeometryCollection(msgspec.Struct, tag_field="type", tag="GeometryCollection", gc=False):
@@ -48,6 +49,12 @@ class GeometryCollection(msgspec.Struct, tag_field="type", tag="GeometryCollecti
 
 class Malformed(msgspec.Struct, tag_field="type", tag="", gc=False):
     """Stands for a geometry that could not be understood."""
+
+
+class CleanedPolygons(msgspec.Struct, tag_field="type", tag=" cleaned", gc=False):
+    """What the tolerant path makes of a Polygon or MultiPolygon: positions are pairs of numbers, NaN among them."""
+
+    coordinates: list[list[Ring]]
 
 
 Simple = Point | MultiPoint | LineString | MultiLineString | Polygon | MultiPolygon
@@ -68,7 +75,7 @@ class Properties(msgspec.Struct, gc=False):
 
 
 class Feature(msgspec.Struct, tag_field="type", tag="Feature", gc=False):
-    geometry: Geometry | Malformed | None = None
+    geometry: Geometry | CleanedPolygons | Malformed | None = None
     properties: Properties | None = None
     id: str | int | None = None
     object_type: str | None = msgspec.field(default=None, name="objectType")
@@ -83,18 +90,21 @@ class FeatureCollection(msgspec.Struct, tag_field="type", tag="FeatureCollection
 Document = list[Feature] | FeatureCollection | Feature | Geometry
 _decoder: msgspec.json.Decoder[Document] = msgspec.json.Decoder(Document)
 _DEPTH = {"Point": 0, "MultiPoint": 1, "LineString": 1, "MultiLineString": 2, "Polygon": 2, "MultiPolygon": 3}
-_CLASS = {c.__name__: c for c in (Point, MultiPoint, LineString, MultiLineString, Polygon, MultiPolygon)}
+_CLASS = {c.__name__: c for c in (Point, MultiPoint)}
 
 
-def decode_features(data: bytes, source: str) -> list[Feature]:
+def decode_features(data: bytes, source: str, *, tolerant: bool = False) -> list[Feature]:
     """All features of a document, children and members of geometry collections included, in file order.
 
-    data: the JSON text; source: what errors call the file. A geometry that could not be understood is a Malformed.
+    data: the JSON text; source: what errors call the file; tolerant: take the tolerant path at once, for positions that
+    turned out to be irregular. A geometry that could not be understood is a Malformed.
     Raises UserError where the text is not JSON or not GeoJSON, with the position.
     """
     data = data.removeprefix(b"\xef\xbb\xbf")
     if not data.strip():
         raise UserError(f"{source}: the file is empty: export the annotations again")
+    if tolerant:
+        return _tolerant(_loads(data, source), source)
     try:
         document = _decoder.decode(data)
     except msgspec.ValidationError:
@@ -203,7 +213,7 @@ def _classification(value: Any) -> Classification | str | None:
     return Classification(_text(value.get("name")), list(map(str, names)) if isinstance(names, list) else _text(names))
 
 
-def _geometry(value: Any) -> Simple | Malformed | None:
+def _geometry(value: Any) -> Simple | CleanedPolygons | Malformed | None:
     """A geometry from plain dicts: positions cut to x, y, what is no number becomes NaN; None where there is none."""
     if value is None:
         return None
@@ -212,7 +222,10 @@ def _geometry(value: Any) -> Simple | Malformed | None:
         if kind in ("LineString", "MultiLineString"):
             return LineString()
         try:
-            return _CLASS[kind](_positions(value.get("coordinates") or [], _DEPTH[kind]))
+            positions = _positions(value.get("coordinates") or [], _DEPTH[kind])
+            if kind in ("Polygon", "MultiPolygon"):
+                return CleanedPolygons(positions if kind == "MultiPolygon" else [positions])
+            return _CLASS[kind](positions)
         except (TypeError, ValueError, IndexError):
             pass
     return Malformed()

@@ -12,11 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
+import msgspec
 import numpy as np
 
 from annotations.errors import UserError
 from annotations.geojson import (
     Classification,
+    CleanedPolygons,
     Feature,
     LineString,
     Malformed,
@@ -27,6 +29,7 @@ from annotations.geojson import (
     Polygon,
     decode_features,
 )
+from annotations.positions import IrregularPositionError, rings_from_json, rings_from_lists
 from annotations.rings import polygons_from_rings, repaired
 from annotations.table import CELL, TISSUE, UNCLASSIFIED, ObjectTable, empty_table
 
@@ -82,10 +85,12 @@ def _collector_paused() -> Iterator[None]:
 
 def _parsed(data: bytes, kind: Kind, point_size_l0: float | None, source: str) -> ObjectTable:
     """Its own function, so that the decoded positions are gone before the collector runs again."""
-    counts: dict[str, int] = {}
-    features = decode_features(data, source)
-    counts["features"] = len(features)
-    return _table(features, kind, point_size_l0, counts, source)
+    try:
+        features = decode_features(data, source)
+        return _table(features, kind, point_size_l0, {"features": len(features)}, source)
+    except IrregularPositionError:
+        features = decode_features(data, source, tolerant=True)
+        return _table(features, kind, point_size_l0, {"features": len(features)}, source)
 
 
 def _content(path: Path) -> bytes:
@@ -155,7 +160,7 @@ def _table(
 ) -> ObjectTable:
     """Sort features by what their geometry is, build polygons in bulk, and bring them back into file order."""
     kinds, keep = _kinds(features, kind, counts)
-    polygons: list[list] = []  # rings
+    polygons: list = []  # JSON each, or rings each
     group: list[int] = []  # one number per row to be; the polygons of a MultiPolygon share it
     group_feature: list[int] = []
     points: list[tuple[float, float]] = []
@@ -167,7 +172,7 @@ def _table(
             group.append(len(group_feature))
             group_feature.append(row)
             polygons.append(geometry.coordinates)
-        elif isinstance(geometry, MultiPolygon):
+        elif isinstance(geometry, MultiPolygon | CleanedPolygons):
             parts = len(geometry.coordinates)
             first, rows = len(group_feature), parts if kinds[row] == CELL else 1
             group.extend(range(first, first + parts) if kinds[row] == CELL else [first] * parts)
@@ -188,7 +193,9 @@ def _table(
         else:
             skipped["empty"] += 1
     counts.update({name: n for name, n in skipped.items() if n})
-    outlines, of_group = polygons_from_rings(polygons, np.array(group, dtype=np.int64), counts)
+    is_text = bool(polygons) and isinstance(polygons[0], msgspec.Raw)
+    rings = rings_from_json(polygons) if is_text else rings_from_lists(polygons)
+    outlines, of_group = polygons_from_rings(*rings, np.array(group, dtype=np.int64), counts)
     outlines, kept = repaired(outlines, counts)
     squares, of_point = _squares(points, point_size_l0, counts)
     feature = np.concatenate(
@@ -203,13 +210,18 @@ def _table(
 
 
 def _kinds(features: list[Feature], kind: Kind, counts: dict[str, int]) -> tuple[np.ndarray, list[int]]:
-    """uint8 kind of each feature, and the rows that are not ignored."""
+    """uint8 kind of each feature, and the rows that are not ignored.
+
+    A point is a cell whatever its object type: QuPath's points tool stores counted cells as annotations.
+    """
     types = [_object_type(feature) for feature in features]
     keep = [row for row, name in enumerate(types) if name not in _IGNORED_TYPES]
     if ignored := len(types) - len(keep):
         counts["ignored"] = ignored
     if kind == "auto":
-        return np.array([_KIND_OF_TYPE.get(name or "", TISSUE) for name in types], dtype=np.uint8), keep
+        points = [isinstance(feature.geometry, Point | MultiPoint) for feature in features]
+        kinds = [CELL if point else _KIND_OF_TYPE.get(name or "", TISSUE) for name, point in zip(types, points, strict=True)]
+        return np.array(kinds, dtype=np.uint8), keep
     return np.full(len(types), CELL if kind == "cell" else TISSUE, dtype=np.uint8), keep
 
 

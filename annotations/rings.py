@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import chain
-
 import numpy as np
 import shapely
 
@@ -13,32 +11,30 @@ MAX_COORDINATE_L0 = 1e9  # no slide is a thousand million pixels wide; beyond th
 def usable(xy: np.ndarray) -> np.ndarray:
     """(V,) bool: positions (V, 2) that are finite and on any conceivable slide."""
     with np.errstate(invalid="ignore"):
-        return (np.abs(xy) <= MAX_COORDINATE_L0).all(axis=1)
+        return np.all([np.abs(column) <= MAX_COORDINATE_L0 for column in xy.T], axis=0)
 
 
-def polygons_from_rings(polygons: list, group: np.ndarray, counts: dict[str, int]) -> tuple[np.ndarray, np.ndarray]:
+def polygons_from_rings(
+    xy: np.ndarray, length: np.ndarray, ring_count: np.ndarray, group: np.ndarray, counts: dict[str, int]
+) -> tuple[np.ndarray, np.ndarray]:
     """Polygons, or MultiPolygons where several share a group number; unrepaired.
 
-    polygons: list over polygons of lists of rings (outline first, then holes) of (x, y), closed or not
-    group: (P,) int64, ascending, the row each polygon belongs to
+    xy: (V, 2) float64 positions; length: (R,) int64 positions of each ring, closed or not; ring_count: (P,) int64 rings
+    of each polygon, the outline first, then holes; group: (P,) int64, ascending, the row each polygon belongs to
     Returns geometry (G,) object and (G,) int64, the group of each. Positions that are not usable are dropped
     ("vertices_dropped"), holes of fewer than three corners too ("holes_dropped"); a polygon whose outline has fewer
     than three corners is left out ("invalid_dropped"), one without any ring as well ("empty").
     """
-    ring_count = np.fromiter(map(len, polygons), np.int64, len(polygons))
-    rings = list(chain.from_iterable(polygons))
-    length = np.fromiter(map(len, rings), np.int64, len(rings))
-    flat = chain.from_iterable(chain.from_iterable(rings))
-    xy = np.fromiter(flat, np.float64, 2 * int(length.sum())).reshape(-1, 2)
+    n_rings, n_polygons = len(length), len(ring_count)
     _count(counts, "empty", int((ring_count == 0).sum()))
 
     good = usable(xy)
     if not good.all():
         _count(counts, "vertices_dropped", int((~good).sum()))
-        length = np.bincount(np.repeat(np.arange(len(rings)), length)[good], minlength=len(rings))
+        length = np.bincount(np.repeat(np.arange(n_rings), length)[good], minlength=n_rings)
         xy = xy[good]
-    polygon_of_ring = np.repeat(np.arange(len(polygons)), ring_count)
-    is_outline = np.ones(len(rings), dtype=bool)
+    polygon_of_ring = np.repeat(np.arange(n_polygons), ring_count)
+    is_outline = np.ones(n_rings, dtype=bool)
     is_outline[1:] = polygon_of_ring[1:] != polygon_of_ring[:-1]
 
     xy, length = _closed(xy, length)
@@ -46,7 +42,7 @@ def polygons_from_rings(polygons: list, group: np.ndarray, counts: dict[str, int
     bad_outline = is_outline & ~long_enough
     _count(counts, "invalid_dropped", int(bad_outline.sum()))
     _count(counts, "holes_dropped", int((~is_outline & ~long_enough).sum()))
-    alive = np.ones(len(polygons), dtype=bool)
+    alive = np.ones(n_polygons, dtype=bool)
     alive[polygon_of_ring[bad_outline]] = False
     alive &= ring_count > 0
     use = long_enough & alive[polygon_of_ring]
@@ -56,7 +52,7 @@ def polygons_from_rings(polygons: list, group: np.ndarray, counts: dict[str, int
         return np.empty(0, dtype=object), np.empty(0, dtype=np.int64)
 
     ring_offsets = np.concatenate([[0], np.cumsum(length)])
-    per_polygon = np.bincount(polygon_of_ring, minlength=len(polygons))[alive]
+    per_polygon = np.bincount(polygon_of_ring, minlength=n_polygons)[alive]
     polygon_offsets = np.concatenate([[0], np.cumsum(per_polygon)])
     built = shapely.from_ragged_array(shapely.GeometryType.POLYGON, xy, (ring_offsets, polygon_offsets))
     return _grouped(np.asarray(built, dtype=object), group[alive])
@@ -96,7 +92,10 @@ def repaired(geometry: np.ndarray, counts: dict[str, int]) -> tuple[np.ndarray, 
     geometry = geometry.copy()
     invalid = np.flatnonzero(~shapely.is_valid(geometry))
     if len(invalid):
-        geometry[invalid] = polygon_parts(shapely.make_valid(geometry[invalid]))
+        geometry[invalid] = polygon_parts(
+            # "structure" keeps all that a hand-drawn loop encloses; "linework" has a hole where it crosses itself.
+            shapely.make_valid(geometry[invalid], method="structure", keep_collapsed=False)
+        )
     has_area = shapely.area(geometry) > 0
     _count(counts, "repaired", int(has_area[invalid].sum()))
     _count(counts, "zero_area", int((~has_area).sum()))

@@ -53,7 +53,8 @@ def write_features(
     expected = len(slide_file) if level == "tile" else len(rows)
     if features.ndim != 2 or len(features) != expected:
         raise ValueError(f"{path}: features of shape {features.shape} for {expected} {level}s")
-    stored = features.astype(dtype)
+    with np.errstate(over="ignore"):  # told below, in words
+        stored = features.astype(dtype)
     if not np.isfinite(stored).all():
         what = "larger than float16 can hold: say --dtype float32" if np.isfinite(features).all() else "NaN or infinite"
         raise UserError(f"{path}: embeddings of encoder {encoder} are {what}")

@@ -83,6 +83,25 @@ def test_large_object_over_a_grid_fills_and_misses_tiles():
     assert boxes.visible[boxes.object == 0].sum() == pytest.approx(1, rel=1e-5)
 
 
+def test_edges_through_the_corners_of_a_tile():
+    rng = np.random.default_rng(3)
+    angle = np.sort(rng.uniform(0, 2 * np.pi, (600, 9)), axis=1)
+    around = rng.uniform(1, 9, (600, 9))[..., None] * np.stack([np.cos(angle), np.sin(angle)], -1)
+    rings = np.round(around + rng.integers(-2, 12, (600, 1, 2)))
+    stars = shapely.polygons(rings)
+    through = shapely.Polygon([(8, 2), (11, 6), (2, 1), (1, -6), (10, 0)])
+    agrees(np.array([through, *stars[shapely.is_valid(stars)]], dtype=object), np.array([[0, 0]]), 10.0, 10)
+
+
+def test_many_vertices_over_many_tiles():
+    angle = np.linspace(0, 2 * np.pi, 4000, endpoint=False)
+    radius = 300 + 40 * np.sin(60 * angle)
+    star = shapely.Polygon(np.stack([400 + radius * np.cos(angle), 400 + radius * np.sin(angle)], 1))
+    star = star.difference(shapely.box(330, 350, 400.5, 470))
+    coords = np.stack(np.meshgrid(np.arange(0, 800, 40), np.arange(0, 800, 40)), -1).reshape(-1, 2)
+    agrees(np.array([star], dtype=object), coords, 53.7, 224)
+
+
 def test_box_is_of_the_clipped_polygon():
     triangle = shapely.Polygon([(0, 0), (20, 0), (0, 20)])
     boxes = clip_to_tiles(np.array([triangle], dtype=object), np.array([[5, 5]]), 10.0, 10)

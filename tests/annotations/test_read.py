@@ -191,6 +191,23 @@ def test_bow_tie_is_repaired_and_holes_stay(read):
     assert shapely.area(table.geometry).tolist() == [50, 9900]
 
 
+def test_a_loop_that_laps_itself_keeps_what_it_encloses(read):
+    once = [[0, 0], [20, 0], [20, 20], [0, 20]]
+    table = read([feature(polygon([*once, [0, -5], [10, -5], [10, 10], [-5, 10], [-5, 0]]))])
+    assert table.counts["repaired"] == 1
+    assert shapely.get_num_interior_rings(shapely.get_parts(table.geometry)).tolist() == [0]
+    assert table.geometry[0].covers(shapely.Point(5, 5))
+
+
+@pytest.mark.parametrize(
+    "odd", [[[]], [], [[[0, 0], [1, 1], [2]]], [[[0, 0, 9], [5, 0, 9], [5, 5, 9]]], [[[1], [1, 2, 3], [4, 5]]]]
+)
+def test_one_odd_polygon_does_not_change_the_others(read, odd):
+    table = read([feature(), feature({"type": "Polygon", "coordinates": odd}), feature(polygon(moved(5, 50), moved(9)))])
+    others = table.geometry[[0, -1]]
+    assert shapely.area(others).tolist() == [100, 2400]
+
+
 def test_spike_leaves_only_its_polygon(read):
     table = read([feature(polygon([[0, 0], [10, 0], [10, 10], [10, 30], [10, 10], [0, 10], [0, 0]]))])
     assert shapely.get_type_id(table.geometry).tolist() == [3]
@@ -290,3 +307,15 @@ def test_real_export(test_data):
     for ours, item in zip(table.geometry, raw, strict=True):
         theirs = shapely.make_valid(shapely.geometry.shape(item["geometry"]))
         assert ours.area == pytest.approx(theirs.area)
+
+
+def test_points_are_cells_even_when_the_points_tool_calls_them_annotations(tmp_path):
+    """QuPath's points tool stores counted cells as MultiPoint annotations."""
+    path = tmp_path / "points.geojson"
+    path.write_text(
+        '{"type": "Feature", "geometry": {"type": "MultiPoint", "coordinates": [[10, 10], [40, 20]]},'
+        ' "properties": {"objectType": "annotation", "classification": {"name": "Lymphocyte"}}}'
+    )
+    table = read_annotations(path, point_size_l0=8)
+    assert table.kind.tolist() == [CELL, CELL]
+    assert [geometry.bounds for geometry in table.geometry] == [(6, 6, 14, 14), (36, 16, 44, 24)]

@@ -31,7 +31,7 @@ def test_the_demo_leaves_every_stage_and_says_where_to_look(demo: tuple[Path, st
     assert (out / "features" / "odis-tile" / "slides.parquet").exists()
     page = (out / "report.html").read_text()
     assert "synthetic" in page.lower()
-    assert "src=\"http" not in page
+    assert 'src="http' not in page
 
 
 def test_the_demo_names_its_baselines_and_intervals(demo: tuple[Path, str]) -> None:
