@@ -56,8 +56,8 @@ def plain_words(report: Report) -> list[str]:
         if steps:
             network = (run.config.get("model") or {}).get("name", "a vision transformer")
             texts.append(
-                f"Run {run.name} trained {network} on them for {steps:,.0f} steps ({epochs:.3g} epochs) without any "
-                "class label: only boxes and pixels."
+                f"In run “{run.name}” the network {network} was trained on them for {steps:,.0f} steps ({epochs:.3g} epochs) "
+                "without any class label: only boxes and pixels."
             )
     told = [f"{e.name}: {text}" for e in report.evaluations if (text := sentence(e))]
     texts += told[:MAX_SENTENCES]

@@ -40,7 +40,7 @@ def crops(report: Report) -> Section | None:
     rest = f" (In {whole:.0%} of all samples the target is the whole tile; those are not shown.)" if whole else ""
     aware = target.get("crop", True)
     caption = (
-        f"Each row is one tile of run {run.name} with its annotated boxes; the yellow box is the target. "
+        f"Run “{run.name}”: each row is one tile with its annotated boxes; the yellow box is the target. "
         + (
             "Both crops (dashed frames) are drawn so that they show the target. "
             if aware
@@ -90,7 +90,7 @@ def _attention_of(report: Report, run: RunFound, paths: list[Path]) -> Any:
     )
     report.numbers.setdefault("attention", {})[run.name] = {"share_in_box_when_whole_tile_is_open": share, "box_share": size}
     caption = (
-        f"Attention of [OBJ] in the last layer of run {run.name}; grey patches are closed to it. "
+        f"Run “{run.name}”: attention of [OBJ] in the last layer; grey patches are closed to it. "
         "Top: the tile and a target box. Middle: it may only look inside the box. Bottom: it may look anywhere; "
         f"{share:.0%} of its attention then falls into the box, which is {size:.0%} of the tile (means over these tiles)."
     )
