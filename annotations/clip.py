@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import shapely
 
+from annotations.pieces import TilePolygons, rings_in_tiles
 from annotations.rings import polygon_parts
 
 HEAVY_VERTICES = 50_000  # vertices times tiles of one object above which it is cut coarsely first
@@ -24,6 +25,7 @@ class TileBoxes:
     object: (M,) int32, row of the object in the geometry given
     visible: (M,) float32 in (0, 1], clipped area / whole area
     counts: "outside" objects without a row; "degenerate" pieces too thin for float32, left out
+    polygons: the outlines behind the boxes, where they were asked for
     """
 
     xyxy: np.ndarray
@@ -31,14 +33,18 @@ class TileBoxes:
     object: np.ndarray
     visible: np.ndarray
     counts: dict[str, int] = field(default_factory=dict)
+    polygons: TilePolygons | None = None
 
 
-def clip_to_tiles(geometry: np.ndarray, coords_l0: np.ndarray, size_l0: float, patch_px: int) -> TileBoxes:
+def clip_to_tiles(
+    geometry: np.ndarray, coords_l0: np.ndarray, size_l0: float, patch_px: int, *, polygons: bool = False
+) -> TileBoxes:
     """Cut every object to every tile it lies in.
 
     geometry: (n,) object, valid Polygons or MultiPolygons with area, level-0 pixels
     coords_l0: (N, 2) top-left (x, y) of each tile, level-0 pixels, in any arrangement, overlapping or not
     size_l0: side of a tile, level-0 pixels, may be fractional; patch_px: the same side in target pixels
+    polygons: keep the clipped outlines too, which takes longer; the boxes are the same
 
     Only pairs in which the outline crosses the tile's border are cut.
     """
@@ -48,7 +54,8 @@ def clip_to_tiles(geometry: np.ndarray, coords_l0: np.ndarray, size_l0: float, p
     corner = np.asarray(coords_l0, dtype=np.float64).reshape(-1, 2)
     if not len(geometry) or not len(corner):
         none = np.empty(0, dtype=np.int64)
-        return _boxes(np.empty((0, 4)), np.empty(0), none, none, len(corner), len(geometry), patch_px)
+        boxes, _ = _boxes(np.empty((0, 4)), np.empty(0), none, none, len(corner), len(geometry), patch_px)
+        return replace(boxes, polygons=rings_in_tiles(none.astype(object), none, none, 1.0, patch_px)) if polygons else boxes
 
     tiles = shapely.box(corner[:, 0], corner[:, 1], corner[:, 0] + size_l0, corner[:, 1] + size_l0)
     bounds, whole = shapely.bounds(geometry), shapely.area(geometry)
@@ -63,14 +70,22 @@ def clip_to_tiles(geometry: np.ndarray, coords_l0: np.ndarray, size_l0: float, p
     filled, crossing, missed = _without_cutting(geometry, tiles, obj, tile, crossing)
     extent[filled] = np.concatenate([low[filled], high[filled]], axis=1)
     area[filled] = size_l0 * size_l0
-    extent[crossing], area[crossing] = _cut(geometry, obj[crossing], corner[tile[crossing]], size_l0)
+    cut = np.empty(len(crossing), dtype=object) if polygons else None
+    extent[crossing], area[crossing] = _cut(geometry, obj[crossing], corner[tile[crossing]], size_l0, cut)
     present = np.ones(len(obj), dtype=bool)
     present[missed] = False
     present[crossing] = area[crossing] > 0  # a line or a point may be all they share
 
-    obj, tile = obj[present], tile[present]
     px = (extent[present] - np.tile(low[present], 2)) * (patch_px / size_l0)
-    return _boxes(px, area[present] / whole[obj], obj, tile, len(corner), len(geometry), patch_px)
+    visible = area[present] / whole[obj[present]]
+    boxes, kept = _boxes(px, visible, obj[present], tile[present], len(corner), len(geometry), patch_px)
+    if cut is None:
+        return boxes
+    pieces, shift = geometry[obj], np.zeros_like(low)
+    pieces[filled] = tiles[tile[filled]]
+    pieces[crossing], shift[crossing] = cut, low[crossing]
+    rows = np.flatnonzero(present)[kept]
+    return replace(boxes, polygons=rings_in_tiles(pieces[rows], shift[rows], low[rows], patch_px / size_l0, patch_px))
 
 
 def _without_cutting(
@@ -91,24 +106,34 @@ def _without_cutting(
     return large[filled], rest, large[~touched]
 
 
-def _cut(geometry: np.ndarray, obj: np.ndarray, corner: np.ndarray, size_l0: float) -> tuple[np.ndarray, np.ndarray]:
-    """(P, 4) bounds and (P,) area of what object obj[i] has in the tile at corner[i], level-0 pixels; NaN and 0 for nothing."""
+def _cut(
+    geometry: np.ndarray, obj: np.ndarray, corner: np.ndarray, size_l0: float, pieces: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """(P, 4) bounds and (P,) area of what object obj[i] has in the tile at corner[i], level-0 pixels; NaN and 0 for nothing.
+
+    pieces: (P,) object, filled with what it has there, in level-0 pixels from that corner
+    """
     bounds, area = np.full((len(obj), 4), np.nan), np.zeros(len(obj))
     vertices = shapely.get_num_coordinates(geometry)
     heavy = (vertices * np.bincount(obj, minlength=len(geometry)) > HEAVY_VERTICES)[obj]
     light = np.flatnonzero(~heavy)
     steps = np.flatnonzero(np.diff(np.cumsum(vertices[obj[light]]) // CHUNK_VERTICES)) + 1
     for rows in np.split(light, steps) if len(light) else ():
-        bounds[rows], area[rows] = _cut_pairs(geometry[obj[rows]], corner[rows], size_l0)
+        bounds[rows], area[rows], cut = _cut_pairs(geometry[obj[rows]], corner[rows], size_l0)
+        if pieces is not None:
+            pieces[rows] = cut
+        del cut  # or two chunks are in memory at a time
     pairs = np.flatnonzero(heavy)
     for index in np.unique(obj[pairs]):
         rows = pairs[obj[pairs] == index]
-        bounds[rows], area[rows] = _cut_heavy(geometry[index], corner[rows], size_l0)
+        bounds[rows], area[rows], cut = _cut_heavy(geometry[index], corner[rows], size_l0)
+        if pieces is not None:
+            pieces[rows] = cut
     return bounds, area
 
 
-def _cut_pairs(geometry: np.ndarray, corner: np.ndarray, size_l0: float) -> tuple[np.ndarray, np.ndarray]:
-    """Bounds and area pair by pair, in one call: every object is moved so that its tile is the same rectangle.
+def _cut_pairs(geometry: np.ndarray, corner: np.ndarray, size_l0: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Bounds, area and piece pair by pair, in one call: every object is moved so that its tile is the same rectangle.
 
     clip_by_rect is several times faster than intersection, and wrong where an edge runs through a corner of the
     rectangle; its result is not valid then, which is how such pairs are found and cut by intersection.
@@ -120,44 +145,47 @@ def _cut_pairs(geometry: np.ndarray, corner: np.ndarray, size_l0: float) -> tupl
     if wrong.any():
         pieces[wrong] = shapely.intersection(moved[wrong], shapely.box(0.0, 0.0, size_l0, size_l0))
     pieces = polygon_parts(pieces)
-    return shapely.bounds(pieces) + np.tile(corner, 2), shapely.area(pieces)
+    return shapely.bounds(pieces) + np.tile(corner, 2), shapely.area(pieces), pieces
 
 
-def _cut_heavy(polygon: shapely.Geometry, corner: np.ndarray, size_l0: float) -> tuple[np.ndarray, np.ndarray]:
+def _cut_heavy(polygon: shapely.Geometry, corner: np.ndarray, size_l0: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The same for one object of many vertices in many tiles: it is halved along with them, and no tile is cut from the
     whole of it.
     """
     bounds, area = np.full((len(corner), 4), np.nan), np.zeros(len(corner))
+    pieces = np.full(len(corner), shapely.Polygon(), dtype=object)
     stack = [(polygon, np.arange(len(corner)))]
     while stack:
         piece, rows = stack.pop()
         if piece.is_empty or not len(rows):
             continue
         if len(rows) <= 2 or len(rows) * shapely.get_num_coordinates(piece) <= HEAVY_VERTICES:
-            bounds[rows], area[rows] = _cut_pairs(np.full(len(rows), piece, dtype=object), corner[rows], size_l0)
+            same = np.full(len(rows), piece, dtype=object)
+            bounds[rows], area[rows], pieces[rows] = _cut_pairs(same, corner[rows], size_l0)
             continue
         axis = int(np.ptp(corner[rows], axis=0).argmax())
         ordered = rows[np.argsort(corner[rows, axis], kind="stable")]
         for half in np.array_split(ordered, 2):
             around = shapely.box(*corner[half].min(axis=0), *(corner[half].max(axis=0) + size_l0))
             stack.append((polygon_parts(np.array([shapely.intersection(piece, around)], dtype=object))[0], half))
-    return bounds, area
+    return bounds, area, pieces
 
 
 def _boxes(
     px: np.ndarray, visible: np.ndarray, obj: np.ndarray, tile: np.ndarray, n_tiles: int, n_objects: int, patch_px: int
-) -> TileBoxes:
-    """Rows rounded to float32, degenerate ones left out, ordered by (tile, object)."""
+) -> tuple[TileBoxes, np.ndarray]:
+    """Rows rounded to float32, degenerate ones left out, ordered by (tile, object); and which of the given each is."""
     xyxy = np.clip(px, 0, patch_px).astype(np.float32)
     good = (xyxy[:, 2] > xyxy[:, 0]) & (xyxy[:, 3] > xyxy[:, 1]) & (visible > 0)  # NaN compares false
     counts = {"degenerate": int((~good).sum())}
     xyxy, visible, obj, tile = xyxy[good], visible[good], obj[good], tile[good]
     order = np.lexsort((obj, tile))
     counts["outside"] = n_objects - len(np.unique(obj))
-    return TileBoxes(
+    boxes = TileBoxes(
         xyxy=xyxy[order],
         offsets=np.concatenate([[0], np.cumsum(np.bincount(tile, minlength=n_tiles))]).astype(np.int64),
         object=obj[order].astype(np.int32),
         visible=np.minimum(visible[order], 1).astype(np.float32),
         counts=counts,
     )
+    return boxes, np.flatnonzero(good)[order]

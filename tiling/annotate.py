@@ -34,12 +34,16 @@ Work = tuple[Path, tuple[Path, ...]]
 
 @dataclass(frozen=True)
 class AnnotateSettings:
-    """point_size: side of the square a point becomes, in point_unit ("um", or "px" of level 0); None skips points."""
+    """point_size: side of the square a point becomes, in point_unit ("um", or "px" of level 0); None skips points.
+
+    polygons: store the clipped outlines too, as /boxes/polygon.
+    """
 
     origin: Origin = "auto"
     kind: Kind = "auto"
     point_size: float | None = None
     point_unit: str = "um"
+    polygons: bool = False
 
     def point_size_l0(self, mpp_level0: float) -> float | None:
         """The side in level-0 pixels."""
@@ -56,6 +60,7 @@ def annotate_cohort(
     point_size: str | float | None = None,
     workers: int | None = None,
     scheduler: str | None = None,
+    polygons: bool = False,
 ) -> list[Outcome]:
     """Clip annotations to the tiles of every slide file of a folder and store them as /objects and /boxes.
 
@@ -64,7 +69,8 @@ def annotate_cohort(
     together whatever their names. origin: what coordinates count from, "level0" the slide's corner, "bounds" the corner
     of its scanned area, "auto" whichever puts more of the objects on tiles. kind: "tissue" or "cell" decides for all
     objects, "auto" goes by what each says. point_size: side of the square a point becomes, "12um" (as is a bare
-    number) or "24px" of level 0; None skips points.
+    number) or "24px" of level 0; None skips points. polygons: store the clipped outlines too (/boxes/polygon), which
+    polygon masks need.
 
     Each outcome's info has objects, boxes, repaired, left_out, outside. A slide without annotations is fine and says so;
     one with the same boxes already is skipped. Raises UserError for settings and paths that cannot be, and where no
@@ -74,7 +80,7 @@ def annotate_cohort(
         raise UserError(f"--origin {origin}: is one of auto, level0, bounds")
     if kind not in ("auto", "tissue", "cell"):
         raise UserError(f"--kind {kind}: is one of auto, tissue, cell")
-    settings = AnnotateSettings(cast("Origin", origin), cast("Kind", kind), *parse_point_size(point_size))
+    settings = AnnotateSettings(cast("Origin", origin), cast("Kind", kind), *parse_point_size(point_size), polygons)
     slides = {path.stem: path.absolute() for path in list_slide_files(folder)}
     files = annotation_files(annotations)
     matched = match_files(list(slides), files)
@@ -190,7 +196,7 @@ def _groups(
     from annotations.group import annotation_groups
     from annotations.table import concatenate
 
-    table, boxes, origin = _placed(file, concatenate(tables), settings.origin)
+    table, boxes, origin = _placed(file, concatenate(tables), settings)
     shift = file.bounds_xy if origin == "bounds" else (0, 0)
     for path, each in zip(files, tables, strict=True):
         _check_on_slide(file, path, each, shift)
@@ -207,16 +213,20 @@ def _groups(
         "shifted": list(file.bounds_xy) if origin == "bounds" else [0, 0],
         "files": [path.name for path in files],
     }
-    return annotation_groups(table, boxes, file.mpp_level0), result
+    groups = annotation_groups(table, boxes, file.mpp_level0)
+    if boxes.polygons is not None:
+        groups["boxes"]["polygon"] = boxes.polygons.arrays()
+    return groups, result
 
 
-def _placed(file: SlideFile, table: ObjectTable, origin: Origin) -> tuple[ObjectTable, TileBoxes, str]:
+def _placed(file: SlideFile, table: ObjectTable, settings: AnnotateSettings) -> tuple[ObjectTable, TileBoxes, str]:
     """The objects in level-0 pixels, their boxes, and the origin that was taken."""
     from annotations.clip import clip_to_tiles
 
     def clipped(each: ObjectTable) -> TileBoxes:
-        return clip_to_tiles(each.geometry, file.coords, file.size_l0, file.patch_size)
+        return clip_to_tiles(each.geometry, file.coords, file.size_l0, file.patch_size, polygons=settings.polygons)
 
+    origin = settings.origin
     if origin == "auto" and not any(file.bounds_xy):
         origin = "level0"
     if origin == "level0":

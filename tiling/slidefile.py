@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +201,7 @@ class SlideFile:
 
     # --- boxes and objects
 
-    @property
+    @cached_property
     def has_boxes(self) -> bool:
         return "boxes" in self._file
 
@@ -235,6 +236,37 @@ class SlideFile:
                 "visible": np.zeros(0, np.float32),
             }
         return {name: self._file["boxes"][name][...] for name in ("xyxy", "offsets", "object", "visible")}
+
+    @cached_property
+    def has_polygons(self) -> bool:
+        """Whether annotate stored the clipped outlines too."""
+        return self.has_boxes and "polygon" in self._file["boxes"]
+
+    @cached_property
+    def _polygon(self) -> tuple[h5py.Dataset, h5py.Dataset, h5py.Dataset]:
+        if not self.has_polygons:
+            raise UserError(f"{self.path}: holds no polygons: run odis-path annotate with --polygons")
+        group = self._file["boxes/polygon"]
+        return group["offsets"], group["ring_offsets"], group["xy"]
+
+    def polygon(self, row: int) -> list[np.ndarray]:
+        """The clipped outline behind row `row` of /boxes: rings float64 (k, 2), x, y in target pixels of the tile.
+
+        Outlines, holes and parts alike, filled by the even-odd rule; a ring does not repeat its first position. Raises
+        UserError where the file has no polygons, IndexError where it has no such row.
+        """
+        offsets, ring_offsets, xy = self._polygon
+        row = int(row)
+        if not 0 <= row < len(offsets) - 1:
+            raise IndexError(f"box {row} of {len(offsets) - 1} in {self.path}")
+        first, stop = offsets[row : row + 2].tolist()
+        if first == stop:
+            return []
+        ends = ring_offsets[first : stop + 1]
+        start = int(ends[0])
+        points = xy[start : int(ends[-1])].astype(np.float64)
+        ends = (ends - start).tolist()
+        return [points[a:b] for a, b in pairwise(ends)]
 
     def objects_table(self) -> dict[str, Any]:
         """id object (str) (K,), label int16, kind uint8, area_um2 float32 (K,), labels list[str]; empty where none."""

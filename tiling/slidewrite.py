@@ -19,8 +19,8 @@ FORMAT = "odis-path"
 FORMAT_VERSION = 1
 CHUNK_BYTES = 1 << 20
 
-# name -> array or list of str, and "attrs" -> dict: one group; an array or (array, attrs): a dataset at the root;
-# None: the group goes away.
+# name -> array, list of str or mapping (a group within), and "attrs" -> dict: one group; an array or (array, attrs): a
+# dataset at the root; None: the group goes away.
 GroupContent = Mapping[str, Any] | np.ndarray | tuple[np.ndarray, Mapping[str, Any]] | None
 
 
@@ -129,9 +129,9 @@ def coords_attrs(meta: SlideMeta) -> dict[str, Any]:
 def replace_groups(path: Path, groups: Mapping[str, GroupContent], *, root_attrs: Mapping[str, Any] | None = None) -> None:
     """Add, replace or (content None) remove top-level groups of an HDF5 file, crash-safe.
 
-    groups: name -> {dataset name: array or list of str, "attrs": {...}}. A root dataset is given as an array or as
-    (array, attrs). Everything else is copied to a new file beside the old one, which then takes its name; the old
-    file's space is not carried along.
+    groups: name -> {dataset name: array or list of str, group name: {...}, "attrs": {...}}. A root dataset is given as
+    an array or as (array, attrs). Everything else is copied to a new file beside the old one, which then takes its name;
+    the old file's space is not carried along.
     """
     with (
         atomic_path(path) as temporary,
@@ -148,8 +148,8 @@ def replace_groups(path: Path, groups: Mapping[str, GroupContent], *, root_attrs
             write_group(new, name, content)
 
 
-def write_group(file: h5py.File, name: str, content: GroupContent) -> None:
-    """Write one group (a mapping) or one root dataset (an array, or an array with attrs); None writes nothing."""
+def write_group(file: h5py.Group, name: str, content: GroupContent) -> None:
+    """Write one group (a mapping, which may hold others) or one dataset (an array, or one with attrs); None writes nothing."""
     if content is None:
         return
     if isinstance(content, Mapping):
@@ -157,6 +157,8 @@ def write_group(file: h5py.File, name: str, content: GroupContent) -> None:
         for key, value in content.items():
             if key == "attrs":
                 _write_attrs(group, value)
+            elif isinstance(value, Mapping):
+                write_group(group, key, value)
             else:
                 _write_array(group, key, value)
         return

@@ -101,6 +101,7 @@ def annotate(
     point_size: Annotated[
         str | None, typer.Option(metavar="TEXT", help="Give points an extent: 12um, or 24px at level 0.")
     ] = None,
+    polygons: Annotated[bool, typer.Option("--polygons", help="Store the clipped outlines too, for polygon masks.")] = False,
     workers: Workers = None,
     scheduler: Scheduler = None,
 ) -> None:
@@ -115,6 +116,7 @@ def annotate(
         point_size=point_size,
         workers=workers,
         scheduler=scheduler,
+        polygons=polygons,
     )
     _end(outcomes, "annotate", folder, ("objects", "boxes", "repaired", "left_out", "outside"))
 
