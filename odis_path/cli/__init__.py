@@ -10,7 +10,7 @@ import typer
 
 from annotations.errors import UserError
 from odis_path import __version__
-from odis_path.cli import evaluate, learning, reports, slides
+from odis_path.cli import evaluate, export, learning, reports, slides
 
 app = typer.Typer(
     name="odis-path",
@@ -35,7 +35,7 @@ def _root(
     """Scan, tile, annotate, pretrain, embed, evaluate, report."""
 
 
-for module in (slides, learning, evaluate, reports):
+for module in (slides, learning, evaluate, export, reports):
     module.register(app)
 
 

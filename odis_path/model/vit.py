@@ -1,12 +1,17 @@
 """A timm vision transformer whose first token is [OBJ]: masked attention in every layer.
 
 Source: the ODIS post. The [OBJ] row of the attention attends only to itself and to in-box patches; patch rows stay
-unmasked and see [OBJ]. Register tokens sit between: patches see them, a masked [OBJ] does not (they pool from the whole image).
+unmasked and see [OBJ]. Register tokens sit between: patches see them, an [OBJ] with a box does not (they pool from the whole
+image); an [OBJ] whose object is the whole image does, so that a full mask is exactly no mask, and timm's own forward.
+
+Several [OBJ] tokens share one pass over the patches. They never see each other. In the paper's form each is a learned
+token of its own and patches see them all; read-only ones are one learned token asked K times, and nothing sees them, so
+that K objects in one pass are exactly K passes.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -14,99 +19,152 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from annotations.errors import UserError
+from odis_path.model.names import BASE_KWARGS, resolve_model
+from odis_path.model.weights import load_weights
 
 
 class Tokens(NamedTuple):
-    """What the encoder returns: obj (B, D) and patches (B, N, D), after the last norm."""
+    """What the encoder returns after the last norm: obj (B, D), or (B, K, D) for K masks an image, and patches (B, N, D)."""
 
     obj: Tensor
     patches: Tensor
 
 
-def attention_mask(obj_mask: Tensor, registers: int) -> Tensor:
-    """The row mask of masked attention: bool (B, N) in-box patches -> bool (B, 1, T, T), True = may attend.
+def attention_mask(obj_mask: Tensor, registers: int, *, read_only: bool = False) -> Tensor:
+    """The row mask of masked attention: bool (B, N) or (B, K, N) in-box patches -> bool (B, 1, T, T), True = may attend.
 
-    T = 1 + registers + N. Only the [OBJ] row is restricted; a mask of shape (B, 1, 1, T) would hit every query.
+    T = K + registers + N. An [OBJ] row is restricted to itself and its patches; all other rows see everything, but for the
+    [OBJ] columns where these are read-only. A mask of shape (B, 1, 1, T) would hit every query.
     """
-    batch, patches = obj_mask.shape
-    total = 1 + registers + patches
+    if obj_mask.ndim == 2:
+        obj_mask = obj_mask[:, None]
+    batch, objects, patches = obj_mask.shape
+    total = objects + registers + patches
     mask = obj_mask.new_ones(batch, 1, total, total)
-    mask[:, 0, 0, 1 : 1 + registers] = False
-    mask[:, 0, 0, 1 + registers :] = obj_mask
+    if read_only:
+        mask[:, :, :, :objects] = False
+    mask[:, :, :objects, :objects] = torch.eye(objects, dtype=torch.bool, device=mask.device)
+    mask[:, 0, :objects, objects : objects + registers] = obj_mask.all(2, keepdim=True)
+    mask[:, 0, :objects, objects + registers :] = obj_mask
     return mask
 
 
 class ObjViT(nn.Module):
-    """Wrap a timm VisionTransformer: [OBJ] for [CLS], masked attention, masked-image token.
+    """Wrap a timm VisionTransformer or Eva (rope): [OBJ] for [CLS], masked attention, masked-image token.
 
     pool "obj": the token; "linear": the mean of in-box patch embeddings of an unmasked pass (the post's failed variant).
+    tokens: learned [OBJ] tokens (the post's failed 2 and 4); read_only: patches do not see [OBJ], any number of objects a pass.
     """
 
-    def __init__(self, vit: nn.Module, *, pool: Literal["obj", "linear"] = "obj", checkpoint_blocks: bool = False) -> None:
+    def __init__(
+        self,
+        vit: nn.Module,
+        *,
+        pool: Literal["obj", "linear"] = "obj",
+        tokens: int = 1,
+        read_only: bool = False,
+        checkpoint_blocks: bool = False,
+    ) -> None:
         super().__init__()
+        if read_only and tokens != 1:
+            raise ValueError("a read-only [OBJ] is one learned token, asked for each object")
         self.vit = vit
         self.pool = pool
+        self.tokens = tokens
+        self.read_only = read_only
         self.checkpoint_blocks = checkpoint_blocks
         self.embed_dim: int = vit.embed_dim  # type: ignore[assignment]
         self.registers: int = vit.num_prefix_tokens - 1  # type: ignore[operator,assignment]
         self.patch_px: int = vit.patch_embed.patch_size[0]  # type: ignore[union-attr,index,assignment]
         self.mask_token = nn.Parameter(torch.zeros(1, 1, self.embed_dim))
+        # What tells the further [OBJ] tokens from the first; drawn apart, or they would never part.
+        self.more_obj = nn.Parameter(0.02 * torch.randn(tokens - 1, self.embed_dim)) if tokens > 1 else None
 
     def forward(self, images: Tensor, obj_mask: Tensor | None = None, hidden: Tensor | None = None) -> Tokens:
         """Encode a batch.
 
-        images: float (B, 3, H, W), normalised; obj_mask: bool (B, N), True = in the box, None = the whole image;
-        hidden: bool (B, N), patches replaced by the mask token before position embedding.
+        images: float (B, 3, H, W), normalised. obj_mask: bool, True = in the box; (B, N) one box an image, for several
+        learned tokens their mean; (B, K, N) one box a token; None = the whole image. hidden: bool (B, N), patches
+        replaced by the mask token before position embedding.
         """
+        if obj_mask is not None and obj_mask.ndim == 3:
+            return self._encode(images, obj_mask, hidden)
+        if self.pool == "linear" or (self.tokens == 1 and not self.read_only):
+            tokens = self._encode(images, None if obj_mask is None else obj_mask[:, None], hidden)
+        else:
+            if obj_mask is None:
+                patches = images.shape[-2] // self.patch_px * (images.shape[-1] // self.patch_px)
+                obj_mask = torch.ones(len(images), patches, dtype=torch.bool, device=images.device)
+            tokens = self._encode(images, obj_mask[:, None].expand(-1, self.tokens, -1), hidden)
+        return Tokens(tokens.obj.mean(1), tokens.patches)
+
+    def _encode(self, images: Tensor, obj_mask: Tensor | None, hidden: Tensor | None) -> Tokens:
+        """One pass with masks (B, K, N), or None: plain attention with one [OBJ]."""
+        vit: Any = self.vit
+        objects = 1 if obj_mask is None or self.pool == "linear" else obj_mask.shape[1]
+        x, rope = self._embed(images, objects, hidden)
+        mask = None
+        if obj_mask is not None and self.pool == "obj":
+            mask = attention_mask(obj_mask, self.registers, read_only=self.read_only)
+        for i, block in enumerate(vit.blocks):
+            x = self._block(block, x, mask, rope[i] if getattr(vit, "rope_mixed", False) and rope is not None else rope)
+        x = vit.norm(x)
+        patches = x[:, objects + self.registers :]
+        if self.pool == "linear":
+            return Tokens(mean_in_box(patches, obj_mask), patches)
+        return Tokens(x[:, :objects], patches)
+
+    def _embed(self, images: Tensor, objects: int, hidden: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Tokens (B, objects + registers + N, D) before the first block, and the rotary position embedding if there is one."""
         vit: Any = self.vit
         x = vit.patch_embed(images)  # (B, h, w, D): the model is built with dynamic_img_size
         if hidden is not None:
-            token = self.mask_token.to(x.dtype)
-            x = torch.where(hidden.reshape(*x.shape[:3], 1), token, x)
-        x = vit.norm_pre(vit._pos_embed(x))
-        mask = None
-        if obj_mask is not None and self.pool == "obj":
-            mask = attention_mask(obj_mask, self.registers)
-        for block in vit.blocks:
-            x = self._block(block, x, mask)
-        x = vit.norm(x)
-        patches = x[:, 1 + self.registers :]
-        if self.pool == "linear":
-            return Tokens(mean_in_box(patches, obj_mask), patches)
-        return Tokens(x[:, 0], patches)
+            x = torch.where(hidden.reshape(*x.shape[:3], 1), self.mask_token.to(x.dtype), x)
+        placed, rope = vit._pos_embed(x), None
+        if isinstance(placed, tuple):
+            placed, rope = placed
+            for block in vit.blocks:  # rope turns patches alone
+                block.attn.num_prefix_tokens = objects + self.registers
+        x = vit.norm_pre(placed)
+        if objects > 1 or self.more_obj is not None:
+            first = x[:, :1]
+            obj = first.expand(-1, objects, -1)
+            if self.more_obj is not None:
+                if objects != self.tokens:
+                    raise ValueError(f"{objects} masks an image for {self.tokens} learned [OBJ] tokens")
+                obj = torch.cat([first, first + self.more_obj.to(x.dtype)], dim=1)
+            elif not self.read_only:
+                raise ValueError(f"{objects} masks an image need read_only=True or tokens={objects}")
+            x = torch.cat([obj, x[:, 1:]], dim=1)
+        return x, rope
 
-    def _block(self, block: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:
+    def _block(self, block: nn.Module, x: Tensor, mask: Tensor | None, rope: Tensor | None) -> Tensor:
+        masked = partial(block, attn_mask=mask) if rope is None else partial(block, attn_mask=mask, rope=rope)
         if self.checkpoint_blocks and self.training:
-            return checkpoint(block, x, mask, use_reentrant=False)
-        return block(x, attn_mask=mask)
+            return checkpoint(masked, x, use_reentrant=False)
+        return masked(x)
 
     def obj_attention(self, images: Tensor, obj_mask: Tensor | None = None) -> Tensor:
-        """Attention of [OBJ] over patches in the last layer, mean over heads: float (B, N), rows sum to at most 1."""
+        """Attention of the (first) [OBJ] over patches in the last layer, mean over heads: float (B, N), rows sum to <= 1."""
         vit: Any = self.vit
         kept: list[Tensor] = []
         attention = vit.blocks[-1].attn
-        handle = attention.register_forward_pre_hook(lambda _module, args: kept.append(args[0]))
+        handle = attention.attn_drop.register_forward_pre_hook(lambda _module, args: kept.append(args[0]))
+        fused, attention.fused_attn = attention.fused_attn, False  # only then are the weights ever laid out
         try:
-            self.forward(images, obj_mask)
+            patches = self.forward(images, obj_mask).patches.shape[1]
         finally:
             handle.remove()
-        x = kept[0]
-        batch, total, width = x.shape
-        qkv = attention.qkv(x).reshape(batch, total, 3, attention.num_heads, width // attention.num_heads)
-        q, k, _ = qkv.permute(2, 0, 3, 1, 4)
-        q, k = attention.q_norm(q), attention.k_norm(k)
-        scores = (q[:, :, :1] @ k.transpose(-2, -1)) * attention.scale
-        if obj_mask is not None and self.pool == "obj":
-            scores = scores.masked_fill(~attention_mask(obj_mask, self.registers)[:, :, :1], float("-inf"))
-        return scores.softmax(-1).mean(1)[:, 0, 1 + self.registers :]
+            attention.fused_attn = fused
+        return kept[0][:, :, 0, -patches:].mean(1)
 
 
 def mean_in_box(patches: Tensor, obj_mask: Tensor | None) -> Tensor:
-    """Mean of in-box patch embeddings: (B, N, D), bool (B, N) -> (B, D)."""
+    """Mean of in-box patch embeddings: (B, N, D), bool (B, K, N) -> (B, K, D); None: of all patches, K = 1."""
     if obj_mask is None:
-        return patches.mean(1)
+        return patches.mean(1, keepdim=True)
     weight = obj_mask.to(patches.dtype)
-    return torch.einsum("bn,bnd->bd", weight, patches) / weight.sum(1, keepdim=True).clamp_min(1)
+    return torch.einsum("bkn,bnd->bkd", weight, patches) / weight.sum(2, keepdim=True).clamp_min(1)
 
 
 def build_encoder(
@@ -116,26 +174,19 @@ def build_encoder(
     weights: str | None = None,
     drop_path: float = 0.0,
     pool: Literal["obj", "linear"] = "obj",
+    tokens: int = 1,
+    read_only: bool = False,
     checkpoint_blocks: bool = False,
 ) -> ObjViT:
-    """An [OBJ] ViT from a timm name.
+    """An [OBJ] ViT from a timm name, or a short one such as S/16.
 
-    weights: None (random), "timm" (the published weights), or a local file (.safetensors, .pth, .pt) that timm can read.
+    weights: None (random), "timm" (the published weights), or a local file (see `odis_path.model.weights`).
     Raises UserError where timm has no such model, it is no plain ViT, or the weights do not fit.
     """
     import timm
 
-    options: dict[str, Any] = {
-        "num_classes": 0, "global_pool": "token", "class_token": True, "dynamic_img_size": True, "drop_path_rate": drop_path,
-    }  # fmt: skip
-    options.update(kwargs or {})
-    if weights == "timm":
-        options["pretrained"] = True
-    elif weights:
-        if not Path(weights).is_file():
-            raise UserError(f"{weights}: no such weight file; give a local file, or 'timm' for the published weights")
-        options["pretrained"] = True
-        options["pretrained_cfg_overlay"] = {"file": str(weights)}
+    name, resolved = resolve_model(name, kwargs or {})
+    options: dict[str, Any] = {**BASE_KWARGS, "drop_path_rate": drop_path, **resolved, "pretrained": weights == "timm"}
     try:
         vit = timm.create_model(name, **options)
     except UserError:
@@ -144,5 +195,12 @@ def build_encoder(
         line = " ".join(str(error).split())[:300]
         raise UserError(f"model {name}: timm cannot build it with {options}: {line}") from None
     if not hasattr(vit, "blocks") or not hasattr(vit, "_pos_embed") or getattr(vit, "cls_token", None) is None:
-        raise UserError(f"model {name}: not a plain vision transformer with a class token; take a vit_* name of timm")
-    return ObjViT(vit, pool=pool, checkpoint_blocks=checkpoint_blocks)
+        raise UserError(
+            f"model {name}: not a plain vision transformer with a class token; take a vit_* or eva02_* name of timm"
+        )
+    encoder = ObjViT(vit, pool=pool, tokens=tokens, read_only=read_only, checkpoint_blocks=checkpoint_blocks)
+    if weights is not None and weights != "timm":
+        token = load_weights(vit, weights).mask_token
+        if token is not None:
+            encoder.mask_token.data.copy_(token)
+    return encoder
