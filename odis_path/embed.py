@@ -13,12 +13,13 @@ import numpy as np
 
 from annotations.errors import UserError
 from odis_path.data.dataset import KINDS
-from odis_path.encode import FrozenEncoder, Mode, encode, load_encoder, refuse_modes
+from odis_path.encode import FrozenEncoder, Mode, encode, encode_objects, load_encoder, refuse_modes
 from odis_path.features import embedded_already, read_features, write_features, write_slides_parquet
 from tiling.cohort import Outcome, run_cohort
 from tiling.slidefile import SlideFile, list_slide_files
 
 LEVELS = ("tile", "object", "slide")
+OBJECTS_A_PASS = 64  # read-only objects that share one pass over the patches of a tile
 
 
 @dataclass(frozen=True)
@@ -177,6 +178,10 @@ def encode_rows(
 ) -> np.ndarray:
     """Embed tile tile_of[i] (with boxes[i]) for every i: float32 (n, D). Tiles of the next batch are read meanwhile."""
     features = np.zeros((len(tile_of), encoder.dim), dtype=np.float32)
+    if boxes is not None and job.mode == "masked" and encoder.module.read_only:
+        for rows, tiles in shared_passes(file, tile_of, job.batch):
+            features[np.concatenate(rows)] = encode_objects(encoder, tiles, [boxes[some] for some in rows])
+        return features
 
     def read(part: slice) -> np.ndarray:
         numbers, back = np.unique(tile_of[part], return_inverse=True)
@@ -185,6 +190,23 @@ def encode_rows(
     for part, tiles in read_ahead([slice(i, i + job.batch) for i in range(0, len(tile_of), job.batch)], read):
         features[part] = encode(encoder, tiles, None if boxes is None else boxes[part], job.mode)
     return features
+
+
+def shared_passes(file: SlideFile, tile_of: np.ndarray, batch: int) -> Iterator[tuple[list[np.ndarray], np.ndarray]]:
+    """Batches of (rows of each pass, their tiles): rows of one tile go together, up to OBJECTS_A_PASS.
+
+    Passes of like length go together, so that little is filled up.
+    """
+    order = np.argsort(tile_of, kind="stable")
+    by_tile = np.split(order, np.flatnonzero(np.diff(tile_of[order])) + 1) if len(order) else []
+    passes = [some[i : i + OBJECTS_A_PASS] for some in by_tile for i in range(0, len(some), OBJECTS_A_PASS)]
+    passes.sort(key=len)
+
+    def read(part: slice) -> np.ndarray:
+        return np.stack([file.tile(int(tile_of[rows[0]])) for rows in passes[part]])
+
+    for part, tiles in read_ahead([slice(i, i + batch) for i in range(0, len(passes), batch)], read):
+        yield passes[part], tiles
 
 
 def read_ahead(parts: list[slice], read: Callable[[slice], np.ndarray]) -> Iterator[tuple[slice, np.ndarray]]:

@@ -93,9 +93,7 @@ def encode(encoder: FrozenEncoder, tiles: np.ndarray, boxes: np.ndarray | None =
     if mode == "crop" and boxes is not None:
         images = torch.stack([_cut(tile, box, size) for tile, box in zip(tiles, boxes, strict=True)]).to(encoder.device)
     else:
-        images = torch.from_numpy(np.ascontiguousarray(tiles)).to(encoder.device).permute(0, 3, 1, 2).float().div_(255)
-        if size != side:
-            images = F.interpolate(images, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
+        images = _whole(encoder, tiles, size)
     mask = None
     if mode in ("masked", "blackout") and boxes is not None:
         mask = torch.from_numpy(box_masks(boxes, side, grid)).to(encoder.device)
@@ -103,6 +101,35 @@ def encode(encoder: FrozenEncoder, tiles: np.ndarray, boxes: np.ndarray | None =
             keep = mask.reshape(-1, 1, grid, grid).float()
             images = images * F.interpolate(keep, size=(size, size), mode="nearest")
             mask = None
+    return _obj(encoder, images, mask)
+
+
+@torch.inference_mode()
+def encode_objects(encoder: FrozenEncoder, tiles: np.ndarray, boxes: list[np.ndarray]) -> np.ndarray:
+    """Masked embeddings of all boxes of each tile in one pass over its patches; for an encoder with a read-only [OBJ].
+
+    tiles: uint8 (B, S, S, 3); boxes: B arrays (k, 4) in tile px. Returns float32 (sum of k, D), tile by tile.
+    """
+    side = tiles.shape[1]
+    grid = encoder.grid(side)
+    counts = [len(some) for some in boxes]
+    masks = np.ones((len(tiles), max(counts), grid * grid), dtype=bool)  # what fills up is the whole tile, and dropped below
+    for mask, some in zip(masks, boxes, strict=True):
+        mask[: len(some)] = box_masks(some, side, grid)
+    obj = _obj(encoder, _whole(encoder, tiles, grid * encoder.module.patch_px), torch.from_numpy(masks).to(encoder.device))
+    return np.concatenate([row[:count] for row, count in zip(obj, counts, strict=True)])
+
+
+def _whole(encoder: FrozenEncoder, tiles: np.ndarray, size_px: int) -> torch.Tensor:
+    """uint8 (B, S, S, 3) -> float (B, 3, size_px, size_px) in [0, 1] on the device."""
+    images = torch.from_numpy(np.ascontiguousarray(tiles)).to(encoder.device).permute(0, 3, 1, 2).float().div_(255)
+    if size_px != tiles.shape[1]:
+        images = F.interpolate(images, size=(size_px, size_px), mode="bilinear", antialias=True, align_corners=False)
+    return images
+
+
+def _obj(encoder: FrozenEncoder, images: torch.Tensor, mask: torch.Tensor | None) -> np.ndarray:
+    """The [OBJ] embeddings of images in [0, 1]: float32 (B, D), or (B, K, D) for masks (B, K, N)."""
     with torch.autocast(encoder.device.type, torch.bfloat16, enabled=encoder.device.type == "cuda"):
         obj = encoder.module(normalise(images, encoder.mean, encoder.std), mask).obj
     return obj.float().cpu().numpy()

@@ -93,6 +93,10 @@ def masked_patch_loss(
 
 
 @torch.no_grad()
-def entropy(probabilities: Tensor) -> Tensor:
-    """Mean entropy of rows in nats: (.., K) -> scalar. log K means uniform, 0 means one prototype: both are collapse."""
-    return -torch.special.xlogy(probabilities, probabilities).sum(-1).mean()
+def entropy(probabilities: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Mean entropy of rows in nats: (.., K) -> scalar. log K means uniform, 0 means one prototype: both are collapse.
+
+    weight: (..), rows of weight 0 do not count.
+    """
+    rows = -torch.special.xlogy(probabilities, probabilities).sum(-1)
+    return rows.mean() if weight is None else (rows * weight).sum() / weight.sum().clamp_min(1)

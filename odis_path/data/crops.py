@@ -8,7 +8,8 @@ Source: the ODIS authors' post (crops that contain the object, box to patch mask
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from math import ceil, floor, log, sqrt
 from typing import Literal
 
@@ -51,26 +52,32 @@ class CropRule:
     fraction: float = FALLBACK_FRACTION
     sampler: Literal["construct", "reject"] = "construct"
     tries: int = 20
+    fallback: Literal["construct", "zero", "full"] = "construct"  # what follows when every try was rejected
 
 
-def draw_turn(rng: np.random.Generator, turns: str) -> int:
-    """A symmetry of the square: 0 (none), 0 or 4 (flip), 0..7 (dihedral)."""
+def draw_turns(rng: np.random.Generator, turns: str, count: int) -> np.ndarray:
+    """Symmetries of the square, int64 (count,): 0 (none), 0 or 4 (flip), 0..7 (dihedral)."""
     if turns == "none":
-        return 0
-    if turns == "flip":
-        return 4 * int(rng.integers(2))
-    return int(rng.integers(8))
+        return np.zeros(count, dtype=np.int64)
+    return rng.integers(8, size=count) if turns == "dihedral" else 4 * rng.integers(2, size=count)
 
 
-def draw_size(rng: np.random.Generator, side_px: int, rule: CropRule) -> tuple[int, int]:
-    """Width and height in tile px of a random resized crop of a (side_px, side_px) tile."""
-    for _ in range(10):
-        area = side_px * side_px * rng.uniform(*rule.scale)
-        aspect = float(np.exp(rng.uniform(log(rule.ratio[0]), log(rule.ratio[1]))))
-        w, h = round(sqrt(area * aspect)), round(sqrt(area / aspect))
-        if 0 < w <= side_px and 0 < h <= side_px:
-            return w, h
-    return side_px, side_px
+def draw_sizes(
+    rng: np.random.Generator, side_px: int, rule: CropRule, count: int, need: tuple[int, int] = (1, 1)
+) -> tuple[np.ndarray, np.ndarray]:
+    """Widths and heights in tile px, int64 (count,), of random resized crops of a (side_px, side_px) tile.
+
+    need: width and height that a crop has at least; sizes are drawn again until they do, at most rule.tries times, and
+    then the first is stretched to it.
+    """
+    area = side_px * side_px * rng.uniform(*rule.scale, size=(count, rule.tries))
+    root = np.exp(rng.uniform(0.5 * log(rule.ratio[0]), 0.5 * log(rule.ratio[1]), size=(count, rule.tries)))
+    side = np.sqrt(area)
+    w, h = np.rint(side * root), np.rint(side / root)
+    good = (w >= need[0]) & (w <= side_px) & (h >= need[1]) & (h <= side_px)
+    rows, first = np.arange(count), good.argmax(1)  # 0 where none is good
+    w, h = w[rows, first].clip(need[0], side_px), h[rows, first].clip(need[1], side_px)
+    return w.astype(np.int64), h.astype(np.int64)
 
 
 def _offset_range(lo: float, hi: float, length: int, side_px: int, rule: CropRule) -> tuple[int, int]:
@@ -97,51 +104,66 @@ def fits(box: np.ndarray, w: int, h: int) -> bool:
 
 
 def sample_view(rng: np.random.Generator, side_px: int, box: np.ndarray | None, rule: CropRule) -> View:
-    """A random view of a tile that shows the box.
+    """One random view; see `sample_views`."""
+    return sample_views(rng, side_px, box, rule, 1)[0]
 
-    box: (4,) x0, y0, x1, y1 in tile px, or None for a free crop. With full containment the view contains the box whenever
-    a crop of the rule's largest area can; otherwise it overlaps by `FALLBACK_FRACTION` of the smaller of the two.
+
+def sample_views(rng: np.random.Generator, side_px: int, box: np.ndarray | None, rule: CropRule, count: int) -> list[View]:
+    """Random views of a tile that show the box.
+
+    box: (4,) x0, y0, x1, y1 in tile px, or None for free crops. With full containment a view contains the box whenever
+    a crop of the rule's largest area can; otherwise it overlaps by `FALLBACK_FRACTION` of the smaller of the two. Where
+    rejection fails and the rule's fallback is not to construct, the last free crop is returned: see `shows`.
     """
-    turn = draw_turn(rng, rule.turns)
-    if box is None:
-        w, h = draw_size(rng, side_px, rule)
-        return View(int(rng.integers(side_px - w + 1)), int(rng.integers(side_px - h + 1)), w, h, turn, rule.size_px)
-    if rule.sampler == "reject":
-        for _ in range(rule.tries):
-            w, h = draw_size(rng, side_px, rule)
-            x, y = int(rng.integers(side_px - w + 1)), int(rng.integers(side_px - h + 1))
-            if _accepts(box, x, y, w, h, side_px, rule):
-                return View(x, y, w, h, turn, rule.size_px)
-    w, h = _size_for_box(rng, side_px, box, rule)
-    x_first, x_last = _offset_range(float(box[0]), float(box[2]), w, side_px, rule)
-    y_first, y_last = _offset_range(float(box[1]), float(box[3]), h, side_px, rule)
-    x, y = int(rng.integers(x_first, x_last + 1)), int(rng.integers(y_first, y_last + 1))
-    return View(x, y, w, h, turn, rule.size_px)
+    if not count:
+        return []
+    if box is not None and rule.sampler == "reject":
+        return [_by_rejection(rng, side_px, box, rule) for _ in range(count)]
+    turns = draw_turns(rng, rule.turns, count).tolist()
+    need = (1, 1)
+    if box is not None and rule.containment == "full" and _can_fit(box, side_px, rule):  # else overlap is all to be asked
+        need = (ceil(float(box[2])) - floor(float(box[0])), ceil(float(box[3])) - floor(float(box[1])))
+    sizes = draw_sizes(rng, side_px, rule, count, need)
+    places = rng.random((count, 2)).tolist()
+    x0, y0, x1, y1 = (0.0, 0.0, 0.0, 0.0) if box is None else (float(v) for v in box)
+    views = []
+    for w, h, (right, down), turn in zip(*(size.tolist() for size in sizes), places, turns, strict=True):
+        first_x, last_x = (0, side_px - w) if box is None else _offset_range(x0, x1, w, side_px, rule)
+        first_y, last_y = (0, side_px - h) if box is None else _offset_range(y0, y1, h, side_px, rule)
+        x, y = first_x + int(right * (last_x - first_x + 1)), first_y + int(down * (last_y - first_y + 1))
+        views.append(View(x, y, w, h, turn, rule.size_px))
+    return views
 
 
-def _accepts(box: np.ndarray, x: int, y: int, w: int, h: int, side_px: int, rule: CropRule) -> bool:
-    """Whether a crop drawn freely overlaps the box as the rule asks; an impossible full containment is never accepted."""
-    if rule.containment == "full" and not fits(box, w, h):
-        return False
-    x_first, x_last = _offset_range(float(box[0]), float(box[2]), w, side_px, rule)
-    y_first, y_last = _offset_range(float(box[1]), float(box[3]), h, side_px, rule)
-    return x_first <= x <= x_last and y_first <= y <= y_last
-
-
-def _size_for_box(rng: np.random.Generator, side_px: int, box: np.ndarray, rule: CropRule) -> tuple[int, int]:
-    """A crop size from the rule, redrawn (and at last stretched) until the box fits where the rule's area allows it."""
-    w, h = draw_size(rng, side_px, rule)
-    if rule.containment != "full":
-        return w, h
-    need_w, need_h = ceil(float(box[2])) - floor(float(box[0])), ceil(float(box[3])) - floor(float(box[1]))
-    largest = rule.scale[1] * side_px * side_px
-    if need_w * need_h > largest:
-        return w, h  # no crop of this rule holds the box: overlap is all that can be asked
+def _by_rejection(rng: np.random.Generator, side_px: int, box: np.ndarray, rule: CropRule) -> View:
+    """Free crops until one shows the box, as in the post; what follows the last try is the rule's fallback."""
     for _ in range(rule.tries):
-        if need_w <= w and need_h <= h:
-            return w, h
-        w, h = draw_size(rng, side_px, rule)
-    return min(side_px, max(w, need_w)), min(side_px, max(h, need_h))
+        view = sample_view(rng, side_px, None, rule)
+        if shows(view, box, side_px, rule):
+            return view
+    return view if rule.fallback != "construct" else sample_view(rng, side_px, box, replace(rule, sampler="construct"))
+
+
+def shows(view: View, box: np.ndarray, side_px: int, rule: CropRule) -> bool:
+    """Whether a view overlaps the box as the rule asks; a box that some crop of the rule could contain must be contained."""
+    if rule.containment == "full" and not fits(box, view.w, view.h) and _can_fit(box, side_px, rule):
+        return False
+    x_first, x_last = _offset_range(float(box[0]), float(box[2]), view.w, side_px, rule)
+    y_first, y_last = _offset_range(float(box[1]), float(box[3]), view.h, side_px, rule)
+    return x_first <= view.x <= x_last and y_first <= view.y <= y_last
+
+
+def visible_share(view: View, boxes: np.ndarray) -> np.ndarray:
+    """The share of each box's area that lies in the view: (k, 4) -> float64 (k,)."""
+    corner = np.array([view.x, view.y], dtype=np.float64)
+    low, high = np.maximum(boxes[:, :2], corner), np.minimum(boxes[:, 2:], corner + np.array([view.w, view.h]))
+    return (high - low).clip(0).prod(1) / (boxes[:, 2:] - boxes[:, :2]).prod(1)
+
+
+def _can_fit(box: np.ndarray, side_px: int, rule: CropRule) -> bool:
+    """Whether a crop of the rule's largest area, of whatever aspect, holds the box."""
+    need_w, need_h = ceil(float(box[2])) - floor(float(box[0])), ceil(float(box[3])) - floor(float(box[1]))
+    return need_w * need_h <= rule.scale[1] * side_px * side_px
 
 
 def contains(view: View, box: np.ndarray) -> bool:
@@ -165,28 +187,36 @@ def patch_mask(
     any: the patch overlaps the box; fraction: by at least that share of the patch's area; centre: the patch's centre lies
     in the box. margin: patches added on each side. All False where the box lies outside the view.
     """
-    span_x = (np.array([box[0], box[2]], dtype=np.float64) - view.x) * grid / view.w
-    span_y = (np.array([box[1], box[3]], dtype=np.float64) - view.y) * grid / view.h
-    share_x, share_y = _axis_share(span_x, grid), _axis_share(span_y, grid)
-    if rule == "centre":
-        centres = np.arange(grid) + 0.5
-        inside_x = (centres >= span_x[0]) & (centres < span_x[1])
-        inside_y = (centres >= span_y[0]) & (centres < span_y[1])
-        mask = inside_y[:, None] & inside_x[None, :]
-    elif rule == "fraction":
-        mask = share_y[:, None] * share_x[None, :] >= fraction
-    else:
-        mask = (share_y[:, None] > 0) & (share_x[None, :] > 0)
-    if margin and mask.any():
-        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-        mask[max(0, rows[0] - margin) : rows[-1] + margin + 1, max(0, columns[0] - margin) : columns[-1] + margin + 1] = True
-    return np.ascontiguousarray(turn_grid(mask, view.turn))
+    return patch_masks([view], box, grid, rule=rule, fraction=fraction, margin=margin)[0]
 
 
-def _axis_share(span: np.ndarray, grid: int) -> np.ndarray:
-    """Length of [span[0], span[1]] inside each of the unit cells 0..grid-1: float64 (grid,)."""
+def patch_masks(
+    views: Sequence[View], box: np.ndarray, grid: int, *, rule: MaskRule = "any", fraction: float = 0.5, margin: int = 0
+) -> np.ndarray:
+    """`patch_mask` of several views of one tile: bool (views, grid, grid)."""
+    frame = np.array([(v.x, v.y, v.w, v.h) for v in views], dtype=np.float64)
+    # (views, x or y, low or high), in patches of the unturned view
+    span = (box.reshape(1, 2, 2) - frame[:, None, :2]).transpose(0, 2, 1) * grid / frame[:, 2:, None]
     cells = np.arange(grid, dtype=np.float64)
-    return np.clip(np.minimum(span[1], cells + 1) - np.maximum(span[0], cells), 0.0, None)
+    if rule == "centre":
+        inside = (cells + 0.5 >= span[:, :, :1]) & (cells + 0.5 < span[:, :, 1:])
+        masks = inside[:, 1, :, None] & inside[:, 0, None, :]
+    else:
+        share = np.minimum(span[:, :, 1:], cells + 1) - np.maximum(span[:, :, :1], cells)  # of each cell, below 0 outside
+        if rule == "fraction":
+            share = share.clip(0)
+            masks = share[:, 1, :, None] * share[:, 0, None, :] >= fraction
+        else:
+            masks = (share[:, 1, :, None] > 0) & (share[:, 0, None, :] > 0)
+    for mask, view in zip(masks, views, strict=True):
+        if margin and mask.any():
+            rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+            mask[max(0, rows[0] - margin) : rows[-1] + margin + 1, max(0, columns[0] - margin) : columns[-1] + margin + 1] = (
+                True
+            )
+        if view.turn:
+            mask[...] = turn_grid(mask, view.turn).copy()
+    return masks
 
 
 def view_matrix(view: View, side_px: int) -> np.ndarray:

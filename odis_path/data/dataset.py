@@ -1,7 +1,6 @@
-"""Tiles of a folder of slide files as training samples.
+"""The tiles of a folder of slide files: which there are, in what order ranks and steps take them, how a batch is stacked.
 
-A sample is a pure function of (seed, epoch, index): the workers can be as many as one likes, and a run that stops and
-goes on sees the same crops and masks.
+The order is a pure function of (seed, step): a run that stops and goes on sees the same tiles.
 """
 
 from __future__ import annotations
@@ -9,21 +8,16 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from dataclasses import dataclass
-from math import sqrt
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from annotations.errors import UserError
-from odis_path.data import colour, crops, mim, targets
 from odis_path.data.colour import SIGMA
 from tiling.slidefile import SlideFile, list_slide_files
-
-if TYPE_CHECKING:
-    from odis_path.train.config import PretrainConfig
 
 KINDS = {"tissue": 0, "cell": 1, "proposal": 2}
 _OPEN_FILES = 64
@@ -130,121 +124,6 @@ def held_out_patients(index: TileIndex, share: float, named: list[str], seed: in
     return set(np.random.default_rng([seed, 77]).permutation(patients)[:count].tolist())
 
 
-class TileSamples(torch.utils.data.Dataset[dict[str, np.ndarray]]):
-    """Training samples: item (epoch, i) is the tile i with its views, masks and colours."""
-
-    def __init__(self, index: TileIndex, config: PretrainConfig, patch_px: int) -> None:
-        self.index = index
-        self.config = config
-        self.files = OpenSlides(index.paths)
-        self.grids = (config.views.global_size // patch_px, config.views.local_size // patch_px)
-        self.rules = view_rules(config)
-        self.colour_rules = colour_rules(config)
-        kinds = [KINDS[kind] for kind in config.data.kinds]
-        self._kinds = None if len(kinds) == len(KINDS) else np.array(kinds, dtype=np.uint8)
-        mean_scale = sum(config.views.global_scale) / 2
-        cell = sqrt(mean_scale) * index.tile_px / self.grids[0]  # tile px a patch of a mean global crop
-        self._min_side_px = sqrt(config.target.min_patches) * cell
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, np.ndarray]:
-        epoch, i = key
-        rng = np.random.default_rng([self.config.run.seed, epoch, i])
-        slide, row = int(self.index.slide[i]), int(self.index.row[i])
-        file = self.files[slide]
-        pixels = file.tile(row)
-        return {"tile": pixels, **self.draw(rng, file, slide, row)}
-
-    def draw(self, rng: np.random.Generator, file: SlideFile, slide: int, row: int) -> dict[str, np.ndarray]:
-        """Everything random about a sample, without its pixels.
-
-        theta_* float32 (views, 2, 3); mask_* bool (views, N) in-box patches; hidden bool (2, N); seen bool (views,) False
-        where the view lacks its box; colours float32 (views, 24); target float64 (4,); rects int32 (views, 6).
-        """
-        side = self.index.tile_px
-        box = self.target(rng, file, slide, row)
-        views = self._views(rng, box)
-        masks = [self._mask(view, box, k) for k, view in enumerate(views)]
-        seen = np.array([bool(mask.any()) for mask in masks])
-        for mask in masks:
-            mask[...] |= not mask.any()  # never an empty key set; `seen` keeps the view out of loss and center
-        theta = np.stack([crops.view_matrix(view, side) for view in views])
-        grid = self.grids[0]
-        m = self.config.mim
-        hidden = [mim.block_mask(rng, grid, mim.draw_ratio(rng, m.probability, m.ratio)) for _ in range(2)]
-        whole = np.array([0.0, 0.0, side, side])
-        return {
-            "theta_global": theta[:2],
-            "theta_local": theta[2:],
-            "mask_global": np.stack([mask.ravel() for mask in masks[:2]]),
-            "mask_local": np.stack([mask.ravel() for mask in masks[2:]]) if masks[2:] else np.zeros((0, 0), bool),
-            "hidden": np.stack([mask.ravel() for mask in hidden]),
-            "seen": seen,
-            "colours": np.stack([colour.draw_colour(rng, self.colour_rules[min(k, 2)]) for k in range(len(views))]),
-            "target": whole if box is None else box,
-            "rects": np.array([(v.x, v.y, v.w, v.h, v.turn, v.size_px) for v in views], dtype=np.int32),
-        }
-
-    def target(self, rng: np.random.Generator, file: SlideFile, slide: int, row: int) -> np.ndarray | None:
-        """The target box of this sample, or None for the whole tile."""
-        t = self.config.target
-        if not (t.crop or t.mask):
-            return None
-        whole = rng.random() < t.whole_tile_p
-        boxes, groups = file.boxes(row), None
-        if (self._kinds is not None or t.choice == "label") and len(boxes):
-            kind, label = self.files.box_groups(slide)
-            at = file.box_rows(row)
-            groups = label[at]
-            if self._kinds is not None:
-                keep = np.isin(kind[at], self._kinds)
-                boxes, groups = boxes[keep], groups[keep]
-        box = targets.choose_box(
-            rng, boxes, choice=t.choice, groups=groups, min_side_px=self._min_side_px, side_px=self.index.tile_px
-        )
-        return None if whole else box
-
-    def _views(self, rng: np.random.Generator, box: np.ndarray | None) -> list[crops.View]:
-        side, t = self.index.tile_px, self.config.target
-        aware = box if t.crop else None
-        aware_local = aware if t.local == "object" else None
-        views = [crops.sample_view(rng, side, aware, self.rules[0]) for _ in range(2)]
-        return views + [crops.sample_view(rng, side, aware_local, self.rules[1]) for _ in range(self.config.views.local_count)]
-
-    def _mask(self, view: crops.View, box: np.ndarray | None, k: int) -> np.ndarray:
-        t, grid = self.config.target, self.grids[0 if k < 2 else 1]
-        if box is None or not t.mask or (k >= 2 and t.local == "free"):
-            return np.ones((grid, grid), dtype=bool)
-        return crops.patch_mask(view, box, grid, rule=t.mask_rule, fraction=t.mask_fraction, margin=t.mask_margin)
-
-
-def view_rules(config: PretrainConfig) -> tuple[crops.CropRule, crops.CropRule]:
-    """How global and local crops are drawn."""
-    v, t = config.views, config.target
-    shared: dict[str, Any] = {
-        "ratio": v.ratio, "turns": v.turns, "containment": t.containment, "fraction": t.fraction, "sampler": t.sampler,
-        "tries": t.tries,
-    }  # fmt: skip
-    return (
-        crops.CropRule(scale=v.global_scale, size_px=v.global_size, **shared),
-        crops.CropRule(scale=v.local_scale, size_px=v.local_size, **shared),
-    )
-
-
-def colour_rules(config: PretrainConfig) -> tuple[colour.ColourRule, colour.ColourRule, colour.ColourRule]:
-    """Colour changes of the first global view, the second, and the locals."""
-    v = config.views
-    return tuple(  # type: ignore[return-value]
-        colour.ColourRule(
-            v.brightness, v.contrast, v.saturation, v.hue, v.jitter_p, v.gray_p, v.blur_p[k], v.blur_sigma,
-            v.solarise_p if k == 1 else 0.0, v.stain_scale, v.stain_shift, v.stain_p,
-        )
-        for k in range(3)
-    )  # fmt: skip
-
-
 class StepSampler(torch.utils.data.Sampler[list[tuple[int, int]]]):
     """Batches of this rank, from a step on: a pure function of (seed, step).
 
@@ -283,7 +162,7 @@ class StepSampler(torch.utils.data.Sampler[list[tuple[int, int]]]):
 
 
 def collate(items: list[dict[str, np.ndarray]]) -> dict[str, Tensor]:
-    """Stack samples; views come first: theta_global (2, B, 2, 3), mask_global (2, B, N), hidden (2, B, N), seen (V, B), ..."""
+    """Stack samples, views first: theta_global (2, B, 2, 3), mask_global (2, B, K, N), hidden (2, B, N), seen (V, B, K)."""
     batch: dict[str, Tensor] = {}
     for key in items[0]:
         stacked = torch.from_numpy(np.stack([item[key] for item in items]))

@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 BoxChoice = Literal["uniform", "area", "label"]
+
+
+class Target(NamedTuple):
+    """A target object: box float64 (4,) in tile px, and which of the tile's boxes it is made of, int64 (r,).
+
+    The whole tile is a target without rows.
+    """
+
+    box: np.ndarray
+    rows: np.ndarray
+
+    @property
+    def whole(self) -> bool:
+        return len(self.rows) == 0
+
+
+def whole_tile(side_px: int) -> Target:
+    """The tile itself as target: [OBJ] sees every patch of every view."""
+    return Target(np.array([0.0, 0.0, side_px, side_px]), np.zeros(0, dtype=np.int64))
 
 
 def choose_box(
@@ -17,8 +36,8 @@ def choose_box(
     groups: np.ndarray | None = None,
     min_side_px: float = 0.0,
     side_px: int,
-) -> np.ndarray | None:
-    """The target box of a tile, float64 (4,) in tile px, or None where there is no box.
+) -> Target | None:
+    """The target object of a tile, or None where there is no box.
 
     boxes: (k, 4); groups: (k,) label of each box, used by choice="label" (a label first, uniformly, then one of its boxes).
     uniform draws among the boxes whose area is at least min_side_px squared, if there are any; a smaller box is
@@ -31,37 +50,47 @@ def choose_box(
     large = np.flatnonzero(area >= min_side_px**2)
     pool = large if len(large) else np.arange(len(boxes))
     if choice == "area":
-        weight = area[pool] / area[pool].sum()
-        pick = int(rng.choice(pool, p=weight))
+        pick = int(rng.choice(pool, p=area[pool] / area[pool].sum()))
     elif choice == "label" and groups is not None:
         names = np.unique(groups[pool])
         pool = pool[groups[pool] == names[int(rng.integers(len(names)))]]
-        pick = int(rng.choice(pool))
+        pick = int(pool[rng.integers(len(pool))])
     else:
-        pick = int(rng.choice(pool))
+        pick = int(pool[rng.integers(len(pool))])
     if area[pick] >= min_side_px**2:
-        return boxes[pick]
+        return Target(boxes[pick], np.array([pick]))
     return grow_box(boxes, pick, min_side_px, side_px)
 
 
-def grow_box(boxes: np.ndarray, pick: int, min_side_px: float, side_px: int) -> np.ndarray:
-    """The union of a small box with its nearest neighbours until it covers min_side_px squared, else widened: (4,)."""
+def more_boxes(
+    rng: np.random.Generator, boxes: np.ndarray, allowed: np.ndarray, count: int, first: Target
+) -> list[Target | None]:
+    """`count` further targets, drawn among the allowed boxes, bool (k,), that the first is not made of; None fills up."""
+    pool = np.setdiff1d(np.flatnonzero(allowed), first.rows)
+    picked = rng.permutation(pool)[:count]
+    found: list[Target | None] = [Target(boxes[i].astype(np.float64), np.array([i])) for i in picked]
+    return found + [None] * (count - len(found))
+
+
+def grow_box(boxes: np.ndarray, pick: int, min_side_px: float, side_px: int) -> Target:
+    """The union of a small box with its nearest neighbours until it covers min_side_px squared, else widened."""
     centre = (boxes[:, :2] + boxes[:, 2:]) / 2
-    box = boxes[pick].copy()
+    box, rows = boxes[pick].copy(), [pick]
     order = np.argsort(((centre - centre[pick]) ** 2).sum(1), kind="stable")
     reach = 2.0 * min_side_px
     for row in order:
         if row == pick:
             continue
         if (box[2] - box[0]) * (box[3] - box[1]) >= min_side_px**2:
-            return box
+            return Target(box, np.array(rows))
         if np.abs(centre[row] - centre[pick]).max() > reach:
             break
         box[:2] = np.minimum(box[:2], boxes[row, :2])
         box[2:] = np.maximum(box[2:], boxes[row, 2:])
+        rows.append(int(row))
     if (box[2] - box[0]) * (box[3] - box[1]) >= min_side_px**2:
-        return box
+        return Target(box, np.array(rows))
     middle = (box[:2] + box[2:]) / 2
     half = np.maximum(box[2:] - box[:2], min_side_px) / 2
     middle = np.clip(middle, np.minimum(half, side_px / 2), np.maximum(side_px - half, side_px / 2))
-    return np.clip(np.concatenate([middle - half, middle + half]), 0, side_px)
+    return Target(np.clip(np.concatenate([middle - half, middle + half]), 0, side_px), np.array(rows))

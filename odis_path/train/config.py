@@ -33,13 +33,19 @@ class TargetConfig(_Section):
 
     crop: bool = Field(True, description="object-aware crops: every view shows the target")
     mask: bool = Field(True, description="masked attention: [OBJ] pools only from in-box patches")
+    order: Literal["box_first", "crop_first"] = Field("box_first", description="crop_first: a box that both free crops show")
     choice: Literal["uniform", "area", "label"] = "uniform"
+    objects: int = Field(1, ge=1, description="objects a tile, each with an [OBJ] of its own")
+    geometry: Literal["box", "polygon"] = Field("box", description="polygon: needs `annotate --polygons`")
     whole_tile_p: float = Field(0.0, ge=0, le=1, description="share of samples whose target is the whole tile")
     min_patches: float = Field(4.0, ge=1, description="a target spans at least this many patches of a mean global crop")
     containment: Literal["full", "fraction", "any"] = "full"
     fraction: float = Field(0.5, gt=0, le=1)
     sampler: Literal["construct", "reject"] = "construct"
     tries: int = Field(20, ge=1)
+    fallback: Literal["construct", "zero", "full"] = Field(
+        "construct", description="after the last try: a crop made to contain the box, no weight for the view, or a full mask"
+    )
     mask_rule: Literal["any", "fraction", "centre"] = "any"
     mask_fraction: float = Field(0.5, gt=0, le=1)
     mask_margin: int = Field(0, ge=0, description="patches added around the box")
@@ -85,7 +91,9 @@ class ModelConfig(_Section):
     weights: str | None = Field(None, description="'timm' for the published weights, or a local file")
     drop_path: float = Field(0.1, ge=0, lt=1)
     pool: Literal["obj", "linear"] = Field("obj", description="linear: mean of in-box patch embeddings (a documented failure)")
-    checkpoint_blocks: bool = False
+    read_only: bool = Field(False, description="patches do not see [OBJ]: any number of objects in one pass")
+    checkpoint_blocks: bool = Field(False, description="activation checkpointing: less memory, more time")
+    compile_blocks: bool = Field(False, description="torch.compile each block; pays on a GPU")
 
 
 class HeadConfig(_Section):
@@ -105,10 +113,16 @@ class LossConfig(_Section):
     obj_weight: float = Field(1.0, ge=0)
     patch_weight: float = Field(1.0, ge=0)
     patch_in_box_only: bool = False
+    image_weight: float = Field(0.0, ge=0, description="of the same loss on one more token that sees the whole image")
     student_temperature: float = Field(0.1, gt=0)
     teacher_temperature: tuple[float, float] = (0.04, 0.07)
     teacher_temperature_epochs: float = Field(30, ge=0)
+    centering: Literal["center", "sinkhorn"] = Field("center", description="sinkhorn: over one micro-batch of all ranks")
     center_momentum: float = Field(0.9, ge=0, le=1)
+    sinkhorn_iterations: int = Field(3, ge=1)
+    koleo_weight: float = Field(0.0, ge=0, description="spreads the student's [OBJ] embeddings (DINOv2: 0.1)")
+    kde_weight: float = Field(0.0, ge=0, description="the same by a kernel density (Virchow2: 0.05)")
+    kde_concentration: float = Field(5.0, gt=0)
 
 
 class OptimConfig(_Section):
@@ -124,6 +138,8 @@ class OptimConfig(_Section):
     clip: float = Field(3.0, ge=0, description="0: off")
     clip_mode: Literal["per_parameter", "global"] = "per_parameter"
     freeze_last_layer_epochs: float = Field(1, ge=0)
+    freeze_backbone_epochs: float = Field(0, ge=0, description="until the heads are warm, when going on from other weights")
+    layer_decay: float = Field(1.0, gt=0, le=1, description="learning rate of each block relative to the next")
     ema: tuple[float, float] = (0.996, 1.0)
     amp: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 on a GPU, fp32 on a CPU")
 
@@ -167,6 +183,8 @@ class PretrainConfig(_Section):
     def _check(self) -> PretrainConfig:
         if self.loss.obj_weight == 0 and self.loss.patch_weight == 0:
             raise ValueError("loss.obj_weight and loss.patch_weight are both 0: nothing to train")
+        if not self.target.mask and (self.target.objects > 1 or self.loss.image_weight):
+            raise ValueError("target.objects > 1 and loss.image_weight need target.mask=true")
         for key in ("global_scale", "local_scale"):
             low, high = getattr(self.views, key)
             if not 0 < low <= high <= 1:

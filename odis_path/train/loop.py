@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from annotations.errors import UserError
-from odis_path.data.dataset import StepSampler, TileIndex, TileSamples, collate, held_out_patients, index_tiles
+from odis_path.data.dataset import StepSampler, TileIndex, collate, held_out_patients, index_tiles
+from odis_path.data.samples import TileSamples
 from odis_path.encode import FrozenEncoder
 from odis_path.train.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, load_into, save_checkpoint
 from odis_path.train.config import PretrainConfig
@@ -102,12 +103,16 @@ def prepare(config: PretrainConfig, ranks: Ranks) -> Run:
             f"{config.optim.batch_size}; tile more slides or set optim.batch_size={max(1, len(train_tiles) // 2)}"
         )
     torch.manual_seed(config.run.seed)
-    student = build_network(config, student=True).to(ranks.device)
+    found = latest_checkpoint(folder)
+    student = build_network(config, student=True, weights=found is None).to(ranks.device)
     teacher = build_network(config, student=False).to(ranks.device)
     teacher.load_state_dict(student.state_dict())
     teacher.requires_grad_(False).eval()
     student.train()
-    optimizer = torch.optim.AdamW(parameter_groups(student), lr=0.0, fused=True)
+    if config.model.compile_blocks:
+        for block in (*student.encoder.vit.blocks, *teacher.encoder.vit.blocks):  # type: ignore[misc]
+            block.compile()  # in place: the names of the weights stay as they are
+    optimizer = torch.optim.AdamW(parameter_groups(student, config.optim.layer_decay), lr=0.0, fused=True)
     wrapped: nn.Module = student
     if ranks.world > 1:
         ids = [ranks.device.index] if ranks.device.type == "cuda" else None
@@ -128,7 +133,6 @@ def prepare(config: PretrainConfig, ranks: Ranks) -> Run:
         steps_per_epoch,
         total,
     )
-    found = latest_checkpoint(folder)
     if found is not None:
         resume(run, load_checkpoint(found))
     elif ranks.first:
@@ -309,12 +313,15 @@ def forward_backward(run: Run, batch: dict[str, Tensor], values: StepValues, *, 
 
 
 def apply_gradients(run: Run, values: StepValues) -> None:
-    """Clip, freeze the last layer while it is frozen, step, and move the teacher."""
+    """Clip, hold still what is frozen, step, and move the teacher."""
     if values.last_layer_frozen:
         for head in (run.student.head, run.student.patch_head):
             if head is not None:
                 for parameter in head.last_layer.parameters():
                     parameter.grad = None  # as in iBOT: no step and no Adam moments
+    if values.backbone_frozen:
+        for parameter in run.student.encoder.vit.parameters():
+            parameter.grad = None
     clip_gradients(run.student.parameters(), run.config.optim.clip, run.config.optim.clip_mode)
     run.optimizer.step()
     update_teacher(run.teacher, run.student, values.ema)

@@ -1,13 +1,9 @@
-"""What a run tells while it trains: k-NN on held-out patients, the log, the progress line."""
+"""What is watched while a run trains: k-NN on held-out patients, and signs of collapse."""
 
 from __future__ import annotations
 
-import json
-import os
-import sys
-import time
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
+from math import log
 
 import numpy as np
 
@@ -16,7 +12,11 @@ from odis_path.encode import FrozenEncoder, batches, encode
 from tiling.slidefile import SlideFile, tile_labels
 
 _BATCH = 64
-COLLAPSE_SPREAD = 0.2
+COLLAPSE_SPREAD = 0.2  # of token_spread and embedding_spread: 1 spread over the sphere, 0 all equal
+ENTROPY_SHARES = (0.01, 0.99)  # of log K: below, the targets are single prototypes; above, they say nothing
+_CLEAR = 1.25  # a sign is over when its figure is this factor past the threshold: no flutter
+_STRETCH = 0.1  # share of the run that a sign has to last before it is told ...
+_LONGEST_STRETCH = 2000  # ... but not more steps than this
 
 
 def labelled_tiles(index: TileIndex, names: dict[str, int], limit: int, seed: int) -> tuple[TileIndex, np.ndarray]:
@@ -79,85 +79,66 @@ class KnnProbe:
         }
 
 
-class RunLog:
-    """`train.jsonl` (one JSON object a line) and the progress bar of rank 0; other ranks stay silent."""
+class CollapseWatch:
+    """Tells when a run collapses: once an episode, after the warm-up, when a sign has lasted for a stretch.
 
-    def __init__(self, folder: Path, total_steps: int, *, active: bool, first_step: int, title: str) -> None:
-        self.active = active
-        self.total, self.title = total_steps, title
-        self.last: dict[str, Any] = {}
-        if not active:
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "train.jsonl"
-        _forget_after(path, first_step)
-        self._file = path.open("a", encoding="utf-8")
-        self._bar: Any = None
-        self._printed = time.monotonic()
-        if sys.stderr.isatty():
-            self._start_bar(first_step)
+    Signs: `token_spread` or `embedding_spread` below COLLAPSE_SPREAD, `teacher_entropy` near 0 or near log K. Runs often dip
+    early and recover, so a single low figure is no collapse.
+    """
 
-    def _start_bar(self, first_step: int) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    def __init__(self, total_steps: int, *, warmup_steps: int = 0, prototypes: int = 0) -> None:
+        self.stretch = min(_STRETCH * total_steps, _LONGEST_STRETCH)
+        self.warmup_steps = warmup_steps
+        self.log_k = log(prototypes) if prototypes > 1 else 0.0
+        self.since: dict[str, int] = {}  # sign -> step at which it was first seen, of signs that last
+        self.told = False
 
-        self._bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-            TextColumn("{task.fields[figures]}"), console=Console(stderr=True),
-        )  # fmt: skip
-        self._task = self._bar.add_task(self.title, total=self.total, completed=first_step, figures="")
-        self._bar.start()
+    def see(self, row: Mapping[str, float]) -> str | None:
+        """Look at a row of the log (it holds `step`); the line to show, or None."""
+        step = int(row["step"])
+        if step <= self.warmup_steps:
+            return None
+        for sign, bad, over in self._signs(row):
+            if over:
+                self.since.pop(sign, None)
+            elif bad or sign in self.since:
+                first = self.since.setdefault(sign, step)
+                if bad and not self.told and 0 < self.stretch <= step - first:
+                    self.told = True
+                    return f"step {step}: {self._words(sign, row, first)}"
+        if self.told and not self.since:
+            self.told = False
+            return f"step {step}: recovered: {self._state(row)}"
+        return None
 
-    def write(self, row: dict[str, Any]) -> None:
-        """Append a row and show its figures."""
-        if not self.active:
-            return
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
-        self.last.update(row)
-        figures = self._figures()
-        if self._bar is not None:
-            self._bar.update(self._task, completed=row["step"], figures=figures)
-        elif time.monotonic() - self._printed > 30 or row["step"] >= self.total:
-            self._printed = time.monotonic()
-            print(f"{self.title}: step {row['step']}/{self.total} {figures}", file=sys.stderr, flush=True)
+    def _signs(self, row: Mapping[str, float]) -> list[tuple[str, bool, bool]]:
+        """(sign, it shows, it is clearly over) of the figures that are in the row."""
+        found = [
+            (key, row[key] < COLLAPSE_SPREAD, row[key] > COLLAPSE_SPREAD * _CLEAR)
+            for key in ("token_spread", "embedding_spread")
+            if key in row
+        ]
+        if "teacher_entropy" in row and self.log_k:
+            low, high = ENTROPY_SHARES
+            share = row["teacher_entropy"] / self.log_k
+            found.append(("entropy_low", share < low, share > low * _CLEAR))
+            found.append(("entropy_high", share > high, 1 - share > (1 - high) * _CLEAR))
+        return found
 
-    def warn(self, text: str) -> None:
-        """One line to the user, above the bar."""
-        if self.active:
-            (self._bar.console.print if self._bar is not None else lambda t: print(t, file=sys.stderr))(text)
+    def _words(self, sign: str, row: Mapping[str, float], first: int) -> str:
+        if sign in ("token_spread", "embedding_spread"):
+            return (
+                f"collapse? the embeddings of different tiles are nearly equal since step {first} "
+                f"({sign.replace('_', ' ')} {row[sign]:.2f} of 1): lower optim.lr, or set loss.koleo_weight=0.1"
+            )
+        entropy = f"(entropy {row['teacher_entropy']:.2f}, log K {self.log_k:.2f})"
+        if sign == "entropy_low":
+            return f"collapse? the teacher names one prototype a tile since step {first} {entropy}: raise loss.teacher_temperature"
+        return (
+            f"collapse? the teacher tells no tiles apart since step {first} {entropy}: "
+            "lower loss.teacher_temperature or optim.lr"
+        )
 
-    def _figures(self) -> str:
-        last = self.last
-        parts = [f"loss {last['loss']:.3f}"] if "loss" in last else []
-        if "knn_balanced_accuracy" in last:
-            parts.append(f"k-NN {last['knn_balanced_accuracy']:.3f}")
-        if "images_per_s" in last:
-            parts.append(f"{last['images_per_s']:.0f} tiles/s")
-        return "  ".join(parts)
-
-    def close(self) -> None:
-        if not self.active:
-            return
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        if self._bar is not None:
-            self._bar.stop()
-
-
-def _forget_after(path: Path, step: int) -> None:
-    """Drop the rows of steps after `step` (a run that died past its last checkpoint does them again), torn last line too."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (json.JSONDecodeError, KeyError):
-            continue
-    from tiling.atomic import atomic_path
-
-    with atomic_path(path) as temporary:
-        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    def _state(self, row: Mapping[str, float]) -> str:
+        shown = ("token_spread", "embedding_spread", "teacher_entropy")
+        return ", ".join(f"{key.replace('_', ' ')} {row[key]:.2f}" for key in shown if key in row)

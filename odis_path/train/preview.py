@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from odis_path.data.crops import View, turn_grid
-from odis_path.data.dataset import TileSamples, index_tiles
+from odis_path.data.dataset import index_tiles
+from odis_path.data.samples import TileSamples
 from odis_path.encode import box_masks, load_encoder
 from odis_path.train.config import PretrainConfig
 from tiling.slidefile import SlideFile
@@ -47,7 +48,7 @@ def crop_pairs(
             tile = file.tile(int(row))
             views = [View(*(int(v) for v in rect)) for rect in drawn["rects"][:2]]
             grid = samples.grids[0]
-            masks = [mask.reshape(grid, grid) for mask in drawn["mask_global"]]
+            masks = [mask[0].reshape(grid, grid) for mask in drawn["mask_global"]]
             rects = drawn["rects"][:2, :4]
             previews.append(
                 CropPreview(tile, file.boxes(int(row)), drawn["target"], rects, [_show(tile, v) for v in views], masks)

@@ -16,6 +16,7 @@ class StepValues(NamedTuple):
     ema: float
     teacher_temperature: float
     last_layer_frozen: bool
+    backbone_frozen: bool
 
 
 def cosine(start: float, end: float, at: float) -> float:
@@ -42,4 +43,5 @@ def step_values(config: PretrainConfig, step: int, steps_per_epoch: int, total_s
         cosine(*o.ema, at),
         temperature,
         step < o.freeze_last_layer_epochs * steps_per_epoch,
+        step < o.freeze_backbone_epochs * steps_per_epoch,
     )

@@ -2,38 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from math import sqrt
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from odis_path.centering import sinkhorn
 from odis_path.data.colour import apply_colours
 from odis_path.data.views import cut_views, normalise
 from odis_path.losses import Center, cross_view_loss, entropy, masked_patch_loss
 from odis_path.model.head import DinoHead
 from odis_path.model.vit import ObjViT, build_encoder
+from odis_path.spread import kde, koleo
 from odis_path.train.config import PretrainConfig
 from odis_path.train.schedule import StepValues
 
 
 class Views(NamedTuple):
-    """A batch on the device: images normalised, view-major (view * B + tile)."""
+    """A batch on the device: images normalised, view-major (view * B + tile); K objects a tile.
+
+    Where there is an image-level term, the masks have K + 1 rows, the last of them the whole image.
+    """
 
     globals_: Tensor  # float (2B, 3, g, g)
     locals_: Tensor  # float (LB, 3, l, l), L may be 0
-    mask_global: Tensor | None  # bool (2B, N)
-    mask_local: Tensor | None  # bool (LB, N')
+    mask_global: Tensor | None  # bool (2B, K, N)
+    mask_local: Tensor | None  # bool (LB, K, N')
     hidden: Tensor  # bool (2B, N)
     hidden_rows: Tensor  # int64 (n,), rows of the flattened hidden
-    seen: Tensor  # bool (2 + L, B)
+    seen: Tensor  # bool (2 + L, B, K)
 
 
 class Encoded(NamedTuple):
-    """Head outputs: obj (V, B, K) logits, patches (n, K) logits of the hidden patches (None without patch loss).
+    """Head outputs: obj (V, B, K) [OBJ] logits, patches (n,) logits of the hidden patches (None without patch loss).
 
-    token: (2B, D) [OBJ] embeddings of the global views, before the head.
+    token: (2, B, D) embeddings of the first [OBJ] of the global views, before the head.
     """
 
     obj: Tensor
@@ -54,22 +60,35 @@ class Network(nn.Module):
         """hide: replace hidden patches by the mask token (the student); patches: project the hidden patches."""
         batch = views.seen.shape[1]
         tokens = self.encoder(views.globals_, views.mask_global, views.hidden if hide else None)
-        obj = [tokens.obj]
+        objects = [by_object(tokens.obj)]
         if with_locals and len(views.locals_):
-            obj.append(self.encoder(views.locals_, views.mask_local).obj)
-        logits = self.head(torch.cat(obj)).unflatten(0, (-1, batch))
+            objects.append(by_object(self.encoder(views.locals_, views.mask_local).obj))
+        every = torch.cat(objects).unflatten(0, (-1, batch))  # (V, B, K, D)
+        logits = self.head(every)
         if not patches:
-            return Encoded(logits, None, tokens.obj)
+            return Encoded(logits, None, every[:2, :, 0])
         chosen = tokens.patches.flatten(0, 1)[views.hidden_rows]
-        return Encoded(logits, (self.patch_head or self.head)(chosen), tokens.obj)
+        return Encoded(logits, (self.patch_head or self.head)(chosen), every[:2, :, 0])
 
 
-def build_network(config: PretrainConfig, *, student: bool) -> Network:
-    """Student (drop path on) or teacher of a configuration."""
+def by_object(obj: Tensor) -> Tensor:
+    """[OBJ] embeddings as (B, K, D): K = 1 where the encoder was given no mask an object."""
+    return obj if obj.ndim == 3 else obj[:, None]
+
+
+def obj_tokens(config: PretrainConfig) -> int:
+    """Learned [OBJ] tokens: one an object, and one for the whole image; a read-only [OBJ], or linear pooling, serves all."""
+    return (
+        1 if config.model.read_only or config.model.pool == "linear" else config.target.objects + (config.loss.image_weight > 0)
+    )
+
+
+def build_network(config: PretrainConfig, *, student: bool, weights: bool = False) -> Network:
+    """Student (drop path on) or teacher of a configuration; weights: load those the configuration starts from."""
     m, h = config.model, config.head
     encoder = build_encoder(
-        m.name, m.kwargs, weights=m.weights, drop_path=m.drop_path if student else 0.0, pool=m.pool,
-        checkpoint_blocks=m.checkpoint_blocks and student,
+        m.name, m.kwargs, weights=m.weights if weights else None, drop_path=m.drop_path if student else 0.0, pool=m.pool,
+        tokens=obj_tokens(config), read_only=m.read_only, checkpoint_blocks=m.checkpoint_blocks and student,
     )  # fmt: skip
 
     def head() -> DinoHead:
@@ -96,17 +115,23 @@ def make_views(batch: dict[str, Tensor], config: PretrainConfig, tile_px: int, d
     if v.local_count:
         local = cut_views(tiles, moved["theta_local"], v.local_size, sqrt(v.local_scale[1]) * tile_px / v.local_size)
         local = normalise(apply_colours(local, colours[2:].flatten(0, 1), moved["blurred_local"]), d.mean, d.std)
-    masked = config.target.mask
-    return Views(
-        images, local,
-        moved["mask_global"].flatten(0, 1) if masked else None,
-        moved["mask_local"].flatten(0, 1) if masked and v.local_count else None,
-        moved["hidden"].flatten(0, 1), moved["hidden_rows"], moved["seen"],
-    )  # fmt: skip
+    mask_global = mask_local = None
+    seen = moved["seen"]
+    if config.target.mask:
+        mask_global = moved["mask_global"].flatten(0, 1)
+        mask_local = moved["mask_local"].flatten(0, 1) if v.local_count else None
+        if config.loss.image_weight:
+            mask_global, mask_local = whole_too(mask_global), None if mask_local is None else whole_too(mask_local)
+    return Views(images, local, mask_global, mask_local, moved["hidden"].flatten(0, 1), moved["hidden_rows"], seen)
+
+
+def whole_too(mask: Tensor) -> Tensor:
+    """Masks (B, K, N) with one more object that is the whole image."""
+    return torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
 
 
 class Criterion(nn.Module):
-    """The weighted sum of the [OBJ] loss and the patch loss, with their centers."""
+    """The weighted sum of the [OBJ] loss, the image-level one, the patch loss and the regularisers, with their centers."""
 
     def __init__(self, config: PretrainConfig) -> None:
         super().__init__()
@@ -116,28 +141,64 @@ class Criterion(nn.Module):
 
     def forward(self, teacher: Encoded, student: Encoded, views: Views, temperature: float) -> dict[str, Tensor]:
         """Losses of a batch and figures for the log; updates the centers after they were used (DINO eq. 4)."""
-        c = self.config
-        seen = views.seen.float()
-        probabilities = self.obj_center.sharpen(teacher.obj, temperature)
-        obj = cross_view_loss(probabilities, student.obj, c.student_temperature, seen)
-        self.obj_center.update(teacher.obj.flatten(0, 1), seen[: len(teacher.obj)].flatten())
-        loss, patch = c.obj_weight * obj, obj.new_zeros(())
-        if teacher.patches is not None and student.patches is not None:
-            images, patches = views.hidden.shape
-            rows, image, counts = views.hidden_rows, views.hidden_rows // patches, None
-            keep = torch.ones_like(rows, dtype=torch.bool)
-            if c.patch_in_box_only and views.mask_global is not None:
-                keep = views.mask_global.flatten()[rows]
-                counts = (views.hidden & views.mask_global).sum(1)
-            target = self.patch_center.sharpen(teacher.patches, temperature)
-            target = target * keep[:, None].to(target.dtype)  # a zero target row adds nothing
-            patch = masked_patch_loss(target, student.patches, image, images, c.student_temperature, counts)
-            self.patch_center.update(teacher.patches, keep)
-            loss = loss + c.patch_weight * patch
+        c, objects = self.config, views.seen.shape[2]
+        seen = views.seen.flatten(1).to(self.obj_center.value.dtype)
+        logits = teacher.obj[:, :, :objects].flatten(1, 2)  # (2, B * K, P)
+        weight = seen[: len(logits)]
+        targets = self.targets(self.obj_center, logits.flatten(0, 1), temperature, weight.flatten()).view_as(logits)
+        parts = {"obj": cross_view_loss(targets, student.obj[:, :, :objects].flatten(1, 2), c.student_temperature, seen)}
+        loss = c.obj_weight * parts["obj"]
+        if c.image_weight:
+            whole = teacher.obj[:, :, objects]
+            image_targets = self.targets(self.obj_center, whole.flatten(0, 1), temperature).view_as(whole)
+            parts["image"] = cross_view_loss(image_targets, student.obj[:, :, objects], c.student_temperature)
+            loss = loss + c.image_weight * parts["image"]
+        if c.centering == "center":
+            self.obj_center.update(logits.flatten(0, 1), weight.flatten())
+        parts["patch"] = self.patch_loss(teacher.patches, student.patches, views, temperature, loss.new_zeros(()))
+        loss = loss + c.patch_weight * parts["patch"]
+        spread = partial(self.spread, student.token, views.seen[:2, :, 0].to(seen.dtype))
+        if c.koleo_weight:
+            parts["koleo"] = spread(koleo)
+            loss = loss + c.koleo_weight * parts["koleo"]
+        if c.kde_weight:
+            parts["kde"] = spread(partial(kde, concentration=c.kde_concentration))
+            loss = loss + c.kde_weight * parts["kde"]
         return {
-            "loss": loss, "loss_obj": obj.detach(), "loss_patch": patch.detach(),
-            "teacher_entropy": entropy(probabilities), "token_spread": token_spread(teacher.token),
+            "loss": loss, **{f"loss_{name}": value.detach() for name, value in parts.items()},
+            "teacher_entropy": entropy(targets, weight), "token_spread": token_spread(teacher.token),
         }  # fmt: skip
+
+    def targets(self, center: Center, logits: Tensor, temperature: float, weight: Tensor | None = None) -> Tensor:
+        """Teacher probabilities of (n, P) logits: centered and sharpened, or by Sinkhorn-Knopp."""
+        if self.config.centering == "sinkhorn":
+            return sinkhorn(logits, temperature, weight, self.config.sinkhorn_iterations)
+        return center.sharpen(logits, temperature)
+
+    @staticmethod
+    def spread(tokens: Tensor, seen: Tensor, measure: Callable[..., Tensor]) -> Tensor:
+        """A regulariser of (2, B, D) tokens with weights (2, B), one view at a time; every rank has B rows."""
+        views = zip(tokens, seen, strict=True)
+        return torch.stack([measure(token, weight=weight, rows=len(token)) for token, weight in views]).mean()
+
+    def patch_loss(
+        self, teacher: Tensor | None, student: Tensor | None, views: Views, temperature: float, nothing: Tensor
+    ) -> Tensor:
+        """L_patch on hidden patches, or on those of them that lie in an object; `nothing` where it is off."""
+        if teacher is None or student is None:
+            return nothing
+        images, patches = views.hidden.shape
+        rows, counts = views.hidden_rows, None
+        keep = torch.ones_like(rows, dtype=torch.bool)
+        if self.config.patch_in_box_only and views.mask_global is not None:
+            shown = views.seen[:2].flatten(0, 1)[:, :, None]
+            inside = (views.mask_global[:, : shown.shape[1]] & shown).any(1)
+            keep, counts = inside.flatten()[rows], (views.hidden & inside).sum(1)
+        target = self.targets(self.patch_center, teacher, temperature, keep)
+        target = target * keep[:, None].to(target.dtype)  # a zero target row adds nothing
+        if self.config.centering == "center":
+            self.patch_center.update(teacher, keep)
+        return masked_patch_loss(target, student, rows // patches, images, self.config.student_temperature, counts)
 
 
 def token_spread(obj: Tensor) -> Tensor:
@@ -146,20 +207,33 @@ def token_spread(obj: Tensor) -> Tensor:
     return unit.std(0).mean() * sqrt(unit.shape[-1])
 
 
-def parameter_groups(network: nn.Module) -> list[dict[str, object]]:
-    """AdamW groups as in iBOT: no weight decay on biases and 1-D parameters, decay on all else."""
-    decay: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
+def parameter_groups(network: Network, layer_decay: float = 1.0) -> list[dict[str, Any]]:
+    """AdamW groups: no weight decay on biases and 1-D parameters as in iBOT; layer-wise learning rates as in BEiT.
+
+    A block's rate is layer_decay times the next one's; heads, [OBJ] extras and the last norm have the full rate, tokens,
+    position and patch embedding that of a block before the first.
+    """
+    depth = len(network.encoder.vit.blocks)  # type: ignore[arg-type]
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:
-            (plain if parameter.ndim <= 1 or name.endswith(".bias") else decay).append(parameter)
-    return [{"params": decay, "decays": True}, {"params": plain, "decays": False}]
+            decays = parameter.ndim > 1 and not name.endswith(".bias")
+            groups.setdefault((decays, layer_decay ** (depth + 1 - layer_of(name, depth))), []).append(parameter)
+    return [{"params": found, "decays": decays, "lr_scale": scale} for (decays, scale), found in groups.items()]
+
+
+def layer_of(name: str, depth: int) -> int:
+    """Where a parameter lies: 0 for what comes before the first block, i + 1 for block i, depth + 1 for what comes after."""
+    if name.startswith("encoder.vit.blocks."):
+        return int(name.split(".")[3]) + 1
+    early = ("patch_embed.", "cls_token", "reg_token", "pos_embed", "norm_pre.", "rope.")
+    return 0 if name.removeprefix("encoder.vit.").startswith(early) else depth + 1
 
 
 def set_schedule(optimizer: torch.optim.Optimizer, values: StepValues) -> None:
     """Write this step's learning rate and weight decay into the optimizer."""
     for group in optimizer.param_groups:
-        group["lr"] = values.lr
+        group["lr"] = values.lr * group["lr_scale"]
         group["weight_decay"] = values.weight_decay if group["decays"] else 0.0
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from odis_path.data.crops import CropRule, View, contains, draw_size, fits, patch_mask, sample_view, turn_grid, view_matrix
+from odis_path.data.crops import CropRule, View, contains, draw_sizes, fits, patch_mask, sample_view, turn_grid, view_matrix
 from odis_path.data.views import cut_views
 
 SIDE = 64
@@ -99,7 +99,7 @@ def test_both_samplers_agree_where_rejection_succeeds() -> None:
         rule = CropRule(scale=(0.3, 0.3), ratio=(1.0, 1.0), size_px=32, sampler=sampler, tries=10_000)  # type: ignore[arg-type]
         for _ in range(2000):
             offsets[sampler].append(sample_view(rng, SIDE, box, rule).x)
-    side = draw_size(rng, SIDE, CropRule(scale=(0.3, 0.3), ratio=(1.0, 1.0), size_px=32))[0]
+    side = int(draw_sizes(rng, SIDE, CropRule(scale=(0.3, 0.3), ratio=(1.0, 1.0), size_px=32), 1)[0][0])
     legal = np.arange(max(0, 40 - side), min(SIDE - side, 20) + 1)
     for values in offsets.values():
         counts = np.array([np.sum(np.array(values) == x) for x in legal])

@@ -13,7 +13,8 @@ import pytest
 import torch
 import yaml
 
-from odis_path.data.dataset import StepSampler, TileSamples, collate
+from odis_path.data.dataset import StepSampler, collate
+from odis_path.data.samples import TileSamples
 from odis_path.losses import Center, cross_view_loss
 from odis_path.train import loop
 from odis_path.train.checkpoint import load_checkpoint
@@ -90,14 +91,26 @@ def forward_in_double(run: loop.Run, batch: dict[str, Any], scheduled: Any) -> d
         torch.Tensor.float = plain  # type: ignore[method-assign]
 
 
-def test_two_ranks_train_like_one(tiny_tiles: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("objects", "loss", "steps"),
+    [
+        (1, {}, 20),
+        (
+            3,
+            {"centering": "sinkhorn", "koleo_weight": 0.1, "kde_weight": 0.1, "image_weight": 0.5, "patch_in_box_only": True},
+            4,
+        ),
+    ],
+)
+def test_two_ranks_train_like_one(tiny_tiles: Path, tmp_path: Path, objects: int, loss: dict[str, Any], steps: int) -> None:
+    """Losses, weights and centers; free crops, so that views lack their object and masked counts differ between ranks."""
     config = tiny_config(
-        tiny_tiles, tmp_path / "run", model={"drop_path": 0.0}, target={"crop": False}, optim={"clip": 0.5},
-        eval={"every_epochs": 0},
+        tiny_tiles, tmp_path / "run", model={"drop_path": 0.0}, optim={"clip": 0.5}, eval={"every_epochs": 0}, loss=loss,
+        target={"crop": False, "objects": objects, "min_patches": 1},
     )  # fmt: skip
     values = config.model_dump(mode="json")
-    one = train_steps(0, 1, values, 4)
-    two = on_two_ranks(train_steps, tmp_path, values, 4)
+    one = train_steps(0, 1, values, steps)
+    two = on_two_ranks(train_steps, tmp_path, values, steps)
     assert torch.allclose(two[0]["losses"], one["losses"], atol=1e-9)
     for key in ("student", "teacher", "criterion"):
         for name, value in one[key].items():

@@ -240,7 +240,8 @@ def test_sigterm_saves_and_the_same_command_goes_on(tiny_tiles: Path, tmp_path: 
 
 
 def test_samples_are_a_function_of_seed_epoch_and_index(tiny_tiles: Path, tmp_path: Path) -> None:
-    from odis_path.data.dataset import TileSamples, index_tiles
+    from odis_path.data.dataset import index_tiles
+    from odis_path.data.samples import TileSamples
 
     config = tiny_config(tiny_tiles, tmp_path)
     a, b = (TileSamples(index_tiles(tiny_tiles), config, 8) for _ in range(2))

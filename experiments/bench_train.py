@@ -1,0 +1,347 @@
+"""What object-level training costs: against iBOT, against free crops, against the network alone, and for K objects a tile.
+
+    python experiments/bench_train.py --json experiments/results/train.json            # CPU size on a CPU, ViT-S/16 on a GPU
+    python experiments/bench_train.py --model vit_small_patch16_224 --global-px 224    # any size anywhere
+
+Five parts, each a ratio of two things timed in turn in the same process (medians):
+  step       a whole optimisation step of ODIS / of iBOT, on the same tiles and crop sizes            limit 1.01
+  sampling   a tile's object-aware crops, from reading to cut pixels / its free crops                 limit 1.05
+  floor      a step with loading, views, losses, optimizer, EMA / the networks' forward and backward  limit 1.25 (GPU 1.10)
+  objects    K read-only objects a tile / one, in training and in embedding; beside the token count   limit 1.10 x tokens
+  attention  the row mask / [OBJ] attention apart from the patches', of one block
+The tiles are generated. On a GPU also: images a second, share of time waiting for data, model FLOP/s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from odis_path.data.dataset import StepSampler, collate
+from odis_path.data.samples import TileSamples
+from odis_path.model.vit import attention_mask, build_encoder
+from odis_path.train import loop
+from odis_path.train.config import PretrainConfig
+from odis_path.train.distributed import Ranks, start_ranks
+from odis_path.train.schedule import step_values
+from odis_path.train.step import Views, make_views
+from tiling.codec import encode_jpeg
+from tiling.slidefile import SlideMeta, write_slide_file
+
+
+def write_tiles(folder: Path, count: int, side: int, boxes: int) -> Path:
+    """A slide file of textured tiles with `boxes` boxes each, a quarter to three quarters of a side wide."""
+    rng = np.random.default_rng(0)
+    coarse = rng.uniform(60, 230, (count, side // 8, side // 8, 3)).repeat(8, 1).repeat(8, 2)
+    pixels = [encode_jpeg(np.clip(tile + rng.normal(0, 12, tile.shape), 0, 255).astype(np.uint8)) for tile in coarse]
+    size = rng.uniform(side / 4, side * 3 / 4, (count * boxes, 2))
+    corner = rng.uniform(0, 1, size.shape) * (side - size)
+    columns = int(np.ceil(np.sqrt(count)))
+    coords = np.array([(i % columns * side, i // columns * side) for i in range(count)], dtype=np.int64)
+    meta = SlideMeta(
+        slide_id="bench", source=folder / "bench.png", width_l0=columns * side, height_l0=columns * side, mpp=0.5,
+        mpp_level0=0.5, patch_px=side, patient_id="none",
+    )  # fmt: skip
+    meta.source.touch()
+    rows = count * boxes
+    groups: dict[str, Any] = {
+        "objects": {
+            "id": [str(i) for i in range(rows)], "label": np.zeros(rows, np.int16), "kind": np.ones(rows, np.uint8),
+            "area_um2": np.ones(rows, np.float32), "attrs": {"labels": ["cell"]},
+        },
+        "boxes": {
+            "xyxy": np.concatenate([corner, corner + size], axis=1).astype(np.float32),
+            "offsets": np.arange(0, rows + 1, boxes, dtype=np.int64), "object": np.arange(rows, dtype=np.int32),
+            "visible": np.ones(rows, np.float32),
+        },
+    }  # fmt: skip
+    write_slide_file(folder / "bench.h5", meta=meta, coords=coords, pixels=pixels, groups=groups)
+    return folder
+
+
+class Bench:
+    """Runs of several configurations on the same tiles, and fair timing of any of their parts."""
+
+    def __init__(self, options: argparse.Namespace, folder: Path, ranks: Ranks) -> None:
+        self.options, self.folder, self.ranks = options, folder, ranks
+
+    def config(self, **sections: dict[str, Any]) -> PretrainConfig:
+        """The benchmark's sizes with some keys replaced."""
+        o = self.options
+        values: dict[str, Any] = {
+            "data": {"tiles": str(self.folder), "holdout": 0.0, "workers": o.workers},
+            "views": {"global_size": o.global_px, "local_size": o.local_px, "local_count": o.locals},
+            "model": {"name": o.model, "kwargs": {"img_size": o.global_px}, "compile_blocks": o.compile},
+            "head": {"out_dim": o.prototypes},
+            "optim": {"batch_size": o.batch, "epochs": 1000, "warmup_epochs": 0},
+            "run": {"out": str(self.folder / "run"), "device": str(self.ranks.device)},
+        }
+        for name, keys in sections.items():
+            values[name] = {**values.get(name, {}), **keys}
+        return PretrainConfig.model_validate(values)
+
+    def prepare(self, **sections: dict[str, Any]) -> tuple[loop.Run, dict[str, Tensor]]:
+        """A run and one collated batch of it."""
+        config = self.config(**sections)
+        run = loop.prepare(config, self.ranks)
+        samples = TileSamples(run.train, config, run.student.encoder.patch_px)
+        sampler = StepSampler(len(run.train), config.optim.batch_size, seed=0, first_step=0, last_step=1, rank=0, world=1)
+        return run, collate([samples[key] for key in next(iter(sampler))])
+
+    def ratio(self, first: Callable[[], object], second: Callable[[], object], runs: int) -> tuple[float, float, float]:
+        """Median seconds of both, timed in turn, and the median of the ratios of neighbours."""
+        one, other = [], []
+        for turn in range(runs + 2):
+            pair = [self.seconds(work) for work in ((first, second) if turn % 2 else (second, first))]
+            if turn >= 2:  # the first calls warm up
+                one.append(pair[0 if turn % 2 else 1])
+                other.append(pair[1 if turn % 2 else 0])
+        return (
+            statistics.median(one),
+            statistics.median(other),
+            statistics.median(a / b for a, b in zip(one, other, strict=True)),
+        )
+
+    def seconds(self, work: Callable[[], object]) -> float:
+        self.wait()
+        begin = time.perf_counter()
+        work()
+        self.wait()
+        return time.perf_counter() - begin
+
+    def wait(self) -> None:
+        if self.ranks.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def whole_step(run: loop.Run, batch: dict[str, Tensor]) -> Callable[[], None]:
+    """A step as training does it, without loading."""
+    values = step_values(run.config, 0, run.steps_per_epoch, run.total_steps)
+    loop.set_schedule(run.optimizer, values)
+
+    def work() -> None:
+        run.optimizer.zero_grad(set_to_none=True)
+        loop.forward_backward(run, batch, values, last=True)
+        loop.apply_gradients(run, values)
+
+    return work
+
+
+def networks_alone(run: loop.Run, batch: dict[str, Tensor]) -> Callable[[], None]:
+    """Forward of teacher and student and backward of the student, on views that are there already."""
+    with torch.no_grad():
+        views: Views = make_views(batch, run.config, run.train.tile_px, run.ranks.device)
+    bf16 = run.ranks.device.type == "cuda"
+
+    def work() -> None:
+        run.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(run.ranks.device.type, torch.bfloat16, enabled=bf16):
+            with torch.no_grad():
+                run.teacher(views, with_locals=False, hide=False, patches=True)
+            out = run.wrapped(views, with_locals=True, hide=True, patches=True)
+        (out.obj.float().mean() + out.patches.float().sum()).backward()
+
+    return work
+
+
+def bench_step(bench: Bench) -> dict[str, Any]:
+    """ODIS against iBOT."""
+    odis, ibot = bench.prepare(), bench.prepare(target={"crop": False, "mask": False})
+    ours, theirs, ratio = bench.ratio(whole_step(*odis), whole_step(*ibot), bench.options.runs)
+    return {"odis_ms": 1e3 * ours, "ibot_ms": 1e3 * theirs, "ratio": ratio, "limit": 1.01}
+
+
+def bench_sampling(bench: Bench) -> dict[str, Any]:
+    """Per tile: reading, drawing crops and masks, cutting them (limit), and beside it drawing alone (geometry, no pixels)."""
+    found: dict[str, Any] = {}
+    samples = []
+    for target in ({}, {"crop": False, "mask": False}):
+        config = bench.config(target=target)
+        run = loop.prepare(config, bench.ranks)
+        samples.append(TileSamples(run.train, config, run.student.encoder.patch_px))
+    rows = [(0, i) for i in range(min(64, len(samples[0])))]
+
+    def draw(of: TileSamples) -> None:
+        for epoch, i in rows:
+            of.draw(np.random.default_rng([0, epoch, i]), of.files[0], 0, i)
+
+    def crop(of: TileSamples) -> None:
+        with torch.no_grad():
+            make_views(collate([of[key] for key in rows]), of.config, of.index.tile_px, bench.ranks.device)
+
+    for name, work in (("crop", crop), ("draw", draw)):
+        aware, free, ratio = bench.ratio(partial(work, samples[0]), partial(work, samples[1]), 2 * bench.options.runs)
+        found[name] = {"aware_us": 1e6 * aware / len(rows), "free_us": 1e6 * free / len(rows), "ratio": ratio}
+    return {"whole": {**found["crop"], "limit": 1.05}, "drawing alone": found["draw"]}
+
+
+def bench_floor(bench: Bench) -> dict[str, Any]:
+    """Real training steps with the loader running, against the networks alone, in alternating stretches."""
+    run, batch = bench.prepare(run={"log_every_steps": 1})
+    run.total_steps = 10**9
+    alone = networks_alone(run, batch)
+    training = loop.steps(run)
+    next(training), next(training)
+    whole, floor, waits = [], [], []
+    for _ in range(bench.options.runs):
+        begin = time.perf_counter()
+        row = next(training)
+        bench.wait()
+        whole.append(time.perf_counter() - begin)
+        waits.append(row["data_wait_share"])
+        floor.append(bench.seconds(alone))
+    step = statistics.median(whole)
+    gpu = bench.ranks.device.type == "cuda"
+    found = {
+        "step_ms": 1e3 * step, "floor_ms": 1e3 * statistics.median(floor),
+        "ratio": statistics.median(a / b for a, b in zip(whole, floor, strict=True)), "limit": 1.10 if gpu else 1.25,
+        "images_per_s": run.config.optim.batch_size / step, "data_wait_share": statistics.median(waits),
+    }  # fmt: skip
+    if gpu:
+        from torch.utils.flop_counter import FlopCounterMode
+
+        with FlopCounterMode(display=False) as counter:
+            alone()
+        found["model_tflops_per_s"] = counter.get_total_flops() / step / 1e12
+    return found
+
+
+def bench_objects(bench: Bench) -> dict[str, Any]:
+    """K read-only objects in one pass over a batch, against one; the share that the token count alone costs beside it."""
+    o, found = bench.options, {}
+    encoder = build_encoder(o.model, {"img_size": o.global_px}, read_only=True).to(bench.ranks.device)
+    grid = o.global_px // encoder.patch_px
+    patches = grid * grid
+    images = torch.randn(o.batch, 3, o.global_px, o.global_px, device=bench.ranks.device)
+    generator = torch.Generator().manual_seed(0)
+
+    def passes(objects: int, train: bool) -> Callable[[], None]:
+        mask = (torch.rand(o.batch, objects, patches, generator=generator) < 0.3).to(images.device)
+        mask[:, :, 0] = True
+
+        def work() -> None:
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=images.device.type == "cuda"):
+                if not train:
+                    with torch.inference_mode():
+                        encoder(images, mask)
+                    return
+                tokens = encoder(images, mask)
+            (tokens.obj.float().mean() + tokens.patches.float().mean()).backward()
+            encoder.zero_grad(set_to_none=True)
+
+        return work
+
+    for objects in (4, 16, 64):
+        tokens = (objects + encoder.registers + patches) / (1 + encoder.registers + patches)
+        for name, train in (("training", True), ("embedding", False)):
+            encoder.train(train)
+            _, _, ratio = bench.ratio(passes(objects, train), passes(1, train), o.runs)
+            found[f"{name} K={objects}"] = {
+                "ratio": ratio,
+                "tokens": tokens,
+                "limit": 1.10 * tokens,
+                "separate_passes": objects,
+            }
+    return found
+
+
+def bench_attention(bench: Bench) -> dict[str, Any]:
+    """One block's attention with the row mask, against patches unmasked and [OBJ] apart: the same result, which is dearer?"""
+    import torch.nn.functional as F
+
+    o = bench.options
+    encoder = build_encoder(o.model, {"img_size": o.global_px}).to(bench.ranks.device)
+    attention: Any = encoder.vit.blocks[0].attn  # type: ignore[index]
+    patches = (o.global_px // encoder.patch_px) ** 2
+    x = torch.randn(o.batch, 1 + patches, encoder.embed_dim, device=bench.ranks.device, requires_grad=True)
+    inside = torch.rand(o.batch, patches, device=x.device) < 0.3
+    inside[:, 0] = True
+    mask = attention_mask(inside, 0)
+    heads, bf16 = attention.num_heads, x.device.type == "cuda"
+
+    def masked() -> Tensor:
+        return attention(x, attn_mask=mask)
+
+    def split() -> Tensor:
+        q, k, v = attention.qkv(x).unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+        obj = F.scaled_dot_product_attention(q[:, :, :1], k, v, attn_mask=mask[:, :, :1])
+        rest = F.scaled_dot_product_attention(q[:, :, 1:], k, v)
+        return attention.proj(torch.cat([obj, rest], 2).transpose(1, 2).flatten(2))
+
+    assert torch.allclose(masked(), split(), atol=1e-4)
+
+    def both_ways(forward: Callable[[], Tensor]) -> Callable[[], None]:
+        def work() -> None:
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+                out = forward()
+            out.float().sum().backward()
+
+        return work
+
+    row, apart, ratio = bench.ratio(both_ways(masked), both_ways(split), 4 * o.runs)
+    return {"row_mask_ms": 1e3 * row, "split_ms": 1e3 * apart, "ratio": ratio}
+
+
+PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
+    "step": bench_step,
+    "sampling": bench_sampling,
+    "floor": bench_floor,
+    "objects": bench_objects,
+    "attention": bench_attention,
+}
+
+
+def print_part(name: str, found: dict[str, Any]) -> None:
+    """One line a ratio."""
+    flat = {name: found} if "ratio" in found else {f"{name}, {key}": value for key, value in found.items()}
+    for title, row in flat.items():
+        limit = f"  limit {row['limit']:.2f} {'ok' if row['ratio'] <= row['limit'] else 'MISSED'}" if "limit" in row else ""
+        rest = ", ".join(f"{k} {v:.4g}" for k, v in row.items() if isinstance(v, float) and k not in ("ratio", "limit"))
+        print(f"{title:<26} {row['ratio']:.3f}{limit}  ({rest})", flush=True)
+
+
+def main() -> None:
+    gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--parts", default=",".join(PARTS), help="some of: " + ", ".join(PARTS))
+    parser.add_argument("--model", default="vit_small_patch16_224" if gpu else "vit_tiny_patch16_224")
+    parser.add_argument("--global-px", type=int, default=224 if gpu else 128)
+    parser.add_argument("--local-px", type=int, default=96 if gpu else 64)
+    parser.add_argument("--locals", type=int, default=10 if gpu else 4)
+    parser.add_argument("--batch", type=int, default=128 if gpu else 16)
+    parser.add_argument("--prototypes", type=int, default=8192 if gpu else 1024)
+    parser.add_argument("--tile-px", type=int, default=256)
+    parser.add_argument("--workers", type=int, default=12 if gpu else 1)
+    parser.add_argument("--runs", type=int, default=30 if gpu else 15)
+    parser.add_argument("--compile", action="store_true", help="torch.compile each block")
+    options = parser.parse_args()
+    ranks = start_ranks("auto")
+    device = torch.cuda.get_device_name() if gpu else f"CPU, {os.cpu_count()} cores"
+    o = options
+    print(f"{device}; {o.model}, {o.global_px} px, {o.locals} locals of {o.local_px} px, batch {o.batch}")
+    found: dict[str, Any] = {"device": device, "settings": {k: v for k, v in vars(options).items() if k != "json"}}
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(options, write_tiles(Path(folder), 8 * options.batch, options.tile_px, 8), ranks)
+        for name in options.parts.split(","):
+            found[name] = PARTS[name](bench)
+            print_part(name, found[name])
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""Tiles as training samples: target objects, object-aware views, patch masks, colours.
+
+A sample is a pure function of (seed, epoch, index): the workers can be as many as one likes, and a run that stops and
+goes on sees the same crops and masks.
+"""
+
+from __future__ import annotations
+
+from math import sqrt
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from annotations.errors import UserError
+from odis_path.data import colour, crops, mim, targets
+from odis_path.data.dataset import KINDS, OpenSlides, TileIndex
+from odis_path.data.polygons import polygon_mask
+from odis_path.data.targets import Target
+from tiling.slidefile import SlideFile
+
+if TYPE_CHECKING:
+    from odis_path.train.config import PretrainConfig
+
+Rings = list[np.ndarray]  # the outline of an object in a tile, as SlideFile.polygon gives it
+NO_BOXES = (np.zeros((0, 4)), None, np.zeros(0, dtype=np.int64))
+
+
+class TileSamples(torch.utils.data.Dataset[dict[str, np.ndarray]]):
+    """Training samples: item (epoch, i) is the tile i with its views, masks and colours."""
+
+    def __init__(self, index: TileIndex, config: PretrainConfig, patch_px: int) -> None:
+        self.index = index
+        self.config = config
+        self.files = OpenSlides(index.paths)
+        self.grids = (config.views.global_size // patch_px, config.views.local_size // patch_px)
+        self.rules = view_rules(config)
+        self.colour_rules = colour_rules(config)
+        kinds = [KINDS[kind] for kind in config.data.kinds]
+        self._kinds = None if len(kinds) == len(KINDS) else np.array(kinds, dtype=np.uint8)
+        mean_scale = sum(config.views.global_scale) / 2
+        cell = sqrt(mean_scale) * index.tile_px / self.grids[0]  # tile px a patch of a mean global crop
+        self._min_side_px = sqrt(config.target.min_patches) * cell
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, np.ndarray]:
+        epoch, i = key
+        rng = np.random.default_rng([self.config.run.seed, epoch, i])
+        slide, row = int(self.index.slide[i]), int(self.index.row[i])
+        file = self.files[slide]
+        pixels = file.tile(row)
+        return {"tile": pixels, **self.draw(rng, file, slide, row)}
+
+    def draw(self, rng: np.random.Generator, file: SlideFile, slide: int, row: int) -> dict[str, np.ndarray]:
+        """Everything random about a sample, without its pixels.
+
+        theta_* float32 (views, 2, 3); mask_* bool (views, K, N) in-box patches of K objects; hidden bool (2, N); seen bool
+        (views, K) False where the view lacks the object; colours float32 (views, 24); target float64 (4,), of the first
+        object; rects int32 (views, 6).
+        """
+        side, t = self.index.tile_px, self.config.target
+        boxes, labels, at = self.boxes(file, slide, row) if t.crop or t.mask else NO_BOXES
+        chosen, views = self._compose(rng, boxes, labels)
+        objects: list[Target | None] = [chosen]
+        if t.objects > 1:
+            shared = np.minimum(*(crops.visible_share(view, boxes) for view in views[:2])) >= t.fraction
+            large = (boxes[:, 2:] - boxes[:, :2]).prod(1) >= self._min_side_px**2
+            objects += targets.more_boxes(rng, boxes, shared & large, t.objects - 1, chosen)
+        shapes: list[list[Rings]] = [[] for _ in objects]
+        if t.geometry == "polygon":
+            shapes = [[] if o is None else [file.polygon(int(at[i])) for i in o.rows] for o in objects]
+        found = [
+            np.stack([self._masks(some, o, number, s) for o, s in zip(objects, shapes, strict=True)], axis=1)
+            for number, some in enumerate((views[:2], views[2:]))
+        ]  # globals bool (2, K, N), locals (L, K, N')
+        seen = np.concatenate([masks.any(2) for masks in found])
+        for masks in found:
+            masks |= ~masks.any(2, keepdims=True)  # never an empty key set; `seen` keeps it out of loss and center
+        grid, m = self.grids[0], self.config.mim
+        hidden = [mim.block_mask(rng, grid, mim.draw_ratio(rng, m.probability, m.ratio)) for _ in range(2)]
+        theta = np.stack([crops.view_matrix(view, side) for view in views])
+        return {
+            "theta_global": theta[:2],
+            "theta_local": theta[2:],
+            "mask_global": found[0],
+            "mask_local": found[1],
+            "hidden": np.stack([mask.ravel() for mask in hidden]),
+            "seen": seen,
+            "colours": np.stack([colour.draw_colour(rng, self.colour_rules[min(k, 2)]) for k in range(len(views))]),
+            "target": chosen.box,
+            "rects": np.array([(v.x, v.y, v.w, v.h, v.turn, v.size_px) for v in views], dtype=np.int32),
+        }
+
+    def boxes(self, file: SlideFile, slide: int, row: int) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
+        """Boxes (k, 4) of a tile that may be targets, their labels (k,) where needed, and their rows (k,) in /boxes."""
+        t = self.config.target
+        boxes, at, labels = np.asarray(file.boxes(row), dtype=np.float64), file.box_rows(row), None
+        if t.geometry == "polygon" and len(boxes) and not file.has_polygons:
+            raise UserError(
+                f"{file.path}: holds no polygons, which target.geometry=polygon needs: run annotate with --polygons"
+            )
+        rows = np.arange(at.start, at.stop) if isinstance(at, slice) else np.asarray(at)
+        if (self._kinds is not None or t.choice == "label") and len(boxes):
+            kind, label = self.files.box_groups(slide)
+            labels = label[rows]
+            if self._kinds is not None:
+                keep = np.isin(kind[rows], self._kinds)
+                boxes, labels, rows = boxes[keep], labels[keep], rows[keep]
+        return boxes, labels, rows
+
+    def _compose(
+        self, rng: np.random.Generator, boxes: np.ndarray, labels: np.ndarray | None
+    ) -> tuple[Target, list[crops.View]]:
+        """The (first) target and the views of a sample, in the configured order: box first, or crops first."""
+        side, t = self.index.tile_px, self.config.target
+        whole = targets.whole_tile(side)
+        if not (t.crop or t.mask):
+            return whole, self._views(rng, None)
+        to_whole = rng.random() < t.whole_tile_p
+        if t.order == "crop_first" and not to_whole:
+            pair = crops.sample_views(rng, side, None, self.rules[0], 2)
+            shown = np.array([all(crops.shows(view, box, side, self.rules[0]) for view in pair) for box in boxes], dtype=bool)
+            chosen = self._choose(rng, boxes, labels, shown)
+            if chosen is not None:
+                return chosen, self._views(rng, chosen.box, pair)
+        chosen = self._choose(rng, boxes, labels, np.ones(len(boxes), dtype=bool))
+        if chosen is None or to_whole:
+            return whole, self._views(rng, None)
+        return chosen, self._views(rng, chosen.box)
+
+    def _choose(
+        self, rng: np.random.Generator, boxes: np.ndarray, labels: np.ndarray | None, allowed: np.ndarray
+    ) -> Target | None:
+        """A target among the allowed boxes."""
+        rows = np.flatnonzero(allowed)
+        found = targets.choose_box(
+            rng, boxes[rows], choice=self.config.target.choice, groups=None if labels is None else labels[rows],
+            min_side_px=self._min_side_px, side_px=self.index.tile_px,
+        )  # fmt: skip
+        return None if found is None else Target(found.box, rows[found.rows])
+
+    def _views(
+        self, rng: np.random.Generator, box: np.ndarray | None, pair: list[crops.View] | None = None
+    ) -> list[crops.View]:
+        """Two globals (drawn here unless given) and the locals, around a box or free."""
+        side, t = self.index.tile_px, self.config.target
+        aware = box if t.crop else None
+        aware_local = aware if t.local == "object" else None
+        views = pair or crops.sample_views(rng, side, aware, self.rules[0], 2)
+        return views + crops.sample_views(rng, side, aware_local, self.rules[1], self.config.views.local_count)
+
+    def _masks(self, views: list[crops.View], target: Target | None, number: int, shapes: list[Rings]) -> np.ndarray:
+        """In-object patches of the global (number 0) or local (1) views, bool (views, N).
+
+        None where there is no object, or where rejection gave up on a view that was to show it.
+        """
+        t, grid = self.config.target, self.grids[number]
+        if target is None or not views:
+            return np.zeros((len(views), grid * grid), dtype=bool)
+        if target.whole or not t.mask or (number and t.local == "free"):
+            return np.ones((len(views), grid * grid), dtype=bool)
+        rule: dict[str, Any] = {"rule": t.mask_rule, "fraction": t.mask_fraction, "margin": t.mask_margin}
+        masks = crops.patch_masks(views, target.box, grid, **rule)
+        if shapes:
+            outlines = [np.logical_or.reduce([polygon_mask(view, rings, grid, **rule) for rings in shapes]) for view in views]
+            masks = np.stack([outline if outline.any() else mask for outline, mask in zip(outlines, masks, strict=True)])
+        if t.crop and t.sampler == "reject" and t.fallback != "construct":
+            side, asked = self.index.tile_px, self.rules[number]
+            masks[[not crops.shows(view, target.box, side, asked) for view in views]] = t.fallback == "full"
+        return masks.reshape(len(views), -1)
+
+
+def view_rules(config: PretrainConfig) -> tuple[crops.CropRule, crops.CropRule]:
+    """How global and local crops are drawn."""
+    v, t = config.views, config.target
+    shared: dict[str, Any] = {
+        "ratio": v.ratio, "turns": v.turns, "containment": t.containment, "fraction": t.fraction, "sampler": t.sampler,
+        "tries": t.tries, "fallback": t.fallback,
+    }  # fmt: skip
+    return (
+        crops.CropRule(scale=v.global_scale, size_px=v.global_size, **shared),
+        crops.CropRule(scale=v.local_scale, size_px=v.local_size, **shared),
+    )
+
+
+def colour_rules(config: PretrainConfig) -> tuple[colour.ColourRule, colour.ColourRule, colour.ColourRule]:
+    """Colour changes of the first global view, the second, and the locals."""
+    v = config.views
+    return tuple(  # type: ignore[return-value]
+        colour.ColourRule(
+            v.brightness, v.contrast, v.saturation, v.hue, v.jitter_p, v.gray_p, v.blur_p[k], v.blur_sigma,
+            v.solarise_p if k == 1 else 0.0, v.stain_scale, v.stain_shift, v.stain_p,
+        )
+        for k in range(3)
+    )  # fmt: skip
