@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from odis_path.train.config import PretrainConfig
 from tiling.codec import encode_jpeg
@@ -90,3 +91,14 @@ def tiny_values(tiles: Path | str, out: Path | str, **sections: dict[str, Any]) 
 def tiny_config(tiles: Path | str, out: Path | str, **sections: dict[str, Any]) -> PretrainConfig:
     """The same, checked."""
     return PretrainConfig.model_validate(tiny_values(tiles, out, **sections))
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails at what reads a tensor's value on the host: item(), bool(), and shapes that depend on values."""
+
+    waits = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal.default", "unique")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func)
+        assert not any(word in name for word in self.waits), f"{name} waits for the device"
+        return func(*args, **(kwargs or {}))

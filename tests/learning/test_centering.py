@@ -12,8 +12,8 @@ from torch import Tensor
 
 from odis_path.centering import sinkhorn
 
+from .conftest import NoWaiting
 from .ranks import on_two_ranks
-from .test_spread import NoWaiting
 
 
 def plain_sinkhorn(logits: Tensor, temperature: float, iterations: int) -> Tensor:

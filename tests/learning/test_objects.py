@@ -24,7 +24,7 @@ from odis_path.train.distributed import Ranks
 from odis_path.train.schedule import step_values
 from odis_path.train.step import Criterion, Encoded, Views, layer_of, parameter_groups
 
-from .conftest import SIDE, tiny_config
+from .conftest import SIDE, NoWaiting, tiny_config
 
 CPU = Ranks(0, 1, torch.device("cpu"))
 
@@ -291,3 +291,16 @@ def test_views_without_an_object_have_no_part_in_the_loss() -> None:
     assert float(loss.detach()) == 0
     assert student.grad is not None
     assert not student.grad.any()
+
+
+@pytest.mark.parametrize("name", ["plain", *sorted(VARIANTS)])
+def test_a_step_never_waits_for_the_device(tiny_tiles: Path, tmp_path: Path, name: str) -> None:
+    """Everything whose shape depends on values was found on the CPU by the loader; the logged figures are read elsewhere."""
+    run = loop.prepare(tiny_config(tiny_tiles, tmp_path, **VARIANTS.get(name, {})), CPU)
+    samples = TileSamples(run.train, run.config, 8)
+    batch = collate([samples[(0, i)] for i in range(8)])
+    values = step_values(run.config, 6, run.steps_per_epoch, run.total_steps)
+    loop.set_schedule(run.optimizer, values)
+    with NoWaiting():
+        loop.forward_backward(run, batch, values, last=True)
+        loop.apply_gradients(run, values)

@@ -6,15 +6,14 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from odis_path.spread import kde, koleo
 
+from .conftest import NoWaiting
 from .ranks import on_two_ranks
 
 LOSSES = {"koleo": koleo, "kde": lambda tokens, weight=None, rows=None: kde(tokens, 5.0, weight, rows)}
@@ -139,17 +138,6 @@ def test_half_precision_is_computed_in_float32_under_autocast_too(loss: Loss) ->
         value = loss(z)
     assert value.dtype == torch.float32
     assert float(value) == pytest.approx(exact, abs=1e-5)
-
-
-class NoWaiting(TorchDispatchMode):
-    """Fails at what reads a tensor's value on the host: item(), bool(), and shapes that depend on values."""
-
-    waits = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal.default", "unique")
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = str(func)
-        assert not any(word in name for word in self.waits), f"{name} waits for the device"
-        return func(*args, **(kwargs or {}))
 
 
 def test_one_rank_never_waits_for_the_device(loss: Loss) -> None:
