@@ -17,10 +17,12 @@ from annotations.errors import UserError
 from tiling import codec
 from tiling.atomic import atomic_path
 from tiling.cohort import Outcome, available_cpus, one_line, run_cohort
+from tiling.fit import FITS, QUALITY
 from tiling.grid import plan_grid
-from tiling.imagelist import TIFF_EXTENSIONS, ImageItem, apply_manifest, find_images, match_names
+from tiling.imagelist import TIFF_EXTENSIONS, ImageItem, apply_manifest, box_file, find_images, match_names
 from tiling.mpp import Mpp, check_mpp, mpp_of
 from tiling.readers import MAX_IMAGE_PIXELS, ImageReader
+from tiling.shards import NOMINAL_MPP, Boxes, ShardSettings, import_shards
 from tiling.slide import Slide, SlideInfo
 from tiling.slidefile import SlideFile
 from tiling.slidewrite import (
@@ -39,19 +41,25 @@ if TYPE_CHECKING:
 
 DEFAULT_SIZE_PX = 224
 LARGEST_TILE_PX = 1024  # images of one square size up to this are taken to be tiles
-QUALITY = 95
+DEFAULT_SHARD = 1000
 POOL_FROM = 200  # an image takes milliseconds: fewer are not worth starting processes for, unless asked
 LABEL_COLUMNS = ("slide_id", "x", "y", "label", "patient_id", "image")
 Work = tuple[ImageItem, "ObjectTable | None"]
+LabelRow = tuple[ImageItem, str, int, int]  # image, slide_id, x, y
 
 
 @dataclass(frozen=True)
 class ImportSettings:
-    """mpp: micrometres per pixel of every image, None to look further. size_px: side of a tile. coco: hash of the boxes."""
+    """mpp: micrometres per pixel of every image, None to look further. size_px: side of a tile. coco: hash of the boxes.
+
+    boxes: folder of XML files. nominal: the images have no scale, mpp is a stand-in.
+    """
 
     mpp: float | None
     size_px: int
     coco: str = ""
+    boxes: Path | None = None
+    nominal: bool = False
 
 
 def import_images(
@@ -62,49 +70,90 @@ def import_images(
     size_px: int | None = None,
     manifest: Path | str | None = None,
     workers: int | None = 1,
+    fit: str = "tiles",
+    boxes: Path | str | None = None,
+    no_mpp: bool = False,
+    shard: int | None = None,
 ) -> list[Outcome]:
-    """Write `<out>/<slide_id>.h5` for every PNG, JPEG or TIFF image; one outcome per image.
+    """Write slide files for PNG, JPEG and TIFF images; one outcome per slide file, and one per image that failed alone.
 
-    images: a folder (searched recursively) or files. Each image is cut into whole tiles of `size_px` from its top-left
-    corner, at its own resolution; None: the images' side where all are one square size up to 1024, else 224.
-    mpp: micrometres per pixel of the images, before the manifest's and the files' own. manifest: a CSV with the column
-    image and any of patient_id, slide_id, mpp. coco: a COCO file; its boxes are clipped to the tiles.
+    images: a folder (searched recursively) or files. fit "tiles": each image is a slide file `<out>/<slide_id>.h5`, cut into
+    whole tiles of `size_px` from its top-left corner, at its own resolution; size_px None: the images' side where all are
+    one square size up to 1024, else 224. fit "crop": each image is one tile, its centre square resized to `size_px` (None:
+    224); "squash": all of it resized to a square; the tiles of one folder go to files of up to `shard` images (None: 1000),
+    `<out>/<folder>-<number>.h5`, and a manifest's slide_id is not used.
+    mpp: micrometres per pixel of the images, before the manifest's and the files' own; the tiles of fit "crop" have it times
+    the factor they are resized by. no_mpp: the images have no scale; the files say mpp 1 and that it is nominal.
+    manifest: a CSV with the column image and any of patient_id, slide_id, mpp. coco: a COCO file, or boxes: a folder of
+    PASCAL VOC style `<stem>.xml`; the objects go through the same map as the pixels and are clipped to the tiles.
     Class folders one level below `images` are also written as labels, `<out>/labels.csv`.
-    workers None: one per CPU. An image whose file is there with the same parameters and source is skipped. Raises UserError
+    workers None: one per CPU. A file that is there with the same parameters and sources is skipped. Raises UserError
     for inputs that cannot be; a bad image is a failed outcome.
     """
-    check_mpp(mpp, "--mpp")
-    if size_px is not None and size_px < 1:
-        raise UserError(f"--size {size_px}: a tile has at least 1 pixel")
+    _check_options(mpp, size_px, fit, coco, boxes, no_mpp, shard)
     items = find_images(images)
     if manifest is not None:
         items = apply_manifest(items, Path(manifest))
     tables, digest = _coco_tables(items, Path(coco)) if coco is not None else ({}, "")
-    settings = ImportSettings(mpp, size_px or default_size_px([item.path for item in items]), digest)
-    out = _made(Path(out))
-    work = partial(import_image, out=out, settings=settings)
-    pairs: list[Work] = [(item, tables.get(item.path)) for item in items]
+    folder = _box_folder(items, Path(boxes)) if boxes is not None else None
     if workers is None:
-        workers = 1 if len(pairs) < POOL_FROM else available_cpus()
-    outcomes = run_cohort(pairs, work, title="import", workers=workers, name=_name)
+        workers = 1 if len(items) < POOL_FROM else available_cpus()
+    if fit == "tiles":
+        mpp = NOMINAL_MPP if no_mpp else mpp
+        size_px = size_px or default_size_px([item.path for item in items])
+        settings = ImportSettings(mpp, size_px, digest, folder, no_mpp)
+        outcomes, rows = _import_each(items, tables, _made(Path(out)), settings, workers)
+    else:
+        fitted = ShardSettings(fit, size_px or DEFAULT_SIZE_PX, folder, digest, mpp, no_mpp)
+        outcomes, rows = import_shards(items, tables, _made(Path(out)), fitted, shard or DEFAULT_SHARD, workers)
     if any(item.label for item in items):
-        _write_labels(out / "labels.csv", items, outcomes)
-    for outcome in outcomes:
-        outcome.info.pop("coords", None)
+        _write_labels(Path(out) / "labels.csv", rows)
     return outcomes
+
+
+def _check_options(
+    mpp: float | None, size_px: int | None, fit: str, coco: object, boxes: object, no_mpp: bool, shard: int | None
+) -> None:
+    """Raises UserError for values that cannot be, alone or together."""
+    check_mpp(mpp, "--mpp")
+    if size_px is not None and size_px < 1:
+        raise UserError(f"--size {size_px}: a tile has at least 1 pixel")
+    if fit not in FITS:
+        raise UserError(f"--fit {fit}: is one of {', '.join(FITS)}")
+    if shard is not None and (shard < 1 or fit == "tiles"):
+        why = "is a number of images, at least 1" if shard < 1 else "goes with --fit crop or --fit squash"
+        raise UserError(f"--shard {shard}: {why}")
+    if no_mpp and mpp is not None:
+        raise UserError(f"--no-mpp and --mpp {mpp:g}: the images have a scale or they have none: give one of the two")
+    if coco is not None and boxes is not None:
+        raise UserError(f"--coco {coco} and --boxes {boxes}: give one of the two")
+
+
+def _import_each(
+    items: Sequence[ImageItem], tables: dict[Path, Boxes], out: Path, settings: ImportSettings, workers: int
+) -> tuple[list[Outcome], list[LabelRow]]:
+    """A slide file per image; outcomes and the place of every tile."""
+    work = partial(import_image, out=out, settings=settings)
+    pairs: list[Work] = [(item, tables[item.path][0] if item.path in tables else None) for item in items]
+    outcomes = run_cohort(pairs, work, title="import", workers=workers, name=_name)
+    rows = []
+    for item, outcome in zip(items, outcomes, strict=True):
+        rows += [(item, item.slide_id, x, y) for x, y in outcome.info.pop("coords", ())]
+    return outcomes, rows
 
 
 def import_image(pair: Work, out: Path, settings: ImportSettings) -> dict[str, Any]:
     """Import one image; returns tiles, boxes, coords (of an image with a class), `message` and `skipped`."""
     item, table = pair
     path = out / f"{item.slide_id}.h5"
+    xml = box_file(settings.boxes, item) if settings.boxes is not None else None
     found = _known_mpp(item, settings)
-    if found is not None and (done := _done(path, _parameters(settings, found.value), item)) is not None:
+    if found is not None and (done := _done(path, _parameters(settings, found.value, xml), item)) is not None:
         return {"skipped": True, **done}  # found out without decoding the image
     with _open_image(item.path) as slide:
         mpp = (found or _own_mpp(item.path, slide.info.mpp_found)).value
         assert mpp is not None
-        parameters = _parameters(settings, mpp)
+        parameters = _parameters(settings, mpp, xml)
         if found is None and (done := _done(path, parameters, item)) is not None:
             return {"skipped": True, **done}
         info = slide.info
@@ -115,6 +164,8 @@ def import_image(pair: Work, out: Path, settings: ImportSettings) -> dict[str, A
         thumb = slide.thumbnail(THUMBNAIL_SIDE_PX)
         groups: dict[str, GroupContent] = {"thumbnail": _overview(thumb, None, info.width_l0 / thumb.shape[1])}
         counts = {"boxes": 0}
+        if xml is not None:
+            table = _xml_table(xml, (info.width_l0, info.height_l0))
         if table is not None:
             boxes, counts = _boxes(table, plan.coords, settings.size_px, mpp)
             groups |= boxes
@@ -133,6 +184,7 @@ def import_image(pair: Work, out: Path, settings: ImportSettings) -> dict[str, A
         write_slide_file(path, meta=meta, coords=plan.coords, pixels=_encoded(slide, plan.coords, settings), groups=groups)
     remarks = ["" if item.listed else "not in the manifest", slide.info.mpp_note if found is None else ""]
     remarks.append("not in the COCO file: no boxes" if settings.coco and table is None else "")
+    remarks.append("no box file" if settings.boxes is not None and table is None else "")
     remarks.append("its boxes are gone with the old tiles: run annotate again" if had_boxes and table is None else "")
     message = "; ".join(remark for remark in remarks if remark)
     coords = {"coords": plan.coords.tolist()} if item.label else {}
@@ -205,12 +257,16 @@ def _own_mpp(path: Path, found: Mpp) -> Mpp:
     if found.value is not None:
         return found
     because = f" ({found.note})" if found.note else ""
-    raise UserError(f"{path}: no mpp in its tags{because}: give --mpp, column mpp in a --manifest, or set the resolution tags")
+    ways = "give --mpp, column mpp in a --manifest, or set the resolution tags; --no-mpp for photographs"
+    raise UserError(f"{path}: no mpp in its tags{because}: {ways}")
 
 
-def _parameters(settings: ImportSettings, mpp: float | None) -> dict[str, Any]:
+def _parameters(settings: ImportSettings, mpp: float | None, xml: Path | None) -> dict[str, Any]:
     """All that changes the result; the hash of it tells whether a file is up to date."""
-    return {
+    more: dict[str, Any] = {"mpp_nominal": True} if settings.nominal else {}
+    if xml is not None:
+        more["box_file"] = list(source_stamp(xml))
+    return more | {
         "format_version": FORMAT_VERSION,
         "import": 1,
         "mpp": mpp,
@@ -270,19 +326,40 @@ def _plain_jpeg(path: Path) -> bytes | None:
     return path.read_bytes() if plain else None
 
 
-def _coco_tables(items: Sequence[ImageItem], coco: Path) -> tuple[dict[Path, ObjectTable], str]:
-    """The objects of each image a COCO file names, and the sha256 of the file."""
-    from annotations.coco import read_coco
+def _coco_tables(items: Sequence[ImageItem], coco: Path) -> tuple[dict[Path, Boxes], str]:
+    """The objects of each image a COCO file names, with the size it states, and the sha256 of the file."""
+    from annotations.coco import read_coco_images
 
     if not coco.is_file():
         raise UserError(f"{coco}: no such COCO file")
-    tables = read_coco(coco)
+    tables, sizes = read_coco_images(coco)
     name_of = match_names(items, tables, coco)
     if not name_of:
         first = next(iter(tables), "no image at all")
         raise UserError(f"{coco}: names none of the images (first: {first}): are they its images?")
     digest = hashlib.sha256(coco.read_bytes()).hexdigest()
-    return {path: tables[name] for path, name in name_of.items()}, digest
+    return {path: (tables[name], sizes.get(name)) for path, name in name_of.items()}, digest
+
+
+def _box_folder(items: Sequence[ImageItem], folder: Path) -> Path:
+    """The folder, absolute. Raises UserError where it is missing or holds the box file of no image."""
+    folder = folder.expanduser().absolute()
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder of box files")
+    if not any(box_file(folder, item) is not None for item in items):
+        first = Path(items[0].key).with_suffix(".xml")
+        raise UserError(f"{folder}: holds the box file of no image (looked for {first} and {first.name}): are they its images?")
+    return folder
+
+
+def _xml_table(xml: Path, size: tuple[int, int]) -> ObjectTable:
+    """The objects of a box file. Raises UserError where it says another size of the image than it has."""
+    from annotations.voc import read_voc
+
+    table, stated = read_voc(xml)
+    if stated not in (None, size):
+        raise UserError(f"{xml}: of an image of {stated} pixels, the image has {size}: give the box file of this image")
+    return table
 
 
 def _boxes(
@@ -297,14 +374,15 @@ def _boxes(
     return annotation_groups(table, boxes, mpp), counts
 
 
-def _write_labels(path: Path, items: Sequence[ImageItem], outcomes: Sequence[Outcome]) -> None:
-    """One row per tile: its slide file, its place, its class folder."""
+def _write_labels(path: Path, rows: Sequence[LabelRow]) -> None:
+    """One row per tile: its slide file, its place, its class folder; its side of the split where folders tell one."""
+    split = any(item.split for item, *_ in rows)
     with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(LABEL_COLUMNS)
-        for item, outcome in zip(items, outcomes, strict=True):
-            for x, y in outcome.info.get("coords", ()):
-                writer.writerow((item.slide_id, x, y, item.label, item.patient_id, item.key))
+        writer.writerow((*LABEL_COLUMNS, "split") if split else LABEL_COLUMNS)
+        for item, slide_id, x, y in rows:
+            row = (slide_id, x, y, item.label, item.patient_id, item.key)
+            writer.writerow((*row, item.split) if split else row)
 
 
 def _name(pair: Work) -> str:

@@ -79,12 +79,21 @@ def import_(
     mpp: Annotated[float | None, typer.Option(help="Micrometres per pixel of the images.")] = None,
     size: Annotated[int | None, typer.Option(help="Side of a tile in pixels; the images' own when left out.")] = None,
     manifest: Annotated[Path | None, typer.Option(metavar="CSV", help="Patients (and more) of the images.")] = None,
+    fit: Annotated[
+        str, typer.Option(metavar="tiles|crop|squash", help="Whole tiles of each image, or one tile an image, resized.")
+    ] = "tiles",
+    boxes: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of VOC-style <stem>.xml with boxes.")] = None,
+    no_mpp: Annotated[bool, typer.Option("--no-mpp", help="The images have no scale, such as photographs.")] = False,
+    shard: Annotated[int | None, typer.Option(help="Images to a file, with --fit crop or squash; 1000.")] = None,
     workers: Workers = None,
 ) -> None:
     """Turn a class-folder tile set, or images with boxes, into the same files that tile writes."""
     from tiling.importer import import_images
 
-    outcomes = import_images(images, out, coco=coco, mpp=mpp, size_px=size, manifest=manifest, workers=workers)
+    outcomes = import_images(
+        images, out, coco=coco, mpp=mpp, size_px=size, manifest=manifest, workers=workers, fit=fit, boxes=boxes,
+        no_mpp=no_mpp, shard=shard,
+    )  # fmt: skip
     _end(outcomes, "import", out, ("tiles", "boxes"))
 
 

@@ -1,0 +1,95 @@
+"""PASCAL VOC style XML, one file an image, as ImageNet's box files are -> a table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from xml.etree import ElementTree
+from xml.parsers import expat
+
+import numpy as np
+import shapely
+
+from annotations.errors import UserError
+from annotations.rings import usable
+from annotations.table import CELL, UNCLASSIFIED, ObjectTable, empty_table
+
+CORNERS = ("xmin", "ymin", "xmax", "ymax")
+
+
+def read_voc(path: Path) -> tuple[ObjectTable, tuple[int, int] | None]:
+    """Objects of one image (kind CELL) in its pixels, and its width and height where the file says them (else None).
+
+    Corners (xmin, ymin, xmax, ymax) are taken as they stand. An object without a name is unclassified; ids count from 0
+    behind the file's stem. counts: "features"; "empty" without a box; "zero_area" with a box of no extent.
+    Raises UserError where the file is missing, no XML, holds a document type or entities (refused unread), or a box
+    that is no four numbers.
+    """
+    path = Path(path)
+    root = _parsed(path)
+    objects = root.findall("object")
+    counts = {"features": len(objects)}
+    names = tuple(dict.fromkeys(name for item in objects if (name := _text(item, "name"))))
+    corners, row = [], []
+    for i, item in enumerate(objects):
+        box = item.find("bndbox")
+        if box is None:
+            counts["empty"] = counts.get("empty", 0) + 1
+            continue
+        corners.append([_number(path, i, corner, _text(box, corner)) for corner in CORNERS])
+        row.append(i)
+    xyxy = np.array(corners, dtype=np.float64).reshape(-1, 4)
+    good = usable(xyxy) & (xyxy[:, 2] > xyxy[:, 0]) & (xyxy[:, 3] > xyxy[:, 1])
+    if not good.all():
+        counts["zero_area"] = int((~good).sum())
+    size = _size(root)
+    if not good.any():
+        return empty_table(counts, names), size
+    rows = np.array(row, dtype=np.int64)[good]
+    label = [names.index(name) if (name := _text(objects[i], "name")) else UNCLASSIFIED for i in rows.tolist()]
+    ids = np.empty(len(rows), dtype=object)
+    ids[:] = [f"{path.stem}:{i}" for i in rows.tolist()]
+    geometry = np.asarray(shapely.box(*xyxy[good].T), dtype=object).reshape(-1)
+    return ObjectTable(geometry, ids, np.array(label, np.int16), np.full(len(rows), CELL, np.uint8), names, counts), size
+
+
+def _parsed(path: Path) -> ElementTree.Element:
+    """The root element, parsed without document types and entities: they can name other files and grow without bound."""
+    builder = ElementTree.TreeBuilder()
+    parser = expat.ParserCreate()
+    parser.buffer_text = True
+
+    def refuse(*_: object) -> None:
+        raise UserError(f"{path}: holds a DOCTYPE or an ENTITY, which box files have no use for: take it out")
+
+    parser.StartDoctypeDeclHandler = refuse
+    parser.EntityDeclHandler = refuse
+    parser.StartElementHandler = builder.start
+    parser.EndElementHandler = builder.end
+    parser.CharacterDataHandler = builder.data
+    try:
+        parser.Parse(path.read_bytes(), True)
+        return builder.close()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}: check the path") from None
+    except (expat.ExpatError, ValueError, LookupError) as error:
+        raise UserError(f"{path}: not XML ({error}): it needs <object><name/><bndbox> in <annotation>") from None
+
+
+def _text(element: ElementTree.Element, tag: str) -> str:
+    return (element.findtext(tag) or "").strip()
+
+
+def _number(path: Path, row: int, corner: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(f"{path}: object {row}: {corner} is {text!r}: give a number") from None
+
+
+def _size(root: ElementTree.Element) -> tuple[int, int] | None:
+    """Width and height in pixels; None where they are missing or 0, as some tools write them."""
+    try:
+        width, height = (round(float(root.findtext(f"size/{side}") or 0)) for side in ("width", "height"))
+    except (ValueError, OverflowError):
+        return None
+    return (width, height) if width > 0 and height > 0 else None

@@ -1,0 +1,355 @@
+"""Whole images as tiles, many to a slide file: `import --fit crop` and `--fit squash`.
+
+Image i of a shard is tile i of a grid laid out row by row in level-0 pixels that exist nowhere else. The group /images of
+the file tells where each tile comes from: `name` (N,) str, the image's path below the folder that was given, and `size`
+(N, 2) int32, its width and height; attrs `fit`, `mpp_nominal` (True: micrometres mean nothing here) and `failed`, how many
+images of the shard could not be read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from math import ceil, sqrt
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from annotations.errors import UserError
+from tiling.cohort import Outcome, one_line, run_cohort
+from tiling.fit import QUALITY, FitMap, Fitted, fit_map, probe_image, read_fitted, upright_xy
+from tiling.imagelist import ImageItem, box_file
+from tiling.slidefile import SlideFile
+from tiling.slidewrite import FORMAT_VERSION, GroupContent, SlideMeta, parameters_hash, source_stamp, write_slide_file
+from tiling.tile import THUMBNAIL_SIDE_PX, _has_boxes, _overview
+
+if TYPE_CHECKING:
+    from annotations.clip import TileBoxes
+    from annotations.table import ObjectTable
+
+NOMINAL_MPP = 1.0  # what a file says where there is no scale; its parameters and /images say so too
+Boxes = tuple["ObjectTable", "tuple[int, int] | None"]  # objects of an image, and the width and height they were drawn on
+
+
+@dataclass(frozen=True)
+class ShardSettings:
+    """fit: crop or squash. boxes: folder of XML files. coco: sha256 of the COCO file, empty without one.
+
+    mpp: micrometres per pixel of every image, None to look further. nominal: the images have no scale.
+    """
+
+    fit: str
+    size_px: int
+    boxes: Path | None = None
+    coco: str = ""
+    mpp: float | None = None
+    nominal: bool = False
+
+    @property
+    def boxed(self) -> bool:
+        return self.boxes is not None or bool(self.coco)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Images of one slide file. mpp: of its tiles, None where there is no scale. coco: objects of each image, if any."""
+
+    slide_id: str
+    source: Path
+    mpp: float | None
+    items: tuple[ImageItem, ...]
+    coco: tuple[Boxes | None, ...]
+
+    def __str__(self) -> str:
+        return self.slide_id
+
+    @property
+    def patient_id(self) -> str:
+        return self.items[0].patient_id
+
+    def coords(self, size_px: int) -> np.ndarray:
+        """int64 (n, 2): the place of each image, row by row."""
+        columns = self.columns
+        at = np.arange(len(self.items), dtype=np.int64)
+        return np.stack([at % columns, at // columns], axis=1) * size_px
+
+    @property
+    def columns(self) -> int:
+        return ceil(sqrt(len(self.items)))
+
+
+def import_shards(
+    items: Sequence[ImageItem],
+    coco: Mapping[Path, Boxes],
+    out: Path,
+    settings: ShardSettings,
+    per_shard: int,
+    workers: int,
+) -> tuple[list[Outcome], list[tuple[ImageItem, str, int, int]]]:
+    """A slide file per shard; outcomes (shards, then failed images), and image, slide_id, x, y of every tile."""
+    mpps, failed = (None, []) if settings.nominal else fitted_mpps(items, settings)
+    shards = plan_shards(items, coco, mpps, per_shard)
+    refuse_leftovers(out, shards)
+    work = partial(import_shard, out=out, settings=settings)
+    outcomes = run_cohort(shards, work, title="import", workers=workers, name=Shard.__str__)
+    rows = []
+    for shard, outcome in zip(shards, outcomes, strict=True):
+        coords = shard.coords(settings.size_px).tolist()
+        rows += [(shard.items[i], shard.slide_id, *coords[i]) for i in outcome.info.pop("present", ())]
+    return [*outcomes, *failed, *failed_images(outcomes)], rows
+
+
+def plan_shards(
+    items: Sequence[ImageItem], coco: Mapping[Path, Boxes], mpps: Mapping[Path, float] | None, per_shard: int
+) -> list[Shard]:
+    """Shards of at most `per_shard` images of one folder, one patient and one mpp, named `<folder>-<number>`.
+
+    mpps: mpp of the tile of each image (images without are left out); None where there is no scale.
+    """
+    groups: dict[tuple[str, str, float | None], list[ImageItem]] = {}
+    for item in items:
+        if mpps is None or item.path in mpps:
+            mpp = None if mpps is None else round(mpps[item.path], 4)
+            groups.setdefault((item.folder, item.patient_id, mpp), []).append(item)
+    count: dict[str, int] = {}
+    shards = []
+    for (folder, _, mpp), members in groups.items():
+        for start in range(0, len(members), per_shard):
+            part = tuple(members[start : start + per_shard])
+            number = count[folder] = count.get(folder, -1) + 1
+            boxes = tuple(coco.get(item.path) for item in part)
+            shards.append(Shard(f"{folder}-{number:04d}", part[0].path.parent, mpp, part, boxes))
+    return shards
+
+
+def fitted_mpps(items: Sequence[ImageItem], settings: ShardSettings) -> tuple[dict[Path, float], list[Outcome]]:
+    """mpp of the tile of each image: the image's (given, the manifest's, its tags') times the factor it is resized by.
+
+    Images without one are failed outcomes. Raises UserError where no image has any.
+    """
+    mpps: dict[Path, float] = {}
+    failed = []
+    for item in items:
+        try:
+            (width, height), found = probe_image(item.path)
+            mpp = next((value for value in (settings.mpp, item.mpp, found.value) if value is not None), None)
+            if mpp is None:
+                because = f" ({found.note})" if found.note else ""
+                ways = "give --mpp, column mpp in a --manifest, or --no-mpp for photographs"
+                raise UserError(f"{item.path}: no mpp in its tags{because}: {ways}")
+            if settings.fit == "squash" and width != height:
+                raise UserError(f"{item.path}: {width} x {height} squashed has two mpp: take --fit crop, or --no-mpp")
+            mpps[item.path] = mpp * min(width, height) / settings.size_px
+        except UserError as error:
+            failed.append(Outcome(item.key, ok=False, message=str(error)))
+    if not mpps:
+        first = next((each for each in failed if "no mpp" in each.message), failed[0])
+        raise UserError(f"none of the {len(items)} images can be imported with a scale; for instance {first.message}")
+    return mpps, failed
+
+
+def refuse_leftovers(out: Path, shards: Sequence[Shard]) -> None:
+    """Raises UserError where `out` holds shards of the same folders that this import would not write: images twice."""
+    wanted = {shard.slide_id for shard in shards}
+    folders = {shard.slide_id.rpartition("-")[0] for shard in shards}
+    for path in sorted(out.glob("*.h5")):
+        folder, _, number = path.stem.rpartition("-")
+        if folder in folders and path.stem not in wanted and re.fullmatch(r"\d{4,}", number):
+            raise UserError(
+                f"{path}: of an earlier import with other images or another --shard: delete it, or choose another --out"
+            )
+
+
+def import_shard(shard: Shard, out: Path, settings: ShardSettings) -> dict[str, Any]:
+    """Write one slide file; returns tiles, objects, boxes, outside, present (rows of its images), bad (image, why), `message`.
+
+    A shard is done when its file has the same parameters, images and boxes (by size and time) and no image failed.
+    """
+    path = out / f"{shard.slide_id}.h5"
+    parameters = _parameters(shard, settings)
+    if (done := _done(path, parameters)) is not None:
+        return {"skipped": True, **done, "present": list(range(len(shard.items)))}
+    tiles: list[Fitted] = []
+    objects: list[tuple[ObjectTable, TileBoxes] | None] = []
+    present, bad = [], []
+    for i, item in enumerate(shard.items):
+        try:
+            tile = read_fitted(item.path, settings.fit, settings.size_px)
+            boxes = shard.coco[i] or _box_file(item, settings)
+            objects.append(None if boxes is None else _placed(item, boxes, tile, settings))
+        except Exception as error:  # one bad image must not stop its shard
+            bad.append((item.key, one_line(error)))
+            continue
+        tiles.append(tile)
+        present.append(i)
+    counts = {"tiles": len(tiles), "boxes": 0, "objects": 0, "outside": 0}
+    remarks = _remarks(shard, settings, objects)
+    if not settings.boxed and _has_boxes(path):
+        remarks.append("its boxes are gone with the old tiles: run annotate or propose again")
+    if tiles:
+        counts |= _write(path, shard, settings, parameters, present, tiles, objects, len(bad))
+    return {**counts, "present": present, "bad": bad, "message": "; ".join(remarks)}
+
+
+def failed_images(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """A failed outcome for each image that a shard left out."""
+    bad = [pair for outcome in outcomes for pair in outcome.info.pop("bad", ())]
+    return [Outcome(key, ok=False, message=why) for key, why in bad]
+
+
+def _parameters(shard: Shard, settings: ShardSettings) -> dict[str, Any]:
+    """All that changes the result; the hash of it tells whether a file is up to date."""
+    digest = hashlib.sha256()
+    for item in shard.items:
+        xml = box_file(settings.boxes, item) if settings.boxes is not None else None
+        stamps = (*source_stamp(item.path), *(source_stamp(xml) if xml is not None else ()))
+        digest.update(f"{item.key}\0{stamps}\n".encode())
+    return {
+        "format_version": FORMAT_VERSION,
+        "import": 1,
+        "fit": settings.fit,
+        "mpp": shard.mpp if shard.mpp is not None else NOMINAL_MPP,
+        "mpp_nominal": shard.mpp is None,
+        "size_px": settings.size_px,
+        "quality": QUALITY,
+        "coco_sha256": settings.coco,
+        "boxes": settings.boxes is not None,
+        "patient_id": shard.patient_id,
+        "images_sha256": digest.hexdigest(),
+    }
+
+
+def _done(path: Path, parameters: dict[str, Any]) -> dict[str, int] | None:
+    if not path.exists():
+        return None
+    try:
+        with SlideFile(path) as file:
+            if file.attrs["parameters_sha256"] != parameters_hash(parameters)[1] or int(file.group_attrs("images")["failed"]):
+                return None
+            return {"tiles": len(file), "boxes": len(file.boxes_table()["object"])}
+    except (UserError, OSError, KeyError, RuntimeError):
+        return None  # damaged, or not ours: made anew
+
+
+def _box_file(item: ImageItem, settings: ShardSettings) -> Boxes | None:
+    from annotations.voc import read_voc
+
+    path = box_file(settings.boxes, item) if settings.boxes is not None else None
+    return None if path is None else read_voc(path)
+
+
+def _placed(item: ImageItem, boxes: Boxes, tile: Fitted, settings: ShardSettings) -> tuple[ObjectTable, TileBoxes]:
+    """The objects of an image in pixels of its tile, whole, and their boxes, clipped."""
+    import shapely
+
+    from annotations.clip import clip_to_tiles
+
+    table, stated = boxes
+    if stated is not None and stated not in (tile.size, tile.stored):
+        drawn, here = (f"{width} x {height}" for width, height in (stated, tile.size))
+        raise UserError(
+            f"{item.path}: its boxes are of an image of {drawn} pixels, it has {here}: give the boxes of this image"
+        )
+    part: FitMap = fit_map(tile.size, settings.fit, settings.size_px)
+    # Boxes drawn on the picture as stored are turned with it; where the sizes cannot tell, they are taken to be upright.
+    turned = stated == tile.stored != tile.size
+
+    def to_tile(xy: np.ndarray) -> np.ndarray:
+        return part.to_tile(upright_xy(xy, tile.orientation, tile.stored) if turned else xy)
+
+    if len(table):
+        geometry = np.asarray(shapely.transform(table.geometry, to_tile), dtype=object).reshape(len(table))
+        table = replace(table, geometry=geometry)
+    return table, clip_to_tiles(table.geometry, np.zeros((1, 2)), float(settings.size_px), settings.size_px)
+
+
+def _write(
+    path: Path,
+    shard: Shard,
+    settings: ShardSettings,
+    parameters: dict[str, Any],
+    present: list[int],
+    tiles: list[Fitted],
+    objects: list[tuple[ObjectTable, TileBoxes] | None],
+    failed: int,
+) -> dict[str, int]:
+    """The slide file; returns counts of objects, boxes and objects outside the crop."""
+    size, mpp = settings.size_px, float(parameters["mpp"])
+    groups: dict[str, GroupContent] = {
+        "thumbnail": _mosaic(shard, settings, present, tiles),
+        "images": {
+            "name": [shard.items[i].key for i in present],
+            "size": np.array([tile.size for tile in tiles], dtype=np.int32),
+            "attrs": {"fit": settings.fit, "mpp_nominal": shard.mpp is None, "failed": failed},
+        },
+    }
+    counts: dict[str, int] = {}
+    if settings.boxed:
+        found, counts = _box_groups(objects, mpp)
+        groups |= found
+    meta = SlideMeta(
+        slide_id=shard.slide_id,
+        source=shard.source,
+        width_l0=shard.columns * size,
+        height_l0=ceil(len(shard.items) / shard.columns) * size,
+        mpp=mpp,
+        mpp_level0=mpp,
+        patch_px=size,
+        patient_id=shard.patient_id,
+        parameters=parameters,
+    )
+    write_slide_file(path, meta=meta, coords=shard.coords(size)[present], pixels=(tile.jpeg for tile in tiles), groups=groups)
+    return counts
+
+
+def _box_groups(
+    objects: list[tuple[ObjectTable, TileBoxes] | None], mpp: float
+) -> tuple[dict[str, GroupContent], dict[str, int]]:
+    """/objects and /boxes of all tiles of a shard; a tile without objects has no rows."""
+    from annotations.clip import TileBoxes
+    from annotations.group import annotation_groups
+    from annotations.table import concatenate
+
+    some = [pair for pair in objects if pair is not None]
+    table = concatenate([table for table, _ in some])
+    first = np.cumsum([0, *(len(table) for table, _ in some)])[:-1]
+    per_tile = [0 if pair is None else len(pair[1].object) for pair in objects]
+    boxes = TileBoxes(
+        xyxy=np.concatenate([np.zeros((0, 4), np.float32), *(boxes.xyxy for _, boxes in some)]),
+        offsets=np.concatenate([[0], np.cumsum(per_tile)]).astype(np.int64),
+        object=np.concatenate(
+            [np.zeros(0, np.int32), *(boxes.object + start for (_, boxes), start in zip(some, first, strict=True))]
+        ).astype(np.int32),
+        visible=np.concatenate([np.zeros(0, np.float32), *(boxes.visible for _, boxes in some)]),
+    )
+    outside = sum(int(boxes.counts.get("outside", 0)) for _, boxes in some)
+    counts = {"objects": len(table), "boxes": len(boxes.object), "outside": outside}
+    return dict(annotation_groups(table, boxes, mpp)), counts
+
+
+def _mosaic(shard: Shard, settings: ShardSettings, present: list[int], tiles: list[Fitted]) -> dict[str, GroupContent]:
+    """The group /thumbnail: the grid of tiles, small."""
+    import simplejpeg
+    from PIL import Image
+
+    cell = max(1, min(settings.size_px, THUMBNAIL_SIDE_PX // shard.columns))
+    rows = ceil(len(shard.items) / shard.columns)
+    picture = np.full((rows * cell, shard.columns * cell, 3), 255, np.uint8)
+    for i, tile in zip(present, tiles, strict=True):
+        y, x = (side * cell for side in divmod(i, shard.columns))
+        small = simplejpeg.decode_jpeg(tile.jpeg, colorspace="RGB", min_width=cell, min_height=cell, min_factor=2)
+        picture[y : y + cell, x : x + cell] = np.asarray(Image.fromarray(small).resize((cell, cell), Image.Resampling.BOX))
+    return dict(_overview(picture, None, settings.size_px / cell))
+
+
+def _remarks(shard: Shard, settings: ShardSettings, objects: Sequence[object]) -> list[str]:
+    remarks = []
+    if unlisted := sum(not item.listed for item in shard.items):
+        remarks.append(f"{unlisted} images are not in the manifest")
+    if settings.boxed and (without := sum(each is None for each in objects)):
+        remarks.append(f"{without} images have no {'boxes in the COCO file' if settings.coco else 'box file'}")
+    return remarks
