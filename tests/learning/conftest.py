@@ -25,8 +25,8 @@ def draw_tile(rng: np.random.Generator, label: int) -> np.ndarray:
     return np.clip(tile, 0, 255).astype(np.uint8)
 
 
-def write_tiny_slide(folder: Path, name: str, patient: str, tiles: int, seed: int) -> Path:
-    """A slide file with one tissue box and one small cell box in each tile."""
+def write_tiny_slide(folder: Path, name: str, patient: str, tiles: int, seed: int, *, polygons: bool = True) -> Path:
+    """A slide file with one tissue box and one small cell box in each tile; outlines are the diamonds in the boxes."""
     rng = np.random.default_rng(seed)
     columns = 4
     coords = np.array([(i % columns * SIDE, i // columns * SIDE) for i in range(tiles)], dtype=np.int64)
@@ -42,6 +42,11 @@ def write_tiny_slide(folder: Path, name: str, patient: str, tiles: int, seed: in
         mpp=0.5, mpp_level0=0.5, patch_px=SIDE, patient_id=patient,
     )  # fmt: skip
     path = folder / f"{name}.h5"
+    x0, y0, x1, y1 = xyxy.T
+    x, y = (x0 + x1) / 2, (y0 + y1) / 2
+    diamonds = np.stack([np.stack([x, y0], 1), np.stack([x1, y], 1), np.stack([x, y1], 1), np.stack([x0, y], 1)], axis=1)
+    rings = np.arange(2 * tiles + 1, dtype=np.int64)
+    outlines = {"polygon": {"xy": diamonds.reshape(-1, 2), "ring_offsets": 4 * rings, "offsets": rings}}
     meta.source.touch()
     groups: dict[str, Any] = {
         "objects": {
@@ -52,6 +57,7 @@ def write_tiny_slide(folder: Path, name: str, patient: str, tiles: int, seed: in
         "boxes": {
             "xyxy": xyxy, "offsets": np.arange(0, 2 * tiles + 1, 2, dtype=np.int64),
             "object": np.arange(2 * tiles, dtype=np.int32), "visible": np.ones(2 * tiles, dtype=np.float32),
+            **(outlines if polygons else {}),
         },
     }  # fmt: skip
     write_slide_file(path, meta=meta, coords=coords, pixels=pixels, groups=groups)
