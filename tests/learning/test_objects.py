@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,18 @@ from odis_path.data.dataset import collate, index_tiles
 from odis_path.data.samples import TileSamples
 from odis_path.data.targets import Target, choose_box, more_boxes, whole_tile
 from odis_path.embed import embed_cohort
+from odis_path.encode import MODES, FrozenEncoder, encode
 from odis_path.features import read_features
 from odis_path.losses import cross_view_loss
 from odis_path.train import loop
 from odis_path.train.config import PretrainConfig, load_config
 from odis_path.train.distributed import Ranks
 from odis_path.train.schedule import step_values
-from odis_path.train.step import Criterion, Encoded, Views, layer_of, parameter_groups
+from odis_path.train.step import Criterion, Encoded, Views, build_network, layer_of, parameter_groups
 
 from .conftest import SIDE, NoWaiting, tiny_config, write_tiny_slide
 
+TINY_VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "num_heads": 2}
 CPU = Ranks(0, 1, torch.device("cpu"))
 
 
@@ -292,3 +295,31 @@ def test_a_step_never_waits_for_the_device(tiny_tiles: Path, tmp_path: Path, nam
     with NoWaiting():
         loop.forward_backward(run, batch, values, last=True)
         loop.apply_gradients(run, values)
+
+
+@pytest.mark.parametrize("name", ["plain", "multi_obj", "read_only", "linear pool, two objects", "read_only ibot", "rope"])
+def test_every_method_embeds_in_every_mode(name: str) -> None:
+    """Four embeddings of the same box: finite, one a tile; only the box's mask, cut or blackout tells them apart."""
+    torch.manual_seed(0)
+    config = tiny_config("x", "y", **VARIANTS.get(name, {}))
+    encoder = FrozenEncoder(build_network(config, student=False).encoder.eval(), name, (0.5,) * 3, (0.2,) * 3, CPU.device)  # type: ignore[arg-type]
+    tiles = np.random.default_rng(0).integers(0, 255, (2, 32, 32, 3), dtype=np.uint8)
+    boxes = np.array([[4.0, 4, 20, 20], [8, 0, 32, 12]])
+    found = {mode: encode(encoder, tiles, boxes, mode) for mode in MODES}  # type: ignore[arg-type]
+    assert all(x.shape == (2, 32) and np.isfinite(x).all() for x in found.values())
+    for a, b in combinations(MODES, 2):
+        assert np.abs(found[a] - found[b]).max() > 1e-5, (a, b)
+
+
+def test_compiled_blocks_train_as_plain_ones(tiny_tiles: Path, tmp_path: Path) -> None:
+    """One step of one block; the names of the weights stay timm's."""
+    losses = []
+    for on in (False, True):
+        config = tiny_config(
+            tiny_tiles, tmp_path, views={"local_count": 0}, eval={"every_epochs": 0}, optim={"epochs": 0.1},
+            model={"compile_blocks": on, "drop_path": 0.0, "kwargs": {**TINY_VIT, "depth": 1}},
+        )  # fmt: skip
+        run = loop.prepare(config, CPU)
+        losses.append([row["loss"] for row in loop.steps(run) if row is not None])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert not any("_orig_mod" in name for name in run.student.state_dict())
