@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import platform
+import shlex
+import subprocess
 import sys
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from odis_path import __version__
@@ -36,6 +40,35 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             found[package] = "missing"
     return found
+
+
+def git_commit() -> str:
+    """The commit of the checkout that odis-path runs from, "... with changes" where files differ; "" outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return ""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, timeout=20, check=True)
+        return done.stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + (" with changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def provenance(device: str, ranks: int) -> dict[str, Any]:
+    """What a run is made with: versions, commit, device (a torch name such as "cuda:0"), ranks, command line, time."""
+    import torch
+
+    gpu = device.startswith("cuda")
+    return {
+        **versions(), "torch_build": torch.__version__, "cuda": torch.version.cuda or "" if gpu else "",
+        "git_commit": git_commit(), "ranks": ranks,
+        "device": torch.cuda.get_device_name(device) if gpu else f"CPU, {torch.get_num_threads()} threads",
+        "command": shlex.join(sys.argv), "started": datetime.now(UTC).isoformat(timespec="seconds"),
+    }  # fmt: skip
 
 
 def examine() -> list[Check]:

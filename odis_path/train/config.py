@@ -160,8 +160,10 @@ class RunConfig(_Section):
     save_every_epochs: float = Field(1, gt=0)
     keep: int = Field(2, ge=1, description="checkpoints kept")
     log_every_steps: int = Field(10, ge=1)
-    device: str = "auto"
-    tensorboard: bool = False
+    device: str = Field("auto", description="auto, cpu or cuda")
+    tensorboard: bool = Field(False, description="event files in the run folder; needs the extra `tracking`")
+    wandb: bool = Field(False, description="Weights & Biases; WANDB_MODE holds; needs the extra `tracking`")
+    wandb_project: str = Field("odis-path", min_length=1)
 
 
 class PretrainConfig(_Section):

@@ -7,7 +7,7 @@ alone or under torchrun. A run that stops goes on from its newest checkpoint, bi
 from __future__ import annotations
 
 import csv
-import json
+import os
 import signal
 import sys
 import time
@@ -27,7 +27,8 @@ from odis_path.encode import FrozenEncoder
 from odis_path.train.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, load_into, save_checkpoint
 from odis_path.train.config import PretrainConfig
 from odis_path.train.distributed import Ranks, any_rank, mean_of_ranks, start_ranks, stop_ranks
-from odis_path.train.monitor import COLLAPSE_SPREAD, KnnProbe, RunLog
+from odis_path.train.monitor import KnnProbe
+from odis_path.train.runlog import RunLog, record_start
 from odis_path.train.schedule import StepValues, step_values
 from odis_path.train.step import (
     Criterion,
@@ -39,6 +40,7 @@ from odis_path.train.step import (
     set_schedule,
     update_teacher,
 )
+from odis_path.train.tracking import open_trackers
 
 
 @dataclass
@@ -174,6 +176,8 @@ def config_difference(new: PretrainConfig, old: PretrainConfig) -> str:
         "run.log_every_steps",
         "run.device",
         "run.tensorboard",
+        "run.wandb",
+        "run.wandb_project",
         "data.workers",
     }
 
@@ -193,17 +197,14 @@ def config_difference(new: PretrainConfig, old: PretrainConfig) -> str:
 
 
 def write_run_files(run: Run, away: list[str]) -> None:
-    """config.yaml (resolved), versions.json and split.csv of a new run."""
+    """config.yaml (resolved) and split.csv of a new run."""
     import yaml
 
-    from odis_path.doctor import versions
     from tiling.atomic import atomic_path
 
     run.folder.mkdir(parents=True, exist_ok=True)
     with atomic_path(run.folder / "config.yaml") as path:
         path.write_text(yaml.safe_dump(run.config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
-    with atomic_path(run.folder / "versions.json") as path:
-        path.write_text(json.dumps(versions(), indent=2), encoding="utf-8")
     with atomic_path(run.folder / "split.csv") as path, path.open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
         rows.writerow(["slide_id", "patient_id", "split"])
@@ -214,8 +215,7 @@ def write_run_files(run: Run, away: list[str]) -> None:
 def train(run: Run) -> None:
     """Steps from run.step to run.total_steps, with logs, k-NN and checkpoints on the way."""
     config, ranks = run.config, run.ranks
-    log = RunLog(run.folder, run.total_steps, active=ranks.first, first_step=run.step, title=f"pretraining {config.name}")
-    board = open_tensorboard(run) if ranks.first and config.run.tensorboard else None
+    log = open_log(run)
     e = config.eval
     probe = None
     if ranks.first and e.every_epochs:
@@ -227,12 +227,10 @@ def train(run: Run) -> None:
     save_every = max(1, round(config.run.save_every_epochs * run.steps_per_epoch))
     try:
         for figures in steps(run):
+            log.at(run.step)
             if figures is not None:
                 check_figures(run, figures)
                 log.write(figures)
-                if board is not None:
-                    for key, value in figures.items():
-                        board.add_scalar(key, value, run.step)
             done = run.step >= run.total_steps
             if probe is not None and probe.ready and (run.step % every == 0 or done):
                 score_teacher(run, probe, log)
@@ -240,13 +238,12 @@ def train(run: Run) -> None:
             if run.step % save_every == 0 or done or stopping:
                 save(run)
             if stopping and not done:
+                any_rank(True, ranks)  # wait for rank 0 to have saved: a launcher kills the others when one has ended
                 raise RunStoppedError(
                     f"stopped at step {run.step} of {run.total_steps}: saved; the same command goes on from there"
                 )
     finally:
         log.close()
-        if board is not None:
-            board.close()
 
 
 def steps(run: Run) -> Any:
@@ -338,16 +335,10 @@ def check_figures(run: Run, figures: dict[str, Any]) -> None:
 
 
 def score_teacher(run: Run, probe: KnnProbe, log: RunLog) -> None:
-    """k-NN of the teacher, into the log; warns when its embeddings collapse."""
+    """k-NN of the teacher, into the log, which warns when the embeddings collapse."""
     data = run.config.data
     encoder = FrozenEncoder(run.teacher.encoder, run.config.name, data.mean, data.std, run.ranks.device)
-    row = {"step": run.step, "epoch": round(run.epoch, 4), **probe.score(encoder)}
-    log.write(row)
-    if row["embedding_spread"] < COLLAPSE_SPREAD:
-        log.warn(
-            f"step {run.step}: the embeddings of different tiles are nearly equal (spread {row['embedding_spread']:.2f} of 1): "
-            "collapse? lower optim.lr, or raise loss.teacher_temperature"
-        )
+    log.write({"step": run.step, "epoch": round(run.epoch, 4), **probe.score(encoder)})
 
 
 def save(run: Run) -> Path | None:
@@ -380,13 +371,18 @@ def watch_signals() -> dict[str, bool]:
     return asked
 
 
-def open_tensorboard(run: Run) -> Any:
-    """A TensorBoard writer in the run folder. Raises UserError where the extra is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError("run.tensorboard=true needs the extra: pip install 'odis-path[tracking]'") from None
-    return SummaryWriter(str(run.folder / "tensorboard"))
+def open_log(run: Run) -> RunLog:
+    """The log of rank 0 with its trackers, and versions.json; silent on other ranks."""
+    config, ranks = run.config, run.ranks
+    if ranks.first:
+        from odis_path.doctor import provenance
+
+        record_start(run.folder, run.step, provenance(str(ranks.device), ranks.world))
+    return RunLog(
+        run.folder, run.total_steps, active=ranks.first, first_step=run.step, title=f"pretraining {config.name}",
+        prototypes=config.head.out_dim, warmup_steps=round(config.optim.warmup_epochs * run.steps_per_epoch),
+        trackers=open_trackers(config, run.step) if ranks.first else (),
+    )  # fmt: skip
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
@@ -395,5 +391,7 @@ def step_seed(seed: int, step: int, rank: int) -> int:
 
 
 def one_thread(_worker: int) -> None:
-    """Loader workers use one thread each: the cores belong to training."""
+    """Loader workers use one thread each: the cores belong to training. A signal to the group of the run must not kill them."""
     torch.set_num_threads(1)
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()

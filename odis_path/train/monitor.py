@@ -127,17 +127,14 @@ class CollapseWatch:
 
     def _words(self, sign: str, row: Mapping[str, float], first: int) -> str:
         if sign in ("token_spread", "embedding_spread"):
-            return (
-                f"collapse? the embeddings of different tiles are nearly equal since step {first} "
-                f"({sign.replace('_', ' ')} {row[sign]:.2f} of 1): lower optim.lr, or set loss.koleo_weight=0.1"
-            )
-        entropy = f"(entropy {row['teacher_entropy']:.2f}, log K {self.log_k:.2f})"
-        if sign == "entropy_low":
-            return f"collapse? the teacher names one prototype a tile since step {first} {entropy}: raise loss.teacher_temperature"
-        return (
-            f"collapse? the teacher tells no tiles apart since step {first} {entropy}: "
-            "lower loss.teacher_temperature or optim.lr"
-        )
+            what, now = "the embeddings of different tiles are nearly equal", f"{sign.replace('_', ' ')} {row[sign]:.2f} of 1"
+            cure = "a lower optim.lr, or loss.koleo_weight=0.1"
+        else:
+            now = f"teacher entropy {row['teacher_entropy']:.2f}, log K {self.log_k:.2f}"
+            low = sign == "entropy_low"
+            what = "the teacher sees one prototype in a tile" if low else "the teacher tells no tiles apart"
+            cure = f"a {'higher' if low else 'lower'} loss.teacher_temperature, or a lower optim.lr"
+        return f"collapse? {what} since step {first} ({now}): if it stays so, begin a new run.out with {cure}"
 
     def _state(self, row: Mapping[str, float]) -> str:
         shown = ("token_spread", "embedding_spread", "teacher_entropy")

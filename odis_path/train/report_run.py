@@ -34,17 +34,8 @@ def print_run(checkpoint: Path) -> None:
     table = Table(title="pretrain")
     table.add_column("figure")
     table.add_column("last value", justify="right")
-    for key in (
-        "step",
-        "epoch",
-        "loss",
-        "loss_obj",
-        "loss_patch",
-        "knn_balanced_accuracy",
-        "token_spread",
-        "images_per_s",
-        "data_wait_share",
-    ):
+    parts = sorted(key for key in last if key.startswith("loss_"))
+    for key in ("step", "epoch", "loss", *parts, "knn_balanced_accuracy", "token_spread", "images_per_s", "data_wait_share"):
         if key in last:
             table.add_row(key.replace("_", " "), f"{last[key]:.4g}")
     console = Console()

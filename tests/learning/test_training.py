@@ -299,3 +299,21 @@ def test_a_checkpoint_of_another_shape_is_refused(tiny_tiles: Path, tmp_path: Pa
     (tmp_path / "torn.pt").write_bytes(path.read_bytes()[:1000])
     with pytest.raises(UserError, match="not a readable checkpoint"):
         load_checkpoint(tmp_path / "torn.pt")
+
+
+def test_a_sigterm_to_the_whole_group_saves_too(tiny_tiles: Path, tmp_path: Path) -> None:
+    """torchrun and some schedulers signal the process group: the loader's workers must not die of it."""
+    values = tiny_values(tiny_tiles, tmp_path / "run", optim={"epochs": 400}, eval={"every_epochs": 0}, data={"workers": 2})
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    command = [sys.executable, "-m", "odis_path", "pretrain", str(tmp_path / "config.yaml")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
+    log = tmp_path / "run" / "train.jsonl"
+    for _ in range(600):
+        if log.exists() and log.read_text().count("\n") > 3:
+            break
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, error = process.communicate(timeout=60)
+    assert "saved; the same command goes on from there" in error, error
+    assert "Traceback" not in error
