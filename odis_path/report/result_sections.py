@@ -47,9 +47,11 @@ def plain_words(report: Report) -> list[str]:
     if c.rows:
         sizes = sorted({f"{r.tile_px} px ({r.tile_um:.0f} µm)" for r in c.rows})
         boxes = sum(r.boxes for r in c.rows)
+        kinds = {kind for kind, _ in c.objects()}
+        what = "proposed" if kinds == {"proposal"} else "annotated or proposed" if "proposal" in kinds else "annotated"
         texts.append(
             f"{slides_of_patients(c)} {'was' if len(c.rows) == 1 else 'were'} cut into {c.tiles:,} tiles of {', '.join(sizes)}"
-            + (f", with {boxes:,} boxes of annotated objects in them." if boxes else ", without boxes.")
+            + (f", with {boxes:,} boxes of {what} objects in them." if boxes else ", without boxes.")
         )
     for run in report.found.runs:
         steps, epochs = run.last("step"), run.last("epoch")

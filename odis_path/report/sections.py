@@ -40,7 +40,7 @@ def cohort(report: Report) -> Section | None:
     rest = (
         f" The first {len(shown)} of {len(rows)}; all are in {report.files.name}/cohort.csv." if len(rows) > len(shown) else ""
     )
-    caption = "Tile: side in pixels and what that is on the slide. Last columns: annotated objects." + rest
+    caption = "Tile: side in pixels and what that is on the slide. Last columns: objects by kind." + rest
     if table := _class_table(c):
         section.items.append(table)
     fold = f"All {len(rows)} slides" if len(rows) >= FOLD_FROM else ""
@@ -64,7 +64,7 @@ def _class_table(c: Cohort) -> TableItem | None:
     order = {"tissue": 0, "cell": 1, "proposal": 2}
     keys = sorted(counts, key=lambda key: (order.get(key[0], 3), key[1] == UNCLASSIFIED, key[1]))
     rows = [[kind, name, f"{counts[kind, name]:,}", f"{slides[kind, name]} of {len(c.rows)}"] for kind, name in keys]
-    return TableItem(["kind", "class", "objects", "on slides"], rows, "Annotated objects by class.", frozenset({2, 3}))
+    return TableItem(["kind", "class", "objects", "on slides"], rows, "Objects by class; a proposal is a guess of image analysis, not an annotation.", frozenset({2, 3}))
 
 
 def slides(report: Report) -> Section | None:
