@@ -5,8 +5,9 @@
     python experiments/ablation.py demo_out/tiles --out ablation --variants p0,p25,p50,p75   # whole tile as target
 
 Every variant is the base recipe with a few keys replaced, trained from one seed on the same patients, and judged by k-NN on
-the held-out ones: tiles seen whole, tissue objects by masked attention, and tissue objects cut out. One run each: two
-runs of the same variant differ by about 0.02.
+the held-out ones: tiles seen whole, tissue objects by masked attention, and tissue objects cut out. One run each,
+and other seeds hold out other patients: with the demo's ten patients, figures of different seeds differ by 0.1 and more, so
+compare variants within a seed, and over several of them (--seed) before you believe a small difference.
 """
 
 from __future__ import annotations

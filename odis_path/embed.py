@@ -9,12 +9,15 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 
 from annotations.errors import UserError
 from odis_path.data.dataset import KINDS
 from odis_path.encode import FrozenEncoder, Mode, encode, encode_objects, load_encoder, refuse_modes
+from odis_path.featurefile import DATASETS
 from odis_path.features import embedded_already, read_features, write_features, write_slides_parquet
+from tiling.claim import claim
 from tiling.cohort import Outcome, run_cohort
 from tiling.slidefile import SlideFile, list_slide_files
 
@@ -70,7 +73,7 @@ def embed_cohort(
         raise UserError(f"--dtype {dtype}: take float16 or float32")
     refuse_modes(mode)
     chosen = parse_kinds(kinds)
-    files = list_slide_files(folder)
+    files, out = [path.absolute() for path in list_slide_files(folder)], Path(out).absolute()  # workers may run elsewhere
     job = EmbedJob(
         checkpoint, out, level, mode, chosen, batch, dtype, random_weights, device, checkpoint_stamp(checkpoint)  # type: ignore[arg-type]
     )  # fmt: skip
@@ -78,7 +81,7 @@ def embed_cohort(
         shared_encoder(checkpoint, device, random_weights)  # a wrong checkpoint is one error, not one a slide
     outcomes = run_cohort(
         files, partial(embed_slide, job), title=f"embed ({level}, {mode})", workers=1, scheduler=scheduler,
-        name=lambda path: path.stem,
+        name=lambda path: path.stem, folder=out,
     )  # fmt: skip
     if level == "slide":
         done = {outcome.item for outcome in outcomes if outcome.ok}
@@ -119,9 +122,15 @@ def shared_encoder(checkpoint: str, device: str, random_weights: bool) -> Frozen
 def embed_slide(job: EmbedJob, path: Path) -> dict[str, Any]:
     """Embed one slide file; returns counts for the summary table."""
     target = job.out / path.name
+    with claim(target):
+        return _embedded(job, path, target)
+
+
+def _embedded(job: EmbedJob, path: Path, target: Path) -> dict[str, Any]:
     level = "tile" if job.level == "slide" else job.level
     if embedded_already(target, level, path, job.parameters()):
         return {"skipped": True}
+    redone = "the tiles, their boxes or what is asked changed" if _holds(target, level) else ""
     encoder = shared_encoder(job.checkpoint, job.device, job.random_weights)
     with SlideFile(path) as file:
         rows = None
@@ -134,7 +143,16 @@ def embed_slide(job: EmbedJob, path: Path) -> dict[str, Any]:
             target, level=level, features=features, slide_file=file, encoder=encoder.name, mode=job.mode, dtype=job.dtype,
             parameters=job.parameters(), box_rows=rows if job.kinds else None,
         )  # fmt: skip
-    return {"objects" if level == "object" else "tiles": len(features)}
+    return {"objects" if level == "object" else "tiles": len(features), "redone": redone}
+
+
+def _holds(target: Path, level: str) -> bool:
+    """Whether a feature file has features of this level already."""
+    try:
+        with h5py.File(target, "r", locking=False) as file:
+            return DATASETS[level] in file
+    except OSError:
+        return False
 
 
 def object_rows(file: SlideFile, kinds: tuple[str, ...] | None) -> np.ndarray:
@@ -185,7 +203,7 @@ def encode_rows(
 
     def read(part: slice) -> np.ndarray:
         numbers, back = np.unique(tile_of[part], return_inverse=True)
-        return np.stack([file.tile(int(i)) for i in numbers])[back]
+        return file.tiles(numbers)[back]
 
     for part, tiles in read_ahead([slice(i, i + job.batch) for i in range(0, len(tile_of), job.batch)], read):
         features[part] = encode(encoder, tiles, None if boxes is None else boxes[part], job.mode)

@@ -18,6 +18,7 @@ import numpy as np
 
 from annotations.errors import UserError
 from tiling.atomic import atomic_path
+from tiling.h5new import new_h5
 from tiling.slidefile import SlideFile, tile_labels
 from tiling.slidewrite import GroupContent, parameters_hash, replace_groups, software_version, write_group
 
@@ -104,7 +105,7 @@ def embedded_already(path: Path, level: str, slide_path: Path, parameters: Mappi
 
 
 def _write_new(path: Path, content: Mapping[str, GroupContent], root: Mapping[str, Any]) -> None:
-    with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
+    with new_h5(path) as file:
         file.attrs.update(dict(root))
         for name, value in content.items():
             write_group(file, name, value)

@@ -1,11 +1,41 @@
-"""Files that appear under their final name only when they are complete."""
+"""Files that appear under their final name only when they are complete, and the sweeping up after killed writers."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import itertools
 import os
+import re
+import socket
+import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
+
+from annotations.errors import UserError
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # the disk, the quota, the limit on one file
+TEMPORARY = re.compile(r"^\..+\.(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-\d+\.tmp$")
+ABANDONED_S = 7 * 24 * 3600.0  # a temporary file of another machine that nobody touched for so long has no writer
+
+_numbers = itertools.count()
+
+
+class DiskFullError(UserError):
+    """No space (or quota) is left where a file was to be written; whatever is tried next would fail as well."""
+
+
+@lru_cache(maxsize=1)
+def machine() -> str:
+    """Eight hex digits for the machine and its space of process ids: only within it does a pid tell who is alive."""
+    parts = [socket.gethostname()]
+    for path, read in (("/proc/sys/kernel/random/boot_id", Path.read_text), ("/proc/self/ns/pid", os.readlink)):
+        with contextlib.suppress(OSError):
+            parts.append(read(Path(path)))
+    return f"{zlib.crc32('|'.join(parts).encode()):08x}"
 
 
 def _fsync_path(path: Path) -> None:
@@ -13,6 +43,8 @@ def _fsync_path(path: Path) -> None:
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError:
+        if path.is_file():
+            raise
         return
     try:
         os.fsync(descriptor)
@@ -28,18 +60,67 @@ def atomic_path(final: Path) -> Iterator[Path]:
     """Give a temporary name beside `final`; rename it to `final` when the block ends well, remove it when it does not.
 
     The file and its folder are flushed to disk before and after the rename, so a crash at any moment leaves
-    the old file or the new one. The folder is made when it is missing.
+    the old file or the new one. The folder is made when it is missing. Raises DiskFullError where there is no space.
     """
     final = Path(final)
-    final.parent.mkdir(parents=True, exist_ok=True)
-    # No part of the temporary name ends like the final one: a folder listing for *.h5 never meets it.
-    temporary = final.parent / f".{final.name}.{os.getpid()}.tmp"
-    temporary.unlink(missing_ok=True)
+    # No part of the temporary name ends like the final one: a folder listing for *.h5 never meets it. No two writers
+    # share one: not two threads, not two machines on one network mount.
+    temporary = final.parent / f".{final.name}.{machine()}-{os.getpid()}-{next(_numbers)}.tmp"
     try:
+        final.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        _put_in_place(temporary, final)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise DiskFullError(
+                f"{final}: cannot be written: {os.strerror(error.errno or 0)}: make room, then run the same command again "
+                "(what is done is kept)"
+            ) from error
+        raise
+
+
+def _put_in_place(temporary: Path, final: Path) -> None:
+    try:
         _fsync_path(temporary)
         os.replace(temporary, final)
         _fsync_path(final.parent)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    except OSError as error:
+        if error.errno in FULL:
+            raise
+        raise UserError(f"{final}: cannot be written: {error.strerror or error}") from error
+
+
+def sweep_temporaries(folder: Path) -> int:
+    """Remove temporary files of `folder` whose writer is dead; return their number.
+
+    A writer on this machine is dead when its process is; one on another machine when the file lay untouched for a week.
+    """
+    removed = 0
+    with os.scandir(folder) as entries:
+        found = [(entry, match) for entry in entries if (match := TEMPORARY.match(entry.name))]
+    for entry, match in found:
+        with contextlib.suppress(OSError):
+            if match["machine"] == machine():
+                dead = not _alive(int(match["pid"]))
+            else:
+                dead = time.time() - entry.stat().st_mtime > ABANDONED_S
+            if dead:
+                os.unlink(entry.path)
+                removed += 1
+    return removed
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # somebody else's
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):  # a system that does not say
+        return True
+    return state not in "ZX"  # dead, and nobody has asked how it ended

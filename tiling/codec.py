@@ -40,7 +40,7 @@ def decode(data: bytes) -> np.ndarray:
         import simplejpeg
 
         try:
-            return simplejpeg.decode_jpeg(data, colorspace="RGB", fastdct=True)
+            return simplejpeg.decode_jpeg(data, colorspace="RGB")
         except ValueError:
             pass  # CMYK and other rare JPEGs: pillow reads them
     from PIL import Image, UnidentifiedImageError

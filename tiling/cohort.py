@@ -1,44 +1,31 @@
-"""One function over many items: a process pool or a Dask cluster, one progress bar, a table of failures.
+"""One function over many items: worker processes or a Dask cluster, one progress bar, a table of failures.
 
-The work is written once against `concurrent.futures.Executor`. A bad item becomes a failed `Outcome` and the rest go
-on; a worker process that dies takes only its own item with it.
+A bad item becomes a failed `Outcome` and the rest go on; so does one that hangs or whose worker process dies. Several runs
+may share a folder: what another run is at is left to it, and looked at again in the end.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import sys
 import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from annotations.errors import UserError
+from tiling.claim import is_claimed, sweep
+from tiling.outcome import BUSY, DIED, FULL, STOPS, Job, Outcome, guarded, one_line
+
+__all__ = ["DIED", "Outcome", "available_cpus", "finish", "one_line", "run_cohort"]
 
 Item = TypeVar("Item")
 
-DIED = "the worker process died (out of memory, or killed from outside)"
 PLAIN_LINE_EVERY_S = 30.0
-
-
-@dataclass
-class Outcome:
-    """What became of one item.
-
-    item: its name as shown. ok: it worked or was skipped. skipped: it was done already. message: one line, the
-    failure or a remark. seconds: time spent on it. info: what else the work function returned.
-    """
-
-    item: str
-    ok: bool
-    skipped: bool = False
-    message: str = ""
-    seconds: float = 0.0
-    info: dict[str, Any] = field(default_factory=dict)
+MOST_FULL = 2  # so many items for which the disk was full end the run: after one, a smaller item may still fit
+POLL_S = 0.5  # how often the locks of other runs are looked at, in the end
+NOT_TRIED = "not tried: stopped before it"
 
 
 def available_cpus() -> int:
@@ -46,25 +33,6 @@ def available_cpus() -> int:
     if hasattr(os, "sched_getaffinity"):
         return max(1, len(os.sched_getaffinity(0)))
     return max(1, os.cpu_count() or 1)
-
-
-def one_line(error: BaseException) -> str:
-    """An exception in one line: a `UserError` speaks for itself, anything else is shown with its type."""
-    text = " ".join(str(error).split())
-    if isinstance(error, UserError):
-        return text
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-def _guarded(work: Callable[[Any], dict | None], item: Any, name: str) -> Outcome:
-    """Run `work` on one item and turn whatever happens into an `Outcome` (runs in the worker)."""
-    begin = time.perf_counter()
-    try:
-        info = dict(work(item) or {})
-    except Exception as error:  # a bad item must not stop the cohort
-        return Outcome(name, ok=False, message=one_line(error), seconds=time.perf_counter() - begin)
-    skipped, message = bool(info.pop("skipped", False)), str(info.pop("message", ""))
-    return Outcome(name, True, skipped, message, time.perf_counter() - begin, info)
 
 
 def run_cohort(
@@ -75,107 +43,83 @@ def run_cohort(
     workers: int | None = None,
     scheduler: str | None = None,
     name: Callable[[Item], str] = str,
+    timeout: float | None = None,
+    folder: Path | None = None,
 ) -> list[Outcome]:
     """Apply `work` to every item; return one `Outcome` per item, in the order of the items.
 
     `work` returns a dict of small picklable values; its keys `skipped` (bool) and `message` (str) are taken out.
-    With more than one worker or a scheduler, `work` and the items must be picklable (a module-level function or a
-    `functools.partial` of one). workers None: one per available CPU. scheduler: address of a Dask scheduler, or a
-    path to its scheduler file. Raises UserError where the scheduler cannot be reached.
+    With more than one worker, a scheduler or a timeout, `work` and the items must be picklable (a module-level function or
+    a `functools.partial` of one). workers None: one per available CPU; with 1, and no timeout, the work is done in this
+    process. scheduler: address of a Dask scheduler, or a path to its scheduler file. timeout: seconds after which an item
+    is given up. folder: where `work` writes; what killed runs left there is removed.
+    Raises UserError where the scheduler cannot be reached, for a timeout that cannot be, and where worker processes
+    cannot start.
     """
+    if timeout is not None and not timeout > 0:
+        raise UserError(f"--timeout {timeout:g}: is a number of seconds above 0")
     work_list = list(items)
     names = [name(item) for item in work_list]
     outcomes: list[Outcome | None] = [None] * len(work_list)
-    workers = min(available_cpus() if workers is None else max(1, workers), max(1, len(work_list)))
+    locked: dict[int, Path] = {}
+    full: list[int] = []
+    todo: deque[int] = deque(range(len(work_list)))
+
+    def done(index: int, outcome: Outcome) -> None:
+        if BUSY in outcome.info:
+            locked[index] = Path(outcome.info[BUSY])
+            return
+        outcomes[index] = outcome
+        progress.advance(outcome)
+        full.extend([index] * outcome.info.pop(FULL, False))
+        if outcome.info.pop(STOPS, False) or len(full) >= MOST_FULL:
+            todo.clear()  # whatever comes next would fail as well
+            locked.clear()
+
     with _Progress(title, len(work_list)) as progress:
-
-        def done(index: int, outcome: Outcome) -> None:
-            outcomes[index] = outcome
-            progress.advance(outcome)
-
-        if scheduler:
-            _run_dask(work_list, names, work, scheduler, done)
-        elif workers <= 1:
-            for index, item in enumerate(work_list):
-                done(index, _guarded(work, item, names[index]))
-        else:
-            _run_pool(work_list, names, work, workers, done)
-    return [outcome for outcome in outcomes if outcome is not None]
+        _swept(folder)
+        job = Job(work_list, names, work, todo, done, timeout)
+        while todo:
+            _run(job, workers, scheduler)
+            todo.extend(_freed(locked, title))
+        _swept(folder)
+    return [each or Outcome(names[i], ok=False, message=NOT_TRIED) for i, each in enumerate(outcomes)]
 
 
-Done = Callable[[int, Outcome], None]
+def _run(job: Job, workers: int | None, scheduler: str | None) -> None:
+    wanted = min(available_cpus() if workers is None else max(1, workers), len(job.todo))
+    if scheduler:
+        from tiling.cluster import run_dask
+
+        run_dask(job, scheduler)
+    elif wanted > 1 or job.timeout is not None:
+        from tiling.lanes import run_lanes
+
+        run_lanes(job, wanted)
+    else:
+        while job.todo:
+            index = job.todo.popleft()
+            job.done(index, guarded(job.work, job.items[index], job.names[index]))
 
 
-def _run_pool(items: Sequence[Any], names: Sequence[str], work: Callable, workers: int, done: Done) -> None:
-    """A spawn pool; when it breaks, its unfinished items are tried alone, then the rest goes on in a new pool."""
-    todo = list(range(len(items)))
-    while todo:
-        with _pool(workers) as pool:
-            suspects = _drain(pool, todo, items, names, work, workers, done)
-        for index in suspects:
-            done(index, _alone(items[index], names[index], work))
+def _freed(locked: dict[int, Path], title: str) -> list[int]:
+    """Wait until other runs have let go of some of the `locked` items; take those out and return them."""
+    said = False
+    while locked:
+        time.sleep(POLL_S)
+        if free := [index for index, lock in locked.items() if not is_claimed(lock)]:
+            for index in free:
+                del locked[index]
+            return free
+        if not said:
+            said = True
+            print(f"{title}: waiting for another run that works on the last {len(locked)} here", file=sys.stderr, flush=True)
+    return []
 
 
-def _pool(workers: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
-
-
-def _drain(
-    executor: Executor, todo: list[int], items: Sequence[Any], names: Sequence[str], work: Callable, window: int, done: Done
-) -> list[int]:
-    """Feed `todo` (consumed from the front) to the executor, `window` at a time; return what a broken pool left."""
-    running: dict[Future, int] = {}
-    broken: list[int] = []
-    while running or (todo and not broken):
-        while todo and len(running) < window and not broken:
-            try:
-                future = executor.submit(_guarded, work, items[todo[0]], names[todo[0]])
-            except BrokenProcessPool:
-                broken.append(todo.pop(0))
-                break
-            running[future] = todo.pop(0)
-        if not running:
-            break
-        finished, _ = wait(running, return_when=FIRST_COMPLETED)
-        for future in finished:
-            index = running.pop(future)
-            try:
-                done(index, future.result())
-            except BrokenProcessPool:
-                broken.append(index)
-            except Exception as error:  # e.g. an item that cannot be pickled, a Dask worker that was killed
-                done(index, Outcome(names[index], ok=False, message=one_line(error)))
-    return sorted(broken)
-
-
-def _alone(item: Any, name: str, work: Callable) -> Outcome:
-    """Run one suspect in a process of its own, so that a death there has one possible culprit."""
-    with _pool(1) as pool:
-        try:
-            return pool.submit(_guarded, work, item, name).result()
-        except BrokenProcessPool:
-            return Outcome(name, ok=False, message=DIED)
-        except Exception as error:
-            return Outcome(name, ok=False, message=one_line(error))
-
-
-def _run_dask(items: Sequence[Any], names: Sequence[str], work: Callable, scheduler: str, done: Done) -> None:
-    try:
-        from distributed import Client
-    except ImportError:
-        raise UserError(f"--scheduler {scheduler}: needs the package distributed: pip install 'odis-path[cluster]'") from None
-    is_file = "://" not in scheduler and Path(scheduler).is_file()
-    try:
-        client = Client(scheduler_file=scheduler) if is_file else Client(scheduler, timeout="10s")
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"--scheduler {scheduler}: no Dask scheduler answers there ({one_line(error)})") from None
-    with client:
-        executor = client.get_executor(pure=False, retries=0)
-        try:
-            # The scheduler queues for its workers itself; the window only bounds what it has to remember.
-            _drain(executor, list(range(len(items))), items, names, work, 10_000, done)
-        finally:
-            executor.shutdown()
+def _swept(folder: Path | None) -> None:
+    if folder is not None:
+        sweep(folder)
 
 
 class _Progress:
@@ -184,6 +128,7 @@ class _Progress:
     def __init__(self, title: str, total: int) -> None:
         self.title, self.total = title, total
         self.count = self.failed = 0
+        self.last_failed = ""
         self.bar: Any = None
         self.task: Any = None
         self.started = self.last_line = time.monotonic()
@@ -208,7 +153,9 @@ class _Progress:
     def advance(self, outcome: Outcome) -> None:
         self.count += 1
         self.failed += not outcome.ok
-        remark = f"{self.failed} failed" if self.failed else ""
+        if not outcome.ok:
+            self.last_failed = outcome.item
+        remark = f"{self.failed} failed (last: {self.last_failed})" if self.failed else ""
         if self.bar is not None:
             self.bar.update(self.task, advance=1, remark=remark)
         elif time.monotonic() - self.last_line > PLAIN_LINE_EVERY_S:
@@ -226,12 +173,15 @@ def finish(outcomes: Sequence[Outcome], title: str, out: Path | str, columns: Se
     from rich.table import Table
     from rich.text import Text
 
-    failures = [outcome for outcome in outcomes if not outcome.ok]
+    untried = [outcome for outcome in outcomes if outcome.message == NOT_TRIED]
+    failures = [outcome for outcome in outcomes if not outcome.ok and outcome.message != NOT_TRIED]
     widest = max((len(outcome.item) + len(outcome.message) + 20 for outcome in failures), default=0)
     console = Console(width=None if sys.stdout.isatty() else max(160, widest))
     skipped = sum(outcome.skipped for outcome in outcomes)
     summary = Table(title=title, title_justify="left")
-    values = {"done": len(outcomes) - skipped - len(failures), "skipped": skipped, "failed": len(failures)}
+    values = {"done": len(outcomes) - skipped - len(failures) - len(untried), "skipped": skipped, "failed": len(failures)}
+    if untried:
+        values["not tried"] = len(untried)
     sums = {key: sum(outcome.info.get(key, 0) for outcome in outcomes) for key in columns}
     for head in [*values, *sums, "seconds"]:
         summary.add_column(head, justify="right")
@@ -240,13 +190,25 @@ def finish(outcomes: Sequence[Outcome], title: str, out: Path | str, columns: Se
     shown = [f"{value:,}" if isinstance(value, int) else f"{value:,.1f}" for value in numbers]
     summary.add_row(*shown, f"{seconds:.1f}")
     console.print(summary)
-    for outcome in outcomes:
-        if outcome.ok and outcome.message:
-            console.print(f"note: {outcome.item}: {outcome.message}", markup=False, highlight=False, soft_wrap=True)
+    for line in _notes(outcomes):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     if failures:
         table = Table("item", "problem", title="failures", title_justify="left")
         for outcome in failures:
             table.add_row(Text(outcome.item), Text(outcome.message))
         console.print(table)
+    if untried:
+        line = f"not tried: {len(untried)}, from {untried[0].item} on: put right what stopped the run, then run it again"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     console.print(f"output: {out}", markup=False, highlight=False, soft_wrap=True)
-    return 1 if failures else 0
+    return 1 if failures or untried else 0
+
+
+def _notes(outcomes: Sequence[Outcome]) -> list[str]:
+    """Why items were made anew, one line a reason however many they are, and the remark of each item."""
+    first: dict[str, str] = {}
+    reasons = Counter(str(outcome.info["redone"]) for outcome in outcomes if outcome.ok and outcome.info.get("redone"))
+    for outcome in outcomes:
+        first.setdefault(str(outcome.info.get("redone", "")), outcome.item)
+    lines = [f"note: made anew: {first[why]}{f' and {n - 1} more' if n > 1 else ''}: {why}" for why, n in reasons.items()]
+    return lines + [f"note: {outcome.item}: {outcome.message}" for outcome in outcomes if outcome.ok and outcome.message]

@@ -1,20 +1,32 @@
-"""The libraries that decode slides, behind one small surface: OpenSlide, tiffslide, and plain images in memory."""
+"""What decodes slides, behind one small surface: tiled JPEG directly, OpenSlide, tiffslide, and plain images in memory.
+
+Which of them reads a file is tried out in that order (`open_reader`), or forced by name.
+"""
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-CACHE_BYTES = 256 << 20  # decoded tiles OpenSlide keeps: some tile rows of a wide slide, so that none is decoded twice
+from annotations.errors import UserError
+
+CACHE_BYTES = 192 << 20  # decoded tiles OpenSlide keeps: some tile rows of a wide slide, so that none is decoded twice
+PROBES = (0.5, 0.0, 0.3, 0.8)  # of a slide's width and height
 MAX_IMAGE_PIXELS = 1_000_000_000
 
 
 class Reader(Protocol):
-    """What tiling.slide needs from a library. Regions are in pixels of their level and lie inside it."""
+    """What tiling.slide needs from a library.
+
+    Regions are in pixels of their level, divided by scale, and lie inside it. scales: what a level may be divided by while
+    it is decoded. threadsafe: whether `read` may run in several threads.
+    """
 
     name: str
     vendor: str
@@ -22,8 +34,11 @@ class Reader(Protocol):
     level_downsamples: tuple[float, ...]
     properties: Mapping[str, Any]
     tags_only: bool  # its mpp, if any, comes from bare resolution tags
+    scales: tuple[int, ...]
+    threadsafe: bool
+    note: str  # what of the file is not shown
 
-    def read(self, level: int, x: int, y: int, w: int, h: int) -> np.ndarray: ...
+    def read(self, level: int, x: int, y: int, w: int, h: int, scale: int = 1) -> np.ndarray: ...
 
     def expect_strips(self) -> None: ...  # the whole slide will be read row by row
 
@@ -34,14 +49,17 @@ class OpenSlideReader:
     """All formats of OpenSlide, DICOM included."""
 
     name = "openslide"
+    scales: tuple[int, ...] = (1,)
+    threadsafe = True
 
     def __init__(self, path: Path) -> None:
         import openslide
 
-        self._slide = openslide.OpenSlide(str(path))
+        self._slide = _probed(lambda: openslide.OpenSlide(str(path)))
         self.properties: Mapping[str, Any] = dict(self._slide.properties)
         self.vendor = self.properties.get("openslide.vendor", "")
         self.tags_only = self.vendor == "generic-tiff"
+        self.note = hidden_channels(path) if self.tags_only else ""
         self.level_dimensions: tuple[tuple[int, int], ...] = tuple(self._slide.level_dimensions)
         self.level_downsamples: tuple[float, ...] = tuple(float(value) for value in self._slide.level_downsamples)
         colour = self.properties.get("openslide.background-color", "FFFFFF")
@@ -52,7 +70,11 @@ class OpenSlideReader:
 
         self._slide.set_cache(openslide.OpenSlideCache(CACHE_BYTES))
 
-    def read(self, level: int, x: int, y: int, w: int, h: int) -> np.ndarray:
+    def share_cache(self) -> None:
+        """Many slides stay open and are read here and there: one cache for all of them in this process."""
+        self._slide.set_cache(_common_cache())
+
+    def read(self, level: int, x: int, y: int, w: int, h: int, scale: int = 1) -> np.ndarray:
         """uint8 (h, w, 3); what was not scanned has the slide's background colour."""
         downsample = self.level_downsamples[level]
         image = self._slide.read_region((round(x * downsample), round(y * downsample)), level, (w, h))
@@ -67,28 +89,38 @@ class OpenSlideReader:
         self._slide.close()
 
 
+@lru_cache(maxsize=1)
+def _common_cache() -> Any:
+    import openslide
+
+    return openslide.OpenSlideCache(CACHE_BYTES // 4)
+
+
 class TiffSlideReader:
-    """TIFFs that OpenSlide leaves: not tiled, OME with sub-resolutions, odd compressions."""
+    """TIFFs that OpenSlide leaves: not tiled, OME with sub-resolutions, odd compressions; and what fsspec opens by URL."""
 
     name = "tiffslide"
+    scales: tuple[int, ...] = (1,)
+    threadsafe = False
+    note = ""
 
     def __init__(self, path: Path) -> None:
         import tiffslide
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            self._slide = tiffslide.TiffSlide(str(path))
+            # Pages that open and cannot be decoded are found out here.
+            self._slide = _probed(lambda: tiffslide.TiffSlide(url_of(path) or str(path)))
             self.properties: Mapping[str, Any] = {str(key): value for key, value in self._slide.properties.items()}
         self.vendor = str(self.properties.get("tiffslide.vendor") or "")
         self.tags_only = self.vendor in ("", "generic-tiff")
         self.level_dimensions: tuple[tuple[int, int], ...] = tuple((int(w), int(h)) for w, h in self._slide.level_dimensions)
         self.level_downsamples: tuple[float, ...] = tuple(float(value) for value in self._slide.level_downsamples)
-        self.read(0, 0, 0, 1, 1)  # pages that open and cannot be decoded are found out here
 
     def expect_strips(self) -> None:
         """Nothing to prepare."""
 
-    def read(self, level: int, x: int, y: int, w: int, h: int) -> np.ndarray:
+    def read(self, level: int, x: int, y: int, w: int, h: int, scale: int = 1) -> np.ndarray:
         """uint8 (h, w, 3)"""
         downsample = self.level_downsamples[level]
         at = (round(x * downsample), round(y * downsample))
@@ -102,6 +134,9 @@ class ImageReader:
     """A PNG, JPEG or TIFF held in memory as one level."""
 
     name = "image"
+    scales: tuple[int, ...] = (1,)
+    threadsafe = True
+    note = ""
 
     def __init__(self, path: Path) -> None:
         from PIL import Image
@@ -122,7 +157,7 @@ class ImageReader:
     def expect_strips(self) -> None:
         """Nothing to prepare."""
 
-    def read(self, level: int, x: int, y: int, w: int, h: int) -> np.ndarray:
+    def read(self, level: int, x: int, y: int, w: int, h: int, scale: int = 1) -> np.ndarray:
         """uint8 (h, w, 3)"""
         return self._rgb[y : y + h, x : x + w]
 
@@ -155,8 +190,87 @@ def as_rgb(array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(array[..., :3])
 
 
-READERS: tuple[type[OpenSlideReader] | type[TiffSlideReader] | type[ImageReader], ...] = (
-    OpenSlideReader,
-    TiffSlideReader,
-    ImageReader,
-)
+def hidden_channels(path: Path) -> str:
+    """Of a TIFF with more channels or planes than one picture shows: how many there are; else an empty string."""
+    import tifffile
+
+    try:
+        with tifffile.TiffFile(path) as file:
+            series = file.series[0]
+            sizes = dict(zip(series.axes, series.shape, strict=True))
+    except Exception:  # tifffile has many errors of its own
+        return ""
+    samples = sizes.pop("S", 1)
+    count = int(np.prod([size for axis, size in sizes.items() if axis not in "YX"])) * (1 if samples in (1, 3, 4) else samples)
+    return f"shows the first of its {count} channels or planes only" if count > 1 else ""
+
+
+def _probed(opened: Callable[[], Any]) -> Any:
+    """A slide that gives pixels: some open well and cannot be decoded, some are torn in one place only.
+
+    opened: opens it, once more after each failure, since OpenSlide refuses all work after an error. Raises what the library
+    says where none of several places can be read.
+    """
+    for number, part in enumerate(PROBES, 1):
+        slide = opened()
+        width, height = slide.dimensions
+        try:
+            slide.read_region((int(width * part), int(height * part)), 0, (1, 1))
+            return slide
+        except Exception:
+            slide.close()
+            if number == len(PROBES):
+                raise
+    raise AssertionError
+
+
+ORDER = ("direct", "openslide", "tiffslide", "image")
+URL = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):/+(.+)$")
+
+
+def url_of(path: Path | str) -> str | None:
+    """The fsspec URL a path stands for, also where pathlib took one of its slashes; None for a file of this machine."""
+    found = URL.match(str(path))
+    if found is None:
+        return None
+    scheme, rest = found.groups()
+    return f"{scheme}:///{rest}" if scheme in ("file", "local", "memory") else f"{scheme}://{rest}"
+
+
+def open_reader(path: Path, wanted: str = "auto") -> tuple[Reader, str]:
+    """The first of `ORDER` that reads a file, or the wanted one, and why it is this one.
+
+    Raises UserError for a reader of no such name and where none reads the file; the line tells what each said.
+    """
+    if wanted not in ("auto", *ORDER):
+        raise UserError(f"--reader {wanted}: choose among auto, {', '.join(ORDER)}")
+    names = ("tiffslide",) if url_of(path) and wanted == "auto" else ORDER if wanted == "auto" else (wanted,)
+    said: list[str] = []
+    for name in names:
+        try:
+            reader = _class_of(name)(path)
+        except Exception as error:  # each library has errors of its own; all are told below
+            text = " ".join(str(error).split()).replace(f" {str(path)!r}", "") or type(error).__name__
+            said.append(f"{name}: {text[:120]}")
+            continue
+        chosen = "asked for" if wanted != "auto" else "a URL" if url_of(path) else "its stored JPEG tiles are read directly"
+        return reader, "; ".join(said) or chosen
+    hint = "copy it again or convert it to a tiled TIFF" if wanted == "auto" else "leave out --reader to try the others"
+    raise UserError(f"{path}: not a readable slide ({'; '.join(said)}): {hint}")
+
+
+def reader_of(path: Path | str, wanted: str = "auto") -> tuple[str, str]:
+    """Name of the reader a slide gets, and why: what the ones before it said. Raises UserError where none reads it."""
+    reader, why = open_reader(Path(path), wanted)
+    reader.close()
+    return reader.name, why
+
+
+def _class_of(name: str) -> Callable[[Path], Reader]:
+    if name == "direct":
+        from tiling.direct import DirectReader
+
+        return DirectReader
+    if name == "openslide":
+        return OpenSlideReader
+    return TiffSlideReader if name == "tiffslide" else ImageReader

@@ -13,6 +13,7 @@ def area_resize(rgb: np.ndarray, box: tuple[float, float, float, float], out_w: 
     rgb: uint8 (h, w, 3). box: x0, y0, x1, y1 in pixels of rgb, fractions allowed, inside it. Returns uint8
     (out_h, out_w, 3). Where the output is finer than the input, it is interpolated bilinearly instead.
     """
+    rgb, box = _cropped(rgb, box)
     x0, y0, x1, y1 = box
     scale_x, scale_y = (x1 - x0) / out_w, (y1 - y0) / out_h
     whole = all(float(value).is_integer() for value in (*box, scale_x, scale_y))
@@ -29,22 +30,29 @@ def area_resize(rgb: np.ndarray, box: tuple[float, float, float, float], out_w: 
     return _weighted(rgb, box, out_w, out_h)
 
 
+def _cropped(rgb: np.ndarray, box: tuple[float, float, float, float]) -> tuple[np.ndarray, tuple[float, float, float, float]]:
+    """The part of a picture that a box needs, and the box in it."""
+    left, top = int(box[0]), int(box[1])
+    right, bottom = int(np.ceil(box[2])), int(np.ceil(box[3]))
+    return rgb[top:bottom, left:right], (box[0] - left, box[1] - top, box[2] - left, box[3] - top)
+
+
 def _weighted(rgb: np.ndarray, box: tuple[float, float, float, float], out_w: int, out_h: int) -> np.ndarray:
     x0, y0, x1, y1 = box
-    left, top = int(x0), int(y0)
-    crop = rgb[top : int(np.ceil(y1)), left : int(np.ceil(x1))]
-    height, width = crop.shape[:2]
-    rows = _weights(height, round(y0 - top, 6), round(y1 - y0, 6), out_h)
-    columns = _weights(width, round(x0 - left, 6), round(x1 - x0, 6), out_w)
-    mixed = rows @ crop.reshape(height, width * 3).astype(np.float32)
-    mixed = mixed.reshape(out_h, width, 3).transpose(1, 0, 2).reshape(width, out_h * 3)
-    mixed = (columns @ np.ascontiguousarray(mixed)).reshape(out_w, out_h, 3).transpose(1, 0, 2)
-    return np.ascontiguousarray((mixed + 0.5).clip(0, 255).astype(np.uint8))
+    height, width = rgb.shape[:2]
+    rows = _weights(height, round(y0, 6), round(y1 - y0, 6), out_h, 1)
+    columns = _weights(width, round(x0, 6), round(x1 - x0, 6), out_w, 3)
+    mixed = rows @ rgb.reshape(height, width * 3).astype(np.float32)
+    mixed = columns @ np.ascontiguousarray(mixed.T)  # (out_w * 3, out_h)
+    return np.ascontiguousarray((mixed + np.float32(0.5)).clip(0, 255).astype(np.uint8).T).reshape(out_h, out_w, 3)
 
 
 @lru_cache(maxsize=64)
-def _weights(length: int, start: float, extent: float, count: int):  # type: ignore[no-untyped-def]
-    """Sparse float32 (count, length): row i averages [start + i * step, start + (i + 1) * step] of a line of pixels."""
+def _weights(length: int, start: float, extent: float, count: int, channels: int):  # type: ignore[no-untyped-def]
+    """Sparse float32 (count * channels, length * channels), for a line of pixels with their channels side by side.
+
+    Output i averages [start + i * step, start + (i + 1) * step] of the line, each channel by itself.
+    """
     from scipy.sparse import csr_array
 
     edges = start + extent / count * np.arange(count + 1)
@@ -57,5 +65,7 @@ def _weights(length: int, start: float, extent: float, count: int):  # type: ign
     cover /= cover.sum(axis=1, keepdims=True)
     row = np.repeat(np.arange(count), reach)
     used = cover.ravel() > 1e-9
-    triples = (cover.ravel()[used].astype(np.float32), (row[used], pixel.ravel()[used]))
-    return csr_array(triples, shape=(count, length))
+    channel = np.arange(channels)
+    at = [(index[:, None] * channels + channel).ravel() for index in (row[used], pixel.ravel()[used])]
+    share = np.repeat(cover.ravel()[used].astype(np.float32), channels)
+    return csr_array((share, (at[0], at[1])), shape=(count * channels, length * channels))

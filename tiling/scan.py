@@ -8,12 +8,16 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from annotations.errors import UserError
 from tiling.atomic import atomic_path
 from tiling.cohort import Outcome, run_cohort
+from tiling.grid import FINEST_SHARE
 from tiling.mpp import check_mpp, missing_mpp
 from tiling.slide import Slide, slide_stem
 
@@ -22,7 +26,7 @@ SLIDE_EXTENSIONS = frozenset(
 )
 COLUMNS = (
     *("slide_id", "path", "patient_id", "width_l0", "height_l0", "levels"),
-    *("mpp", "mpp_source", "vendor", "reader", "readable", "problem"),
+    *("mpp", "mpp_source", "vendor", "reader", "why", "readable", "problem"),
 )
 TCGA_PATIENT = re.compile(r"^TCGA-\w{2}-\w{4}")
 POOL_FROM = 64  # headers are read in milliseconds: fewer slides than this are not worth starting processes for
@@ -41,17 +45,32 @@ class SlideItem:
         return self.slide_id
 
 
-def scan_slides(slides: Sequence[Path | str], out: Path | str) -> list[Outcome]:
+def scan_slides(
+    slides: Sequence[Path | str],
+    out: Path | str,
+    mpp: float | None = None,
+    assume_mpp: float | None = None,
+    workers: int | None = None,
+    timeout: float | None = None,
+) -> list[Outcome]:
     """Read the headers of slides (files, folders searched recursively, globs) and write the manifest CSV `out`.
 
-    One row per slide; an unreadable one has readable=false and says why, and its outcome is a failure. Raises UserError
-    for a path that does not exist or holds no slide.
+    One row per slide: what it is, which reader reads it and why that one, and what is wrong with it. An unreadable or cut
+    off one has readable=false and its outcome is a failure; one that tile will refuse says why under `problem`.
+    mpp: the one meant for tile, which no slide may be coarser than. assume_mpp: for slides that have none. workers None:
+    one per CPU where there are many slides. timeout: seconds after which a slide is given up.
+    Raises UserError for a path that does not exist or holds no slide.
     """
+    check_mpp(mpp, "--mpp")
+    check_mpp(assume_mpp, "--assume-mpp")
     out = Path(out)
     if out.is_dir():
         raise UserError(f"{out}: is a folder: give the manifest a file name, for instance {out / 'manifest.csv'}")
     items = find_slides(slides)
-    outcomes = run_cohort(items, header_row, title="scan", workers=1 if len(items) < POOL_FROM else None)
+    if workers is None and len(items) < POOL_FROM:
+        workers = 1
+    work = partial(header_row, mpp=mpp, assume_mpp=assume_mpp)
+    outcomes = run_cohort(items, work, title="scan", workers=workers, timeout=timeout)
     rows = []
     for item, outcome in zip(items, outcomes, strict=True):
         row = dict.fromkeys(COLUMNS, "") | {"slide_id": item.slide_id, "path": str(item.path)}
@@ -64,12 +83,20 @@ def scan_slides(slides: Sequence[Path | str], out: Path | str) -> list[Outcome]:
     return outcomes
 
 
-def header_row(item: SlideItem) -> dict[str, Any]:
-    """What a slide's headers say, as columns of the manifest (under the key `row`)."""
+def header_row(item: SlideItem, mpp: float | None = None, assume_mpp: float | None = None) -> dict[str, Any]:
+    """What a slide's headers say, as columns of the manifest (under the key `row`), and `will_fail`, 0 or 1."""
     with Slide.open(item.path) as slide:
         info = slide.info
-        slide.read_region(0, 0, 1, 1, 1, 1)  # headers can be whole where pixels are not
-    problem = missing_mpp(info.mpp_found) if info.mpp is None else info.mpp_note
+    if cut := cut_off(item.path):
+        raise UserError(f"{item.path}: {cut}: copy it again")
+    own = info.mpp if info.mpp is not None else assume_mpp
+    problem, will_fail = "; ".join(note for note in (info.mpp_note, info.note) if note), True
+    if own is None:
+        problem = missing_mpp(info.mpp_found)
+    elif mpp is not None and mpp < own * FINEST_SHARE:
+        problem = f"--mpp {mpp:g} is finer than the slide's {own:g}: tile will refuse it"
+    else:
+        will_fail = False
     row = {
         "width_l0": info.width_l0,
         "height_l0": info.height_l0,
@@ -78,9 +105,28 @@ def header_row(item: SlideItem) -> dict[str, Any]:
         "mpp_source": info.mpp_source,
         "vendor": info.vendor,
         "reader": info.reader,
+        "why": info.reader_why,
         "problem": problem,
     }
-    return {"row": row, "message": problem, "no_mpp": int(info.mpp is None)}
+    return {"row": row, "message": problem, "no_mpp": int(info.mpp is None), "will_fail": int(will_fail)}
+
+
+def cut_off(path: Path) -> str:
+    """What of a TIFF's stored pixels lies beyond its end, in words; empty where all is there, or where it is no TIFF."""
+    import tifffile
+
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            if file.read(2) not in (b"II", b"MM"):
+                return ""
+        with tifffile.TiffFile(path) as tiff:
+            pages = [(page.dataoffsets, page.databytecounts) for page in tiff.pages if isinstance(page, tifffile.TiffPage)]
+    except Exception:  # tifffile has many errors of its own, and reads not all that others do
+        return ""
+    ends = [np.asarray(offsets, np.uint64) + np.asarray(counts, np.uint64) for offsets, counts in pages]
+    beyond, stored = sum(int((end > size).sum()) for end in ends), sum(map(len, ends))
+    return f"{beyond} of its {stored} stored tiles lie beyond its end at {size:,} bytes" if beyond else ""
 
 
 def slide_items(inputs: Sequence[Path | str]) -> list[SlideItem]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,11 +10,15 @@ import numpy as np
 
 from annotations.errors import UserError
 from tiling.mpp import Mpp, mpp_of
-from tiling.readers import READERS, Reader
+from tiling.readers import Reader, open_reader, url_of
 from tiling.resample import area_resize
 
+RESAMPLE = ("fast", "exact")
 LEVEL_TOLERANCE = 1.01  # a level 1% coarser than wanted still serves: 2.0005 counts as 2
-BLOCK_PIXELS = 16_000_000  # level pixels read in one piece (48 MB of RGB)
+PIXELS_TO_SHARE = 3
+MOST_FAILURES = 500  # of an overview that cannot be read in one piece
+SMALLEST_PART_L0 = 128  # level-0 pixels: about a stored tile, or half of one
+BLOCK_PIXELS = 8_000_000  # level pixels read in one piece (24 MB of RGB, 96 MB while they are averaged)
 
 
 @dataclass(frozen=True)
@@ -34,54 +38,51 @@ class SlideInfo:
     bounds_xy: tuple[int, int] = (0, 0)
     background: tuple[int, int, int] = (255, 255, 255)
     mpp_note: str = ""
+    reader_why: str = ""
+    note: str = ""
 
     @property
     def mpp_found(self) -> Mpp:
         return Mpp(self.mpp, self.mpp_source, self.mpp_note)
 
 
+@dataclass(frozen=True)
+class View:
+    """A level as it is decoded: divided by scale. downsample: level-0 pixels per pixel of it; width, height: in those."""
+
+    level: int
+    scale: int
+    downsample: float
+    width: int
+    height: int
+
+
 class Slide:
     """An open slide; a context manager. Made by `Slide.open`."""
 
-    def __init__(self, info: SlideInfo, reader: Reader) -> None:
+    def __init__(self, info: SlideInfo, reader: Reader, resample: str = "fast") -> None:
         self.info = info
-        self._reader = reader
+        self.reader = reader
+        self.exact = resample == "exact"
+        self.undecoded = 0.0
 
     @classmethod
-    def open(cls, path: Path | str, assume_mpp: float | None = None) -> Slide:
-        """Open with OpenSlide, else tiffslide, else as a plain image.
+    def open(cls, path: Path | str, assume_mpp: float | None = None, reader: str = "auto", resample: str = "fast") -> Slide:
+        """Open with the first reader that can (see tiling.readers), or with the one named.
 
-        assume_mpp fills in where the file has no mpp of its own. Raises UserError where the file is missing or nothing
-        reads it.
+        assume_mpp fills in where the file has no mpp of its own. resample: "fast" starts from the coarsest level that will
+        do, scaled in the decoder; "exact" averages level 0. Raises UserError where the file is missing or nothing reads it.
         """
+        if resample not in RESAMPLE:
+            raise UserError(f"--resample {resample}: choose among {', '.join(RESAMPLE)}")
         path = Path(path)
-        if not path.exists():
+        if not path.exists() and not url_of(path):
             raise UserError(f"{path}: no such slide")
-        reader = _open_reader(path)
-        found = mpp_of(reader.properties, tags_only=reader.tags_only)
-        if found.value is None and assume_mpp is not None:
-            found = Mpp(assume_mpp, "--assume-mpp")
-        width, height = reader.level_dimensions[0]
-        colour = str(reader.properties.get("openslide.background-color") or "FFFFFF")
-        info = SlideInfo(
-            path=path,
-            slide_id=slide_stem(path),
-            width_l0=int(width),
-            height_l0=int(height),
-            level_downsamples=reader.level_downsamples,
-            level_dimensions=reader.level_dimensions,
-            mpp=found.value,
-            mpp_source=found.source,
-            vendor=reader.vendor,
-            reader=reader.name,
-            bounds_xy=(_bound(reader, "x"), _bound(reader, "y")),
-            background=(int(colour[0:2], 16), int(colour[2:4], 16), int(colour[4:6], 16)),
-            mpp_note=found.note,
-        )
-        return cls(info, reader)
+        opened, why = open_reader(path, reader)
+        return cls(_info(path, opened, why, assume_mpp), opened, resample)
 
     def close(self) -> None:
-        self._reader.close()
+        self.reader.close()
 
     def __enter__(self) -> Slide:
         return self
@@ -94,80 +95,158 @@ class Slide:
         fitting = [i for i, value in enumerate(self.info.level_downsamples) if value <= downsample * LEVEL_TOLERANCE]
         return max(fitting, key=lambda i: self.info.level_downsamples[i], default=0)
 
+    def view(self, downsample: float, boxes_l0: np.ndarray) -> View:
+        """What to decode for `downsample` level-0 pixels per wanted pixel: the best level, scaled as far as is right.
+
+        boxes_l0: (N, 4) x0, y0, x1, y1 that will be cut. Pixels of a scaled level can hardly be shared out between outputs
+        (up to 7 grey levels away on sharp H&E, with 3 of them an output 2): a scale is taken where boxes and outputs hold
+        whole pixels of it, and elsewhere only with `PIXELS_TO_SHARE` or more of them an output.
+        """
+        if self.exact:
+            return View(0, 1, self.info.level_downsamples[0], *self.info.level_dimensions[0])
+        level = self.best_level(downsample)
+        own = self.info.level_downsamples[level]
+
+        def right(scale: int) -> bool:
+            rest = downsample / (own * scale)
+            whole = rest >= 1 and rest.is_integer() and not (boxes_l0 % (own * scale)).any()
+            return scale == 1 or whole or rest >= PIXELS_TO_SHARE
+
+        scale = max(each for each in self.reader.scales if right(each))
+        width, height = self.info.level_dimensions[level]
+        return View(level, scale, own * scale, -(-width // scale), -(-height // scale))
+
     def read_region(self, x_l0: float, y_l0: float, w_l0: float, h_l0: float, out_w: int, out_h: int) -> np.ndarray:
         """uint8 (out_h, out_w, 3): the area x, y, w, h in level-0 pixels, area-averaged from the best level.
 
-        What lies beyond the slide or was not scanned has the background colour.
+        What lies beyond the slide or was not scanned has the background colour. Raises UserError for pixels that cannot be
+        decoded.
         """
-        level = self.best_level(min(w_l0 / out_w, h_l0 / out_h))
-        downsample = self.info.level_downsamples[level]
-        rows = max(1, int(BLOCK_PIXELS / max(1.0, w_l0 / downsample) / (h_l0 / downsample / out_h)))
+        whole = np.array([[x_l0, y_l0, x_l0 + w_l0, y_l0 + h_l0]], np.float64)
+        view = self.view(min(w_l0 / out_w, h_l0 / out_h), whole)
+        rows = max(1, int(BLOCK_PIXELS / max(1.0, w_l0 / view.downsample) / (h_l0 / view.downsample / out_h)))
         bands = []
         for top in range(0, out_h, rows):
             count = min(rows, out_h - top)
             step = h_l0 / out_h
             box = (x_l0, y_l0 + top * step, x_l0 + w_l0, y_l0 + (top + count) * step)
-            corner, block = self._block(level, *box)
-            bands.append(area_resize(block, self._inside(level, corner, *box), out_w, count))
+            (edges,) = cover(view, np.array([box])).tolist()
+            bands.append(self.cut(view, edges, self.block(view, edges), box, out_w, count))
         return bands[0] if len(bands) == 1 else np.concatenate(bands)
 
     def read_tiles(self, coords_l0: np.ndarray, size_l0: float, patch_px: int) -> Iterator[np.ndarray]:
         """Tiles of side `size_l0` at `coords_l0` (int64 (N, 2), ordered by (y, x)) as uint8 (patch_px, patch_px, 3).
 
-        Neighbours of a row are read in one piece; memory stays bounded whatever N is.
+        What neighbours share is decoded once; memory stays bounded whatever N is. Raises UserError at the first tile that
+        cannot be decoded; `tiling.patches.map_patches` goes on past it, in several threads.
         """
-        level = self.best_level(size_l0 / patch_px)
-        self._reader.expect_strips()
-        widest_l0 = max(size_l0, BLOCK_PIXELS / (size_l0 / self.info.level_downsamples[level]) ** 2 * size_l0)
-        for start, stop in _runs(coords_l0, size_l0, min(widest_l0, 64 * size_l0)):
-            x0, y0 = (float(value) for value in coords_l0[start])
-            corner, block = self._block(level, x0, y0, float(coords_l0[stop - 1][0]) + size_l0, y0 + size_l0)
-            for x, y in coords_l0[start:stop]:
-                box = (float(x), float(y), float(x) + size_l0, float(y) + size_l0)
-                yield area_resize(block, self._inside(level, corner, *box), patch_px, patch_px)
+        from tiling.patches import map_patches
+
+        for tile, problem in map_patches(self, coords_l0, size_l0, patch_px, lambda tile: tile):
+            if problem:
+                raise UserError(f"{self.info.path}: {problem}: is the file whole?")
+            yield tile
 
     def thumbnail(self, max_side_px: int) -> np.ndarray:
-        """uint8 (h, w, 3): the whole slide, its longer side `max_side_px`; never enlarged."""
+        """uint8 (h, w, 3): the whole slide, its longer side `max_side_px`; never enlarged.
+
+        Parts that cannot be decoded are black, and `undecoded` then holds their share of the slide. Raises UserError where
+        they are many.
+        """
         width, height = self.info.width_l0, self.info.height_l0
         downsample = max(1.0, max(width, height) / max_side_px)
         out_w, out_h = max(1, round(width / downsample)), max(1, round(height / downsample))
-        return self.read_region(0, 0, width, height, out_w, out_h)
+        exact, self.exact = self.exact, False  # an overview is worth no full read, and tissue must not depend on it
+        try:
+            return self.read_region(0, 0, width, height, out_w, out_h)
+        except UserError as error:
+            salvage = _Salvage(self, np.zeros((out_h, out_w, 3), np.uint8), error)
+            salvage.fill(0, 0, out_w, out_h)
+        finally:
+            self.exact = exact
+        self.undecoded = salvage.lost / (out_w * out_h)
+        return salvage.out
 
-    def _block(self, level: int, x0: float, y0: float, x1: float, y1: float) -> tuple[tuple[int, int], np.ndarray]:
-        """The level's pixels that cover a level-0 box: corner (x, y) in level pixels, and uint8 (h, w, 3)."""
-        downsample = self.info.level_downsamples[level]
-        left, top = (int(np.floor(value / downsample + 1e-6)) for value in (x0, y0))
-        right = max(left + 1, int(np.ceil(x1 / downsample - 1e-6)))
-        bottom = max(top + 1, int(np.ceil(y1 / downsample - 1e-6)))
-        width, height = self.info.level_dimensions[level]
-        inner = (max(left, 0), max(top, 0), min(right, width), min(bottom, height))
+    def block(self, view: View, edges: tuple[int, int, int, int], read: Callable[..., np.ndarray] | None = None) -> np.ndarray:
+        """uint8 (bottom - top, right - left, 3): pixels of a view, background where they lie beyond it.
+
+        edges: left, top, right, bottom in pixels of the view. read: called with x, y, w, h inside the view, in place of the
+        slide's reader.
+        """
+        left, top, right, bottom = edges
+        inner = (max(left, 0), max(top, 0), min(right, view.width), min(bottom, view.height))
         w, h = inner[2] - inner[0], inner[3] - inner[1]
+        read = read or (lambda *where: self.read(view, *where))
         if (w, h) == (right - left, bottom - top):
-            return (left, top), self._read(level, inner[0], inner[1], w, h)
+            return read(inner[0], inner[1], w, h)
         block = np.empty((bottom - top, right - left, 3), np.uint8)
         block[:] = np.array(self.info.background, np.uint8)
         if w > 0 and h > 0:
-            piece = self._read(level, inner[0], inner[1], w, h)
-            block[inner[1] - top : inner[3] - top, inner[0] - left : inner[2] - left] = piece
-        return (left, top), block
+            block[inner[1] - top : inner[3] - top, inner[0] - left : inner[2] - left] = read(inner[0], inner[1], w, h)
+        return block
 
-    def _inside(
-        self, level: int, corner: tuple[int, int], x0: float, y0: float, x1: float, y1: float
-    ) -> tuple[float, float, float, float]:
-        """A level-0 box in pixels of a block whose corner is given."""
-        downsample = self.info.level_downsamples[level]
-        box = (x0 / downsample - corner[0], y0 / downsample - corner[1])
-        far = (x1 / downsample - corner[0], y1 / downsample - corner[1])
-        clean = [round(value, 6) for value in (*box, *far)]
-        return clean[0], clean[1], clean[2], clean[3]
+    def cut(
+        self, view: View, edges: tuple[int, ...], block: np.ndarray, box_l0: tuple[float, ...], out_w: int, out_h: int
+    ) -> np.ndarray:
+        """A level-0 box out of the block of a view that has these edges: uint8 (out_h, out_w, 3)."""
+        x0, y0, x1, y1 = (round(value / view.downsample - edges[i % 2], 6) for i, value in enumerate(box_l0))
+        return area_resize(block, (x0, y0, x1, y1), out_w, out_h)
 
-    def _read(self, level: int, x: int, y: int, w: int, h: int) -> np.ndarray:
+    def read(self, view: View, x: int, y: int, w: int, h: int) -> np.ndarray:
+        """uint8 (h, w, 3): pixels x, y, w, h of a view, inside it. Raises UserError where they cannot be decoded."""
         try:
-            return self._reader.read(level, x, y, w, h)
+            return self.reader.read(view.level, x, y, w, h, view.scale)
         except Exception as error:  # each library has errors of its own
             what = " ".join(str(error).split())
-            where = f"level {level}, x {x}, y {y}, {w} x {h}"
+            where = f"level {view.level}, x {x * view.scale}, y {y * view.scale}, {w * view.scale} x {h * view.scale}"
             raise UserError(f"{self.info.path}: cannot decode pixels at {where}: {what}: is the file whole?") from None
+
+    def reopen(self) -> None:
+        """Open the file once more: some libraries refuse all work after their first error."""
+        if self.reader.name == "direct":
+            return
+        # The old reader is not closed: another thread may be in the middle of it. It goes with its last user.
+        self.reader, _ = open_reader(self.info.path, self.info.reader)
+        self.reader.expect_strips()
+
+
+class _Salvage:
+    """Fills an overview from a slide that is torn in places, by halving what cannot be read."""
+
+    def __init__(self, slide: Slide, out: np.ndarray, error: UserError) -> None:
+        self.slide, self.out, self.error = slide, out, error
+        self.step_x, self.step_y = slide.info.width_l0 / out.shape[1], slide.info.height_l0 / out.shape[0]
+        self.smallest = max(4, SMALLEST_PART_L0 / self.step_x)
+        self.lost = 0
+        self._failures = 0
+
+    def fill(self, x: int, y: int, w: int, h: int) -> None:
+        """One part, in pixels of the overview. Raises the first error again after too many of them."""
+        try:
+            box = (x * self.step_x, y * self.step_y, w * self.step_x, h * self.step_y)
+            self.out[y : y + h, x : x + w] = self.slide.read_region(*box, w, h)
+            return
+        except UserError:
+            self._failures += 1
+            if self._failures > MOST_FAILURES:
+                raise self.error from None
+        self.slide.reopen()
+        if max(w, h) <= self.smallest:
+            self.lost += w * h
+        elif w >= h:
+            self.fill(x, y, w // 2, h)
+            self.fill(x + w // 2, y, w - w // 2, h)
+        else:
+            self.fill(x, y, w, h // 2)
+            self.fill(x, y + h // 2, w, h - h // 2)
+
+
+def cover(view: View, boxes_l0: np.ndarray) -> np.ndarray:
+    """The whole pixels of a view that cover level-0 boxes: (N, 4) x0, y0, x1, y1 -> int64 (N, 4) in its pixels."""
+    scaled = np.asarray(boxes_l0, np.float64) / view.downsample
+    low = np.floor(scaled[:, :2] + 1e-6)
+    high = np.maximum(low + 1, np.ceil(scaled[:, 2:] - 1e-6))
+    return np.concatenate([low, high], axis=1).astype(np.int64)
 
 
 def slide_stem(path: Path) -> str:
@@ -176,15 +255,29 @@ def slide_stem(path: Path) -> str:
     return stem[:-4] if stem.lower().endswith(".ome") else stem
 
 
-def _open_reader(path: Path) -> Reader:
-    said = []
-    for reader in READERS:
-        try:
-            return reader(path)
-        except Exception as error:  # each library has errors of its own; all are told below
-            text = " ".join(str(error).split()).replace(f" {str(path)!r}", "") or type(error).__name__
-            said.append(f"{reader.name}: {text[:120]}")
-    raise UserError(f"{path}: not a readable slide ({'; '.join(said)}): copy it again or convert it to a tiled TIFF")
+def _info(path: Path, reader: Reader, why: str, assume_mpp: float | None) -> SlideInfo:
+    found = mpp_of(reader.properties, tags_only=reader.tags_only)
+    if found.value is None and assume_mpp is not None:
+        found = Mpp(assume_mpp, "--assume-mpp")
+    width, height = reader.level_dimensions[0]
+    colour = str(reader.properties.get("openslide.background-color") or "FFFFFF")
+    return SlideInfo(
+        path=path,
+        slide_id=slide_stem(path),
+        width_l0=int(width),
+        height_l0=int(height),
+        level_downsamples=reader.level_downsamples,
+        level_dimensions=reader.level_dimensions,
+        mpp=found.value,
+        mpp_source=found.source,
+        vendor=reader.vendor,
+        reader=reader.name,
+        bounds_xy=(_bound(reader, "x"), _bound(reader, "y")),
+        background=(int(colour[0:2], 16), int(colour[2:4], 16), int(colour[4:6], 16)),
+        mpp_note=found.note,
+        reader_why=why,
+        note=reader.note,
+    )
 
 
 def _bound(reader: Reader, axis: str) -> int:
@@ -193,18 +286,3 @@ def _bound(reader: Reader, axis: str) -> int:
         if value is not None:
             return int(float(value))
     return 0
-
-
-def _runs(coords_l0: np.ndarray, size_l0: float, widest_l0: float) -> Sequence[tuple[int, int]]:
-    """Cut tiles into runs of neighbours in one row: no gap wider than a tile, no run wider than `widest_l0`."""
-    runs: list[tuple[int, int]] = []
-    start = 0
-    for i in range(1, len(coords_l0) + 1):
-        if i < len(coords_l0):
-            (x, y), (before, row) = coords_l0[i], coords_l0[i - 1]
-            near = y == row and x - before <= 2 * size_l0
-            if near and x + size_l0 - coords_l0[start][0] <= widest_l0:
-                continue
-        runs.append((start, i))
-        start = i
-    return runs if len(coords_l0) else []

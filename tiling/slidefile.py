@@ -14,6 +14,7 @@ import numpy as np
 from annotations.errors import UserError
 from tiling import codec
 from tiling.slidewrite import FORMAT, FORMAT_VERSION, SlideMeta, replace_groups, source_stamp, write_slide_file
+from tiling.storedbytes import StoredBytes
 
 __all__ = [
     "FORMAT",
@@ -152,7 +153,20 @@ class SlideFile:
         """float32 (N,)"""
         return self._file["tissue_fraction"][...]
 
-    @property
+    @cached_property
+    def pen_share(self) -> np.ndarray | None:
+        """float32 (N,): share of each tile under pen ink; None where it was not looked for."""
+        return self._quality("pen")
+
+    @cached_property
+    def blur(self) -> np.ndarray | None:
+        """float32 (N,): 0 (sharp) to 1 (blurred), nan for a tile too plain to tell; None where it was not looked for."""
+        return self._quality("blur")
+
+    def _quality(self, name: str) -> np.ndarray | None:
+        return self._file[f"quality/{name}"][...] if f"quality/{name}" in self._file else None
+
+    @cached_property
     def has_pixels(self) -> bool:
         return "pixels" in self._file
 
@@ -161,43 +175,83 @@ class SlideFile:
         return self._file["pixels/offsets"][...]
 
     @cached_property
-    def _pixel_data(self) -> h5py.Dataset:
-        return self._file["pixels/data"]
+    def _pixels(self) -> StoredBytes:
+        return StoredBytes(self._file, "pixels/data")
 
     def tile_bytes(self, i: int) -> bytes:
         """Tile i as JPEG or PNG; from /pixels, or read from the slide and encoded as JPEG."""
         i = self._checked(i)
         if not self.has_pixels:
             return codec.encode_jpeg(self.tile(i))
-        start, stop = self._pixel_offsets[i], self._pixel_offsets[i + 1]
-        return self._pixel_data[start:stop].tobytes()
+        start, stop = self._pixel_offsets[i : i + 2].tolist()
+        return self._pixels.read(start, stop)
 
     def tile(self, i: int) -> np.ndarray:
         """Tile i as uint8 (S, S, 3); from /pixels, or read from the slide named in `source`."""
         i = self._checked(i)
         if self.has_pixels:
             return codec.decode(self.tile_bytes(i))
-        x, y = (int(value) for value in self.coords[i])
-        size = self.patch_size
-        return self._open_source().read_region(x, y, self.size_l0, self.size_l0, size, size)
+        x, y = self.coords[i].tolist()
+        side_l0, side_px = self._sides
+        return self._open_source().read_region(x, y, side_l0, side_l0, side_px, side_px)
+
+    def tiles(self, numbers: np.ndarray) -> np.ndarray:
+        """Tiles `numbers`, int (n,), as uint8 (n, S, S, 3). Neighbours in ascending order are quicker than one by one."""
+        numbers = np.array([self._checked(int(i)) for i in numbers], dtype=np.int64)
+        side = self.patch_size
+        found = np.empty((len(numbers), side, side, 3), np.uint8)
+        if self.has_pixels or (np.diff(numbers) < 0).any():
+            each = (self.tile(int(i)) for i in numbers)
+        else:
+            each = self._open_source().read_tiles(self.coords[numbers], *self._sides)
+        for at, tile in enumerate(each):
+            found[at] = tile
+        return found
+
+    @cached_property
+    def _sides(self) -> tuple[float, int]:
+        """Side of a tile in level-0 pixels and in its own."""
+        return self.size_l0, self.patch_size
 
     def _checked(self, i: int) -> int:
         if not -len(self) <= i < len(self):
             raise IndexError(f"tile {i} of {len(self)} in {self.path}")
         return i % len(self)
 
+    def check_source(self) -> None:
+        """Raises UserError where the slide named in `source` is gone or is not the one that was tiled."""
+        from tiling.readers import url_of
+
+        if url_of(self.source):
+            return
+        if not self.source.exists():
+            raise UserError(
+                f"{self.path}: holds no pixels and its slide {self.source} is gone: "
+                "bring the slide back or tile again with --pixels"
+            )
+        size, found = int(self.attrs.get("source_size", -1)), source_stamp(self.source)[0]
+        if size not in (-1, found):
+            raise UserError(
+                f"{self.path}: its slide {self.source} has {found} bytes, {size} when it was tiled: run odis-path tile again"
+            )
+
     def _open_source(self) -> Any:
+        """The slide, for pixels as `tile` would have stored them; its mpp was settled then."""
         if self._slide is None:
             from tiling.slide import Slide
 
-            if not self.source.exists():
-                raise UserError(
-                    f"{self.path}: holds no pixels and its slide {self.source} is gone: "
-                    "bring the slide back or tile again with --pixels"
-                )
-            # mpp was settled when the slide was tiled; here only pixels are read.
-            self._slide = Slide.open(self.source)
+            self.check_source()
+            asked = self.parameters
+            resample, reader = str(asked.get("resample") or "fast"), str(asked.get("reader") or "auto")
+            self._slide = Slide.open(self.source, reader=reader, resample=resample)
+            if hasattr(self._slide.reader, "share_cache"):
+                self._slide.reader.share_cache()  # many slides stay open at a time
         return self._slide
+
+    @cached_property
+    def bad_tiles(self) -> np.ndarray:
+        """Rows of tiles that could not be decoded whole when the slide was tiled: int64 (K,), usually none."""
+        return self._file["bad_tiles"][...] if "bad_tiles" in self._file else np.zeros(0, np.int64)
 
     # --- boxes and objects
 

@@ -13,7 +13,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from tiling.atomic import atomic_path
+from tiling.h5new import new_h5
 
 FORMAT = "odis-path"
 FORMAT_VERSION = 1
@@ -97,13 +97,13 @@ def write_slide_file(
         raise ValueError(f"tissue_fraction has shape {fraction.shape}, coords has {count} rows")
     if (np.lexsort((coords[:, 0], coords[:, 1])) != np.arange(count)).any():
         raise ValueError("coords are not in row-major order by (y, x)")
-    with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
+    with new_h5(path) as file:
         _write_root(file, meta)
         _write_array(file, "coords", coords)
         file["coords"].attrs.update(coords_attrs(meta))
         _write_array(file, "tissue_fraction", fraction.astype(np.float32))
         if pixels is not None:
-            written = _write_pixels(file.create_group("pixels"), pixels)
+            written = _write_pixels(file.create_group("pixels"), file.checked(pixels))
             if written != count:
                 raise ValueError(f"{written} tiles of pixels for {count} coords")
         for name, content in (groups or {}).items():
@@ -133,15 +133,11 @@ def replace_groups(path: Path, groups: Mapping[str, GroupContent], *, root_attrs
     an array or as (array, attrs). Everything else is copied to a new file beside the old one, which then takes its name;
     the old file's space is not carried along.
     """
-    with (
-        atomic_path(path) as temporary,
-        h5py.File(path, "r", locking=False) as old,
-        h5py.File(temporary, "w") as new,
-    ):
+    with new_h5(path) as new, h5py.File(path, "r", locking=False) as old:
         for key, value in old.attrs.items():
             new.attrs[key] = value
         new.attrs.update(dict(root_attrs or {}))
-        for name in old:
+        for name in new.checked(old):
             if name not in groups:
                 old.copy(name, new)
         for name, content in groups.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,17 @@ import numpy as np
 
 from annotations.errors import UserError
 from tiling import codec
-from tiling.cohort import Outcome, run_cohort
+from tiling.claim import claim, same_settings
+from tiling.cohort import Outcome, available_cpus, run_cohort
 from tiling.grid import GridPlan, plan_grid
 from tiling.mpp import check_mpp, settle_mpp
+from tiling.overview import MASK_SUFFIXES, OUTLINE_SUFFIXES, Overview, look, pen_shares, region_file, remarks, write_outlines
+from tiling.pixels import encoded_tiles, stored_level, unscanned
+from tiling.quality import blur_score
+from tiling.readers import ORDER
+from tiling.resume import before
 from tiling.scan import SlideItem, slide_items
-from tiling.slide import Slide, SlideInfo
+from tiling.slide import RESAMPLE, Slide, SlideInfo
 from tiling.slidefile import SlideFile
 from tiling.slidewrite import (
     FORMAT_VERSION,
@@ -28,10 +34,9 @@ from tiling.slidewrite import (
     source_stamp,
     write_slide_file,
 )
-from tiling.tissue import rasterise, tissue_mask
 
 THUMBNAIL_SIDE_PX = 1024
-OUTLINE_SUFFIXES = (".geojson", ".json", ".geojson.gz", ".json.gz", ".geojson.zip", ".zip")
+TISSUE_METHOD = 2  # raised whenever --tissue auto finds other tissue than before
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,9 @@ class TileSettings:
 
     mpp: micrometres per target pixel. size_px, overlap_px: target pixels. min_tissue: least share of tissue in a tile.
     tissue: "auto", "none", or a folder of outlines named by slide. pixels: store encoded tiles. assume_mpp: level-0 mpp
-    for slides that have none. quality: of the JPEGs.
+    for slides that have none. quality: of the JPEGs. exclude: a folder of outlines or masks, named by slide, of what is not
+    wanted. pen: "drop" or "keep" what has the colours of pen ink. tissue_out: a folder for the outlines of the tissue.
+    copy: store the slide's own encoded tiles where they are the tiles wanted. reader, resample: see `Slide.open`.
     """
 
     mpp: float
@@ -51,6 +58,12 @@ class TileSettings:
     pixels: bool = True
     assume_mpp: float | None = None
     quality: int = 90
+    exclude: str = ""
+    pen: str = "drop"
+    tissue_out: str = ""
+    copy: bool = False
+    reader: str = "auto"
+    resample: str = "fast"
 
     def check(self) -> TileSettings:
         """Raises UserError for a value that cannot be."""
@@ -62,6 +75,14 @@ class TileSettings:
             raise UserError(f"--quality {self.quality}: JPEG quality lies between 1 and 100")
         if self.tissue not in ("auto", "none") and not Path(self.tissue).is_dir():
             raise UserError(f"--tissue {self.tissue}: is neither auto, none nor a folder of GeoJSON outlines")
+        if self.exclude and not Path(self.exclude).is_dir():
+            raise UserError(f"--exclude {self.exclude}: is no folder of GeoJSON outlines or masks named by slide")
+        if self.pen not in ("drop", "keep"):
+            raise UserError(f"--pen {self.pen}: is drop (ink is no tissue) or keep")
+        if self.reader not in ("auto", *ORDER):
+            raise UserError(f"--reader {self.reader}: choose among auto, {', '.join(ORDER)}")
+        if self.resample not in RESAMPLE:
+            raise UserError(f"--resample {self.resample}: choose among {', '.join(RESAMPLE)}")
         plan_grid(self.size_px, self.size_px, self.mpp, self.mpp, self.size_px, self.overlap_px)
         return self
 
@@ -74,54 +95,96 @@ def tile_cohort(
     overlap_px: int = 0,
     min_tissue: float = 0.1,
     tissue: str | Path = "auto",
-    pixels: bool = True,
+    pixels: bool | str = True,
     assume_mpp: float | None = None,
     workers: int | None = None,
     scheduler: str | None = None,
     quality: int = 90,
+    exclude: str | Path = "",
+    pen: str = "drop",
+    tissue_out: str | Path = "",
+    timeout: float | None = None,
+    reader: str = "auto",
+    resample: str = "fast",
 ) -> list[Outcome]:
     """Write `<out>/<slide_id>.h5` for every slide of a manifest, or of files, folders and globs.
 
-    See `TileSettings` for the settings. A slide whose file is there with the same parameters and the same source is
-    skipped. Raises UserError for inputs or settings that cannot be; a bad slide is a failed outcome.
+    See `TileSettings` for the settings. pixels: True, False, or "copy" for the slide's own encoded tiles where they are the
+    tiles wanted. Where there are more workers than slides, each slide gets several threads. A slide whose file is there with
+    the same parameters and the same source is skipped. timeout: seconds after which a slide is given up. Raises UserError for
+    inputs or settings that cannot be, and where another run is at work in `out` with other settings; a bad slide is a failed
+    outcome.
     """
-    settings = TileSettings(mpp, size_px, overlap_px, min_tissue, str(tissue), pixels, assume_mpp, quality).check()
+    absolute = str(Path(tissue_out).absolute()) if str(tissue_out) else ""
+    if isinstance(pixels, str) and pixels != "copy":
+        raise UserError(f"--pixels {pixels}: is copy, where it is more than a switch")
+    more: dict[str, Any] = {"exclude": str(exclude), "pen": pen, "tissue_out": absolute}
+    more |= {"copy": pixels == "copy", "reader": reader, "resample": resample}
+    first = (mpp, size_px, overlap_px, min_tissue, str(tissue), bool(pixels), assume_mpp, quality)
+    settings = TileSettings(*first, **more).check()
     items = slide_items(inputs)
     out = _made(Path(out))
-    work = partial(tile_slide, out=out, settings=settings)
-    return run_cohort(items, work, title="tile", workers=workers, scheduler=scheduler, name=str)
+    cores = 1 if scheduler else available_cpus() if workers is None else workers
+    work = partial(tile_slide, out=out, settings=settings, threads=max(1, cores // max(1, len(items))))
+    how: dict[str, Any] = {"workers": workers, "scheduler": scheduler, "timeout": timeout, "folder": out}
+    with same_settings(out, "tile", asdict(settings)):
+        return run_cohort(items, work, title="tile", name=str, **how)
 
 
-def tile_slide(item: SlideItem, out: Path, settings: TileSettings) -> dict[str, Any]:
-    """Tile one slide into `<out>/<slide_id>.h5`; returns tiles, megapixels (of level 0), `message`."""
+def tile_slide(item: SlideItem, out: Path, settings: TileSettings, threads: int = 1) -> dict[str, Any]:
+    """Tile one slide into `<out>/<slide_id>.h5`; returns tiles, bad_tiles, megapixels (of level 0), reader, `message`.
+
+    The rows of tiles that could not be decoded whole are listed in `/bad_tiles`, int64 (K,); there is none without them.
+    """
     path = out / f"{item.slide_id}.h5"
-    with Slide.open(item.path) as slide:
+    with claim(path), Slide.open(item.path, reader=settings.reader, resample=settings.resample) as slide:
         info = slide.info
         found = settle_mpp(item.path, info.mpp_found, manifest_mpp=item.mpp, assume_mpp=settings.assume_mpp)
         assert found.value is not None
         outlines = _outline_file(Path(settings.tissue), item, info) if settings.tissue not in ("auto", "none") else None
-        parameters = _parameters(settings, found.value, outlines)
+        exclude = None
+        if settings.exclude:
+            exclude = region_file(Path(settings.exclude), item.slide_id, info, (*OUTLINE_SUFFIXES, *MASK_SUFFIXES))
+        parameters = _parameters(settings, found.value, outlines, exclude)
         if (tiles := _done(path, parameters, item)) is not None:
+            _write_tissue(settings, path, item, again=False)
             return {"skipped": True, "tiles": tiles, "megapixels": 0.0}
-        thumb = slide.thumbnail(THUMBNAIL_SIDE_PX)
-        downsample = info.width_l0 / thumb.shape[1]
-        mask = _mask(settings, outlines, thumb, downsample, info)
-        plan = _plan(settings, info, found.value, mask, downsample)
+        keep = {"find": settings.tissue == "auto", "keep_pen": settings.pen == "keep"}
+        overview = look(slide, found.value, outlines, exclude, side_px=THUMBNAIL_SIDE_PX, **keep)
+        plan = _plan(settings, info, found.value, overview)
+        blur = np.full(len(plan.coords), np.nan, np.float32)  # filled in while the tiles are encoded
+        quality = {"pen": pen_shares(overview, plan)} | ({"blur": blur} if settings.pixels else {})
         meta = _meta(item, info, settings, found.value, parameters)
-        had_boxes = _has_boxes(path)
+        redone, had_boxes = before(path, parameters, item.path)
+        if settings.tissue_out:  # a run killed between the two files leaves none, which the next one writes, not an old one
+            _tissue_file(settings, item).unlink(missing_ok=True)
+        groups: dict[str, GroupContent] = {
+            "thumbnail": _overview(overview.thumb, overview.mask, overview.downsample),
+            "quality": quality,
+        }
+        bad: dict[int, str] = {}
         write_slide_file(
             path,
             meta=meta,
             coords=plan.coords,
             tissue_fraction=plan.tissue_fraction,
-            pixels=_encoded(slide, plan, settings.quality) if settings.pixels else None,
-            groups={"thumbnail": _overview(thumb, mask, downsample)},
+            pixels=_pixels(slide, plan, settings, threads, blur, bad, groups) if settings.pixels else None,
+            groups=groups,
         )
+        said_of_pixels = _about_pixels(slide, plan, settings, bad)
+    _write_tissue(settings, path, item, again=True)
     megapixels = len(plan.coords) * plan.size_l0**2 / 1e6 if settings.pixels else 0.0
-    remarks = [found.note if found.source != "--assume-mpp" else "", _why_empty(plan, info)]
-    remarks.append("its boxes are gone with the old tiles: run annotate again" if had_boxes else "")
-    message = "; ".join(remark for remark in remarks if remark)
-    return {"tiles": len(plan.coords), "megapixels": megapixels, "mpp_source": found.source, "message": message}
+    said = [
+        found.note if found.source != "--assume-mpp" else "",
+        _why_empty(plan, info, overview),
+        *remarks(overview, plan),
+        *said_of_pixels,
+    ]
+    said.append("its boxes are gone with the old tiles: run annotate again" if had_boxes else "")
+    said.append(f"nothing of it in --exclude {settings.exclude}" if settings.exclude and exclude is None else "")
+    message = "; ".join(remark for remark in said if remark)
+    counts = {"tiles": len(plan.coords), "bad_tiles": len(bad), "megapixels": megapixels, "reader": info.reader}
+    return {**counts, "mpp_source": found.source, "message": message, "redone": redone}
 
 
 def _made(out: Path) -> Path:
@@ -133,12 +196,20 @@ def _made(out: Path) -> Path:
     return out.absolute()
 
 
-def _parameters(settings: TileSettings, mpp_level0: float, outlines: Path | None) -> dict[str, Any]:
+def _parameters(settings: TileSettings, mpp_level0: float, outlines: Path | None, exclude: Path | None) -> dict[str, Any]:
     """All that changes the result; the hash of it tells whether a file is up to date."""
-    tissue = settings.tissue
-    if outlines is not None:
-        tissue = f"outlines sha256 {hashlib.sha256(outlines.read_bytes()).hexdigest()}"
+    tissue = settings.tissue if outlines is None else f"outlines {_sha256(outlines)}"
+    extra: dict[str, Any] = {"tissue_method": TISSUE_METHOD, "pen": settings.pen} if tissue == "auto" else {}
+    if exclude is not None:
+        extra["exclude"] = _sha256(exclude)
+    usual = TileSettings(settings.mpp, settings.size_px)
+    extra |= {
+        name: getattr(settings, name)
+        for name in ("copy", "reader", "resample")
+        if getattr(settings, name) != getattr(usual, name)
+    }
     return {
+        **extra,
         "format_version": FORMAT_VERSION,
         "mpp": settings.mpp,
         "mpp_level0": mpp_level0,
@@ -149,6 +220,10 @@ def _parameters(settings: TileSettings, mpp_level0: float, outlines: Path | None
         "pixels": settings.pixels,
         "quality": settings.quality if settings.pixels else None,
     }
+
+
+def _sha256(path: Path) -> str:
+    return f"sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}"
 
 
 def _done(path: Path, parameters: dict[str, Any], item: SlideItem) -> int | None:
@@ -194,25 +269,53 @@ def _meta(item: SlideItem, info: SlideInfo, settings: TileSettings, mpp_level0: 
     )
 
 
-def _plan(settings: TileSettings, info: SlideInfo, mpp_level0: float, mask: np.ndarray | None, downsample: float) -> GridPlan:
+def _plan(settings: TileSettings, info: SlideInfo, mpp_level0: float, overview: Overview) -> GridPlan:
     size = (info.width_l0, info.height_l0, mpp_level0, settings.mpp, settings.size_px, settings.overlap_px)
     try:
-        return plan_grid(*size, mask, downsample, settings.min_tissue)
+        return plan_grid(*size, overview.mask, overview.downsample, settings.min_tissue)
     except UserError as error:
         raise UserError(f"{info.path}: {error}") from None
 
 
-def _why_empty(plan: GridPlan, info: SlideInfo) -> str:
+def _why_empty(plan: GridPlan, info: SlideInfo, overview: Overview) -> str:
     if len(plan.coords):
         return ""
     if plan.size_l0 > min(info.width_l0, info.height_l0):
         return f"no tiles: one is {plan.size_l0:.0f} level-0 pixels wide, the slide {info.width_l0} x {info.height_l0}"
+    if overview.tissue is None or overview.tissue.any():
+        return "no tiles: none holds enough tissue (see --min-tissue and --exclude)"
     return "no tiles: no tissue found (see --tissue and --min-tissue)"
 
 
-def _encoded(slide: Slide, plan: GridPlan, quality: int) -> Iterator[bytes]:
-    for tile in slide.read_tiles(plan.coords, plan.size_l0, plan.patch_px):
-        yield codec.encode_jpeg(tile, quality)
+def _pixels(
+    slide: Slide,
+    plan: GridPlan,
+    settings: TileSettings,
+    threads: int,
+    blur: np.ndarray,
+    bad: dict[int, str],
+    groups: dict[str, Any],
+) -> Iterator[bytes]:
+    """The tiles as JPEG; blur and bad are filled in on the way, and at the end bad_tiles among the groups, written later."""
+    how: dict[str, Any] = {"quality": settings.quality, "copy": settings.copy, "threads": threads}
+    yield from encoded_tiles(slide, plan, **how, judge=blur_score, scores=blur, bad=bad)
+    if bad:
+        groups["bad_tiles"] = np.array(sorted(bad), np.int64)
+
+
+def _about_pixels(slide: Slide, plan: GridPlan, settings: TileSettings, bad: dict[int, str]) -> list[str]:
+    """What there is to say of the pixels."""
+    said = [slide.info.note]
+    if bad:
+        row, problem = next(iter(bad.items()))
+        said.append(f"{len(bad)} tiles cannot be decoded and are marked in /bad_tiles (the first, row {row}: {problem})")
+    if slide.undecoded:
+        said.append(f"{slide.undecoded:.2%} of the overview cannot be decoded and counts as no tissue")
+    if count := unscanned(slide, plan):
+        said.append(f"{count} tiles reach into what was not scanned: background colour there")
+    if settings.pixels and settings.copy and len(plan.coords) and stored_level(slide, plan) is None:
+        said.append(f"recoded at quality {settings.quality}: its stored tiles are not the tiles wanted")
+    return said
 
 
 def _overview(thumb: np.ndarray, mask: np.ndarray | None, downsample: float) -> dict[str, GroupContent]:
@@ -224,28 +327,25 @@ def _overview(thumb: np.ndarray, mask: np.ndarray | None, downsample: float) -> 
     return group
 
 
-def _mask(
-    settings: TileSettings, outlines: Path | None, thumb: np.ndarray, downsample: float, info: SlideInfo
-) -> np.ndarray | None:
-    """bool mask on the thumbnail's grid; None where every tile is wanted."""
-    if settings.tissue == "none":
-        return None
-    if outlines is None:
-        return tissue_mask(thumb)
-    from annotations.read import read_annotations
+def _write_tissue(settings: TileSettings, path: Path, item: SlideItem, *, again: bool) -> None:
+    """The tissue of a slide file as GeoJSON, where it was asked for; one that is there stays unless `again`."""
+    if not settings.tissue_out:
+        return
+    target = _tissue_file(settings, item)
+    if target.exists() and not again:
+        return
+    with SlideFile(path) as file:
+        mask, overview = file.tissue_mask(), file.thumbnail()
+        if mask is not None and overview is not None:
+            write_outlines(target, mask, overview[1], file.bounds_xy)
 
-    table = read_annotations(outlines, kind="tissue")
-    if not len(table.geometry):
-        raise UserError(f"{outlines}: holds no polygon: draw the tissue of {info.slide_id}, or use --tissue auto")
-    if any(info.bounds_xy):
-        # QuPath counts from the corner of the scanned area where a slide has one.
-        table = table.shifted(*info.bounds_xy)
-    return rasterise(table.geometry, (thumb.shape[0], thumb.shape[1]), downsample)
+
+def _tissue_file(settings: TileSettings, item: SlideItem) -> Path:
+    return Path(settings.tissue_out) / f"{item.slide_id}.geojson"
 
 
 def _outline_file(folder: Path, item: SlideItem, info: SlideInfo) -> Path:
-    for stem in dict.fromkeys((item.slide_id, info.slide_id, info.path.name)):
-        for suffix in OUTLINE_SUFFIXES:
-            if (candidate := folder / f"{stem}{suffix}").is_file():
-                return candidate
-    raise UserError(f"{info.path}: no outline {item.slide_id}.geojson in {folder}: draw it, or use --tissue auto")
+    found = region_file(folder, item.slide_id, info, OUTLINE_SUFFIXES)
+    if found is None:
+        raise UserError(f"{info.path}: no outline {item.slide_id}.geojson in {folder}: draw it, or use --tissue auto")
+    return found

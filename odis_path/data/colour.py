@@ -21,6 +21,8 @@ _HED_INVERSE = np.linalg.inv(_HED)
 _LUMA = np.array([0.299, 0.587, 0.114])
 _YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
 _YIQ_INVERSE = np.linalg.inv(_YIQ)
+_GREY = np.tile(_LUMA, (3, 1))
+_SAME, _SAME_DENSITY = np.eye(3), np.eye(3, 4)
 _OD_FLOOR = 1.0 / 255.0
 SIGMA = 22  # column of the blur in a packed row
 
@@ -59,23 +61,23 @@ class Colours:
 
 def draw_colour(rng: np.random.Generator, rule: ColourRule) -> np.ndarray:
     """The changes of one view, packed: float32 (24,) = density 12, linear 9, contrast, sigma, solarise."""
-    density = np.eye(3, 4)
+    density = _SAME_DENSITY
     if rule.stain_p and rng.random() < rule.stain_p:
+        density = density.copy()
         gain = rng.uniform(1 - rule.stain_scale, 1 + rule.stain_scale, 3)
         shift = rng.uniform(-rule.stain_shift, rule.stain_shift, 3)
-        density[:, :3] = (_HED_INVERSE @ np.diag(gain) @ _HED).T  # rows of pixels times this, transposed for columns
+        density[:, :3] = ((_HED_INVERSE * gain) @ _HED).T  # rows of pixels times this, transposed for columns
         density[:, 3] = shift @ _HED
-    linear, contrast = np.eye(3), 1.0
+    linear, contrast = _SAME, 1.0
     if rule.jitter_p and rng.random() < rule.jitter_p:
         contrast = rng.uniform(1 - rule.contrast, 1 + rule.contrast)
         angle = rng.uniform(-rule.hue, rule.hue) * 2 * pi
         saturation = rng.uniform(1 - rule.saturation, 1 + rule.saturation)
         turn = np.array([[1, 0, 0], [0, cos(angle), -sin(angle)], [0, sin(angle), cos(angle)]])
-        grey = np.tile(_LUMA, (3, 1))
-        linear = (saturation * np.eye(3) + (1 - saturation) * grey) @ _YIQ_INVERSE @ turn @ _YIQ
+        linear = (saturation * _SAME + (1 - saturation) * _GREY) @ _YIQ_INVERSE @ turn @ _YIQ
         linear = linear * rng.uniform(1 - rule.brightness, 1 + rule.brightness)
     if rule.gray_p and rng.random() < rule.gray_p:
-        linear = np.tile(_LUMA, (3, 1)) @ linear
+        linear = _GREY @ linear
     sigma = rng.uniform(*rule.blur_sigma) if rng.random() < rule.blur_p else 0.0
     solarise = float(rng.random() < rule.solarise_p)
     return np.concatenate([density.ravel(), linear.ravel(), [contrast, sigma, solarise]]).astype(np.float32)

@@ -20,6 +20,9 @@ MaskRule = Literal["any", "fraction", "centre"]
 
 # The share of the smaller of box and crop that must overlap where full containment is impossible.
 FALLBACK_FRACTION = 0.5
+# An output pixel was moved there by the turn; undone: from output axes to the axes of the unturned crop, for each turn.
+_QUARTERS = [np.eye(2), np.array([[0.0, -1.0], [1.0, 0.0]]), -np.eye(2), np.array([[0.0, 1.0], [-1.0, 0.0]])]
+_UNTURN = np.stack(_QUARTERS + [np.diag([-1.0, 1.0]) @ quarter for quarter in _QUARTERS])
 # An image-sized step (in px) by which "any" must overlap.
 ANY_PX = 1.0
 
@@ -224,11 +227,6 @@ def view_matrix(view: View, side_px: int) -> np.ndarray:
 
     Maps output coordinates in [-1, 1] to tile coordinates in [-1, 1], turn included.
     """
-    # Output pixel (u, v) was moved there by the turn; undo it: M maps output axes to the axes of the unturned crop.
-    quarter = [np.eye(2), np.array([[0, -1], [1, 0]]), -np.eye(2), np.array([[0, 1], [-1, 0]])][view.turn % 4]
-    matrix = quarter.astype(np.float64)
-    if view.turn >= 4:
-        matrix = np.diag([-1.0, 1.0]) @ matrix
-    scale = np.array([view.w / side_px, view.h / side_px])
-    centre = np.array([(2 * view.x + view.w) / side_px - 1, (2 * view.y + view.h) / side_px - 1])
-    return np.concatenate([scale[:, None] * matrix, centre[:, None]], axis=1).astype(np.float32)
+    matrix = _UNTURN[view.turn] * np.array([[view.w / side_px], [view.h / side_px]])
+    centre = np.array([[(2 * view.x + view.w) / side_px - 1], [(2 * view.y + view.h) / side_px - 1]])
+    return np.concatenate([matrix, centre], axis=1).astype(np.float32)

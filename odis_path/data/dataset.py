@@ -20,7 +20,17 @@ from odis_path.data.colour import SIGMA
 from tiling.slidefile import SlideFile, list_slide_files
 
 KINDS = {"tissue": 0, "cell": 1, "proposal": 2}
-_OPEN_FILES = 64
+_MOST_OPEN = 512
+
+
+def open_files() -> int:
+    """How many slide files a process keeps open: each may hold its slide open as well, and others need descriptors too."""
+    try:
+        import resource
+    except ImportError:  # not a POSIX system
+        return 64
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return _MOST_OPEN if soft < 0 else max(8, min(_MOST_OPEN, soft // 4))
 
 
 class OpenSlides:
@@ -31,9 +41,10 @@ class OpenSlides:
         self._open: OrderedDict[int, SlideFile] = OrderedDict()
         self._groups: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._pid = os.getpid()
+        self._most = open_files()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"paths": self.paths, "_open": OrderedDict(), "_groups": {}, "_pid": -1}
+        return {"paths": self.paths, "_open": OrderedDict(), "_groups": {}, "_pid": -1, "_most": self._most}
 
     def __getitem__(self, slide: int) -> SlideFile:
         if self._pid != os.getpid():  # a forked worker must not read through its parent's handles
@@ -41,7 +52,7 @@ class OpenSlides:
         if slide in self._open:
             self._open.move_to_end(slide)
             return self._open[slide]
-        if len(self._open) >= _OPEN_FILES:
+        if len(self._open) >= self._most:
             self._open.popitem(last=False)[1].close()
         self._open[slide] = SlideFile(self.paths[slide])
         return self._open[slide]
@@ -95,10 +106,13 @@ def index_tiles(folder: str | Path, *, need_boxes: bool = False) -> TileIndex:
             if need_boxes and len(tiles):
                 counts = np.diff(file.boxes_table()["offsets"])
                 tiles = tiles[counts > 0]
+            tiles = np.setdiff1d(tiles, file.bad_tiles).astype(np.int32)
             slides.append(np.full(len(tiles), number, np.int32))
             rows.append(tiles)
             ids.append(file.slide_id)
             patients.append(file.patient_id or file.slide_id)
+            if len(file) and not file.has_pixels:
+                file.check_source()  # known before training starts, not by a worker in its middle
             if len(file):
                 sizes.setdefault((file.patch_size, round(file.mpp, 4)), path.name)
     if len(sizes) > 1:

@@ -64,7 +64,8 @@ def _class_table(c: Cohort) -> TableItem | None:
     order = {"tissue": 0, "cell": 1, "proposal": 2}
     keys = sorted(counts, key=lambda key: (order.get(key[0], 3), key[1] == UNCLASSIFIED, key[1]))
     rows = [[kind, name, f"{counts[kind, name]:,}", f"{slides[kind, name]} of {len(c.rows)}"] for kind, name in keys]
-    return TableItem(["kind", "class", "objects", "on slides"], rows, "Objects by class; a proposal is a guess of image analysis, not an annotation.", frozenset({2, 3}))
+    caption = "Objects by class; a proposal is a guess of image analysis, not an annotation."
+    return TableItem(["kind", "class", "objects", "on slides"], rows, caption, frozenset({2, 3}))
 
 
 def slides(report: Report) -> Section | None:

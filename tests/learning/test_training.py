@@ -192,7 +192,7 @@ def test_a_torn_save_leaves_the_last_checkpoint(tiny_tiles: Path, tmp_path: Path
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", torn)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(UserError, match="No space"):
         save_checkpoint(tmp_path / "run", 4, 0.7, config, {"student": {}}, keep=2)
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [good.name]
     assert load_checkpoint(tmp_path / "run").step == 3

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import csv
+import ctypes
 import os
+import resource
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from annotations.errors import UserError
-from tiling.cohort import DIED, Outcome, finish, run_cohort
+from tiling.atomic import DiskFullError
+from tiling.claim import claim, is_claimed, lock_of
+from tiling.cohort import DIED, NOT_TRIED, Outcome, finish, run_cohort
+from tiling.scan import read_manifest, scan_slides
+
+ROOT = Path(__file__).parents[2]
 
 
 def work(item: str) -> dict:
@@ -21,6 +32,14 @@ def work(item: str) -> dict:
         raise ZeroDivisionError("by\nzero")
     if item == "dies":
         os._exit(7)
+    if item == "crashes":
+        ctypes.string_at(0)
+    if item == "hangs":
+        ctypes.PyDLL(None).sleep(600)  # within C, and without letting go of the interpreter
+    if item == "full":
+        raise DiskFullError("full.h5: cannot be written: No space left on device: make room")
+    if item == "slow":
+        time.sleep(1)
     return {"skipped": item == "old", "tiles": len(item), "message": "noted" if item == "odd" else ""}
 
 
@@ -50,6 +69,93 @@ def test_a_worker_that_dies_takes_only_its_item_with_it() -> None:
         ("one", True), ("dies", False), ("two", True), ("three", True), ("four", True),
     ]  # fmt: skip
     assert outcomes[1].message == DIED
+
+
+def test_a_crash_in_a_library_takes_only_its_item_with_it() -> None:
+    outcomes = run_cohort(["one", "crashes", "slow", "two", "dies", "three"], work, title="t", workers=2)
+    assert {outcome.item: outcome.message for outcome in outcomes if not outcome.ok} == {"crashes": DIED, "dies": DIED}
+    assert [outcome.item for outcome in outcomes if outcome.ok] == ["one", "slow", "two", "three"]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_reader_that_hangs_is_given_up_and_the_run_goes_on(workers: int, tmp_path: Path) -> None:
+    begin = time.monotonic()
+    outcomes = run_cohort(["one", "hangs", "two", "hangs", "three"], work, title="t", workers=workers, timeout=3)
+    assert time.monotonic() - begin < 30
+    assert [outcome.ok for outcome in outcomes] == [True, False, True, False, True]
+    assert "no result after 3 s (--timeout)" in outcomes[1].message
+    with pytest.raises(UserError, match="--timeout 0"):
+        run_cohort(["one"], work, title="t", timeout=0)
+
+
+def hold_and_hang(path: Path) -> dict:
+    with claim(path):
+        if path.name == "b":
+            time.sleep(600)
+        path.touch()
+    return {}
+
+
+def test_what_was_given_up_is_free_for_the_next_run(tmp_path: Path) -> None:
+    items = [tmp_path / name for name in "abc"]
+    outcomes = run_cohort(items, hold_and_hang, title="t", workers=2, timeout=5, name=lambda path: path.name)
+    assert [outcome.ok for outcome in outcomes] == [True, False, True]
+    run_cohort([], work, title="t", folder=tmp_path)
+    end = time.monotonic() + 5
+    while is_claimed(lock_of(tmp_path / "b")):
+        assert time.monotonic() < end
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "c"]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_full_disk_ends_the_run_and_says_what_was_not_tried(workers: int, capsys: pytest.CaptureFixture[str]) -> None:
+    outcomes = run_cohort(["one", "full", "full", *["slow"] * 8], work, title="t", workers=workers)
+    untried = [outcome.item for outcome in outcomes if outcome.message == NOT_TRIED]
+    assert len(untried) >= 7
+    assert outcomes[0].ok
+    assert finish(outcomes, "tile", Path("out")) == 1
+    printed = capsys.readouterr().out
+    assert printed.count("No space left on device") == 2
+    assert f"not tried: {len(untried)}, from slow on" in printed
+
+
+def test_worker_processes_that_cannot_start_are_told_once(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("from tiling.cohort import run_cohort\nrun_cohort(range(4), str, title='t', workers=2)\n")
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd=ROOT, timeout=60, check=False)
+    assert done.returncode == 1
+    assert done.stderr.count("UserError: worker processes die as they start") == 1
+
+
+def test_ten_thousand_slides_start_at_once_and_stay_small(tmp_path: Path) -> None:
+    manifest = tmp_path / "manifest.csv"
+    rows = [f"slide-{i},{tmp_path}/folder-{i % 100}/slide-{i}.svs,P{i // 3},0.25" for i in range(10_000)]
+    manifest.write_text("\n".join(["slide_id,path,patient_id,mpp", *rows]))
+    begin = time.monotonic()
+    items = read_manifest(manifest)
+    first: list[float] = []
+
+    def stub(item: object) -> dict:
+        if not first:
+            first.append(time.monotonic() - begin)
+        return {"tiles": 1000, "megapixels": 50.0, "message": ""}
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    outcomes = run_cohort(items, stub, title="t", workers=1, name=str, folder=tmp_path)
+    assert first[0] < 10
+    assert time.monotonic() - begin < 10
+    assert len(outcomes) == 10_000
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 60_000  # kB
+
+
+def test_ten_thousand_items_go_through_worker_processes(tmp_path: Path) -> None:
+    begin = time.monotonic()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    outcomes = run_cohort((f"slide-{i}" for i in range(10_000)), work, title="t", workers=2)
+    assert [outcome.item for outcome in outcomes[::2500]] == ["slide-0", "slide-2500", "slide-5000", "slide-7500"]
+    assert all(outcome.ok for outcome in outcomes)
+    assert time.monotonic() - begin < 30
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 60_000  # kB
 
 
 def test_the_same_work_runs_on_a_dask_cluster() -> None:
@@ -85,3 +191,32 @@ def test_importing_the_rooms_stays_quick_and_brings_no_torch() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2], check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_scan_says_which_slides_tile_will_refuse_and_why(tmp_path: Path, make_slide: Callable[..., Path]) -> None:
+    picture = np.random.default_rng(0).integers(0, 255, (512, 512, 3), dtype=np.uint8)
+    make_slide(tmp_path / "good.svs", picture)
+    make_slide(tmp_path / "coarse.svs", picture, mpp=1.0)
+    make_slide(tmp_path / "silent.svs", picture, mpp=None)
+    import tifffile
+
+    options = {"tile": (256, 256), "compression": "jpeg", "resolution": (20_000, 20_000), "resolutionunit": "CENTIMETER"}
+    tifffile.imwrite(tmp_path / "cut.tif", picture, **options)
+    whole = (tmp_path / "cut.tif").read_bytes()
+    (tmp_path / "cut.tif").write_bytes(whole[: len(whole) * 2 // 3])
+    begin = time.monotonic()
+    outcomes = {outcome.item: outcome for outcome in scan_slides([tmp_path], tmp_path / "m.csv", mpp=0.5)}
+    assert time.monotonic() - begin < 2
+    with (tmp_path / "m.csv").open() as file:
+        rows = {row["slide_id"]: row for row in csv.DictReader(file)}
+    assert {name: outcome.info.get("will_fail") for name, outcome in outcomes.items() if outcome.ok} == {
+        "good": 0, "coarse": 1, "silent": 1,
+    }  # fmt: skip
+    assert "lie beyond its end" in rows["cut"]["problem"]
+    assert "--mpp 0.5 is finer than the slide's 1" in rows["coarse"]["problem"]
+    assert rows["silent"]["problem"].startswith("no mpp")
+    assert rows["good"]["problem"] == ""
+    assert rows["good"]["reader"]
+    assert rows["good"]["why"]
+    (outcome,) = scan_slides([tmp_path / "silent.svs"], tmp_path / "m.csv", assume_mpp=0.25)
+    assert (outcome.info["will_fail"], outcome.message) == (0, "")

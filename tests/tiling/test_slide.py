@@ -28,7 +28,7 @@ def area_reference(
 def test_info_tells_what_the_headers_say(slide_path: Path) -> None:
     with Slide.open(slide_path) as slide:
         info = slide.info
-    assert (info.slide_id, info.reader, info.vendor) == ("painted", "openslide", "aperio")
+    assert (info.slide_id, info.reader, info.vendor) == ("painted", "direct", "aperio")
     assert (info.width_l0, info.height_l0, info.level_downsamples) == (1024, 768, (1.0, 2.0, 4.0))
     assert (info.mpp, info.mpp_source, info.bounds_xy) == (0.5, "openslide.mpp-x", (0, 0))
 

@@ -1,0 +1,96 @@
+"""Work on a Dask cluster, through the same kind of executor."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Executor, Future, wait
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from annotations.errors import UserError
+from tiling.outcome import DIED, STOPS, Job, Outcome, guarded, one_line, timed_out
+
+ANSWER_S = 10.0  # how long a scheduler may take to answer
+WINDOW = 2000  # items the scheduler knows of at a time: more than a cluster has threads, and never a whole large cohort
+
+
+def run_dask(job: Job, scheduler: str) -> None:
+    """Work off `job.todo` on the cluster of a scheduler (its address, or its scheduler file).
+
+    What a worker was at when it died is given to another by the scheduler, a few times. Raises UserError where the
+    scheduler cannot be reached; where it goes away in mid-run, the items left fail with a line that says so.
+    """
+    try:
+        from distributed import Client
+    except ImportError:
+        raise UserError(f"--scheduler {scheduler}: needs the package distributed: pip install 'odis-path[cluster]'") from None
+    is_file = "://" not in scheduler and Path(scheduler).is_file()
+    try:
+        client = Client(scheduler_file=scheduler, timeout=ANSWER_S) if is_file else Client(scheduler, timeout=ANSWER_S)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"--scheduler {scheduler}: no Dask scheduler answers there ({one_line(error)})") from None
+    logging.getLogger("distributed.client").setLevel(logging.CRITICAL)  # what it says in tracebacks, we say in a line
+    with client:
+        if not client.nthreads():
+            print(f"--scheduler {scheduler}: no worker has joined it yet: waiting for one", file=sys.stderr, flush=True)
+        executor = client.get_executor(pure=False, retries=0)
+        try:
+            died = _feed(executor, job, scheduler)
+            # Items that only waited on workers that others brought down are blamed with them: on its own each is told apart.
+            for index in died:
+                alone = _feed(executor, replace(job, todo=deque([index])), scheduler) if len(died) > 1 else [index]
+                for _ in alone:
+                    job.fail(index, DIED)
+        finally:
+            if client.status == "running":
+                executor.shutdown(wait=False)
+            else:
+                client.close(timeout=1)  # nobody is there to say goodbye to
+
+
+def _feed(executor: Executor, job: Job, scheduler: str) -> list[int]:
+    """Submit `job.todo`, a window of it at a time; returns the items whose workers died again and again."""
+    running: dict[Future, int] = {}
+    died: list[int] = []
+    gone = f"--scheduler {scheduler}: the scheduler went away: start it and run the same command again"
+    while job.todo or running:
+        while job.todo and len(running) < WINDOW:
+            index = job.todo.popleft()
+            try:
+                running[executor.submit(guarded_within, job.timeout, job.work, job.items[index], job.names[index])] = index
+            except Exception:  # the client's connection is closed
+                job.done(index, Outcome(job.names[index], ok=False, message=gone, info={STOPS: True}))
+                return died
+        finished, _ = wait(running, return_when=FIRST_COMPLETED)
+        for future in finished:
+            index = running.pop(future)
+            try:
+                outcome = future.result()
+            except CancelledError:
+                job.done(index, Outcome(job.names[index], ok=False, message=gone, info={STOPS: True}))
+                return died
+            except Exception as error:
+                if type(error).__name__ == "KilledWorker":
+                    died.append(index)
+                    continue
+                outcome = Outcome(job.names[index], ok=False, message=one_line(error))
+            job.done(index, outcome)
+    return died
+
+
+def guarded_within(timeout: float | None, work: Callable[[Any], dict | None], item: Any, name: str) -> Outcome:
+    """`guarded`, given up after `timeout` seconds: the cluster's worker goes on, its thread is left to itself."""
+    if timeout is None:
+        return guarded(work, item, name)
+    answer: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
+    threading.Thread(target=lambda: answer.put(guarded(work, item, name)), daemon=True).start()
+    try:
+        return answer.get(timeout=timeout)
+    except queue.Empty:
+        return Outcome(name, ok=False, message=timed_out(timeout), seconds=timeout)

@@ -1,0 +1,199 @@
+"""Many patches of one slide: what neighbours share is decoded once, in several threads, in bounded memory."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Lock
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+
+from annotations.errors import UserError
+from tiling.direct import DirectReader
+from tiling.slide import BLOCK_PIXELS, Slide, View, cover
+
+if TYPE_CHECKING:
+    from tiling.readers import Reader
+
+KEPT_BYTES = 128 << 20  # decoded stored tiles kept until the last patch that needs them is cut
+JOB_BYTES = 6 << 20  # patches that one job of a thread cuts
+JOB_PATCHES = 32
+AHEAD = 2  # jobs a thread may be ahead of whoever takes the patches
+
+Result = TypeVar("Result")
+Job = Callable[[], list[tuple[Result, str]]]
+
+
+def map_patches(
+    slide: Slide,
+    coords_l0: np.ndarray,
+    size_l0: float,
+    patch_px: int,
+    work: Callable[[np.ndarray], Result],
+    threads: int = 1,
+) -> Iterator[tuple[Result, str]]:
+    """Cut patches and give each to `work`, which runs in the threads; yields (result, problem) in the order of the coords.
+
+    coords_l0: int64 (N, 2) top-left x, y in level-0 pixels, ordered by (y, x). size_l0: side in level-0 pixels; patch_px: in
+    pixels of the patch, which `work` gets as uint8 (patch_px, patch_px, 3). problem: "" or what could not be decoded; there
+    that part is black. threads: how many at most; a reader that is not made for threads gets one.
+    """
+    threads = max(1, threads) if slide.reader.threadsafe else 1
+    if isinstance(slide.reader, DirectReader):
+        jobs = _stored_jobs(slide, slide.reader, coords_l0, size_l0, patch_px, work)
+    else:
+        jobs = _strip_jobs(slide, coords_l0, size_l0, patch_px, work, threads)
+    return in_order(jobs, threads)
+
+
+class SharedTiles:
+    """Decoded stored tiles of a view, each kept while patches that need it are left and there is room."""
+
+    def __init__(self, reader: DirectReader, view: View, uses: np.ndarray) -> None:
+        self._reader, self._view = reader, view
+        self._left = uses
+        self._kept: dict[tuple[int, int], np.ndarray] = {}
+        self._room = KEPT_BYTES
+        self._lock = Lock()
+
+    def get(self, row: int, column: int) -> np.ndarray | None:
+        """As `DirectReader.stored`; called once for each patch that needs the tile."""
+        key = (row, column)
+        with self._lock:
+            self._left[key] -= 1
+            last = self._left[key] <= 0
+            tile = self._kept.get(key)
+            if tile is not None:
+                if last:
+                    del self._kept[key]
+                    self._room += tile.nbytes
+                return tile
+        tile = self._reader.stored(self._view.level, self._view.scale, row, column)
+        if tile is not None and not last:
+            with self._lock:
+                if key not in self._kept and self._left[key] > 0 and self._room >= tile.nbytes:
+                    self._kept[key] = tile
+                    self._room -= tile.nbytes
+        return tile
+
+
+def uses_of_stored_tiles(reader: DirectReader, view: View, edges: np.ndarray) -> np.ndarray:
+    """How many patches need each stored tile: int32 (rows, columns). edges: int64 (N, 4), from `tiling.slide.cover`."""
+    page = reader.pages[view.level]
+    rows, columns = page.counts.shape
+    left, top, right, bottom = edges[(edges[:, :2] < (view.width, view.height)).all(1) & (edges[:, 2:] > 0).all(1)].T
+    tile_w, tile_h = page.tile_w // view.scale, page.tile_h // view.scale
+    c0, r0 = left.clip(0) // tile_w, top.clip(0) // tile_h
+    c1, r1 = (right.clip(max=view.width) - 1) // tile_w + 1, (bottom.clip(max=view.height) - 1) // tile_h + 1
+    change = np.zeros((rows + 1, columns + 1), np.int32)
+    for row, column, step in ((r0, c0, 1), (r0, c1, -1), (r1, c0, -1), (r1, c1, 1)):
+        np.add.at(change, (row, column), step)
+    return change.cumsum(axis=0).cumsum(axis=1)[:rows, :columns]
+
+
+def _stored_jobs(
+    slide: Slide,
+    reader: DirectReader,
+    coords_l0: np.ndarray,
+    size_l0: float,
+    patch_px: int,
+    work: Callable[[np.ndarray], Result],
+) -> Iterator[Job]:
+    boxes = np.concatenate([coords_l0, coords_l0 + size_l0], axis=1)
+    view = slide.view(size_l0 / patch_px, boxes)
+    edges = cover(view, boxes)
+    shared = SharedTiles(reader, view, uses_of_stored_tiles(reader, view, edges))
+
+    def patch(box: tuple[float, ...], around: tuple[int, int, int, int]) -> tuple[Result, str]:
+        problems: list[str] = []
+
+        def read(left: int, top: int, w: int, h: int) -> np.ndarray:
+            pixels, problem = reader.assemble(view.level, view.scale, (left, top, left + w, top + h), shared.get)
+            problems.append(problem)
+            return pixels
+
+        block = slide.block(view, around, read)
+        return work(slide.cut(view, around, block, box, patch_px, patch_px)), "".join(problems)
+
+    step = int(np.clip(JOB_BYTES // (3 * patch_px**2), 1, JOB_PATCHES))
+    for start in range(0, len(coords_l0), step):
+        part = zip(boxes[start : start + step].tolist(), edges[start : start + step].tolist(), strict=True)
+        yield lambda part=part: [patch(*each) for each in part]  # type: ignore[misc]
+
+
+def _strip_jobs(
+    slide: Slide, coords_l0: np.ndarray, size_l0: float, patch_px: int, work: Callable[[np.ndarray], Result], threads: int
+) -> Iterator[Job]:
+    """Neighbours of a row are read in one piece; where that fails, each alone."""
+    boxes = np.concatenate([coords_l0, coords_l0 + size_l0], axis=1).astype(np.float64)
+    view = slide.view(size_l0 / patch_px, boxes)
+    slide.reader.expect_strips()
+    widest_l0 = max(size_l0, BLOCK_PIXELS / threads / (size_l0 / view.downsample) ** 2 * size_l0)
+    lock = Lock()
+
+    def strip(part: np.ndarray) -> list[tuple[Result, str]]:
+        reader = slide.reader
+        ((left, top, right, bottom),) = cover(view, np.array([[*part[0, :2], *part[-1, 2:]]])).tolist()
+        edges = (left, top, right, bottom)
+        try:
+            block = slide.block(view, edges)
+        except UserError:
+            with lock:
+                return [_alone(slide, view, box, patch_px, work, reader) for box in part]
+        return [(work(slide.cut(view, edges, block, tuple(box), patch_px, patch_px)), "") for box in part.tolist()]
+
+    for start, stop in _runs(coords_l0, size_l0, min(widest_l0, 64 * size_l0)):
+        yield lambda part=boxes[start:stop]: strip(part)  # type: ignore[misc]
+
+
+def _alone(
+    slide: Slide, view: View, box: np.ndarray, patch_px: int, work: Callable[[np.ndarray], Result], failed: Reader
+) -> tuple[Result, str]:
+    """One patch by itself, with a reader that has not failed yet."""
+    if slide.reader is failed:
+        slide.reopen()
+    (edges,) = cover(view, box[None]).tolist()
+    try:
+        block = slide.block(view, edges)
+    except UserError as error:
+        slide.reopen()
+        problem = str(error).removeprefix(f"{slide.info.path}: ").removesuffix(": is the file whole?")
+        return work(np.zeros((patch_px, patch_px, 3), np.uint8)), problem
+    return work(slide.cut(view, edges, block, tuple(box.tolist()), patch_px, patch_px)), ""
+
+
+def in_order(jobs: Iterable[Job], threads: int) -> Iterator[tuple[Result, str]]:
+    """Run jobs, `threads` at a time and a few ahead, and yield their results in order."""
+    if threads == 1:
+        for job in jobs:
+            yield from job()
+        return
+    running: deque[Future[list[tuple[Result, str]]]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for job in jobs:
+                running.append(pool.submit(job))
+                if len(running) >= AHEAD * threads:
+                    yield from running.popleft().result()
+            while running:
+                yield from running.popleft().result()
+        finally:
+            for future in running:
+                future.cancel()
+
+
+def _runs(coords_l0: np.ndarray, size_l0: float, widest_l0: float) -> Sequence[tuple[int, int]]:
+    """Cut tiles into runs of neighbours in one row: no gap wider than a tile, no run wider than `widest_l0`."""
+    runs: list[tuple[int, int]] = []
+    start = 0
+    for i in range(1, len(coords_l0) + 1):
+        if i < len(coords_l0):
+            (x, y), (before, row) = coords_l0[i], coords_l0[i - 1]
+            near = y == row and x - before <= 2 * size_l0
+            if near and x + size_l0 - coords_l0[start][0] <= widest_l0:
+                continue
+        runs.append((start, i))
+        start = i
+    return runs if len(coords_l0) else []
