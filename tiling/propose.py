@@ -1,4 +1,4 @@
-"""Class-agnostic boxes for slides without annotations: nuclei and the clusters they form, tile by tile."""
+"""Class-agnostic boxes for slides without annotations: nuclei and what they form, tile by tile."""
 
 from __future__ import annotations
 
@@ -11,41 +11,59 @@ from typing import Any
 import numpy as np
 
 from annotations.errors import UserError
+from tiling.claim import claim
 from tiling.cohort import Outcome, run_cohort
+from tiling.gather import gather_slide
 from tiling.nuclei import LABELS, Proposals, ProposalSettings, propose_tile, slide_levels
 from tiling.slidefile import SlideFile, list_slide_files
 from tiling.slidewrite import parameters_hash, replace_groups
 
 PROPOSAL_KIND = 2  # annotations.table.PROPOSAL
-METHOD_VERSION = 1  # raise it when the method changes, so that old proposals are made anew
+METHOD_VERSION = 2  # raise it when the method changes, so that old proposals are made anew
 LEVEL_TILES = 48  # tiles looked at to learn a slide's levels
+COUNTED = ("nuclei", "clusters", "glands", "vessels", "nests")  # in the order of LABELS
 HASH_ATTR = "proposal_sha256"
 
 
 def propose_cohort(
-    folder: Path | str, workers: int | None = None, scheduler: str | None = None, replace: bool = False
+    folder: Path | str,
+    workers: int | None = None,
+    scheduler: str | None = None,
+    replace: bool = False,
+    timeout: float | None = None,
+    from_cells: bool = False,
 ) -> list[Outcome]:
     """Add proposals to every slide file of a folder.
 
     A file with proposals of the same method is skipped. One with boxes from annotations fails with a line that says so,
-    unless `replace` is set. Raises UserError where the folder is missing or holds no slide file.
+    unless `replace` is set. timeout: seconds after which a slide is given up. from_cells: no image analysis: clusters of
+    the annotated cells and connected parts of the annotated tissue are put beside the annotations (`tiling.gather`). Raises
+    UserError where the folder is missing or holds no slide file, and where both `replace` and `from_cells` are set.
     """
+    if replace and from_cells:
+        raise UserError("--replace overwrites the annotations that --from-cells needs: give one of them")
     files = [path.absolute() for path in list_slide_files(folder)]
-    work = partial(propose_slide, replace=replace)
-    return run_cohort(files, work, title="propose", workers=workers, scheduler=scheduler, name=_name)
+    work = gather_slide if from_cells else partial(propose_slide, replace=replace)
+    return run_cohort(
+        files, work, title="propose", workers=workers, scheduler=scheduler, name=_name, timeout=timeout, folder=Path(folder)
+    )
 
 
 def propose_slide(path: Path, replace: bool = False, settings: ProposalSettings | None = None) -> dict[str, Any]:
-    """Propose boxes for one slide file; returns counts of nuclei and clusters, and `skipped`."""
-    settings = settings or ProposalSettings()
+    """Propose boxes for one slide file; returns counts as in COUNTED, and `skipped`."""
+    with claim(path):
+        return _proposed(path, replace, settings or ProposalSettings())
+
+
+def _proposed(path: Path, replace: bool, settings: ProposalSettings) -> dict[str, Any]:
     with SlideFile(path) as file:
         parameters = {"method_version": METHOD_VERSION, **asdict(settings)}
         digest = parameters_hash({**parameters, "tiles": file.attrs["parameters_sha256"]})[1]
+        was_proposed = HASH_ATTR in file.group_attrs("objects")
         if file.has_boxes:
             objects = file.objects_table()
             if file.group_attrs("objects").get(HASH_ATTR) == digest:
-                counts = np.bincount(np.maximum(objects["label"], 0), minlength=len(LABELS))
-                return {"skipped": True, "nuclei": int(counts[0]), "clusters": int(counts[1])}
+                return {"skipped": True, **_counts(objects["label"])}
             if not replace and (objects["kind"] != PROPOSAL_KIND).any():
                 raise UserError(f"{path}: holds boxes from annotations: left as they are; --replace overwrites them")
         sample = np.unique(np.linspace(0, len(file) - 1, LEVEL_TILES).astype(int)) if len(file) else np.zeros(0, int)
@@ -54,8 +72,13 @@ def propose_slide(path: Path, replace: bool = False, settings: ProposalSettings 
         groups = proposal_groups(found, file.mpp)
     groups["objects"]["attrs"][HASH_ATTR] = digest  # on the group, so that it goes when annotate replaces the group
     replace_groups(path, groups)
-    labels = groups["objects"]["label"]
-    return {"nuclei": int((labels == 0).sum()), "clusters": int((labels == 1).sum())}
+    redone = {"redone": "the tiles or the method changed"} if was_proposed else {}
+    return {**_counts(groups["objects"]["label"]), **redone}
+
+
+def _counts(label: np.ndarray) -> dict[str, int]:
+    counts = np.bincount(label, minlength=len(LABELS)).tolist()
+    return dict(zip(COUNTED, counts, strict=True))
 
 
 def proposal_groups(found: list[Proposals], mpp: float) -> dict[str, dict[str, Any]]:

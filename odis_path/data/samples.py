@@ -62,6 +62,8 @@ class TileSamples(torch.utils.data.Dataset[dict[str, np.ndarray]]):
         """
         side, t = self.index.tile_px, self.config.target
         boxes, labels, at = self.boxes(file, slide, row) if t.crop or t.mask else NO_BOXES
+        if len(boxes) and (t.noise_jitter or t.noise_drop or t.noise_false):
+            boxes, labels, at = self._noisy(rng, boxes, labels, at)
         chosen, views = self._compose(rng, boxes, labels)
         objects: list[Target | None] = [chosen]
         if t.objects > 1:
@@ -109,6 +111,17 @@ class TileSamples(torch.utils.data.Dataset[dict[str, np.ndarray]]):
                 keep = np.isin(kind[rows], self._kinds)
                 boxes, labels, rows = boxes[keep], labels[keep], rows[keep]
         return boxes, labels, rows
+
+    def _noisy(
+        self, rng: np.random.Generator, boxes: np.ndarray, labels: np.ndarray | None, at: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
+        """The boxes with the configured noise; a false one has label -1 and row -1."""
+        t = self.config.target
+        boxes, was = targets.noisy_boxes(
+            rng, boxes, jitter=t.noise_jitter, drop=t.noise_drop, false=t.noise_false, side_px=self.index.tile_px
+        )
+        real = was >= 0
+        return boxes, None if labels is None else np.where(real, labels[was], -1), np.where(real, at[was], -1)
 
     def _compose(
         self, rng: np.random.Generator, boxes: np.ndarray, labels: np.ndarray | None

@@ -72,6 +72,28 @@ def more_boxes(
     return found + [None] * (count - len(found))
 
 
+def noisy_boxes(
+    rng: np.random.Generator, boxes: np.ndarray, *, jitter: float, drop: float, false: float, side_px: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes as a poor detector would give them, for studies of robustness: (m, 4), and the row each was, -1 for a false one.
+
+    boxes: (k, 4) in tile px. jitter: every edge moves by up to this share of the side, uniformly, and stays in the tile; no
+    side gets shorter than a pixel. drop: probability that a box is missing. false: probability that a box brings along a false
+    one of its size at a uniformly random place. How much is drawn depends on k only.
+    """
+    boxes = np.asarray(boxes, dtype=np.float64)
+    size = boxes[:, 2:] - boxes[:, :2]
+    stays, brings = rng.random((2, len(boxes)))
+    moved = boxes + rng.uniform(-jitter, jitter, (len(boxes), 4)) * np.tile(size, 2)
+    moved = np.clip(moved, 0, side_px)
+    thin = (moved[:, 2:] - moved[:, :2] < np.minimum(size, 1.0)).any(axis=1)
+    moved[thin] = boxes[thin]
+    corner = rng.random((len(boxes), 2)) * np.maximum(side_px - size, 0)
+    kept, made = np.flatnonzero(stays >= drop), np.flatnonzero(brings < false)
+    found = np.concatenate([moved[kept], np.concatenate([corner[made], corner[made] + size[made]], axis=1)])
+    return found, np.concatenate([kept, np.full(len(made), -1)]).astype(np.int64)
+
+
 def grow_box(boxes: np.ndarray, pick: int, min_side_px: float, side_px: int) -> Target:
     """The union of a small box with its nearest neighbours until it covers min_side_px squared, else widened."""
     centre = (boxes[:, :2] + boxes[:, 2:]) / 2

@@ -50,6 +50,9 @@ class TargetConfig(_Section):
     mask_fraction: float = Field(0.5, gt=0, le=1)
     mask_margin: int = Field(0, ge=0, description="patches added around the box")
     local: Literal["object", "free"] = "object"
+    noise_jitter: float = Field(0.0, ge=0, le=0.5, description="edges of the boxes move by up to this share of the side")
+    noise_drop: float = Field(0.0, ge=0, le=1, description="probability that a box is missing")
+    noise_false: float = Field(0.0, ge=0, le=1, description="probability of a false box for each: its size, a random place")
 
 
 class ViewConfig(_Section):
@@ -185,6 +188,8 @@ class PretrainConfig(_Section):
     def _check(self) -> PretrainConfig:
         if self.loss.obj_weight == 0 and self.loss.patch_weight == 0:
             raise ValueError("loss.obj_weight and loss.patch_weight are both 0: nothing to train")
+        if self.target.geometry == "polygon" and (self.target.noise_jitter or self.target.noise_false):
+            raise ValueError("target.noise_jitter and target.noise_false change boxes, not outlines: set target.geometry=box")
         if not self.target.mask and (self.target.objects > 1 or self.loss.image_weight):
             raise ValueError("target.objects > 1 and loss.image_weight need target.mask=true")
         for key in ("global_scale", "local_scale"):
