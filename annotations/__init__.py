@@ -8,26 +8,34 @@ from typing import TYPE_CHECKING, Any
 from annotations.errors import UserError
 
 if TYPE_CHECKING:
+    from annotations.classmap import ClassMap, read_classmap
     from annotations.clip import TileBoxes, clip_to_tiles
     from annotations.coco import read_coco
+    from annotations.frame import SlideFrame
+    from annotations.geodataframe import as_geodataframe
     from annotations.group import annotation_groups
     from annotations.read import read_annotations
     from annotations.table import CELL, PROPOSAL, TISSUE, ObjectTable, concatenate, empty_table
-    from annotations.write import feature_collection, write_geojson
+    from annotations.write import feature_collection, table_features, write_geojson
 
 _HOME = {
     "CELL": "table",
+    "ClassMap": "classmap",
     "PROPOSAL": "table",
     "TISSUE": "table",
     "ObjectTable": "table",
+    "SlideFrame": "frame",
     "TileBoxes": "clip",
     "annotation_groups": "group",
+    "as_geodataframe": "geodataframe",
     "clip_to_tiles": "clip",
     "concatenate": "table",
     "empty_table": "table",
     "feature_collection": "write",
     "read_annotations": "read",
+    "read_classmap": "classmap",
     "read_coco": "coco",
+    "table_features": "write",
     "write_geojson": "write",
 }
 
@@ -35,16 +43,21 @@ __all__ = [
     "CELL",
     "PROPOSAL",
     "TISSUE",
+    "ClassMap",
     "ObjectTable",
+    "SlideFrame",
     "TileBoxes",
     "UserError",
     "annotation_groups",
+    "as_geodataframe",
     "clip_to_tiles",
     "concatenate",
     "empty_table",
     "feature_collection",
     "read_annotations",
+    "read_classmap",
     "read_coco",
+    "table_features",
     "write_geojson",
 ]
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import shapely
 
-from annotations.pieces import TilePolygons, rings_in_tiles
+from annotations.pieces import TilePolygons, concatenate_polygons, rings_in_tiles
 from annotations.rings import polygon_parts
 
 HEAVY_VERTICES = 50_000  # vertices times tiles of one object above which it is cut coarsely first
@@ -88,6 +89,27 @@ def clip_to_tiles(
     return replace(boxes, polygons=rings_in_tiles(pieces[rows], shift[rows], low[rows], patch_px / size_l0, patch_px))
 
 
+def concatenate_boxes(pieces: Sequence[TileBoxes], n_objects: Sequence[int], n_tiles: int) -> TileBoxes:
+    """Boxes in the same tiles of objects that follow one another: n_objects[i] of them are behind pieces[i]."""
+    first = np.concatenate([[0], np.cumsum(n_objects)])
+    tile = np.concatenate([np.repeat(np.arange(n_tiles), np.diff(piece.offsets)) for piece in pieces])
+    order = np.argsort(tile, kind="stable")
+    obj = np.concatenate([piece.object.astype(np.int64) + start for piece, start in zip(pieces, first, strict=False)])
+    counts: dict[str, int] = {}
+    for piece in pieces:
+        for name, n in piece.counts.items():
+            counts[name] = counts.get(name, 0) + n
+    polygons = [piece.polygons for piece in pieces if piece.polygons is not None]
+    return TileBoxes(
+        xyxy=np.concatenate([piece.xyxy for piece in pieces])[order],
+        offsets=np.concatenate([[0], np.cumsum(np.bincount(tile, minlength=n_tiles))]).astype(np.int64),
+        object=obj[order].astype(np.int32),
+        visible=np.concatenate([piece.visible for piece in pieces])[order],
+        counts=counts,
+        polygons=concatenate_polygons(polygons, order) if polygons else None,
+    )
+
+
 def _without_cutting(
     geometry: np.ndarray, tiles: np.ndarray, obj: np.ndarray, tile: np.ndarray, pairs: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -140,8 +162,11 @@ def _cut_pairs(geometry: np.ndarray, corner: np.ndarray, size_l0: float) -> tupl
     """
     shift = np.repeat(corner, shapely.get_num_coordinates(geometry), axis=0)
     moved = shapely.set_coordinates(geometry.copy(), shapely.get_coordinates(geometry) - shift)
-    pieces = np.asarray(shapely.clip_by_rect(moved, 0.0, 0.0, size_l0, size_l0), dtype=object)
-    wrong = ~shapely.is_valid(pieces)
+    try:
+        pieces = np.asarray(shapely.clip_by_rect(moved, 0.0, 0.0, size_l0, size_l0), dtype=object)
+        wrong = ~shapely.is_valid(pieces)
+    except shapely.GEOSException:  # of one pair, and who knows which
+        pieces, wrong = moved.copy(), np.ones(len(moved), dtype=bool)
     if wrong.any():
         pieces[wrong] = shapely.intersection(moved[wrong], shapely.box(0.0, 0.0, size_l0, size_l0))
     pieces = polygon_parts(pieces)

@@ -32,9 +32,10 @@ class _Annotation(msgspec.Struct, gc=False):
     category_id: int | str | None = None
     bbox: list[float] | None = None
     segmentation: list[list[float]] | dict[str, Any] | None = None
+    score: float | None = None
 
 
-class _Document(msgspec.Struct):
+class CocoDocument(msgspec.Struct):
     images: list[_Image]
     annotations: list[_Annotation]
     categories: list[_Category] = []
@@ -56,11 +57,33 @@ def read_coco_images(path: Path) -> tuple[dict[str, ObjectTable], dict[str, tupl
     """`file_name` of each image -> its objects, as read_coco gives them, and -> its width and height where they are stated."""
     path = Path(path)
     try:
-        document = msgspec.json.decode(path.read_bytes(), type=_Document)
+        data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}: check the path") from None
+    return coco_tables(decode_coco(data, str(path)), str(path))
+
+
+def decode_coco(data: bytes, source: str) -> CocoDocument:
+    """A COCO json. Raises UserError where it is none."""
+    try:
+        return msgspec.json.decode(data, type=CocoDocument)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not COCO json: {error}: it needs images, annotations and categories") from None
+        raise UserError(f"{source}: not COCO json: {error}: it needs images, annotations and categories") from None
+
+
+def decode_detections(data: bytes, source: str) -> CocoDocument:
+    """A bare list of detections, each with its image_id, as a document whose names are the ids as text."""
+    try:
+        found = msgspec.json.decode(data, type=list[_Annotation])
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise UserError(f"{source}: not a list of COCO detections: {error}: give image_id, category_id and bbox") from None
+    images = dict.fromkeys(item.image_id for item in found)
+    categories = dict.fromkeys(item.category_id for item in found if item.category_id is not None)
+    return CocoDocument([_Image(i, str(i)) for i in images], found, [_Category(i, str(i)) for i in categories])
+
+
+def coco_tables(document: CocoDocument, path: str) -> tuple[dict[str, ObjectTable], dict[str, tuple[int, int]]]:
+    """What read_coco_images returns, of a document; path: what errors call it."""
     position = {image.id: i for i, image in enumerate(document.images)}
     names = [image.file_name for image in document.images]
     if len(position) < len(names) or len(set(names)) < len(names):
@@ -102,7 +125,9 @@ def _plain_tables(
     for i, start, stop in zip(where, [0, *ends], ends, strict=False):
         if good[start:stop].all():
             rows = slice(start, stop)
-            tables[i] = ObjectTable(geometry[rows], ids[rows], label[rows], kind[rows], labels, {"features": stop - start})
+            counts = {"features": stop - start}
+            scores = _scores([item for _, item in flat[rows]])
+            tables[i] = ObjectTable(geometry[rows], ids[rows], label[rows], kind[rows], labels, counts, confidence=scores)
     return tables
 
 
@@ -143,7 +168,17 @@ def _table(group: list[tuple[int, _Annotation]], labels: tuple[str, ...], label_
     ids = np.empty(len(group), dtype=object)
     ids[:] = [str(row if item.id is None else item.id) for row, item in group]
     geometry = np.concatenate([outlines, rectangles])[order]
-    return ObjectTable(geometry, ids[rows], label[rows], np.full(len(rows), CELL, np.uint8), labels, counts)
+    scores = _scores([group[i][1] for i in rows.tolist()])
+    kind = np.full(len(rows), CELL, np.uint8)
+    return ObjectTable(geometry, ids[rows], label[rows], kind, labels, counts, confidence=scores)
+
+
+def _scores(items: list[_Annotation]) -> np.ndarray | None:
+    """float32 (n,), NaN where a detector gave none; None where it gave none at all."""
+    if all(item.score is None for item in items):
+        return None
+    with np.errstate(over="ignore"):
+        return np.array([np.nan if item.score is None else item.score for item in items]).astype(np.float32)
 
 
 def _rectangles(boxes: list[list[float]], counts: dict[str, int]) -> tuple[np.ndarray, np.ndarray]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -90,6 +91,8 @@ class FeatureCollection(msgspec.Struct, tag_field="type", tag="FeatureCollection
 Document = list[Feature] | FeatureCollection | Feature | Geometry
 _decoder: msgspec.json.Decoder[Document] = msgspec.json.Decoder(Document)
 _DEPTH = {"Point": 0, "MultiPoint": 1, "LineString": 1, "MultiLineString": 2, "Polygon": 2, "MultiPolygon": 3}
+COORDINATES = b'"coordinates"'
+GEOMETRY_KEYS = {"coordinates", "features", "geometries", "geometry"}  # to read one of two would lose outlines
 _CLASS = {c.__name__: c for c in (Point, MultiPoint)}
 
 
@@ -101,22 +104,24 @@ def decode_features(data: bytes, source: str, *, tolerant: bool = False) -> list
     Raises UserError where the text is not JSON or not GeoJSON, with the position.
     """
     data = data.removeprefix(b"\xef\xbb\xbf")
-    if not data.strip():
+    if not data[:64].strip() and not data.strip():
         raise UserError(f"{source}: the file is empty: export the annotations again")
-    if tolerant:
-        return _tolerant(_loads(data, source), source)
     try:
-        document = _decoder.decode(data)
-    except msgspec.ValidationError:
-        features = _tolerant(_loads(data, source), source)
-    except msgspec.DecodeError as error:
-        if "truncated" in str(error):
-            raise UserError(f"{source}: the JSON stops early, after byte {len(data)}: export or copy it again") from None
-        features = _tolerant(_loads(data, source), source)
-    except (RecursionError, UnicodeDecodeError) as error:
-        raise UserError(f"{source}: not readable as JSON: {error}: export the annotations again") from None
-    else:
+        if tolerant:
+            return _tolerant(_loads(data, source), source)
+        try:
+            document = _decoder.decode(data)
+        except msgspec.DecodeError as error:
+            if "truncated" in str(error):
+                raise UserError(f"{source}: the JSON stops early, after byte {len(data)}: export or copy it again") from None
+            return _tolerant(_loads(data, source), source)
+        except UnicodeDecodeError:
+            return _tolerant(_loads(data, source), source)
         features = list(_expanded(_top(document)))
+    except RecursionError:
+        raise UserError(f"{source}: JSON nested too deeply: export the annotations as GeoJSON") from None
+    if data.count(COORDINATES) > sum(feature.geometry is not None for feature in features):
+        _refuse_duplicates(data, features, source)
     return features
 
 
@@ -134,6 +139,8 @@ def _expanded(features: list[Feature]) -> Iterator[Feature]:
         if type(feature.geometry) is GeometryCollection:
             for member in feature.geometry.geometries:
                 yield msgspec.structs.replace(feature, geometry=member)
+            if not feature.geometry.geometries:
+                yield msgspec.structs.replace(feature, geometry=None)
         else:
             yield feature
         if feature.properties is not None and feature.properties.children:
@@ -141,16 +148,37 @@ def _expanded(features: list[Feature]) -> Iterator[Feature]:
 
 
 def _loads(data: bytes, source: str) -> Any:
-    """The standard library's reader: takes NaN and Infinity, and knows line and column of an error."""
+    """The standard library's reader: takes NaN, Infinity and UTF-16, and knows line and column of an error."""
     try:
-        return json.loads(data)
+        return json.loads(data, object_pairs_hook=partial(_once, source=source))
     except json.JSONDecodeError as error:
         where = f"line {error.lineno} column {error.colno}"
         raise UserError(f"{source}: not JSON, {where}: {error.msg}: export the annotations as GeoJSON") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{source}: not JSON text, byte {error.start}: export the annotations as GeoJSON") from None
-    except RecursionError:
-        raise UserError(f"{source}: JSON nested too deeply: export the annotations as GeoJSON") from None
+        how = f"{error.encoding} text: {error.reason} at byte {error.start}"
+        raise UserError(f"{source}: not JSON in {how}: save it as UTF-8, or export it again") from None
+    except ValueError as error:  # a number of more than 4300 digits
+        raise UserError(f"{source}: not JSON as a computer can hold it: {error}: export the annotations again") from None
+
+
+def _once(pairs: list[tuple[str, Any]], source: str) -> dict[str, Any]:
+    """An object of JSON; UserError where a key that holds outlines comes twice, as only the last would be read."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        for key in GEOMETRY_KEYS & found.keys():
+            if sum(name == key for name, _ in pairs) > 1:
+                raise UserError(f"{source}: an object has {key!r} twice, and only one can be meant: export it again")
+    return found
+
+
+def _refuse_duplicates(data: bytes, features: list[Feature], source: str) -> None:
+    """The word "coordinates" comes more often than outlines were read: see that none was passed over.
+
+    A nucleus beside its cell is no surprise; anything else is looked into. Raises UserError where a key comes twice.
+    """
+    read = sum(feature.geometry is not None for feature in features)
+    if data.count(COORDINATES) - data.count(b'"nucleusGeometry"') > read:
+        _loads(data, source)
 
 
 def _tolerant(document: Any, source: str) -> list[Feature]:
@@ -163,8 +191,10 @@ def _tolerant(document: Any, source: str) -> list[Feature]:
         elif kind in ("Feature", "GeometryCollection", *_DEPTH) or (kind is None and "geometry" in document):
             document = [document]
         else:
-            keys = ", ".join(map(str, list(document)[:6])) or "none"
-            raise UserError(f"{source}: not GeoJSON (type {kind!r}; keys: {keys:.200}): give a FeatureCollection or features")
+            keys = " ".join(", ".join(map(str, list(document)[:6])).split()) or "none"
+            raise UserError(
+                f"{source}: not GeoJSON (type {str(kind)[:60]!r}; keys: {keys:.200}): give a FeatureCollection or features"
+            )
     if not isinstance(document, list):
         raise UserError(f"{source}: not GeoJSON, the top level is a {type(document).__name__}: give a FeatureCollection")
     return [feature for number, item in enumerate(document) for feature in _tolerant_features(item, number, source)]
@@ -175,12 +205,14 @@ def _tolerant_features(item: Any, number: int, source: str) -> list[Feature]:
     if isinstance(item, dict) and item.get("type") in ("GeometryCollection", *_DEPTH):
         item = {"geometry": item}
     if not isinstance(item, dict) or not ("geometry" in item or item.get("type") == "Feature"):
+        if number:  # damage in a list of features; a list that begins like this is none
+            return [Feature(geometry=None if isinstance(item, dict) else Malformed())]
         raise UserError(f"{source}: not GeoJSON, item {number} of the list is no Feature: give a FeatureCollection or features")
     raw = item.get("properties")
     props: dict[str, Any] = raw if isinstance(raw, dict) else {}
     key = item.get("id")
     feature = Feature(
-        id=key if isinstance(key, str | int) else None,
+        id=_text(key) if isinstance(key, str) else key if isinstance(key, int) else None,
         object_type=_text(item.get("objectType")),
         object_type_snake=_text(item.get("object_type")),
         classification=_classification(item.get("classification")),
@@ -191,26 +223,39 @@ def _tolerant_features(item: Any, number: int, source: str) -> list[Feature]:
             classification=_classification(props.get("classification")),
         ),
     )
-    geometry = item.get("geometry")
-    members: Any = [geometry]
-    if isinstance(geometry, dict) and geometry.get("type") == "GeometryCollection":
-        members = geometry.get("geometries") or [None]
-    found = [msgspec.structs.replace(feature, geometry=_geometry(member)) for member in members]
+    found = [msgspec.structs.replace(feature, geometry=_geometry(member)) for member in _members(item.get("geometry"))]
     children = props.get("childObjects")
     for child in children if isinstance(children, list) else ():
         found += _tolerant_features(child, number, source)
     return found
 
 
+def _members(geometry: Any) -> list[Any]:
+    """A geometry, or those of a collection, of collections in it too; None for an empty one."""
+    found: list[Any] = []
+    stack = [geometry]
+    while stack:
+        value = stack.pop()
+        if not (isinstance(value, dict) and value.get("type") == "GeometryCollection"):
+            found.append(value)
+            continue
+        members = value.get("geometries")
+        stack.extend(reversed(members) if isinstance(members, list) and members else [members or None])
+    return found
+
+
 def _text(value: Any) -> str | None:
-    return None if value is None or isinstance(value, dict | list) else str(value)
+    """Text as it can be stored: half a pair of surrogates, which JSON can hold, cannot."""
+    return None if value is None or isinstance(value, dict | list) else str(value).encode("utf-8", "replace").decode()
 
 
 def _classification(value: Any) -> Classification | str | None:
     if not isinstance(value, dict):
         return _text(value)
     names = value.get("names")
-    return Classification(_text(value.get("name")), list(map(str, names)) if isinstance(names, list) else _text(names))
+    return Classification(
+        _text(value.get("name")), [_text(str(name)) or "" for name in names] if isinstance(names, list) else _text(names)
+    )
 
 
 def _geometry(value: Any) -> Simple | CleanedPolygons | Malformed | None:
@@ -218,7 +263,7 @@ def _geometry(value: Any) -> Simple | CleanedPolygons | Malformed | None:
     if value is None:
         return None
     kind = value.get("type") if isinstance(value, dict) else None
-    if kind in _DEPTH:
+    if isinstance(kind, str) and kind in _DEPTH:
         if kind in ("LineString", "MultiLineString"):
             return LineString()
         try:
@@ -226,7 +271,7 @@ def _geometry(value: Any) -> Simple | CleanedPolygons | Malformed | None:
             if kind in ("Polygon", "MultiPolygon"):
                 return CleanedPolygons(positions if kind == "MultiPolygon" else [positions])
             return _CLASS[kind](positions)
-        except (TypeError, ValueError, IndexError):
+        except (TypeError, ValueError, IndexError, OverflowError):
             pass
     return Malformed()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,6 +55,23 @@ def rings_in_tiles(
         vertices.append(length.astype(np.int64) - 1)
         rings.append(np.bincount(row_of_ring, minlength=len(rows)))
     return TilePolygons(np.concatenate(xy), _offsets(vertices), _offsets(rings))
+
+
+def concatenate_polygons(pieces: Sequence[TilePolygons], order: np.ndarray) -> TilePolygons:
+    """The outlines of several pieces as one, with box order[i] of all of them at i."""
+    rings = np.concatenate([np.diff(piece.offsets) for piece in pieces])  # of each box
+    vertices = np.concatenate([np.diff(piece.ring_offsets) for piece in pieces])  # of each ring
+    ring = _runs(np.cumsum(rings) - rings, rings, order)
+    vertex = _runs(np.cumsum(vertices) - vertices, vertices, ring)
+    xy = np.concatenate([piece.xy for piece in pieces])[vertex]
+    return TilePolygons(xy, _offsets([vertices[ring]]), _offsets([rings[order]]))
+
+
+def _runs(start: np.ndarray, length: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Rows start[i]:start[i] + length[i] for every i of order, one run behind the other."""
+    start, length = start[order], length[order]
+    before = np.cumsum(length) - length
+    return np.arange(int(length.sum())) + np.repeat(start - before, length)
 
 
 def _offsets(counts: list[np.ndarray]) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import chain
+from itertools import chain, pairwise
 
 import msgspec
 import numpy as np
@@ -45,15 +45,11 @@ def rings_from_lists(polygons: Sequence[list[Ring]]) -> Rings:
 
 def _batches(raws: Sequence[msgspec.Raw]) -> Iterator[bytes]:
     """Lists of polygons, as JSON, of about BATCH_BYTES each."""
-    start = total = 0
-    for stop, raw in enumerate(raws):
-        size = len(memoryview(raw))
-        if total and total + size > BATCH_BYTES:
+    size = np.array([memoryview(raw).nbytes for raw in raws], dtype=np.int64)
+    cuts = (np.flatnonzero(np.diff(np.cumsum(size) // BATCH_BYTES)) + 1).tolist()
+    for start, stop in pairwise([0, *cuts, len(raws)]):
+        if stop > start:
             yield b"[" + b",".join(raws[start:stop]) + b"]"
-            start, total = stop, 0
-        total += size
-    if start < len(raws):
-        yield b"[" + b",".join(raws[start:]) + b"]"
 
 
 def _regular(text: bytes) -> Rings | None:

@@ -1,21 +1,23 @@
-"""Annotation files -> ObjectTable: containers, kinds, classes, repair."""
+"""Annotation files -> ObjectTable: which reader it is for, and GeoJSON itself: kinds, classes, repair."""
 
 from __future__ import annotations
 
 import gc
-import gzip
-import io
-import zipfile
-import zlib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 import numpy as np
 
+from annotations.build import add, mended, numbered_ids, remarks_of, squares
+from annotations.content import content, dialect
+from annotations.dialects import read_dialect
 from annotations.errors import UserError
+from annotations.frame import SlideFrame
 from annotations.geojson import (
     Classification,
     CleanedPolygons,
@@ -29,9 +31,10 @@ from annotations.geojson import (
     Polygon,
     decode_features,
 )
+from annotations.measurements import nuclei_as_geometry, with_measurements
 from annotations.positions import IrregularPositionError, rings_from_json, rings_from_lists
-from annotations.rings import polygons_from_rings, repaired
-from annotations.table import CELL, TISSUE, UNCLASSIFIED, ObjectTable, empty_table
+from annotations.rings import polygons_from_rings
+from annotations.table import CELL, MAX_LABELS, TISSUE, UNCLASSIFIED, ObjectTable, empty_table
 
 Kind = Literal["auto", "tissue", "cell"]
 
@@ -46,29 +49,54 @@ _TYPE_OF_OLD_ID = {
     "TMACoreObject": "tmacore",
     "PathRootObject": "root",
 }
-_MAX_LABELS = np.iinfo(np.int16).max
 
 
-def read_annotations(path: Path, *, kind: Kind = "auto", point_size_l0: float | None = None) -> ObjectTable:
-    """Every polygon of a GeoJSON file (plain, .gz, or a .zip of one), in file order, level-0 pixels as written.
+def read_annotations(
+    path: Path,
+    *,
+    kind: Kind = "auto",
+    point_size_l0: float | None = None,
+    scale: float | None = None,
+    frame: SlideFrame | None = None,
+    measurements: bool = False,
+    nuclei: bool = False,
+) -> ObjectTable:
+    """Every object of an annotation file, in file order, level-0 pixels.
 
-    kind: "auto" takes detections and cells as CELL, all else as TISSUE; "tissue" and "cell" decide for all. A
-        MultiPolygon that is a cell becomes one row per polygon. TMA cores, tiles and the root are ignored and counted.
+    What the file is, its content decides: GeoJSON of any dialect (plain, .gz, or a .zip of one), HoVer-Net's and CellViT's
+    json, COCO json, GeoParquet, XML of ASAP, ImageScope and NDP.view, label images (PNG, TIFF).
+    kind: "auto" takes detections, cells and what cell detectors write as CELL, all else as TISSUE; "tissue" and "cell"
+        decide for all. A MultiPolygon that is a cell becomes one row per polygon. TMA cores, tiles and the root of QuPath
+        are ignored and counted.
     point_size_l0: side of the square, level-0 pixels, that a Point or MultiPoint position becomes; None skips them.
+    scale: level-0 pixels per unit of the file's coordinates; None goes by what the dialect says, which is 1 for most.
+    frame: the slide, for the dialects that do not count level-0 pixels or hold several slides.
+    measurements: read those of GeoJSON too (GeoParquet's always are). nuclei: take the nucleus of a QuPath cell for it.
     The table's counts: "features" read; "exploded" rows gained from MultiPolygons and MultiPoints; "ignored",
         "points_skipped", "lines_skipped", "empty", "malformed" features left out; "vertices_dropped" positions that
         are not finite; "repaired" invalid outlines; "invalid_dropped" outlines of too few points and "zero_area"
-        ones, left out. Only what occurred is listed.
-    Raises UserError (one line: file, place, way out) where the file is missing, not JSON or not GeoJSON.
+        ones, left out. Only what occurred is listed. Its remarks say the same by class.
+    Raises UserError (one line: file, place, way out) where the file is missing or of no known kind, where the frame lacks
+    what its dialect needs, and for XML with a document type or entities.
     """
     if kind not in ("auto", "tissue", "cell"):
         raise ValueError(f"kind {kind!r}: one of auto, tissue, cell")
-    if point_size_l0 is not None and not (np.isfinite(point_size_l0) and point_size_l0 > 0):
-        raise UserError(f"point size {point_size_l0}: give a side in level-0 pixels above 0")
+    for name, value in (("point size", point_size_l0), ("scale", scale)):
+        if value is not None and not (np.isfinite(value) and value > 0):
+            raise UserError(f"{name} {value}: give a number of level-0 pixels above 0")
     path = Path(path)
-    data = _content(path)
+    data = content(path)
     with _collector_paused():
-        return _parsed(data, kind, point_size_l0, str(path))
+        form = dialect(data, str(path))
+        if form == "geojson":
+            data = nuclei_as_geometry(data) if nuclei else data
+            table = _parsed(
+                data, kind, None if point_size_l0 is None else point_size_l0 / (scale or 1), str(path), measurements
+            )
+            table = table.scaled(scale or 1)
+        else:
+            table = read_dialect(form, data, path, kind, point_size_l0, scale, frame or SlideFrame())
+    return replace(table, source=np.full(len(table), path.name, dtype=object))
 
 
 @contextmanager
@@ -83,44 +111,18 @@ def _collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-def _parsed(data: bytes, kind: Kind, point_size_l0: float | None, source: str) -> ObjectTable:
+def _parsed(data: bytes, kind: Kind, point_size_l0: float | None, source: str, measurements: bool = False) -> ObjectTable:
     """Its own function, so that the decoded positions are gone before the collector runs again."""
-    try:
-        features = decode_features(data, source)
-        return _table(features, kind, point_size_l0, {"features": len(features)}, source)
-    except IrregularPositionError:
-        features = decode_features(data, source, tolerant=True)
-        return _table(features, kind, point_size_l0, {"features": len(features)}, source)
-
-
-def _content(path: Path) -> bytes:
-    """The JSON text of a file, unpacked by what its first bytes say."""
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file: check the path") from None
-    except IsADirectoryError:
-        raise UserError(f"{path}: is a folder: name a file in it") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    try:
-        if data[:2] == b"\x1f\x8b":
-            data = gzip.decompress(data)
-        elif data[:4] in (b"PK\x03\x04", b"PK\x05\x06"):
-            data = _only_member(path, data)
-    except (EOFError, OSError, zlib.error, zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
-        raise UserError(f"{path}: damaged or unsupported archive: {error}: export or copy it again") from None
-    if data.lstrip()[:1] == b"<":
-        raise UserError(f"{path}: XML, not GeoJSON: export the annotations as GeoJSON")
-    return data
-
-
-def _only_member(path: Path, data: bytes) -> bytes:
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        names = [n for n in archive.namelist() if not n.endswith("/") and not n.startswith("__MACOSX/")]
-        if len(names) != 1:
-            raise UserError(f"{path}: the archive holds {len(names)} files: pack one GeoJSON file per archive")
-        return archive.read(names[0])
+    for tolerant in (False, True):
+        features = decode_features(data, source, tolerant=tolerant)
+        rows: list[np.ndarray] = []
+        try:
+            table = _table(features, kind, point_size_l0, {"features": len(features)}, source, rows)
+            break
+        except IrregularPositionError:
+            if tolerant:
+                raise
+    return with_measurements(table, rows[0], data, len(features), source) if measurements else table
 
 
 def _object_type(feature: Feature) -> str | None:
@@ -156,16 +158,24 @@ def _class_name(feature: Feature) -> str | None:
 
 
 def _table(
-    features: list[Feature], kind: Kind, point_size_l0: float | None, counts: dict[str, int], source: str
+    features: list[Feature],
+    kind: Kind,
+    point_size_l0: float | None,
+    counts: dict[str, int],
+    source: str,
+    rows_out: list[np.ndarray] | None = None,
 ) -> ObjectTable:
-    """Sort features by what their geometry is, build polygons in bulk, and bring them back into file order."""
+    """Sort features by what their geometry is, build polygons in bulk, and bring them back into file order.
+
+    rows_out: gets the feature of each row of the table, int64 (n,).
+    """
     kinds, keep = _kinds(features, kind, counts)
     polygons: list = []  # JSON each, or rings each
     group: list[int] = []  # one number per row to be; the polygons of a MultiPolygon share it
     group_feature: list[int] = []
     points: list[tuple[float, float]] = []
     point_feature: list[int] = []
-    skipped = {"points_skipped": 0, "lines_skipped": 0, "malformed": 0, "empty": 0}
+    lost: list[tuple[int, str]] = []
     for row in keep:
         geometry = features[row].geometry
         if isinstance(geometry, Polygon):
@@ -178,35 +188,41 @@ def _table(
             group.extend(range(first, first + parts) if kinds[row] == CELL else [first] * parts)
             group_feature.extend([row] * rows)
             polygons.extend(geometry.coordinates)
-            skipped["empty"] += not parts
+            if not parts:
+                lost.append((row, "empty"))
         elif isinstance(geometry, Point | MultiPoint):
             found = [geometry.coordinates] if isinstance(geometry, Point) else geometry.coordinates
-            if point_size_l0 is None:
-                skipped["points_skipped"] += 1
+            if not found:
+                lost.append((row, "empty"))
+            elif point_size_l0 is None:
+                lost.append((row, "points_skipped"))
             else:
                 points.extend(found)
                 point_feature.extend([row] * len(found))
         elif isinstance(geometry, LineString | MultiLineString):
-            skipped["lines_skipped"] += 1
-        elif isinstance(geometry, Malformed):
-            skipped["malformed"] += 1
+            lost.append((row, "lines_skipped"))
         else:
-            skipped["empty"] += 1
-    counts.update({name: n for name, n in skipped.items() if n})
+            lost.append((row, "malformed" if isinstance(geometry, Malformed) else "empty"))
+    for name, n in sorted(Counter(reason for _, reason in lost).items()):
+        add(counts, name, n)
     is_text = bool(polygons) and isinstance(polygons[0], msgspec.Raw)
     rings = rings_from_json(polygons) if is_text else rings_from_lists(polygons)
     outlines, of_group = polygons_from_rings(*rings, np.array(group, dtype=np.int64), counts)
-    outlines, kept = repaired(outlines, counts)
-    squares, of_point = _squares(points, point_size_l0, counts)
-    feature = np.concatenate(
-        [
-            np.array(group_feature, dtype=np.int64)[of_group[kept]],
-            np.array(point_feature, dtype=np.int64)[of_point],
-        ]
-    )
-    geometry_all = np.concatenate([outlines, squares])
+    outlines, kept, was_bad, reasons = mended(outlines, counts)
+    feature_of = np.array(group_feature, dtype=np.int64)
+    if len(of_group) < len(feature_of):
+        gone = np.setdiff1d(np.array(group, dtype=np.int64), of_group)
+        lost += [(row, "invalid_dropped") for row in feature_of[gone].tolist()]
+    lost += [(row, "zero_area") for row in feature_of[np.delete(of_group, kept)].tolist()]
+    boxes, of_point = squares(np.array(points, dtype=np.float64).reshape(-1, 2), point_size_l0, counts)
+    feature = np.concatenate([feature_of[of_group[kept]], np.array(point_feature, dtype=np.int64)[of_point]])
     order = np.argsort(feature, kind="stable")
-    return _labelled(features, feature[order], geometry_all[order], kinds, counts, source)
+    if rows_out is not None:
+        rows_out.append(feature[order])
+    flags = np.concatenate([was_bad, np.zeros(len(boxes), dtype=bool)])[order]
+    table = _labelled(features, feature[order], np.concatenate([outlines, boxes])[order], kinds, counts, source)
+    skipped = Counter((_class_name(features[row]) or "", reason) for row, reason in lost)
+    return replace(table, remarks=remarks_of(table.id, table.label, table.labels, flags, reasons, dict(skipped)))
 
 
 def _kinds(features: list[Feature], kind: Kind, counts: dict[str, int]) -> tuple[np.ndarray, list[int]]:
@@ -223,21 +239,6 @@ def _kinds(features: list[Feature], kind: Kind, counts: dict[str, int]) -> tuple
         kinds = [CELL if point else _KIND_OF_TYPE.get(name or "", TISSUE) for name, point in zip(types, points, strict=True)]
         return np.array(kinds, dtype=np.uint8), keep
     return np.full(len(types), CELL if kind == "cell" else TISSUE, dtype=np.uint8), keep
-
-
-def _squares(points: list, side_l0: float | None, counts: dict[str, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Squares around points, and which point each belongs to."""
-    import shapely
-
-    from annotations.rings import usable
-
-    xy = np.array(points, dtype=np.float64).reshape(-1, 2)
-    good = usable(xy)
-    if dropped := int((~good).sum()):
-        counts["vertices_dropped"] = counts.get("vertices_dropped", 0) + dropped
-    half = (side_l0 or 0.0) / 2
-    x, y = xy[good].T
-    return np.asarray(shapely.box(x - half, y - half, x + half, y + half), dtype=object), np.flatnonzero(good)
 
 
 def _labelled(
@@ -258,14 +259,7 @@ def _labelled(
             label[i] = index.setdefault(name, len(index))
         key = feature.id
         ids[i] = str(i) if key is None or key == "" or key in _TYPE_OF_OLD_ID else str(key)
-    if len(index) > _MAX_LABELS:
-        raise UserError(f"{source}: {len(index)} class names, {_MAX_LABELS} at most: put names of single objects in `name`")
-    row_ids = ids[rows]
-    first = np.concatenate([[True], rows[1:] != rows[:-1]])
-    rank = np.arange(len(rows)) - np.maximum.accumulate(np.where(first, np.arange(len(rows)), 0))
-    extra = np.flatnonzero(~first)
-    if len(extra):
-        counts["exploded"] = len(extra)
-        for i in np.flatnonzero(~first | np.append(~first[1:], False)).tolist():
-            row_ids[i] = f"{row_ids[i]}/{rank[i]}"
+    if len(index) > MAX_LABELS:
+        raise UserError(f"{source}: {len(index)} class names, {MAX_LABELS} at most: put names of single objects in `name`")
+    row_ids = numbered_ids(ids[rows].tolist(), rows, counts)
     return ObjectTable(geometry, row_ids, label[rows].astype(np.int16), kinds[rows], tuple(index), counts)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import shapely
 
 from annotations.errors import UserError
+from annotations.remarks import Remarks, join_remarks
 
 TISSUE, CELL, PROPOSAL = 0, 1, 2
 UNCLASSIFIED = -1
@@ -23,6 +25,9 @@ class ObjectTable:
     geometry: object (n,), valid shapely Polygon or MultiPolygon of positive area. id: object (n,) of str.
     label: int16 (n,), index into `labels`, -1 unclassified. kind: uint8 (n,), TISSUE, CELL or PROPOSAL.
     labels: class names, sorted. counts: what reading did, for example features, repaired, points_skipped.
+    source: object (n,) of str, the file each comes from. confidence: float32 (n,), what a detector says, NaN where it
+        does not. measurements: name -> float64 (n,), NaN where an object has none; read on demand. Each is None where
+        nothing is known. remarks: what reading did, by class.
     """
 
     geometry: np.ndarray
@@ -31,6 +36,10 @@ class ObjectTable:
     kind: np.ndarray
     labels: tuple[str, ...] = ()
     counts: dict[str, int] = field(default_factory=dict)
+    source: np.ndarray | None = None
+    confidence: np.ndarray | None = None
+    measurements: dict[str, np.ndarray] | None = None
+    remarks: Remarks = field(default_factory=Remarks)
 
     def __len__(self) -> int:
         return len(self.geometry)
@@ -42,11 +51,37 @@ class ObjectTable:
         moved = shapely.transform(self.geometry, lambda xy: np.add(xy, [dx_l0, dy_l0]))
         return replace(self, geometry=np.asarray(moved, dtype=object).reshape(len(self)))
 
+    def scaled(self, factor: float) -> ObjectTable:
+        """The same objects with all coordinates multiplied."""
+        if not len(self) or factor == 1:
+            return self
+        moved = shapely.transform(self.geometry, lambda xy: xy * factor)
+        return replace(self, geometry=np.asarray(moved, dtype=object).reshape(len(self)))
 
-def empty_table(counts: dict[str, int] | None = None, labels: tuple[str, ...] = ()) -> ObjectTable:
+    def taken(self, rows: np.ndarray) -> ObjectTable:
+        """The objects of some rows (indices or bool)."""
+        some: dict[str, Any] = {
+            name: None if (one := getattr(self, name)) is None else one[rows] for name in (*_COLUMNS, *_OPTIONAL)
+        }
+        some["measurements"] = self.measurements and {name: one[rows] for name, one in self.measurements.items()}
+        return replace(self, **some)
+
+    def class_names(self) -> list[str | None]:
+        """The class of each object, None where it has none."""
+        names = (*self.labels, None)
+        return [names[i] for i in self.label.tolist()]
+
+
+_COLUMNS = ("geometry", "id", "label", "kind")
+_OPTIONAL = {"source": "", "confidence": np.float32("nan")}  # and what stands where it is not known
+
+
+def empty_table(
+    counts: dict[str, int] | None = None, labels: tuple[str, ...] = (), remarks: Remarks | None = None
+) -> ObjectTable:
     """A table of no objects."""
-    none = np.zeros(0, dtype=object)
-    return ObjectTable(none, none, np.zeros(0, np.int16), np.zeros(0, np.uint8), labels, dict(counts or {}))
+    none, label, kind = np.zeros(0, dtype=object), np.zeros(0, np.int16), np.zeros(0, np.uint8)
+    return ObjectTable(none, none, label, kind, labels, dict(counts or {}), remarks=remarks or Remarks())
 
 
 def concatenate(tables: Iterable[ObjectTable]) -> ObjectTable:
@@ -72,4 +107,31 @@ def concatenate(tables: Iterable[ObjectTable]) -> ObjectTable:
         kind=np.concatenate([table.kind for table in tables]),
         labels=labels,
         counts=dict(counts),
+        measurements=_joined_measurements(tables),
+        remarks=join_remarks(table.remarks for table in tables),
+        **{name: _joined(tables, name) for name in _OPTIONAL},
     )
+
+
+def _joined(tables: list[ObjectTable], name: str) -> np.ndarray | None:
+    """An optional column of tables put one after the other; None where none of them has it."""
+    columns = [getattr(table, name) for table in tables]
+    known = [column for column in columns if column is not None]
+    if not known:
+        return None
+    filled = [
+        np.full(len(table), _OPTIONAL[name], dtype=known[0].dtype) if column is None else column
+        for table, column in zip(tables, columns, strict=True)
+    ]
+    return np.concatenate(filled)
+
+
+def _joined_measurements(tables: list[ObjectTable]) -> dict[str, np.ndarray] | None:
+    if all(table.measurements is None for table in tables):
+        return None
+    names = dict.fromkeys(name for table in tables for name in table.measurements or {})
+    nothing = {name: [(table.measurements or {}).get(name) for table in tables] for name in names}
+    return {
+        name: np.concatenate([np.full(len(t), np.nan) if c is None else c for t, c in zip(tables, columns, strict=True)])
+        for name, columns in nothing.items()
+    }

@@ -9,12 +9,15 @@ import uuid
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
 
 from annotations.errors import UserError
+
+if TYPE_CHECKING:
+    from annotations.table import ObjectTable
 
 DECIMALS = 2  # as QuPath writes
 _NAMESPACE = uuid.UUID("6f9f6c43-0a3c-5f0e-9a53-3c1f2b9a7d10")
@@ -25,17 +28,21 @@ def feature_collection(
     geometries: Sequence[Any] | np.ndarray,
     *,
     labels: Sequence[str | None],
-    object_type: str = "annotation",
+    object_type: str | Sequence[str] = "annotation",
     colors: Mapping[str, tuple[int, int, int]] | None = None,
     ids: Sequence[str] | None = None,
     seed: int = 0,
+    measurements: Sequence[Mapping[str, float]] | None = None,
+    names: Sequence[str | None] | None = None,
 ) -> dict[str, Any]:
     """A FeatureCollection as plain dicts, one feature per geometry, in order.
 
     geometries: n shapely geometries, level-0 pixels; invalid polygons are repaired
-    labels: n class names, None or "" for unclassified; object_type: QuPath's, for all of them
+    labels: n class names, None or "" for unclassified; object_type: QuPath's, for all of them or n of them
     colors: class name -> (r, g, b) of 0..255; a class without one gets a colour that its name decides
     ids: n ids, kept where they are UUIDs, else turned into one that the text decides; without, UUIDs drawn from `seed`
+    measurements: n mappings of name to number, which QuPath shows beside each object; what is not finite is left out
+    names: n names that QuPath shows, None for none
     Raises ValueError where lengths differ or a geometry is empty.
     """
     import shapely
@@ -47,15 +54,33 @@ def feature_collection(
     geometry = _rounded(geometry)
     if (empty := np.flatnonzero(shapely.is_empty(geometry) | shapely.is_missing(geometry))).size:
         raise ValueError(f"geometry {empty[0]} is empty (of {empty.size} such)")
-    names = _random_ids(len(geometry), seed) if ids is None else [_uuid(text) for text in ids]
+    uuids = _random_ids(len(geometry), seed) if ids is None else [_uuid(text) for text in ids]
+    types = [object_type] * len(geometry) if isinstance(object_type, str) else list(object_type)
     paint = {name: list(_color(name, colors)) for name in {label for label in labels if label}}
     features = []
-    for text, name, label in zip(shapely.to_geojson(geometry), names, labels, strict=True):
-        properties: dict[str, Any] = {"objectType": object_type}
+    for i, (text, uid, label, kind) in enumerate(zip(shapely.to_geojson(geometry), uuids, labels, types, strict=True)):
+        properties: dict[str, Any] = {"objectType": kind}
+        if names is not None and names[i]:
+            properties["name"] = names[i]
         if label:
             properties["classification"] = {"name": label, "color": paint[label]}
-        features.append({"type": "Feature", "id": name, "geometry": msgspec.json.decode(text), "properties": properties})
+        if measurements is not None and measurements[i]:
+            properties["measurements"] = {key: float(v) for key, v in measurements[i].items() if np.isfinite(v)}
+        features.append({"type": "Feature", "id": uid, "geometry": msgspec.json.decode(text), "properties": properties})
     return {"type": "FeatureCollection", "features": features}
+
+
+def table_features(table: ObjectTable, **options: Any) -> dict[str, Any]:
+    """A table as a FeatureCollection: cells and proposals as detections, tissue as annotations; options as above."""
+    kinds = ("annotation", "detection", "detection")
+    measured = table.measurements or {}
+    if table.confidence is not None:
+        measured = {"confidence": table.confidence, **measured}
+    rows = [{name: float(values[i]) for name, values in measured.items()} for i in range(len(table))] if measured else None
+    return feature_collection(
+        table.geometry, labels=table.class_names(), object_type=[kinds[kind] for kind in table.kind.tolist()],
+        ids=list(table.id), measurements=rows, **options,
+    )  # fmt: skip
 
 
 def write_geojson(path: Path, fc: Mapping[str, Any]) -> None:

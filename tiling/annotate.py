@@ -6,25 +6,30 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+import numpy as np
+
 from annotations.errors import UserError
-from tiling.cohort import Outcome, run_cohort
+from tiling.annotate_files import MASK_SUFFIXES, SUFFIXES, files_below, frame_of, stamp
+from tiling.annotate_report import RESULT_ATTR, by_label, message, placement
+from tiling.append import PARTS_ATTR, appended, new_files, parts_of, read_groups
+from tiling.claim import changes, claim, same_settings
+from tiling.cohort import Outcome, available_cpus, run_cohort
 from tiling.slidefile import SlideFile, list_slide_files
-from tiling.slidewrite import parameters_hash, replace_groups, source_stamp
+from tiling.slidewrite import parameters_hash, replace_groups
 
 if TYPE_CHECKING:
-    from annotations.clip import TileBoxes
+    from annotations.classmap import ClassMap
+    from annotations.stream import Clipped, Grid
     from annotations.table import ObjectTable
 
-METHOD_VERSION = 1  # raise it when reading or clipping changes, so that old boxes are made anew
-HASH_ATTR, RECORD_ATTR, RESULT_ATTR = "annotation_sha256", "annotation_parameters", "annotation_result"
-SUFFIXES = (".geojson.gz", ".geojson.zip", ".json.gz", ".json.zip", ".geojson", ".json", ".zip")
+METHOD_VERSION = 2  # raise it when reading or clipping changes, so that old boxes are made anew
+HASH_ATTR, RECORD_ATTR = "annotation_sha256", "annotation_parameters"
 LEFT_OUT = ("points_skipped", "lines_skipped", "empty", "malformed", "ignored", "invalid_dropped", "zero_area")
-FEW_INSIDE = 0.1  # a smaller share of objects on tiles is worth a warning
 POINT_SIZE = re.compile(r"^\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*(um|µm|μm|px|)\s*$")
 
 Origin = Literal["auto", "level0", "bounds"]
@@ -36,7 +41,9 @@ Work = tuple[Path, tuple[Path, ...]]
 class AnnotateSettings:
     """point_size: side of the square a point becomes, in point_unit ("um", or "px" of level 0); None skips points.
 
-    polygons: store the clipped outlines too, as /boxes/polygon.
+    polygons: store the clipped outlines too, as /boxes/polygon. classes: what classes are called here; None: as they are.
+    annotation_mpp: micrometres per unit of the annotations' coordinates; None: what their dialect says, level 0 for most.
+    nuclei: take the nucleus of a QuPath cell for it.
     """
 
     origin: Origin = "auto"
@@ -44,12 +51,24 @@ class AnnotateSettings:
     point_size: float | None = None
     point_unit: str = "um"
     polygons: bool = False
+    classes: ClassMap | None = None
+    annotation_mpp: float | None = None
+    nuclei: bool = False
 
     def point_size_l0(self, mpp_level0: float) -> float | None:
         """The side in level-0 pixels."""
         if self.point_size is None or self.point_unit == "px":
             return self.point_size
         return self.point_size / mpp_level0
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the files of a slide are read; only the settings change the result."""
+
+    settings: AnnotateSettings
+    stream: bool = False
+    processes: int = 1
 
 
 def annotate_cohort(
@@ -61,26 +80,40 @@ def annotate_cohort(
     workers: int | None = None,
     scheduler: str | None = None,
     polygons: bool = False,
+    timeout: float | None = None,
+    append: bool = False,
+    stream: bool = False,
+    classes: Path | str | None = None,
+    strict_classes: bool = False,
+    annotation_mpp: float | None = None,
+    nuclei: bool = False,
 ) -> list[Outcome]:
     """Clip annotations to the tiles of every slide file of a folder and store them as /objects and /boxes.
 
-    annotations: GeoJSON files (also .gz, .zip) and folders of them; a file belongs to the slide whose slide_id its name
-    is or begins with, the longest one; several files of one slide are taken together; one file and one slide belong
-    together whatever their names. origin: what coordinates count from, "level0" the slide's corner, "bounds" the corner
-    of its scanned area, "auto" whichever puts more of the objects on tiles. kind: "tissue" or "cell" decides for all
-    objects, "auto" goes by what each says. point_size: side of the square a point becomes, "12um" (as is a bare
+    annotations: files of any dialect that annotations.read_annotations reads, and folders of them; a file belongs to the
+    slide whose slide_id its name is or begins with, the longest one; several files of one slide are taken together; one file
+    and one slide belong together whatever their names. origin: what coordinates count from, "level0" the slide's corner,
+    "bounds" the corner of its scanned area, "auto" whichever puts more of the objects on tiles. kind: "tissue" or "cell"
+    decides for all objects, "auto" goes by what each says. point_size: side of the square a point becomes, "12um" (as is a bare
     number) or "24px" of level 0; None skips points. polygons: store the clipped outlines too (/boxes/polygon), which
-    polygon masks need.
+    polygon masks need. append: add to the boxes a slide has instead of replacing them; files whose objects are there already
+    are left out. stream: bound memory at some cost in time. classes: YAML that says what classes are called here
+    (annotations.read_classmap); strict_classes: one it does not name fails the slide. annotation_mpp: micrometres per unit of
+    the annotations' coordinates, where they are not of level 0. nuclei: take the nucleus of a QuPath cell for it.
 
     Each outcome's info has objects, boxes, repaired, left_out, outside. A slide without annotations is fine and says so;
-    one with the same boxes already is skipped. Raises UserError for settings and paths that cannot be, and where no
-    annotation file belongs to any slide.
+    one with the same boxes already is skipped. timeout: seconds after which a slide is given up. Raises UserError for
+    settings and paths that cannot be, where no annotation file belongs to any slide, and where another run annotates the
+    folder with other settings.
     """
     if origin not in ("auto", "level0", "bounds"):
         raise UserError(f"--origin {origin}: is one of auto, level0, bounds")
     if kind not in ("auto", "tissue", "cell"):
         raise UserError(f"--kind {kind}: is one of auto, tissue, cell")
-    settings = AnnotateSettings(cast("Origin", origin), cast("Kind", kind), *parse_point_size(point_size), polygons)
+    settings = AnnotateSettings(
+        cast("Origin", origin), cast("Kind", kind), *parse_point_size(point_size), polygons,
+        _class_map(classes, strict_classes), _checked_mpp(annotation_mpp), nuclei,
+    )  # fmt: skip
     slides = {path.stem: path.absolute() for path in list_slide_files(folder)}
     files = annotation_files(annotations)
     matched = match_files(list(slides), files)
@@ -90,36 +123,100 @@ def annotate_cohort(
     used = {path for each in matched.values() for path in each}
     unused = [path.name for path in files if path not in used]
     items: list[Work] = [(path, matched[slide_id]) for slide_id, path in slides.items()]
-    work = partial(annotate_slide, settings=settings)
-    outcomes = run_cohort(items, work, title="annotate", workers=workers, scheduler=scheduler, name=_name)
+    processes = 1 if scheduler or stream else max(1, available_cpus() // min(workers or available_cpus(), len(items)))
+    work = partial(annotate_slide, settings=settings, append=append, stream=stream, processes=processes)
+    folder = Path(folder)
+    how: dict[str, Any] = {"workers": workers, "scheduler": scheduler, "timeout": timeout, "folder": folder}
+    with same_settings(folder, "annotate", {**asdict(settings), "append": append}):
+        outcomes = run_cohort(items, work, title="annotate", name=_name, **how)
     for (_, own), outcome in zip(items, outcomes, strict=True):
         if not own and unused:
             outcome.message += f" ({len(unused)} annotation files belong to no slide, for instance {unused[0]})"
     return outcomes
 
 
-def annotate_slide(item: Work, settings: AnnotateSettings) -> dict[str, Any]:
-    """Annotate one slide file; returns objects, boxes, repaired, outside, left_out, origin, `message`, `skipped`."""
+def annotate_slide(
+    item: Work, settings: AnnotateSettings, append: bool = False, stream: bool = False, processes: int = 1
+) -> dict[str, Any]:
+    """Annotate one slide file; returns objects, boxes, repaired, outside, left_out, origin, `message`, `skipped`.
+
+    append, stream: as in annotate_cohort. processes: at most so many read one large file together.
+    """
     path, files = item
     if not files:
         return {"objects": 0, "boxes": 0, "message": "no annotations"}
+    how = Reading(settings, stream, processes)
+    with claim(path):
+        return _appended(path, files, how) if append else _annotated(path, files, how)
+
+
+def _annotated(path: Path, files: Sequence[Path], how: Reading) -> dict[str, Any]:
     with SlideFile(path) as file:
-        record = _record(file, files, settings)
+        record = _record(file, files, how.settings)
         digest = parameters_hash(record)[1]
         attrs = file.group_attrs("objects")
         if file.has_boxes and attrs.get(HASH_ATTR) == digest:
             return _outcome(json.loads(attrs[RESULT_ATTR]), done=True)
-        point_size_l0 = settings.point_size_l0(file.mpp_level0)
-        tables = [_read(each, settings.kind, point_size_l0) for each in files]
-        groups, result = _groups(file, files, tables, settings)
+        groups, result = _groups(file, files, how)
+    _sign(groups, digest, record, result)
+    replace_groups(path, groups)
+    redone = {"redone": changes(json.loads(attrs[RECORD_ATTR]), record)} if RECORD_ATTR in attrs else {}
+    return {**_outcome(result), **redone}
+
+
+def _appended(path: Path, files: Sequence[Path], how: Reading) -> dict[str, Any]:
+    """The same with what is there left in its place; where nothing is, there is nothing to add to."""
+    with SlideFile(path) as file:
+        attrs = file.group_attrs("objects")
+        if not file.has_boxes:
+            return _annotated(path, files, how)
+        how = replace(how, settings=replace(how.settings, polygons=how.settings.polygons or file.has_polygons))
+        parts = parts_of(attrs, RECORD_ATTR)
+        new = new_files(path, files, _record(file, files, how.settings), parts)
+        before = len(file.objects_table()["label"])
+        if not new:
+            nothing = {
+                "objects": before,
+                "boxes": len(file.boxes_table()["object"]),
+                "repaired": 0,
+                "outside": 0,
+                "left_out": 0,
+            }
+            names = ", ".join(each.name for each in files)
+            return {**nothing, "skipped": True, "message": f"nothing added: the objects of {names} are there already"}
+        groups, result = _groups(file, new, how)
+        parts.append(_record(file, new, how.settings))
+    added = appended(path, read_groups(path), groups)
+    record = {**parts[-1], "files": [stamp for part in parts for stamp in part["files"]]}
+    result["there"] = before
+    _sign(added, parameters_hash({"parts": parts})[1], record, result)
+    added["objects"]["attrs"][PARTS_ATTR] = json.dumps(parts, sort_keys=True)
+    replace_groups(path, added)
+    return _outcome(result)
+
+
+def _sign(groups: dict[str, dict[str, Any]], digest: str, record: Mapping[str, Any], result: Mapping[str, Any]) -> None:
+    """Say on the groups what made them, so that it goes when another command replaces them."""
     groups["objects"]["attrs"] |= {
-        HASH_ATTR: digest,  # on the group, so that it goes when another command replaces the group
+        HASH_ATTR: digest,
         RECORD_ATTR: json.dumps(record, sort_keys=True),
         RESULT_ATTR: json.dumps(result, sort_keys=True),
     }
     groups["boxes"].setdefault("attrs", {})[HASH_ATTR] = digest
-    replace_groups(path, groups)
-    return _outcome(result)
+
+
+def _class_map(path: Path | str | None, strict: bool) -> ClassMap | None:
+    from annotations.classmap import read_classmap
+
+    if path is None and strict:
+        raise UserError("--strict-classes: needs --classes, the YAML that names them")
+    return None if path is None else read_classmap(Path(path), strict=strict)
+
+
+def _checked_mpp(mpp: float | None) -> float | None:
+    if mpp is not None and not (math.isfinite(mpp) and mpp > 0):
+        raise UserError(f"--annotation-mpp {mpp:g}: give micrometres a pixel above 0")
+    return mpp
 
 
 def parse_point_size(value: str | float | None) -> tuple[float | None, str]:
@@ -147,10 +244,10 @@ def annotation_files(annotations: Path | str | Sequence[Path | str]) -> list[Pat
             continue
         if not path.is_dir():
             raise UserError(f"{path}: no such file or folder of annotations")
-        below = [each for each in sorted(path.rglob("*")) if each.name.lower().endswith(SUFFIXES) and each.is_file()]
-        below = [each for each in below if not any(part.startswith(".") for part in each.relative_to(path).parts)]
+        below = files_below(path)
         if not below:
-            raise UserError(f"{path}: holds no annotations (looked for {' '.join(SUFFIXES)}, in its folders too)")
+            looked = " ".join((*SUFFIXES, *MASK_SUFFIXES))
+            raise UserError(f"{path}: holds no annotations (looked for {looked}, in its folders too)")
         found |= dict.fromkeys(each.absolute() for each in below)
     if not found:
         raise UserError("no annotations given: name GeoJSON files or their folder")
@@ -176,31 +273,48 @@ def _owner(slide_ids: Mapping[str, object], name: str) -> str | None:
     return None
 
 
-def _read(path: Path, kind: Kind, point_size_l0: float | None) -> ObjectTable:
+def _read(path: Path, **options: Any) -> ObjectTable:
     from annotations.read import read_annotations
 
-    return read_annotations(path, kind=kind, point_size_l0=point_size_l0)
+    return read_annotations(path, **options)
+
+
+def _clipped(file: SlideFile, path: Path, grid: Grid, how: Reading) -> Clipped:
+    """One annotation file, its objects in rows and boxes."""
+    from annotations.stream import clip_file, read_part
+
+    settings = how.settings
+    scale = None if settings.annotation_mpp is None else settings.annotation_mpp / file.mpp_level0
+    options: dict[str, Any] = {"kind": settings.kind, "point_size_l0": settings.point_size_l0(file.mpp_level0)}
+    options |= {"scale": scale, "nuclei": settings.nuclei}
+    text, whole = partial(read_part, **options), partial(_read, frame=frame_of(file, [path]), **options)
+    return clip_file(path, grid, read=whole, read_text=text, processes=how.processes, stream=how.stream)
 
 
 def _record(file: SlideFile, files: Sequence[Path], settings: AnnotateSettings) -> dict[str, Any]:
     """All that changes the result; the hash of it tells whether the boxes are up to date."""
-    stamps = [{"name": path.name, "size": size, "mtime_ns": mtime} for path in files for size, mtime in [source_stamp(path)]]
+    plain = json.loads(json.dumps(asdict(settings)))
     tiles = str(file.attrs["parameters_sha256"])
-    return {"method_version": METHOD_VERSION, **asdict(settings), "tiles": tiles, "files": stamps}
+    return {"method_version": METHOD_VERSION, **plain, "tiles": tiles, "files": [stamp(path) for path in files]}
 
 
-def _groups(
-    file: SlideFile, files: Sequence[Path], tables: Sequence[ObjectTable], settings: AnnotateSettings
-) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+def _groups(file: SlideFile, files: Sequence[Path], how: Reading) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
     """Groups /objects and /boxes, and what became of the objects. Raises UserError where a file's lie off the slide."""
     from annotations.group import annotation_groups
-    from annotations.table import concatenate
+    from annotations.stream import join_clipped
 
-    table, boxes, origin = _placed(file, concatenate(tables), settings)
-    shift = file.bounds_xy if origin == "bounds" else (0, 0)
-    for path, each in zip(files, tables, strict=True):
-        _check_on_slide(file, path, each, shift)
+    grid = _grid(file, how.settings)
+    pieces = [_clipped(file, path, grid, how) for path in files]
+    clipped = join_clipped(pieces, grid)
+    which = _origin(clipped)
+    shift = grid.shifts[which]
+    for path, each in zip(files, pieces, strict=True):
+        _check_on_slide(file, path, each, which, shift)
+    table, boxes, classes = clipped.table, clipped.boxes[which], how.settings.classes
+    unknown = classes.unknown(table.labels) if classes else ()
+    table = classes.applied(table) if classes else table
     counts = table.counts
+    origin = "bounds" if how.settings.origin == "bounds" or which else "level0"
     result = {
         "objects": len(table),
         "boxes": len(boxes.object),
@@ -212,76 +326,53 @@ def _groups(
         "points_skipped": int(counts.get("points_skipped", 0)),
         "shifted": list(file.bounds_xy) if origin == "bounds" else [0, 0],
         "files": [path.name for path in files],
+        "labels": by_label(table, boxes),
+        "repairs": [line.replace("\0", "#") for line in table.remarks.repairs],
+        "notes": list(table.remarks.notes),
+        "unknown_classes": list(unknown),
+        **placement(clipped, grid, which),
     }
     groups = annotation_groups(table, boxes, file.mpp_level0)
+    groups["objects"]["area_um2"] = np.asarray(clipped.area_l0 * file.mpp_level0**2, dtype=np.float32)
     if boxes.polygons is not None:
         groups["boxes"]["polygon"] = boxes.polygons.arrays()
     return groups, result
 
 
-def _placed(file: SlideFile, table: ObjectTable, settings: AnnotateSettings) -> tuple[ObjectTable, TileBoxes, str]:
-    """The objects in level-0 pixels, their boxes, and the origin that was taken."""
-    from annotations.clip import clip_to_tiles
+def _grid(file: SlideFile, settings: AnnotateSettings) -> Grid:
+    """The tiles, and the origins in question: of "auto" both where they differ, the slide's corner first."""
+    from annotations.stream import Grid
 
-    def clipped(each: ObjectTable) -> TileBoxes:
-        return clip_to_tiles(each.geometry, file.coords, file.size_l0, file.patch_size, polygons=settings.polygons)
-
-    origin = settings.origin
-    if origin == "auto" and not any(file.bounds_xy):
-        origin = "level0"
-    if origin == "level0":
-        return table, clipped(table), "level0"
-    moved = table.shifted(*file.bounds_xy)
-    moved_boxes = clipped(moved)
-    if origin == "auto":
-        boxes = clipped(table)
-        if boxes.visible.sum(dtype=float) * (1 + 1e-6) >= moved_boxes.visible.sum(dtype=float):
-            return table, boxes, "level0"
-    return moved, moved_boxes, "bounds"
+    moved = (float(file.bounds_xy[0]), float(file.bounds_xy[1]))
+    shifts = {"level0": ((0.0, 0.0),), "bounds": (moved,), "auto": ((0.0, 0.0), moved) if any(moved) else ((0.0, 0.0),)}
+    return Grid(
+        file.coords, file.size_l0, file.patch_size, file.dimensions_l0, shifts[settings.origin], polygons=settings.polygons
+    )
 
 
-def _check_on_slide(file: SlideFile, path: Path, table: ObjectTable, shift: tuple[int, int]) -> None:
+def _origin(clipped: Clipped) -> int:
+    """Which shift puts more of the objects on tiles; the first where it is as good."""
+    visible = [boxes.visible.sum(dtype=float) for boxes in clipped.boxes]
+    return int(len(visible) > 1 and visible[0] * (1 + 1e-6) < visible[1])
+
+
+def _check_on_slide(file: SlideFile, path: Path, each: Clipped, which: int, shift: tuple[float, float]) -> None:
     """Raises UserError where not one object of the file reaches the slide, with both extents."""
-    import shapely
-
-    if not len(table):
+    if not len(each) or each.on_slide[which]:
         return
     width, height = file.dimensions_l0
-    low_x, low_y, high_x, high_y = shapely.bounds(table.geometry).T
-    low_x, high_x, low_y, high_y = low_x + shift[0], high_x + shift[0], low_y + shift[1], high_y + shift[1]
-    if ((low_x < width) & (high_x > 0) & (low_y < height) & (high_y > 0)).any():
-        return
-    extent = f"x {low_x.min():.0f}..{high_x.max():.0f}, y {low_y.min():.0f}..{high_y.max():.0f}"
+    low_x, low_y, high_x, high_y = (each.extent_l0 + np.tile(shift, 2)).tolist()
+    extent = f"x {low_x:.0f}..{high_x:.0f}, y {low_y:.0f}..{high_y:.0f}"
     slide = f"x 0..{width}, y 0..{height}"
     how = "is it of this slide, in level-0 pixels?"
-    raise UserError(
-        f"{path}: all {len(table)} objects lie off the slide {file.slide_id}: they span {extent}, it {slide}: {how}"
-    )
+    raise UserError(f"{path}: all {len(each)} objects lie off the slide {file.slide_id}: they span {extent}, it {slide}: {how}")
 
 
 def _outcome(result: dict[str, Any], done: bool = False) -> dict[str, Any]:
     """What the cohort shows of one slide."""
     shown = {key: result[key] for key in ("objects", "boxes", "repaired", "outside", "origin")}
     shown["left_out"] = result["skipped"]
-    return {**shown, "skipped": done, "message": _message(result)}
-
-
-def _message(result: dict[str, Any]) -> str:
-    objects, inside = result["objects"], result["objects"] - result["outside"]
-    remarks = []
-    if len(result["files"]) > 1:
-        remarks.append(f"taken together: {', '.join(result['files'])}")
-    if result["origin"] == "bounds":
-        remarks.append(f"origin: the scanned area's corner, moved by {tuple(result['shifted'])}")
-    if result["points_skipped"]:
-        remarks.append(f"{result['points_skipped']} points skipped: give them an extent with --point-size 12um")
-    if not objects:
-        remarks.append("the annotations hold no outline")
-    elif not result["tiles"]:
-        remarks.append("the slide has no tiles")
-    elif inside < FEW_INSIDE * objects:
-        remarks.append(f"warning: annotations sit off the tissue: {inside} of {objects} objects touch a tile")
-    return "; ".join(remarks)
+    return {**shown, "skipped": done, "message": message(result)}
 
 
 def _name(item: Work) -> str:

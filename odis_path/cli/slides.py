@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 Workers = Annotated[int | None, typer.Option(min=1, help="Processes; one per CPU when left out.", show_default=False)]
 Scheduler = Annotated[str | None, typer.Option(metavar="ADDR", help="Dask scheduler, tcp://host:8786 or its scheduler file.")]
+Timeout = Annotated[float | None, typer.Option(help="Seconds after which a slide is given up.", show_default=False)]
 SlideDir = Annotated[Path, typer.Argument(metavar="DIR", help="Folder that tile or import wrote.", show_default=False)]
 
 
@@ -33,11 +34,15 @@ def _end(outcomes: list[Outcome], title: str, out: Path, columns: tuple[str, ...
 def scan(
     slides: Annotated[list[str], typer.Argument(help="Slides, folders (searched recursively) or globs.", show_default=False)],
     out: Annotated[Path, typer.Option(help="The manifest to write.")] = Path("manifest.csv"),
+    mpp: Annotated[float | None, typer.Option(help="The --mpp meant for tile: slides too coarse for it fail.")] = None,
+    assume_mpp: Annotated[float | None, typer.Option(help="Level-0 mpp of slides that have none.")] = None,
+    workers: Workers = None,
+    timeout: Timeout = None,
 ) -> None:
-    """List slides with size, levels, mpp and vendor: the work list of a cohort."""
+    """List slides with size, levels, mpp and vendor, and which will fail and why: the work list of a cohort."""
     from tiling.scan import scan_slides
 
-    _end(scan_slides(slides, out), "scan", out, ("no_mpp",))
+    _end(scan_slides(slides, out, mpp, assume_mpp, workers, timeout), "scan", out, ("no_mpp", "will_fail"))
 
 
 def tile(
@@ -54,8 +59,23 @@ def tile(
     pixels: Annotated[bool, typer.Option(help="Store the tiles, or read them from the slide each time.")] = True,
     assume_mpp: Annotated[float | None, typer.Option(help="Level-0 mpp of slides that have none.")] = None,
     quality: Annotated[int, typer.Option(help="JPEG quality of stored tiles.")] = 90,
+    encoding: Annotated[
+        str, typer.Option(metavar="jpeg|copy", help="copy: the slide's own bytes where its stored tiles are the tiles.")
+    ] = "jpeg",
+    reader: Annotated[
+        str, typer.Option(metavar="auto|direct|openslide|tiffslide|image", help="What reads the slides.")
+    ] = "auto",
+    resample: Annotated[str, typer.Option(metavar="fast|exact", help="exact: area average of level 0 pixels.")] = "fast",
+    exclude: Annotated[
+        str, typer.Option(metavar="DIR", help="GeoJSON or masks, named by slide, of what is not wanted.", show_default=False)
+    ] = "",
+    pen: Annotated[str, typer.Option(metavar="drop|keep", help="Whether what has the colours of pen ink is tissue.")] = "drop",
+    tissue_out: Annotated[
+        str, typer.Option(metavar="DIR", help="Write the tissue as GeoJSON for QuPath.", show_default=False)
+    ] = "",
     workers: Workers = None,
     scheduler: Scheduler = None,
+    timeout: Timeout = None,
 ) -> None:
     """Cut slides into tiles where there is tissue."""
     from annotations.errors import UserError
@@ -65,11 +85,15 @@ def tile(
         raise UserError("give the resolution of the tiles once: --mpp 0.5, or --mag 20 for the same")
     if mag is not None and mag <= 0:
         raise UserError(f"--mag {mag}: is a number above 0, for instance 20")
+    if encoding not in ("jpeg", "copy"):
+        raise UserError(f"--encoding {encoding}: no such encoding; take jpeg or copy")
+    stored = ("copy" if encoding == "copy" else True) if pixels else False
     wanted_mpp = mpp if mpp is not None else 10 / (mag or 1)
     outcomes = tile_cohort(
-        inputs, out, wanted_mpp, size, overlap, min_tissue, tissue, pixels, assume_mpp, workers, scheduler, quality
-    )
-    _end(outcomes, "tile", out, ("tiles", "megapixels"))
+        inputs, out, wanted_mpp, size, overlap, min_tissue, tissue, stored, assume_mpp, workers, scheduler, quality,
+        reader=reader, resample=resample, exclude=exclude, pen=pen, tissue_out=tissue_out, timeout=timeout,
+    )  # fmt: skip
+    _end(outcomes, "tile", out, ("tiles", "bad_tiles", "megapixels"))
 
 
 def import_(
@@ -100,7 +124,7 @@ def import_(
 def annotate(
     folder: SlideDir,
     annotations: Annotated[
-        list[Path], typer.Option(metavar="FILES|DIR", help="QuPath GeoJSON files, or their folder.", show_default=False)
+        list[Path], typer.Option(metavar="FILES|DIR", help="GeoJSON, XML, json, masks, or their folder.", show_default=False)
     ],
     more: Annotated[
         list[Path] | None, typer.Argument(metavar="FILES", help="What a shell glob after --annotations adds.")
@@ -111,22 +135,41 @@ def annotate(
         str | None, typer.Option(metavar="TEXT", help="Give points an extent: 12um, or 24px at level 0.")
     ] = None,
     polygons: Annotated[bool, typer.Option("--polygons", help="Store the clipped outlines too, for polygon masks.")] = False,
+    classes: Annotated[Path | None, typer.Option(metavar="YAML", help="What classes are called: Tumour: [tumor, TUM].")] = None,
+    strict_classes: Annotated[bool, typer.Option("--strict-classes", help="Refuse classes that --classes lacks.")] = False,
+    annotation_mpp: Annotated[
+        float | None, typer.Option(help="Micrometres per pixel of the annotations, where not of level 0.", show_default=False)
+    ] = None,
+    nuclei: Annotated[bool, typer.Option("--nuclei", help="Take the nuclei of QuPath's cells.")] = False,
+    append: Annotated[bool, typer.Option("--append", help="Add to what is annotated already.")] = False,
+    stream: Annotated[bool, typer.Option("--stream", help="Little memory, for files of a million cells.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="List the outlines that were repaired.")] = False,
     workers: Workers = None,
     scheduler: Scheduler = None,
+    timeout: Timeout = None,
 ) -> None:
     """Clip annotations to the tiles and store them as boxes."""
     from tiling.annotate import annotate_cohort
+    from tiling.annotate_report import print_labels
 
     outcomes = annotate_cohort(
         folder,
         [*annotations, *(more or [])],
+        classes=classes,
+        strict_classes=strict_classes,
+        annotation_mpp=annotation_mpp,
+        nuclei=nuclei,
+        append=append,
+        stream=stream,
         origin=origin,
         kind=kind,
         point_size=point_size,
         workers=workers,
         scheduler=scheduler,
         polygons=polygons,
+        timeout=timeout,
     )
+    print_labels(folder, outcomes, verbose=verbose)
     _end(outcomes, "annotate", folder, ("objects", "boxes", "repaired", "left_out", "outside"))
 
 
@@ -135,9 +178,16 @@ def propose(
     workers: Workers = None,
     scheduler: Scheduler = None,
     replace: Annotated[bool, typer.Option("--replace", help="Overwrite boxes that come from annotations.")] = False,
+    from_cells: Annotated[
+        bool, typer.Option("--from-cells", help="Gather annotated cells into clusters, regions into parts.")
+    ] = False,
+    timeout: Timeout = None,
 ) -> None:
     """Propose class-agnostic boxes (nuclei, glands) where there are no annotations."""
     from tiling.propose import propose_cohort
 
-    outcomes = propose_cohort(folder, workers=workers, scheduler=scheduler, replace=replace)
-    _end(outcomes, "propose", folder, ("nuclei", "clusters"))
+    outcomes = propose_cohort(
+        folder, workers=workers, scheduler=scheduler, replace=replace, timeout=timeout, from_cells=from_cells
+    )
+    columns = ("clusters", "parts") if from_cells else ("nuclei", "clusters", "glands", "vessels", "nests")
+    _end(outcomes, "propose", folder, columns)

@@ -1,0 +1,96 @@
+"""Measurements of GeoJSON objects, read on demand: they are most of a file's text, and clipping has no use for them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from annotations.errors import UserError
+from annotations.geojson import _members as members_of
+from annotations.table import ObjectTable
+
+# What detectors call how sure they are: StarDist and InstanSeg in QuPath, TIAToolbox, CellViT, others.
+CONFIDENCE = ("detection probability", "probability", "confidence", "score", "prob", "type_prob")
+
+
+def with_measurements(table: ObjectTable, rows: np.ndarray, data: bytes, features: int, source: str) -> ObjectTable:
+    """The table with measurements, and with a confidence where one of them is one.
+
+    rows: (n,) the feature of each object, counted as annotations.geojson.decode_features expands the document; features:
+    how many it found. Raises UserError where the two ways of counting differ.
+    """
+    found = _per_feature(_document(data))
+    if len(found) != features:
+        raise UserError(f"{source}: damaged, so that measurements cannot be told apart: read it without them")
+    mine = [found[row] for row in rows.tolist()]
+    names = dict.fromkeys(name for one in mine for name in one)
+    columns = {name: np.array([one.get(name, np.nan) for one in mine], dtype=np.float64) for name in names}
+    sure = next((name for known in CONFIDENCE for name in columns if name.lower() == known), None)
+    confidence = table.confidence if sure is None else columns[sure].astype(np.float32)
+    return replace(table, measurements=columns, confidence=confidence)
+
+
+def nuclei_as_geometry(data: bytes) -> bytes:
+    """A GeoJSON document in which every cell that has a nucleusGeometry has it for its geometry; what cannot be read stays."""
+    try:
+        document = _document(data)
+    except (ValueError, RecursionError):
+        return data
+    for item in _features(document):
+        if isinstance(item.get("nucleusGeometry"), dict):
+            item["geometry"] = item["nucleusGeometry"]
+    return json.dumps(document).encode()
+
+
+def _document(data: bytes) -> Any:
+    data = data.removeprefix(b"\xef\xbb\xbf")
+    try:
+        return msgspec.json.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return json.loads(data.decode(errors="replace"))
+
+
+def _features(document: Any) -> list[dict[str, Any]]:
+    """The features of a document and their children, in file order."""
+    if isinstance(document, dict) and isinstance(document.get("features"), list):
+        document = document["features"]
+    found: list[dict[str, Any]] = []
+    for item in document if isinstance(document, list) else [document]:
+        found.append(item if isinstance(item, dict) else {})  # what is no feature counts as one without geometry
+        properties = found[-1].get("properties")
+        children = properties.get("childObjects") if isinstance(properties, dict) else None
+        if isinstance(children, list):
+            found += _features(children)
+    return found
+
+
+def _per_feature(document: Any) -> list[dict[str, float]]:
+    """Measurements of each feature, those of a geometry collection once a member."""
+    found = []
+    for item in _features(document):
+        members = members_of(item.get("geometry", item))
+        found += [_numbers(item.get("properties"))] * len(members)
+    return found
+
+
+def _numbers(properties: Any) -> dict[str, float]:
+    """Name -> number: QuPath's mapping or its older list of name and value, and plain numbers of other programs."""
+    if not isinstance(properties, dict):
+        return {}
+    stated = properties.get("measurements")
+    pairs: list[tuple[Any, Any]] = [(name, value) for name, value in properties.items() if name.lower() in CONFIDENCE]
+    if isinstance(stated, dict):
+        pairs += stated.items()
+    elif isinstance(stated, list):
+        pairs += [(one.get("name"), one.get("value")) for one in stated if isinstance(one, dict)]
+    found = {}
+    for name, value in pairs:
+        try:
+            found[str(name)] = float(value)  # takes "NaN" and "Infinity"
+        except (TypeError, ValueError):
+            continue
+    return found

@@ -1,0 +1,42 @@
+"""XML bytes -> elements, with document types and entities refused: they can name other files and grow without bound."""
+
+from __future__ import annotations
+
+from xml.etree import ElementTree
+from xml.parsers import expat
+
+from annotations.errors import UserError
+
+
+def parse_xml(data: bytes, source: str) -> ElementTree.Element:
+    """The root element. Raises UserError for what is no XML, and for a DOCTYPE or an ENTITY (nothing is expanded)."""
+    builder = ElementTree.TreeBuilder()
+    parser = expat.ParserCreate()
+    parser.buffer_text = True
+
+    def refuse(*_: object) -> None:
+        raise UserError(f"{source}: holds a DOCTYPE or an ENTITY, which annotations have no use for: take it out")
+
+    parser.StartDoctypeDeclHandler = refuse
+    parser.EntityDeclHandler = refuse
+    parser.StartElementHandler = builder.start
+    parser.EndElementHandler = builder.end
+    parser.CharacterDataHandler = builder.data
+    try:
+        parser.Parse(data, True)
+        return builder.close()
+    except (expat.ExpatError, ValueError, LookupError) as error:
+        raise UserError(f"{source}: not XML ({error}): export the annotations again") from None
+
+
+def number(text: str | None) -> float:
+    """A number as programs of any language write it, a decimal comma included; NaN where there is none."""
+    try:
+        return float((text or "").strip().replace(",", "."))
+    except ValueError:
+        return float("nan")
+
+
+def position(element: ElementTree.Element) -> tuple[float, float]:
+    """Attributes X and Y."""
+    return number(element.get("X")), number(element.get("Y"))

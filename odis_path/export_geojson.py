@@ -1,0 +1,257 @@
+"""Slide files -> GeoJSON that QuPath opens: tissue, tiles, boxes, and the labels that evaluate predicted."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from annotations.errors import UserError
+from tiling.cohort import Outcome, run_cohort
+from tiling.slidefile import SlideFile, list_slide_files
+
+PARTS = ("tissue", "tiles", "boxes", "labels")
+TISSUE_CLASS = "Tissue"
+KIND_TYPES = ("annotation", "detection", "detection")  # QuPath's types of tissue, cells, proposals
+SCORE = "score "  # begins the columns of predictions.csv that hold the scores
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """Rows of predictions.csv for one slide. xy: int64 (n, 2) tile corners, level-0 pixels; object: int64 (n,), -1: tiles;
+    label, truth: n names; scores: n mappings of "score <class>" to number.
+    """
+
+    xy: np.ndarray
+    object: np.ndarray
+    label: list[str]
+    truth: list[str]
+    scores: list[dict[str, float]]
+
+
+def export_geojson(
+    folder: Path | str,
+    out: Path | str,
+    what: Sequence[str] | None = None,
+    predictions: Path | str | None = None,
+    origin: str = "auto",
+    workers: int | None = None,
+) -> list[Outcome]:
+    """Write `<out>/<slide_id>.geojson` for every slide file of a folder (or of the slides behind a folder of features).
+
+    what: some of tissue (regions of the mask), tiles (squares, with their class where tiles have one, and their share of
+    tissue), boxes (rectangles with the class of their object), labels (tiles or boxes as evaluate's predictions.csv classes
+    them, with its scores); None: tissue and labels where predictions are given, else tissue, tiles and boxes. predictions:
+    that CSV. origin: "bounds" counts from the corner of the scanned area, as QuPath shows slides that have one, "level0"
+    from the slide's, "auto" is "bounds" where there are any.
+    Each outcome's info has the number of features of each part. Raises UserError for options and files that cannot be.
+    """
+    if origin not in ("auto", "level0", "bounds"):
+        raise UserError(f"--origin {origin}: is one of auto, level0, bounds")
+    parts = tuple(what) if what is not None else ("tissue", "labels") if predictions else ("tissue", "tiles", "boxes")
+    if not parts or (wrong := [part for part in parts if part not in PARTS]):
+        raise UserError(f"--what {','.join(wrong if parts else ())}: take some of {', '.join(PARTS)}")
+    if ("labels" in parts) != (predictions is not None):
+        raise UserError("--what labels and --predictions go together: give the predictions.csv that evaluate wrote")
+    found = read_predictions(Path(predictions)) if predictions is not None else {}
+    paths = slide_files(Path(folder))
+    if found and not found.keys() & {path.stem for path in paths}:
+        raise UserError(f"{predictions}: no slide of {folder} (first: {next(iter(found))}): give the folder evaluated")
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    items = [(path, found.get(path.stem)) for path in paths]
+    work = partial(export_slide, out=out, parts=parts, origin=origin)
+    return run_cohort(items, work, title="export", workers=workers, name=_name)
+
+
+def export_slide(item: tuple[Path, Predicted | None], out: Path, parts: Sequence[str], origin: str) -> dict[str, Any]:
+    """Write the GeoJSON of one slide file; returns the number of features of each part."""
+    from annotations.write import write_geojson
+
+    path, predicted = item
+    counts: dict[str, Any] = {}
+    features: list[dict[str, Any]] = []
+    notes = []
+    with SlideFile(path) as file:
+        shift = np.array(file.bounds_xy, dtype=float) if origin != "level0" else np.zeros(2)
+        for part in parts:
+            made = _PART[part](file, shift) if part != "labels" else predicted_features(file, shift, predicted)
+            counts[part] = len(made)
+            features += made
+            if not made:
+                notes.append(f"no {part}")
+        if shift.any():
+            notes.append(f"counts from the scanned area's corner {file.bounds_xy}, as QuPath does")
+        write_geojson(out / f"{file.slide_id}.geojson", {"type": "FeatureCollection", "features": features})
+    return {**counts, "message": "; ".join(notes)}
+
+
+def tissue_features(file: SlideFile, shift: np.ndarray) -> list[dict[str, Any]]:
+    """A region of the tissue mask each, class Tissue."""
+    import shapely
+
+    from annotations.trace import trace
+
+    mask, thumbnail = file.tissue_mask(), file.thumbnail()
+    if mask is None or thumbnail is None or not mask.any():
+        return []
+    regions = shapely.get_parts(trace(mask.astype(np.uint8))[1])
+    scale = thumbnail[1]
+    regions = shapely.transform(regions, lambda xy: xy * scale)
+    # The last column and row of the overview may reach over the edge of the slide.
+    regions = shapely.get_parts(shapely.intersection(regions, shapely.box(0, 0, *file.dimensions_l0)))
+    regions = regions[(shapely.get_type_id(regions) == 3) & (shapely.area(regions) > 0)]
+    return _features(regions, shift, [TISSUE_CLASS] * len(regions), "annotation", file, "tissue")
+
+
+def tile_features(file: SlideFile, shift: np.ndarray) -> list[dict[str, Any]]:
+    """A square a tile, objectType tile, with its class where annotations give it one."""
+    from tiling.slidefile import tile_labels
+
+    number, names = tile_labels(file)
+    labels = [names[i] if i >= 0 else None for i in number.tolist()]
+    shares = [{"tissue fraction": value} for value in file.tissue_fraction.tolist()]
+    return _features(tile_squares(file, np.arange(len(file))), shift, labels, "tile", file, "tile", shares)
+
+
+def box_features(file: SlideFile, shift: np.ndarray) -> list[dict[str, Any]]:
+    """A rectangle a box, with the class of its object; what of an object several tiles hold is a box in each."""
+    table, objects = file.boxes_table(), file.objects_table()
+    row = table["object"]
+    names = [*objects["labels"], None]
+    labels = [names[i] for i in objects["label"][row].tolist()]
+    types = [KIND_TYPES[kind] for kind in objects["kind"][row].tolist()]
+    visible = [{"visible": value} for value in table["visible"].tolist()]
+    return _features(box_rectangles(file, np.arange(len(row))), shift, labels, types, file, "box", visible)
+
+
+_PART = {"tissue": tissue_features, "tiles": tile_features, "boxes": box_features}
+
+
+def predicted_features(file: SlideFile, shift: np.ndarray, predicted: Predicted | None) -> list[dict[str, Any]]:
+    """Tiles or boxes with the class predicted for them, its scores, and the true class as name.
+
+    Raises UserError where a row is of no tile or box of the file.
+    """
+    if predicted is None:
+        return []
+    tile_at = {tuple(xy): i for i, xy in enumerate(file.coords.tolist())}
+    tiles = [tile_at.get(tuple(xy), -1) for xy in predicted.xy.tolist()]
+    if -1 in tiles:
+        x, y = predicted.xy[tiles.index(-1)].tolist()
+        raise UserError(f"{file.path}: has no tile at {x}, {y}, which the predictions name: tiled anew since? embed it again")
+    rows = np.array(tiles, dtype=np.int64)
+    is_tile = predicted.object < 0
+    if is_tile.all():
+        outlines, kind = tile_squares(file, rows), "tile"
+    else:
+        table = file.boxes_table()
+        owner = np.repeat(np.arange(len(file)), np.diff(table["offsets"])).tolist()
+        box_at = {pair: i for i, pair in enumerate(zip(owner, table["object"].tolist(), strict=True))}
+        boxes = [box_at.get(pair, -1) for pair in zip(tiles, predicted.object.tolist(), strict=True)]
+        if -1 in boxes:
+            number = int(predicted.object[boxes.index(-1)])
+            raise UserError(f"{file.path}: has no box of object {number} in that tile: annotated anew since? embed it again")
+        outlines, kind = box_rectangles(file, np.array(boxes, dtype=np.int64)), "detection"
+    names = [f"true: {name}" if name else None for name in predicted.truth]
+    return _features(outlines, shift, predicted.label, kind, file, "predicted", predicted.scores, names)
+
+
+def tile_squares(file: SlideFile, rows: np.ndarray) -> np.ndarray:
+    """The squares of some tiles, level-0 pixels."""
+    import shapely
+
+    low = file.coords[rows].astype(float)
+    return np.asarray(shapely.box(*low.T, *(low + file.size_l0).T), dtype=object).reshape(-1)
+
+
+def box_rectangles(file: SlideFile, rows: np.ndarray) -> np.ndarray:
+    """The rectangles of some rows of /boxes, level-0 pixels."""
+    import shapely
+
+    table = file.boxes_table()
+    tile = np.repeat(np.arange(len(file)), np.diff(table["offsets"]))[rows]
+    xyxy = np.tile(file.coords[tile], 2) + table["xyxy"][rows].astype(float) * (file.size_l0 / file.patch_size)
+    return np.asarray(shapely.box(*xyxy.T), dtype=object).reshape(-1)
+
+
+def _features(
+    outlines: np.ndarray,
+    shift: np.ndarray,
+    labels: Sequence[str | None],
+    types: str | Sequence[str],
+    file: SlideFile,
+    part: str,
+    measurements: Sequence[Mapping[str, float]] | None = None,
+    names: Sequence[str | None] | None = None,
+) -> list[dict[str, Any]]:
+    import shapely
+
+    from annotations.write import feature_collection
+
+    if not len(outlines):
+        return []
+    moved = shapely.transform(outlines, lambda xy: xy - shift) if shift.any() else outlines
+    ids = [f"{file.slide_id}/{part}/{i}" for i in range(len(outlines))]
+    found = feature_collection(moved, labels=labels, object_type=types, ids=ids, measurements=measurements, names=names)
+    return found["features"]
+
+
+def slide_files(folder: Path) -> list[Path]:
+    """The slide files of a folder, or those that the feature files of a folder were made of. Raises UserError."""
+    from odis_path.featurefile import FORMAT
+
+    sources = []
+    for path in sorted(folder.glob("*.h5")) if folder.is_dir() else []:
+        try:
+            with h5py.File(path, "r", locking=False) as file:
+                if file.attrs.get("format") == FORMAT:
+                    sources.append(Path(str(file.attrs["source"])))
+        except (OSError, KeyError):
+            continue
+    if not sources:
+        return list_slide_files(folder)
+    if gone := [path for path in sources if not path.is_file()]:
+        raise UserError(f"{folder}: the slide file {gone[0]} behind its features is gone: give the folder of slide files")
+    return sources
+
+
+def read_predictions(path: Path) -> dict[str, Predicted]:
+    """slide_id -> its rows of a predictions.csv that odis-path evaluate wrote. Raises UserError for any other file."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            needed = {"slide_id", "x", "y", "object", "label", "predicted"}
+            if missing := sorted(needed - set(reader.fieldnames or ())):
+                raise UserError(f"{path}: lacks the columns {', '.join(missing)}: give evaluate's predictions.csv")
+            rows = list(reader)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}: check --predictions") from None
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a CSV: {error}: give evaluate's predictions.csv") from None
+    by_slide: dict[str, list[dict[str, str]]] = {}
+    for row in rows:
+        by_slide.setdefault(row["slide_id"], []).append(row)
+    try:
+        return {slide_id: _predicted(own) for slide_id, own in by_slide.items()}
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: {' '.join(str(error).split())}: give evaluate's predictions.csv") from None
+
+
+def _predicted(rows: Sequence[Mapping[str, str]]) -> Predicted:
+    xy = np.array([(int(row["x"]), int(row["y"])) for row in rows], dtype=np.int64)
+    numbers = np.array([int(row["object"]) for row in rows], dtype=np.int64)
+    if (xy < 0).all() and (numbers < 0).all():
+        raise ValueError("predictions of whole slides have no place on them")
+    scores = [{key: float(value) for key, value in row.items() if key and key.startswith(SCORE) and value} for row in rows]
+    return Predicted(xy, numbers, [row["predicted"] for row in rows], [row["label"] for row in rows], scores)
+
+
+def _name(item: tuple[Path, Predicted | None]) -> str:
+    return item[0].stem

@@ -1,0 +1,153 @@
+"""annotate with files of other programs, class maps, scales and origins, and the table it ends with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from annotations.errors import UserError
+from odis_path.cli import app
+from tiling import SlideFile, SlideMeta, annotate_cohort, write_slide_file
+from tiling.annotate_report import label_rows, results_of
+
+RING = [[0, 0], [20, 0], [20, 20], [0, 20], [0, 0]]
+BOW = [[0, 0], [20, 20], [20, 0], [0, 20], [0, 0]]
+
+
+def slide_file(folder: Path, slide_id: str = "a", *, bounds: tuple[int, int] = (0, 0), offset: int = 0) -> Path:
+    """4 x 2 tiles of 100 pixels at 0.25 mpp, the slide's own, on a slide of 2000 x 1500."""
+    coords = np.array([(offset + x * 100, offset + y * 100) for y in range(2) for x in range(4)])
+    meta = SlideMeta(slide_id, folder / "none.svs", 2000, 1500, 0.25, 0.25, 100, bounds_xy=bounds)
+    write_slide_file(folder / f"{slide_id}.h5", meta=meta, coords=coords)
+    return folder / f"{slide_id}.h5"
+
+
+def shifted(ring: list, dx: float, dy: float = 0) -> list:
+    return [[x + dx, y + dy] for x, y in ring]
+
+
+def feature(ring: list, name: str | None, uid: str = "") -> dict:
+    geometry = {"type": "Polygon", "coordinates": [ring]}
+    return {"type": "Feature", "id": uid or None, "geometry": geometry, "properties": {"classification": name}}
+
+
+def save(path: Path, document: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(document if isinstance(document, str) else json.dumps(document))
+    return path
+
+
+POINT = {"type": "Feature", "geometry": {"type": "Point", "coordinates": [5, 5]}, "properties": {"classification": "TUM"}}
+ITEMS = [
+    feature(RING, "tumor", "one"),
+    feature(shifted(BOW, 30), "TUM", "bow"),
+    feature(shifted(RING, 90), " Stroma"),
+    feature(shifted(RING, 900), "fat"),
+    feature(shifted(RING, 3000), "fat"),
+    feature(RING, None),
+    POINT,
+]
+MAP = "Tumour: [tumor, TUM]\nStroma:\n"
+
+
+def test_classes_are_mapped_and_told(tmp_path: Path) -> None:
+    path = slide_file(tmp_path / "s")
+    source, classes = save(tmp_path / "a.geojson", ITEMS), save(tmp_path / "map.yaml", MAP)
+    (outcome,) = annotate_cohort(tmp_path / "s", source, classes=classes)
+    assert "classes that --classes does not name: fat" in outcome.message
+    assert "1 objects lie outside the slide" in outcome.message
+    with SlideFile(path) as file:
+        table = file.objects_table()
+        assert table["labels"] == ["Tumour", "Stroma", "fat"]
+        assert table["label"].tolist() == [0, 0, 1, 2, 2, -1]
+    results = results_of(tmp_path / "s", [outcome])
+    assert label_rows(results.values()) == [
+        ("Tumour", 2, 2, 1, 1, "1 points without --point-size"),
+        ("fat", 2, 0, 0, 2, "2 on no tile"),
+        ("(unclassified)", 1, 1, 0, 0, ""),
+        ("Stroma", 1, 2, 0, 0, ""),
+    ]
+    assert results["a"]["repairs"] == ["bow: Self-intersection[40 10]"]
+    assert annotate_cohort(tmp_path / "s", source, classes=classes)[0].skipped
+    (outcome,) = annotate_cohort(tmp_path / "s", source, classes=classes, strict_classes=True)
+    assert not outcome.ok
+    assert outcome.message.startswith("fat: not named in ")
+    with pytest.raises(UserError, match="--strict-classes: needs --classes"):
+        annotate_cohort(tmp_path / "s", source, strict_classes=True)
+    with pytest.raises(UserError, match="--annotation-mpp 0"):
+        annotate_cohort(tmp_path / "s", source, annotation_mpp=0)
+
+
+def test_the_command_ends_with_a_table_of_classes(tmp_path: Path) -> None:
+    slide_file(tmp_path / "s")
+    source, classes = save(tmp_path / "a.geojson", ITEMS), save(tmp_path / "map.yaml", MAP)
+    command = ["annotate", str(tmp_path / "s"), "--annotations", str(source), "--classes", str(classes), "--verbose"]
+    for _ in range(2):  # a second run has nothing to do, and says the same
+        result = CliRunner().invoke(app, command, env={"COLUMNS": "160"})
+        assert result.exit_code == 0, result.output
+        line = next(line for line in result.output.splitlines() if "Tumour" in line)
+        assert line.split()[1:10:2] == ["Tumour", "2", "2", "1", "1"]
+        assert "repaired: a: bow: Self-intersection" in result.output
+
+
+def test_hovernet_at_half_the_magnification(tmp_path: Path) -> None:
+    path = slide_file(tmp_path / "s")
+    nuclei = {"mag": 20, "nuc": {"4": {"contour": [[10, 10], [20, 10], [20, 20], [10, 20]], "type": 2, "type_prob": 0.5}}}
+    source = save(tmp_path / "a.json", nuclei)
+    (outcome,) = annotate_cohort(tmp_path / "s", source)
+    assert "HoVer-Net at 20x, the slide taken as 40x: scaled by 2" in outcome.message
+    with SlideFile(path) as file:
+        assert file.boxes(0).tolist() == [[20, 20, 40, 40]]
+        assert file.objects_table()["kind"].tolist() == [1]
+    annotate_cohort(tmp_path / "s", source, annotation_mpp=1.0)
+    with SlideFile(path) as file:
+        assert file.boxes(0).tolist() == [[40, 40, 80, 80]]
+
+
+def test_xml_masks_and_their_folders(tmp_path: Path) -> None:
+    imagecodecs = pytest.importorskip("imagecodecs")
+    path = slide_file(tmp_path / "s")
+    region = "<Regions><Region><Vertices>{}</Vertices></Region></Regions>"
+    xml = f"<Annotations><Annotation Name='x'>{region}</Annotation></Annotations>"
+    save(tmp_path / "x" / "a.xml", xml.format("".join(f'<Vertex X="{x}" Y="{y}"/>' for x, y in RING)))
+    (tmp_path / "x" / "a.png").write_bytes(b"a picture beside it")
+    assert annotate_cohort(tmp_path / "s", tmp_path / "x")[0].info["objects"] == 1
+    mask = np.zeros((150, 200), np.uint8)
+    mask[0:2, 1:3] = 3
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "a.png").write_bytes(imagecodecs.png_encode(mask))
+    sidecar = save(tmp_path / "m" / "a.classes.json", {"3": "gland"})
+    assert annotate_cohort(tmp_path / "s", tmp_path / "m")[0].info["objects"] == 1
+    with SlideFile(path) as file:
+        assert file.boxes(0).tolist() == [[10, 0, 30, 20]]
+        assert file.objects_table()["labels"] == ["gland"]
+    sidecar.write_text('{"3": "vessel, renamed"}')
+    assert not annotate_cohort(tmp_path / "s", tmp_path / "m")[0].skipped
+
+
+def test_ndpa_needs_its_slide(tmp_path: Path) -> None:
+    slide_file(tmp_path / "s")
+    text = "<annotations><ndpviewstate><annotation type='pin'><x>1</x><y>1</y></annotation></ndpviewstate></annotations>"
+    (outcome,) = annotate_cohort(tmp_path / "s", save(tmp_path / "a.ndpi.ndpa", text))
+    assert not outcome.ok
+    assert "bring the NDPI slide back" in outcome.message
+
+
+def test_the_origin_that_was_taken_is_told(tmp_path: Path) -> None:
+    slide_file(tmp_path / "s", bounds=(1000, 1000), offset=1000)
+    (outcome,) = annotate_cohort(tmp_path / "s", save(tmp_path / "a.geojson", [feature(RING, "a")]))
+    said = "origin: the scanned area's corner, moved by (1000, 1000) (0 objects on tiles from the slide's corner, 1 so)"
+    assert said in outcome.message
+    (outcome,) = annotate_cohort(tmp_path / "s", save(tmp_path / "a.geojson", [feature(shifted(RING, 1000, 1000), "a")]))
+    assert "origin: the slide's corner (1 objects on tiles, 0 from the scanned area's corner)" in outcome.message
+
+
+def test_annotations_off_the_tissue_are_told_with_both_extents(tmp_path: Path) -> None:
+    slide_file(tmp_path / "s")
+    (outcome,) = annotate_cohort(tmp_path / "s", save(tmp_path / "a.geojson", [feature(shifted(RING, 700), "a")]))
+    for text in ("off the tissue: 0 of 1", "they span x 700..720, y 0..20", "the tiles x 0..400, y 0..200", "--annotation-mpp"):
+        assert text in outcome.message

@@ -1,0 +1,168 @@
+"""What annotate tells: a line a slide, and a table of classes with what was made of their objects and what was left out."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tiling.cohort import Outcome
+from tiling.slidefile import SlideFile
+
+if TYPE_CHECKING:
+    from annotations.clip import TileBoxes
+    from annotations.stream import Clipped, Grid
+    from annotations.table import ObjectTable
+
+RESULT_ATTR = "annotation_result"
+FEW_INSIDE = 0.1  # a smaller share of objects on tiles is worth a warning
+UNCLASSIFIED = "(unclassified)"
+WORDS = {
+    "points_skipped": "points without --point-size",
+    "lines_skipped": "lines",
+    "empty": "no geometry",
+    "malformed": "not understood",
+    "invalid_dropped": "fewer than 3 corners",
+    "zero_area": "no area",
+    "outside": "on no tile",
+}
+
+
+def by_label(table: ObjectTable, boxes: TileBoxes) -> dict[str, dict[str, Any]]:
+    """Class name ("" for none) -> objects, boxes, repaired, and skipped: reason -> objects left out or on no tile."""
+    names = (*table.labels, "")
+    n = len(names)
+    on_tile = np.zeros(len(table), dtype=bool)
+    on_tile[boxes.object] = True
+    # -1, unclassified, counts as the last name.
+    number = np.where(table.label < 0, n - 1, table.label).astype(np.int64)
+    objects = np.bincount(number, minlength=n).tolist()
+    boxed = np.bincount(number[boxes.object], minlength=n).tolist()
+    outside = np.bincount(number[~on_tile], minlength=n).tolist()
+    found: dict[str, dict[str, Any]] = {}
+    for i, name in enumerate(names):
+        why = {"outside": outside[i]} if outside[i] else {}
+        repaired = int(table.remarks.repaired.get(name, 0))
+        found[name] = {"objects": objects[i], "boxes": boxed[i], "repaired": repaired, "skipped": why}
+    for (name, reason), count in sorted(table.remarks.skipped.items()):
+        row = found.setdefault(name, {"objects": 0, "boxes": 0, "repaired": 0, "skipped": {}})
+        row["skipped"][reason] = row["skipped"].get(reason, 0) + int(count)
+    if not any(found[""][key] for key in ("objects", "boxes", "repaired", "skipped")):
+        del found[""]
+    return found
+
+
+def placement(clipped: Clipped, grid: Grid, which: int) -> dict[str, Any]:
+    """What tells whether the annotations lie where the tissue is: extents, objects off the slide, and on tiles by origin."""
+    n = len(clipped)
+    extent = (clipped.extent_l0 + np.tile(grid.shifts[which], 2)).tolist() if n else []
+    low = grid.coords_l0.min(axis=0) if len(grid.coords_l0) else np.zeros(2)
+    high = grid.coords_l0.max(axis=0) + grid.size_l0 if len(grid.coords_l0) else np.zeros(2)
+    return {
+        "extent_l0": [round(value, 1) for value in extent],
+        "tiles_extent_l0": [round(float(value), 1) for value in (*low, *high)],
+        "off_slide": n - int(clipped.on_slide[which]),
+        "on_tiles": [n - int(boxes.counts.get("outside", 0)) for boxes in clipped.boxes],
+    }
+
+
+def message(result: Mapping[str, Any]) -> str:
+    """One line on a slide: what was taken together, where coordinates count from, what looks wrong."""
+    objects, inside = result["objects"], result["objects"] - result["outside"]
+    remarks = []
+    if result.get("there"):
+        remarks.append(f"added to {result['there']} objects that were there")
+    if len(result["files"]) > 1:
+        remarks.append(f"taken together: {', '.join(result['files'])}")
+    remarks += result.get("notes", ())
+    remarks += _origin(result)
+    if result["points_skipped"]:
+        remarks.append(f"{result['points_skipped']} points skipped: give them an extent with --point-size 12um")
+    if unknown := result.get("unknown_classes"):
+        remarks.append(f"classes that --classes does not name: {', '.join(unknown)}")
+    if result.get("off_slide"):
+        remarks.append(f"{result['off_slide']} objects lie outside the slide")
+    if not objects:
+        remarks.append("the annotations hold no outline")
+    elif not result["tiles"]:
+        remarks.append("the slide has no tiles")
+    elif inside < FEW_INSIDE * objects:
+        remarks.append(f"warning: annotations sit off the tissue: {inside} of {objects} objects touch a tile{_extents(result)}")
+    return "; ".join(remarks)
+
+
+def _origin(result: Mapping[str, Any]) -> list[str]:
+    on_tiles = result.get("on_tiles", [])
+    found = f" ({on_tiles[0]} objects on tiles from the slide's corner, {on_tiles[1]} so)" if len(on_tiles) == 2 else ""
+    if result["origin"] == "bounds":
+        return [f"origin: the scanned area's corner, moved by {tuple(result['shifted'])}{found}"]
+    if len(on_tiles) == 2:
+        both = f"{on_tiles[0]} objects on tiles, {on_tiles[1]} from the scanned area's corner"
+        return [f"origin: the slide's corner ({both})"]
+    return []
+
+
+def _extents(result: Mapping[str, Any]) -> str:
+    """Where the objects lie and where the tiles: another scale or swapped axes are seen from it."""
+    mine, tiles = result.get("extent_l0"), result.get("tiles_extent_l0")
+    if not mine or not tiles:
+        return ""
+    where = [f"x {a:.0f}..{c:.0f}, y {b:.0f}..{d:.0f}" for a, b, c, d in (mine, tiles)]
+    return f" (they span {where[0]}, the tiles {where[1]}: another slide, another scale (--annotation-mpp), --origin?)"
+
+
+def results_of(folder: Path, outcomes: Iterable[Outcome]) -> dict[str, dict[str, Any]]:
+    """slide_id -> what annotate did there, this time or before, as the slide files say; of slides that went well."""
+    found = {}
+    for outcome in outcomes:
+        path = folder / f"{outcome.item}.h5"
+        if outcome.ok and path.is_file():
+            with SlideFile(path) as file:
+                text = file.group_attrs("objects").get(RESULT_ATTR)
+            if text is not None:
+                found[outcome.item] = json.loads(text)
+    return found
+
+
+def label_rows(results: Iterable[Mapping[str, Any]]) -> list[tuple[str, int, int, int, int, str]]:
+    """Class, objects, boxes, repaired, skipped, why, most objects first, over all slides."""
+    total: dict[str, Counter[str]] = {}
+    reasons: dict[str, Counter[str]] = {}
+    for result in results:
+        for name, row in result.get("labels", {}).items():
+            total.setdefault(name, Counter()).update({key: row[key] for key in ("objects", "boxes", "repaired")})
+            reasons.setdefault(name, Counter()).update(row["skipped"])
+    rows = []
+    for name, sums in total.items():
+        why = ", ".join(f"{n} {WORDS.get(reason, reason)}" for reason, n in reasons[name].most_common())
+        skipped = reasons[name].total()
+        rows.append((name or UNCLASSIFIED, sums["objects"], sums["boxes"], sums["repaired"], skipped, why))
+    return sorted(rows, key=lambda row: (-row[1], row[0]))
+
+
+def print_labels(folder: Path, outcomes: Sequence[Outcome], *, verbose: bool = False) -> None:
+    """The table of classes on stdout; verbose: the outlines that were repaired, too (the first 200 of a slide)."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    results = results_of(Path(folder), outcomes)
+    rows = label_rows(results.values())
+    if not rows:
+        return
+    console = Console()
+    table = Table(title="annotated, by class")
+    for name in ("class", "objects", "boxes", "repaired", "skipped", "why"):
+        table.add_column(name, justify="left" if name in ("class", "why") else "right")
+    for label, *numbers, why in rows:
+        table.add_row(Text(label), *(str(number) for number in numbers), Text(str(why)))
+    console.print(table)
+    for slide_id, result in results.items() if verbose else ():
+        for line in result.get("repairs", ()):
+            console.print(f"repaired: {slide_id}: {line}", markup=False, highlight=False, soft_wrap=True)
+        if more := result["repaired"] - len(result.get("repairs", ())):
+            console.print(f"repaired: {slide_id}: and {more} more", markup=False, highlight=False)
