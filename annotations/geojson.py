@@ -150,15 +150,18 @@ def _expanded(features: list[Feature]) -> Iterator[Feature]:
 def _loads(data: bytes, source: str) -> Any:
     """The standard library's reader: takes NaN, Infinity and UTF-16, and knows line and column of an error."""
     try:
-        return json.loads(data, object_pairs_hook=partial(_once, source=source))
+        return json.loads(data, object_pairs_hook=partial(_once, source=source), parse_int=_integer)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno} column {error.colno}"
         raise UserError(f"{source}: not JSON, {where}: {error.msg}: export the annotations as GeoJSON") from None
     except UnicodeDecodeError as error:
         how = f"{error.encoding} text: {error.reason} at byte {error.start}"
         raise UserError(f"{source}: not JSON in {how}: save it as UTF-8, or export it again") from None
-    except ValueError as error:  # a number of more than 4300 digits
-        raise UserError(f"{source}: not JSON as a computer can hold it: {error}: export the annotations again") from None
+
+
+def _integer(text: str) -> int | float:
+    """What no float can hold is infinite, as it is with a decimal point."""
+    return int(text) if len(text) < 300 else float(text)
 
 
 def _once(pairs: list[tuple[str, Any]], source: str) -> dict[str, Any]:
