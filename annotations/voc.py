@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 from xml.etree import ElementTree
-from xml.parsers import expat
 
 import numpy as np
 import shapely
@@ -12,6 +11,7 @@ import shapely
 from annotations.errors import UserError
 from annotations.rings import usable
 from annotations.table import CELL, UNCLASSIFIED, ObjectTable, empty_table
+from annotations.xmltree import parse_xml
 
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
@@ -53,26 +53,12 @@ def read_voc(path: Path) -> tuple[ObjectTable, tuple[int, int] | None]:
 
 
 def _parsed(path: Path) -> ElementTree.Element:
-    """The root element, parsed without document types and entities: they can name other files and grow without bound."""
-    builder = ElementTree.TreeBuilder()
-    parser = expat.ParserCreate()
-    parser.buffer_text = True
-
-    def refuse(*_: object) -> None:
-        raise UserError(f"{path}: holds a DOCTYPE or an ENTITY, which box files have no use for: take it out")
-
-    parser.StartDoctypeDeclHandler = refuse
-    parser.EntityDeclHandler = refuse
-    parser.StartElementHandler = builder.start
-    parser.EndElementHandler = builder.end
-    parser.CharacterDataHandler = builder.data
+    """The root element."""
     try:
-        parser.Parse(path.read_bytes(), True)
-        return builder.close()
+        data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}: check the path") from None
-    except (expat.ExpatError, ValueError, LookupError) as error:
-        raise UserError(f"{path}: not XML ({error}): it needs <object><name/><bndbox> in <annotation>") from None
+    return parse_xml(data, str(path), "it needs <object><name/><bndbox> in <annotation>")
 
 
 def _text(element: ElementTree.Element, tag: str) -> str:

@@ -8,8 +8,11 @@ from xml.parsers import expat
 from annotations.errors import UserError
 
 
-def parse_xml(data: bytes, source: str) -> ElementTree.Element:
-    """The root element. Raises UserError for what is no XML, and for a DOCTYPE or an ENTITY (nothing is expanded)."""
+def parse_xml(data: bytes, source: str, remedy: str = "export the annotations again") -> ElementTree.Element:
+    """The root element. Raises UserError for what is no XML, and for a DOCTYPE or an ENTITY (nothing is expanded).
+
+    remedy: what the user is told to do where it is no XML.
+    """
     builder = ElementTree.TreeBuilder()
     parser = expat.ParserCreate()
     parser.buffer_text = True
@@ -26,7 +29,7 @@ def parse_xml(data: bytes, source: str) -> ElementTree.Element:
         parser.Parse(data, True)
         return builder.close()
     except (expat.ExpatError, ValueError, LookupError) as error:
-        raise UserError(f"{source}: not XML ({error}): export the annotations again") from None
+        raise UserError(f"{source}: not XML ({error}): {remedy}") from None
 
 
 def number(text: str | None) -> float:
