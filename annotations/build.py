@@ -13,7 +13,7 @@ import shapely
 from annotations.errors import UserError
 from annotations.positions import rings_from_lists
 from annotations.remarks import SHOWN_REPAIRS, Remarks
-from annotations.rings import polygons_from_rings, repaired, usable
+from annotations.rings import polygons_from_rings, repaired, usable, why_lost
 from annotations.table import CELL, MAX_LABELS, UNCLASSIFIED, ObjectTable, empty_table
 
 Rings = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -111,11 +111,13 @@ def table_of_outlines(
     source: str,
 ) -> tuple[ObjectTable, np.ndarray]:
     """The same from polygons (G,) of objects of_row (G,), level-0 pixels, unrepaired; `wanted`: objects that had any."""
-    outlines, kept, was_bad, reasons = mended(outlines, counts)
+    before = outlines
+    outlines, kept, was_bad, reasons = mended(before, counts)
     after = of_row[kept]
     lost = [*objects.lost]
     lost += [(row, "invalid_dropped") for row in np.setdiff1d(wanted, of_row).tolist()]
-    lost += [(row, "zero_area") for row in np.setdiff1d(of_row, after).tolist()]
+    gone = np.flatnonzero(~np.isin(of_row, after))
+    lost += dict(zip(of_row[gone].tolist(), why_lost(before[gone]), strict=True)).items()
     xy, point_owner = points
     if point_size_l0 is None:
         skipped = np.unique(point_owner).tolist()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 
+from annotations.build import mended, remarks_of
 from annotations.errors import UserError
 from annotations.positions import rings_from_lists
-from annotations.rings import polygons_from_rings, repaired, usable
+from annotations.remarks import Remarks
+from annotations.rings import polygons_from_rings, usable
 from annotations.table import CELL, UNCLASSIFIED, ObjectTable, empty_table
 
 
@@ -154,14 +157,18 @@ def _table(group: list[tuple[int, _Annotation]], labels: tuple[str, ...], label_
         else:
             _add(counts, "empty", 1)
     outlines, of_outline = polygons_from_rings(*rings_from_lists(polygons), np.array(polygon_row, dtype=np.int64), counts)
-    outlines, kept = repaired(outlines, counts)
+    outlines, kept, was_bad, reasons = mended(outlines, counts)
     rectangles, of_box = _rectangles(boxes, counts)
     rows = np.concatenate([of_outline[kept], np.array(box_row, dtype=np.int64)[of_box]])
+    label = np.array([label_of.get(item.category_id, UNCLASSIFIED) for _, item in group], dtype=np.int16)
+    reason = dict.fromkeys(range(len(group)), "empty") | dict.fromkeys(polygon_row, "invalid_dropped")
+    reason |= dict.fromkeys([*of_outline.tolist(), *box_row], "zero_area")
+    names = (*labels, "")  # -1, unclassified, is the last
+    skipped = Counter((names[label[i]], reason[i]) for i in sorted(reason.keys() - set(rows.tolist())))
     if not len(rows):
-        return empty_table(counts, labels)
+        return empty_table(counts, labels, Remarks(skipped=dict(skipped)))
     order = np.argsort(rows, kind="stable")
     rows = rows[order]
-    label = np.array([label_of.get(item.category_id, UNCLASSIFIED) for _, item in group], dtype=np.int16)
     _add(
         counts, "unknown_category", sum(item.category_id is not None and item.category_id not in label_of for _, item in group)
     )
@@ -170,7 +177,9 @@ def _table(group: list[tuple[int, _Annotation]], labels: tuple[str, ...], label_
     geometry = np.concatenate([outlines, rectangles])[order]
     scores = _scores([group[i][1] for i in rows.tolist()])
     kind = np.full(len(rows), CELL, np.uint8)
-    return ObjectTable(geometry, ids[rows], label[rows], kind, labels, counts, confidence=scores)
+    flags = np.concatenate([was_bad, np.zeros(len(rectangles), dtype=bool)])[order]
+    remarks = remarks_of(ids[rows], label[rows], labels, flags, reasons, dict(skipped))
+    return ObjectTable(geometry, ids[rows], label[rows], kind, labels, counts, confidence=scores, remarks=remarks)
 
 
 def _scores(items: list[_Annotation]) -> np.ndarray | None:

@@ -25,17 +25,19 @@ _TAIL = re.compile(rb"\}\s*\]")
 
 @dataclass(frozen=True)
 class Part:
-    """Bytes start:stop of a file: features with commas between them, no brackets around."""
+    """Bytes start:stop of a file: features with commas between them, no brackets around; is_list: the file is a bare list."""
 
     path: Path
     start: int
     stop: int
+    is_list: bool = False
 
     def text(self) -> bytes:
-        """The part as a JSON list."""
+        """The part as a document like the whole one: a JSON list or a FeatureCollection."""
+        before, behind = (b"[", b"]") if self.is_list else (b'{"type":"FeatureCollection","features":[', b"]}")
         with self.path.open("rb") as file:
             file.seek(self.start)
-            return b"[" + file.read(self.stop - self.start) + b"]"
+            return b"".join((before, file.read(self.stop - self.start), behind))
 
 
 def cut_file(path: Path, part_bytes: int = PART_BYTES) -> list[Part] | None:
@@ -47,18 +49,20 @@ def cut_file(path: Path, part_bytes: int = PART_BYTES) -> list[Part] | None:
             inside = _inside(data)
             if inside is None:
                 return None
-            start, stop = inside
+            start, stop, is_list = inside
             ends: list[int] = []
             at = start + part_bytes
             while at < stop and (found := _BETWEEN.search(data, at - 1, stop)):
                 ends.append(data.find(b",", found.start(), found.end()))
                 at = ends[-1] + part_bytes
     starts = [start, *(end + 1 for end in ends)]
-    return [Part(path, a, b) for a, b in zip(starts, [*ends, stop], strict=True)]
+    return [Part(path, a, b, is_list) for a, b in zip(starts, [*ends, stop], strict=True)]
 
 
-def _inside(data: mmap.mmap) -> tuple[int, int] | None:
-    """The bytes of the list of features, brackets excluded; None where the rest of the file is not GeoJSON around it."""
+def _inside(data: mmap.mmap) -> tuple[int, int, bool] | None:
+    """The bytes of the list of features, brackets excluded, and whether it is all there is; None where the rest of the file is
+    not GeoJSON around it.
+    """
     head = data[:EDGE_BYTES].removeprefix(b"\xef\xbb\xbf")
     offset = min(len(data), EDGE_BYTES) - len(head)
     found = _LIST.search(head)
@@ -74,7 +78,7 @@ def _inside(data: mmap.mmap) -> tuple[int, int] | None:
             continue
         is_list = rest == []
         if is_list or (isinstance(rest, dict) and rest.get("type", "FeatureCollection") == "FeatureCollection"):
-            return (start, edge + end) if is_list or rest.get("features") == [] else None
+            return (start, edge + end, is_list) if is_list or rest.get("features") == [] else None
     return None
 
 

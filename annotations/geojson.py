@@ -15,9 +15,11 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from annotations.cellset import are_cells
 from annotations.errors import UserError
 
 Ring = list[tuple[float, float]]
+NOTHING = msgspec.Raw()
 
 
 class Point(msgspec.Struct, tag_field="type", tag="Point", gc=False):
@@ -53,9 +55,10 @@ class Malformed(msgspec.Struct, tag_field="type", tag="", gc=False):
 
 
 class CleanedPolygons(msgspec.Struct, tag_field="type", tag=" cleaned", gc=False):
-    """What the tolerant path makes of a Polygon or MultiPolygon: positions are pairs of numbers, NaN among them."""
+    """What the tolerant path makes of a Polygon or (several) a MultiPolygon: positions are pairs of numbers, NaN among them."""
 
     coordinates: list[list[Ring]]
+    several: bool = False
 
 
 Simple = Point | MultiPoint | LineString | MultiLineString | Polygon | MultiPolygon
@@ -72,6 +75,13 @@ class Properties(msgspec.Struct, gc=False):
     object_type_snake: str | None = msgspec.field(default=None, name="object_type")
     type: str | None = None
     classification: Classification | str | None = None
+    # Where programs keep how sure they are; JSON still, as few files are asked for it.
+    measurements: msgspec.Raw = NOTHING
+    probability: msgspec.Raw = NOTHING
+    confidence: msgspec.Raw = NOTHING
+    score: msgspec.Raw = NOTHING
+    prob: msgspec.Raw = NOTHING
+    type_prob: msgspec.Raw = NOTHING
     children: list[Feature] | None = msgspec.field(default=None, name="childObjects")
 
 
@@ -94,6 +104,8 @@ _DEPTH = {"Point": 0, "MultiPoint": 1, "LineString": 1, "MultiLineString": 2, "P
 COORDINATES = b'"coordinates"'
 GEOMETRY_KEYS = {"coordinates", "features", "geometries", "geometry"}  # to read one of two would lose outlines
 _CLASS = {c.__name__: c for c in (Point, MultiPoint)}
+SURE_KEYS = {"measurements", "probability", "confidence", "score", "prob", "type_prob"}
+CELL_SET = "cell set"  # the object type given to a MultiPolygon of all cells of a class, which CellViT calls an annotation
 
 
 def decode_features(data: bytes, source: str, *, tolerant: bool = False) -> list[Feature]:
@@ -118,6 +130,8 @@ def decode_features(data: bytes, source: str, *, tolerant: bool = False) -> list
         except UnicodeDecodeError:
             return _tolerant(_loads(data, source), source)
         features = list(_expanded(_top(document)))
+        if isinstance(document, list):
+            _mark_cell_sets(features)
     except RecursionError:
         raise UserError(f"{source}: JSON nested too deeply: export the annotations as GeoJSON") from None
     if data.count(COORDINATES) > sum(feature.geometry is not None for feature in features):
@@ -145,6 +159,24 @@ def _expanded(features: list[Feature]) -> Iterator[Feature]:
             yield feature
         if feature.properties is not None and feature.properties.children:
             yield from _expanded(feature.properties.children)
+
+
+def _mark_cell_sets(features: list[Feature]) -> None:
+    """CELL_SET as the type of features of a bare list that are CellViT's: classed "annotations", each all cells of its class.
+
+    QuPath's own annotations may be such a MultiPolygon too, but their pieces are larger. Before 0.4 its ids told the type.
+    """
+    for feature in features:
+        geometry, own = feature.geometry, feature.properties
+        if not isinstance(geometry, MultiPolygon | CleanedPolygons) or own is None:
+            continue
+        if not isinstance(own.classification, Classification) or not own.classification.name:
+            continue
+        types = (own.object_type, own.object_type_snake, own.type, feature.object_type, feature.object_type_snake)
+        if any(name and name.lower() != "annotation" for name in types) or str(feature.id).startswith("Path"):
+            continue
+        if not (isinstance(geometry, CleanedPolygons) and not geometry.several) and are_cells(geometry.coordinates):
+            feature.properties = msgspec.structs.replace(own, object_type=CELL_SET)
 
 
 def _loads(data: bytes, source: str) -> Any:
@@ -185,6 +217,7 @@ def _refuse_duplicates(data: bytes, features: list[Feature], source: str) -> Non
 
 
 def _tolerant(document: Any, source: str) -> list[Feature]:
+    is_list = isinstance(document, list)
     if isinstance(document, dict):
         kind = document.get("type")
         if kind == "FeatureCollection" or (kind is None and isinstance(document.get("features"), list)):
@@ -194,13 +227,16 @@ def _tolerant(document: Any, source: str) -> list[Feature]:
         elif kind in ("Feature", "GeometryCollection", *_DEPTH) or (kind is None and "geometry" in document):
             document = [document]
         else:
-            keys = " ".join(", ".join(map(str, list(document)[:6])).split()) or "none"
+            keys = " ".join((_text(", ".join(map(str, list(document)[:6]))) or "").split()) or "none"
             raise UserError(
                 f"{source}: not GeoJSON (type {str(kind)[:60]!r}; keys: {keys:.200}): give a FeatureCollection or features"
             )
     if not isinstance(document, list):
         raise UserError(f"{source}: not GeoJSON, the top level is a {type(document).__name__}: give a FeatureCollection")
-    return [feature for number, item in enumerate(document) for feature in _tolerant_features(item, number, source)]
+    features = [feature for number, item in enumerate(document) for feature in _tolerant_features(item, number, source)]
+    if is_list:
+        _mark_cell_sets(features)
+    return features
 
 
 def _tolerant_features(item: Any, number: int, source: str) -> list[Feature]:
@@ -214,17 +250,20 @@ def _tolerant_features(item: Any, number: int, source: str) -> list[Feature]:
     raw = item.get("properties")
     props: dict[str, Any] = raw if isinstance(raw, dict) else {}
     key = item.get("id")
+    own = Properties(
+        object_type=_text(props.get("objectType")),
+        object_type_snake=_text(props.get("object_type")),
+        type=_text(props.get("type")),
+        classification=_classification(props.get("classification")),
+    )
+    for name in SURE_KEYS & props.keys():
+        setattr(own, name, _raw(props[name]))
     feature = Feature(
         id=_text(key) if isinstance(key, str) else key if isinstance(key, int) else None,
         object_type=_text(item.get("objectType")),
         object_type_snake=_text(item.get("object_type")),
         classification=_classification(item.get("classification")),
-        properties=Properties(
-            object_type=_text(props.get("objectType")),
-            object_type_snake=_text(props.get("object_type")),
-            type=_text(props.get("type")),
-            classification=_classification(props.get("classification")),
-        ),
+        properties=own,
     )
     found = [msgspec.structs.replace(feature, geometry=_geometry(member)) for member in _members(item.get("geometry"))]
     children = props.get("childObjects")
@@ -245,6 +284,14 @@ def _members(geometry: Any) -> list[Any]:
         members = value.get("geometries")
         stack.extend(reversed(members) if isinstance(members, list) and members else [members or None])
     return found
+
+
+def _raw(value: Any) -> msgspec.Raw:
+    """A value as JSON again; null where it cannot be."""
+    try:
+        return msgspec.Raw(msgspec.json.encode(value))
+    except (ValueError, TypeError, OverflowError, RecursionError):
+        return msgspec.Raw(b"null")
 
 
 def _text(value: Any) -> str | None:
@@ -272,7 +319,8 @@ def _geometry(value: Any) -> Simple | CleanedPolygons | Malformed | None:
         try:
             positions = _positions(value.get("coordinates") or [], _DEPTH[kind])
             if kind in ("Polygon", "MultiPolygon"):
-                return CleanedPolygons(positions if kind == "MultiPolygon" else [positions])
+                several = kind == "MultiPolygon"
+                return CleanedPolygons(positions if several else [positions], several)
             return _CLASS[kind](positions)
         except (TypeError, ValueError, IndexError, OverflowError):
             pass

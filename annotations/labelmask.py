@@ -71,7 +71,9 @@ def decoded(data: bytes, source: str) -> np.ndarray:
             image: Any = imagecodecs.png_decode(data)
         else:
             import io
+            import logging
 
+            logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it says of a damaged file, we say in a line
             with tifffile.TiffFile(io.BytesIO(data)) as file:
                 _refuse_size(int(np.prod(file.series[0].shape[-3:], dtype=float)), len(data), source)
                 image = file.series[0].asarray()

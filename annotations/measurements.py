@@ -10,15 +10,36 @@ import msgspec
 import numpy as np
 
 from annotations.errors import UserError
+from annotations.geojson import NOTHING, SURE_KEYS, Properties
 from annotations.geojson import _members as members_of
 from annotations.table import ObjectTable
 
 # What detectors call how sure they are: StarDist and InstanSeg in QuPath, TIAToolbox, CellViT, others.
 CONFIDENCE = ("detection probability", "probability", "confidence", "score", "prob", "type_prob")
+_HINTS = (b"prob", b"confidence", b"score")
+MAX_CONFIDENCE = 1e30  # beyond it, it is damage, and no float32
+
+
+def stated_confidence(properties: Properties) -> float | None:
+    """How sure a detector says it is: the first of CONFIDENCE among measurements and plain properties; None where none is."""
+    p = properties
+    if p.measurements is p.probability is p.confidence is p.score is p.prob is p.type_prob is NOTHING:
+        return None  # as nearly all are, and this is asked of millions
+    stated = {name: raw for name in SURE_KEYS if (raw := getattr(p, name)) is not NOTHING}
+    if "measurements" in stated:
+        text = bytes(stated["measurements"]).lower()
+        if not any(hint in text for hint in _HINTS):
+            del stated["measurements"]
+    try:
+        numbers = _numbers({name: msgspec.json.decode(raw) for name, raw in stated.items()})
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+    found = {name.lower(): value for name, value in numbers.items() if abs(value) < MAX_CONFIDENCE}  # NaN is not
+    return next((found[name] for name in CONFIDENCE if name in found), None)
 
 
 def with_measurements(table: ObjectTable, rows: np.ndarray, data: bytes, features: int, source: str) -> ObjectTable:
-    """The table with measurements, and with a confidence where one of them is one.
+    """The table with measurements.
 
     rows: (n,) the feature of each object, counted as annotations.geojson.decode_features expands the document; features:
     how many it found. Raises UserError where the two ways of counting differ.
@@ -29,9 +50,7 @@ def with_measurements(table: ObjectTable, rows: np.ndarray, data: bytes, feature
     mine = [found[row] for row in rows.tolist()]
     names = dict.fromkeys(name for one in mine for name in one)
     columns = {name: np.array([one.get(name, np.nan) for one in mine], dtype=np.float64) for name in names}
-    sure = next((name for known in CONFIDENCE for name in columns if name.lower() == known), None)
-    confidence = table.confidence if sure is None else columns[sure].astype(np.float32)
-    return replace(table, measurements=columns, confidence=confidence)
+    return replace(table, measurements=columns)
 
 
 def nuclei_as_geometry(data: bytes) -> bytes:

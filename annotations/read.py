@@ -6,7 +6,7 @@ import gc
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +19,7 @@ from annotations.dialects import read_dialect
 from annotations.errors import UserError
 from annotations.frame import SlideFrame
 from annotations.geojson import (
+    CELL_SET,
     Classification,
     CleanedPolygons,
     Feature,
@@ -31,14 +32,15 @@ from annotations.geojson import (
     Polygon,
     decode_features,
 )
-from annotations.measurements import nuclei_as_geometry, with_measurements
+from annotations.measurements import nuclei_as_geometry, stated_confidence, with_measurements
 from annotations.positions import IrregularPositionError, rings_from_json, rings_from_lists
-from annotations.rings import polygons_from_rings
+from annotations.rings import polygons_from_rings, why_lost
 from annotations.table import CELL, MAX_LABELS, TISSUE, UNCLASSIFIED, ObjectTable, empty_table
 
 Kind = Literal["auto", "tissue", "cell"]
 
-_KIND_OF_TYPE = {"annotation": TISSUE, "detection": CELL, "cell": CELL}
+_KIND_OF_TYPE = {"annotation": TISSUE, "detection": CELL, "cell": CELL, CELL_SET: CELL}
+_CELL_SETS = "a list of MultiPolygons of cells, one a class (CellViT), taken for cells: --kind tissue keeps each whole"
 _IGNORED_TYPES = frozenset({"tmacore", "root", "tile"})
 # Before QuPath 0.4 the feature's id was the name of its Java class.
 _TYPE_OF_OLD_ID = {
@@ -157,6 +159,59 @@ def _class_name(feature: Feature) -> str | None:
     return found or None
 
 
+@dataclass
+class _Sorted:
+    """What features hold, by what it is.
+
+    polygons: JSON each, or rings each; group: the row to be of each, shared by the polygons of a MultiPolygon;
+    group_feature: the feature of each row to be. points, point_feature: positions, and the feature of each.
+    lost: (feature, reason) of what is left out. cell_sets: MultiPolygons are among them that CellViT made of cells.
+    """
+
+    polygons: list = field(default_factory=list)
+    group: list[int] = field(default_factory=list)
+    group_feature: list[int] = field(default_factory=list)
+    points: list[tuple[float, float]] = field(default_factory=list)
+    point_feature: list[int] = field(default_factory=list)
+    lost: list[tuple[int, str]] = field(default_factory=list)
+    cell_sets: bool = False
+
+
+def _sorted(features: list[Feature], keep: list[int], kinds: np.ndarray, *, with_points: bool) -> _Sorted:
+    """Features `keep` by what their geometry is."""
+    found = _Sorted()
+    group, group_feature, polygons, lost = found.group, found.group_feature, found.polygons, found.lost
+    for row in keep:
+        geometry = features[row].geometry
+        if isinstance(geometry, Polygon):
+            group.append(len(group_feature))
+            group_feature.append(row)
+            polygons.append(geometry.coordinates)
+        elif isinstance(geometry, MultiPolygon | CleanedPolygons):
+            found.cell_sets |= _object_type(features[row]) == CELL_SET
+            parts = len(geometry.coordinates)
+            first, rows = len(group_feature), parts if kinds[row] == CELL else 1
+            group.extend(range(first, first + parts) if kinds[row] == CELL else [first] * parts)
+            group_feature.extend([row] * rows)
+            polygons.extend(geometry.coordinates)
+            if not parts:
+                lost.append((row, "empty"))
+        elif isinstance(geometry, Point | MultiPoint):
+            points = [geometry.coordinates] if isinstance(geometry, Point) else geometry.coordinates
+            if not points:
+                lost.append((row, "empty"))
+            elif not with_points:
+                lost.append((row, "points_skipped"))
+            else:
+                found.points.extend(points)
+                found.point_feature.extend([row] * len(points))
+        elif isinstance(geometry, LineString | MultiLineString):
+            lost.append((row, "lines_skipped"))
+        else:
+            lost.append((row, "malformed" if isinstance(geometry, Malformed) else "empty"))
+    return found
+
+
 def _table(
     features: list[Feature],
     kind: Kind,
@@ -170,59 +225,30 @@ def _table(
     rows_out: gets the feature of each row of the table, int64 (n,).
     """
     kinds, keep = _kinds(features, kind, counts)
-    polygons: list = []  # JSON each, or rings each
-    group: list[int] = []  # one number per row to be; the polygons of a MultiPolygon share it
-    group_feature: list[int] = []
-    points: list[tuple[float, float]] = []
-    point_feature: list[int] = []
-    lost: list[tuple[int, str]] = []
-    for row in keep:
-        geometry = features[row].geometry
-        if isinstance(geometry, Polygon):
-            group.append(len(group_feature))
-            group_feature.append(row)
-            polygons.append(geometry.coordinates)
-        elif isinstance(geometry, MultiPolygon | CleanedPolygons):
-            parts = len(geometry.coordinates)
-            first, rows = len(group_feature), parts if kinds[row] == CELL else 1
-            group.extend(range(first, first + parts) if kinds[row] == CELL else [first] * parts)
-            group_feature.extend([row] * rows)
-            polygons.extend(geometry.coordinates)
-            if not parts:
-                lost.append((row, "empty"))
-        elif isinstance(geometry, Point | MultiPoint):
-            found = [geometry.coordinates] if isinstance(geometry, Point) else geometry.coordinates
-            if not found:
-                lost.append((row, "empty"))
-            elif point_size_l0 is None:
-                lost.append((row, "points_skipped"))
-            else:
-                points.extend(found)
-                point_feature.extend([row] * len(found))
-        elif isinstance(geometry, LineString | MultiLineString):
-            lost.append((row, "lines_skipped"))
-        else:
-            lost.append((row, "malformed" if isinstance(geometry, Malformed) else "empty"))
+    found = _sorted(features, keep, kinds, with_points=point_size_l0 is not None)
+    lost = found.lost
     for name, n in sorted(Counter(reason for _, reason in lost).items()):
         add(counts, name, n)
-    is_text = bool(polygons) and isinstance(polygons[0], msgspec.Raw)
-    rings = rings_from_json(polygons) if is_text else rings_from_lists(polygons)
-    outlines, of_group = polygons_from_rings(*rings, np.array(group, dtype=np.int64), counts)
-    outlines, kept, was_bad, reasons = mended(outlines, counts)
-    feature_of = np.array(group_feature, dtype=np.int64)
+    is_text = bool(found.polygons) and isinstance(found.polygons[0], msgspec.Raw)
+    rings = rings_from_json(found.polygons) if is_text else rings_from_lists(found.polygons)
+    before, of_group = polygons_from_rings(*rings, np.array(found.group, dtype=np.int64), counts)
+    outlines, kept, was_bad, reasons = mended(before, counts)
+    feature_of = np.array(found.group_feature, dtype=np.int64)
     if len(of_group) < len(feature_of):
-        gone = np.setdiff1d(np.array(group, dtype=np.int64), of_group)
+        gone = np.setdiff1d(np.array(found.group, dtype=np.int64), of_group)
         lost += [(row, "invalid_dropped") for row in feature_of[gone].tolist()]
-    lost += [(row, "zero_area") for row in feature_of[np.delete(of_group, kept)].tolist()]
-    boxes, of_point = squares(np.array(points, dtype=np.float64).reshape(-1, 2), point_size_l0, counts)
-    feature = np.concatenate([feature_of[of_group[kept]], np.array(point_feature, dtype=np.int64)[of_point]])
+    unkept = np.delete(np.arange(len(of_group)), kept)
+    lost += zip(feature_of[of_group[unkept]].tolist(), why_lost(before[unkept]), strict=True)
+    boxes, of_point = squares(np.array(found.points, dtype=np.float64).reshape(-1, 2), point_size_l0, counts)
+    feature = np.concatenate([feature_of[of_group[kept]], np.array(found.point_feature, dtype=np.int64)[of_point]])
     order = np.argsort(feature, kind="stable")
     if rows_out is not None:
         rows_out.append(feature[order])
     flags = np.concatenate([was_bad, np.zeros(len(boxes), dtype=bool)])[order]
     table = _labelled(features, feature[order], np.concatenate([outlines, boxes])[order], kinds, counts, source)
     skipped = Counter((_class_name(features[row]) or "", reason) for row, reason in lost)
-    return replace(table, remarks=remarks_of(table.id, table.label, table.labels, flags, reasons, dict(skipped)))
+    remarks = remarks_of(table.id, table.label, table.labels, flags, reasons, dict(skipped))
+    return replace(table, remarks=remarks.noted(_CELL_SETS) if found.cell_sets and kind == "auto" else remarks)
 
 
 def _kinds(features: list[Feature], kind: Kind, counts: dict[str, int]) -> tuple[np.ndarray, list[int]]:
@@ -252,8 +278,11 @@ def _labelled(
     index: dict[str, int] = {}
     label = np.full(len(features), UNCLASSIFIED, dtype=np.int64)
     ids = np.empty(len(features), dtype=object)
+    sure: dict[int, float] = {}
     for i in np.flatnonzero(used).tolist():
         feature = features[i]
+        if feature.properties is not None and (value := stated_confidence(feature.properties)) is not None:
+            sure[i] = value
         name = _class_name(feature)
         if name is not None:
             label[i] = index.setdefault(name, len(index))
@@ -262,4 +291,11 @@ def _labelled(
     if len(index) > MAX_LABELS:
         raise UserError(f"{source}: {len(index)} class names, {MAX_LABELS} at most: put names of single objects in `name`")
     row_ids = numbered_ids(ids[rows].tolist(), rows, counts)
-    return ObjectTable(geometry, row_ids, label[rows].astype(np.int16), kinds[rows], tuple(index), counts)
+    confidence = None
+    if sure:
+        known = np.full(len(features), np.nan, dtype=np.float32)
+        known[list(sure)] = list(sure.values())
+        confidence = known[rows]
+    return ObjectTable(
+        geometry, row_ids, label[rows].astype(np.int16), kinds[rows], tuple(index), counts, confidence=confidence
+    )

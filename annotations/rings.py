@@ -149,6 +149,12 @@ def star_shaped(geometry: np.ndarray) -> np.ndarray:
     return sure
 
 
+def why_lost(geometry: np.ndarray) -> list[str]:
+    """Why `repaired` leaves each of some polygons out: "tangled", what crosses itself too often, or "zero_area"."""
+    many = shapely.get_num_coordinates(geometry) > TANGLED
+    return ["tangled" if much and _is_tangled(one) else "zero_area" for one, much in zip(geometry, many.tolist(), strict=True)]
+
+
 def _is_tangled(geometry: shapely.Geometry) -> bool:
     """Whether its outlines cross more than MAX_CROSSINGS times, told by a sample of pairs of their edges."""
     xy, ring = shapely.get_coordinates(shapely.get_rings(shapely.get_parts(geometry)), return_index=True)

@@ -130,7 +130,7 @@ def clip_file(
 ) -> Clipped:
     """Read an annotation file and clip it.
 
-    read: reads any file whole. read_text: reads a part of a GeoJSON file, a JSON list of features, as read_part does; None
+    read: reads any file whole. read_text: reads a part of a GeoJSON file, itself GeoJSON, as read_part does; None
     where files are not to be cut. processes: at most so many work at a file that can be cut.
     stream: bound memory: parts are read one after the other, and a large file that cannot be cut is refused.
     The result is the same whichever way is taken, and whoever calls.
@@ -177,9 +177,9 @@ def read_part(
     scale: float | None = None,
     nuclei: bool = False,
 ) -> ObjectTable:
-    """A JSON list of features -> their table, as read_annotations makes it of a file, with its arguments.
+    """GeoJSON text (Part.text) -> its table, as read_annotations makes it of a file, with its arguments.
 
-    Ids that are missing are numbers within the part. Raises UserError where the text is no list of features.
+    Ids that are missing are numbers within the part. Raises UserError where the text is no GeoJSON.
     """
     side = None if point_size_l0 is None else point_size_l0 / (scale or 1)
     with _collector_paused():

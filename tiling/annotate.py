@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -15,7 +16,7 @@ import numpy as np
 
 from annotations.errors import UserError
 from tiling.annotate_files import MASK_SUFFIXES, SUFFIXES, files_below, frame_of, stamp
-from tiling.annotate_report import RESULT_ATTR, by_label, message, placement
+from tiling.annotate_report import CHANGED, RESULT_ATTR, by_label, message, placement
 from tiling.append import PARTS_ATTR, appended, new_files, parts_of, read_groups
 from tiling.claim import changes, claim, same_settings
 from tiling.cohort import Outcome, available_cpus, run_cohort
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from annotations.stream import Clipped, Grid
     from annotations.table import ObjectTable
 
-METHOD_VERSION = 2  # raise it when reading or clipping changes, so that old boxes are made anew
+METHOD_VERSION = 3  # raise it when reading or clipping changes, so that old boxes are made anew
 HASH_ATTR, RECORD_ATTR = "annotation_sha256", "annotation_parameters"
 LEFT_OUT = ("points_skipped", "lines_skipped", "empty", "malformed", "ignored", "invalid_dropped", "zero_area")
 POINT_SIZE = re.compile(r"^\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*(um|µm|μm|px|)\s*$")
@@ -160,7 +161,7 @@ def _annotated(path: Path, files: Sequence[Path], how: Reading) -> dict[str, Any
         groups, result = _groups(file, files, how)
     _sign(groups, digest, record, result)
     replace_groups(path, groups)
-    redone = {"redone": changes(json.loads(attrs[RECORD_ATTR]), record)} if RECORD_ATTR in attrs else {}
+    redone = {"redone": changes(*_in_words(json.loads(attrs[RECORD_ATTR]), record))} if RECORD_ATTR in attrs else {}
     return {**_outcome(result), **redone}
 
 
@@ -330,6 +331,7 @@ def _groups(file: SlideFile, files: Sequence[Path], how: Reading) -> tuple[dict[
         "repairs": [line.replace("\0", "#") for line in table.remarks.repairs],
         "notes": list(table.remarks.notes),
         "unknown_classes": list(unknown),
+        "changed": {name: n for name in CHANGED if (n := int(counts.get(name, 0)))},
         **placement(clipped, grid, which),
     }
     groups = annotation_groups(table, boxes, file.mpp_level0)
@@ -366,6 +368,19 @@ def _check_on_slide(file: SlideFile, path: Path, each: Clipped, which: int, shif
     slide = f"x 0..{width}, y 0..{height}"
     how = "is it of this slide, in level-0 pixels?"
     raise UserError(f"{path}: all {len(each)} objects lie off the slide {file.slide_id}: they span {extent}, it {slide}: {how}")
+
+
+def _in_words(*records: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Records of runs with names in place of files and class maps; that a file was saved again is told by its time."""
+    told = [{**record, "files": ", ".join(stamp["name"] for stamp in record["files"])} for record in records]
+    for one in told:
+        if one.get("classes"):
+            one["classes"] = "; ".join(f"{name}: {label}" for name, label in one["classes"]["names"].items())
+    if all(one["files"] == told[0]["files"] for one in told):
+        for record, one in zip(records, told, strict=True):
+            saved = max(stamp["mtime_ns"] for stamp in record["files"]) // 10**9
+            one["files"] += f" of {datetime.fromtimestamp(saved):%Y-%m-%d %H:%M:%S}"
+    return told
 
 
 def _outcome(result: dict[str, Any], done: bool = False) -> dict[str, Any]:

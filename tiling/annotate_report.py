@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from annotations.table import ObjectTable
 
 RESULT_ATTR = "annotation_result"
+_NUMBER = re.compile(r"(?:(\d+) )?(.*)", re.DOTALL)
 FEW_INSIDE = 0.1  # a smaller share of objects on tiles is worth a warning
 UNCLASSIFIED = "(unclassified)"
 WORDS = {
@@ -28,8 +31,20 @@ WORDS = {
     "malformed": "not understood",
     "invalid_dropped": "fewer than 3 corners",
     "zero_area": "no area",
+    "tangled": "crossing themselves too often to be repaired",
     "outside": "on no tile",
 }
+
+# What else reading changed or read as something else, by its name among the counts of a table.
+CHANGED = {
+    "vertices_dropped": "positions left out that are no numbers, or beyond any slide",
+    "holes_dropped": "holes left out that are no rings, or in no region",
+    "boxes": "cells without an outline taken as their bounding boxes",
+    "masks_as_boxes": "run-length masks taken as their boxes",
+    "unknown_category": "objects of a category that the file does not list",
+}
+WIDTH = 160  # of what is not a terminal
+SLIDES_EACH = 3  # what is said of more slides is said once
 
 
 def by_label(table: ObjectTable, boxes: TileBoxes) -> dict[str, dict[str, Any]]:
@@ -82,6 +97,7 @@ def message(result: Mapping[str, Any]) -> str:
     remarks += _origin(result)
     if result["points_skipped"]:
         remarks.append(f"{result['points_skipped']} points skipped: give them an extent with --point-size 12um")
+    remarks += [f"{n} {CHANGED[name]}" for name, n in result.get("changed", {}).items()]
     if unknown := result.get("unknown_classes"):
         remarks.append(f"classes that --classes does not name: {', '.join(unknown)}")
     if result.get("off_slide"):
@@ -93,6 +109,27 @@ def message(result: Mapping[str, Any]) -> str:
     elif inside < FEW_INSIDE * objects:
         remarks.append(f"warning: annotations sit off the tissue: {inside} of {objects} objects touch a tile{_extents(result)}")
     return "; ".join(remarks)
+
+
+def told_once(outcomes: Sequence[Outcome]) -> list[str]:
+    """Take what is said of more than SLIDES_EACH slides out of their messages, numbers at its beginning aside; returns it as a
+    line each, the numbers summed.
+    """
+    said: dict[str, list[tuple[Outcome, int]]] = {}
+    for outcome in outcomes:
+        for remark in outcome.message.split("; ") if outcome.ok and outcome.message else ():
+            number, rest = _NUMBER.fullmatch(remark).groups()  # type: ignore[union-attr]
+            said.setdefault(rest, []).append((outcome, int(number or 0)))
+    lines = []
+    for rest, where in said.items():
+        if len(where) > SLIDES_EACH:
+            total = sum(number for _, number in where)
+            lines.append(f"note: {len(where)} slides ({where[0][0].item}, ...): {f'{total} ' if total else ''}{rest}")
+            for outcome, number in where:
+                remarks = outcome.message.split("; ")
+                remarks.remove(f"{number} {rest}" if number else rest)
+                outcome.message = "; ".join(remarks)
+    return lines
 
 
 def _origin(result: Mapping[str, Any]) -> list[str]:
@@ -138,31 +175,35 @@ def label_rows(results: Iterable[Mapping[str, Any]]) -> list[tuple[str, int, int
             reasons.setdefault(name, Counter()).update(row["skipped"])
     rows = []
     for name, sums in total.items():
-        why = ", ".join(f"{n} {WORDS.get(reason, reason)}" for reason, n in reasons[name].most_common())
+        why = ", ".join(f"{n:,} {WORDS.get(reason, reason)}" for reason, n in reasons[name].most_common())
         skipped = reasons[name].total()
         rows.append((name or UNCLASSIFIED, sums["objects"], sums["boxes"], sums["repaired"], skipped, why))
     return sorted(rows, key=lambda row: (-row[1], row[0]))
 
 
-def print_labels(folder: Path, outcomes: Sequence[Outcome], *, verbose: bool = False) -> None:
-    """The table of classes on stdout; verbose: the outlines that were repaired, too (the first 200 of a slide)."""
+def print_labels(folder: Path, outcomes: Sequence[Outcome], lines: Sequence[str] = (), *, verbose: bool = False) -> None:
+    """The table of classes on stdout, behind some lines; verbose: the outlines that were repaired, too (the first 200 of a
+    slide).
+    """
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     results = results_of(Path(folder), outcomes)
     rows = label_rows(results.values())
     if not rows:
         return
-    console = Console()
-    table = Table(title="annotated, by class")
+    table = Table(title="annotated, by class", title_justify="left")
     for name in ("class", "objects", "boxes", "repaired", "skipped", "why"):
         table.add_column(name, justify="left" if name in ("class", "why") else "right")
     for label, *numbers, why in rows:
-        table.add_row(Text(label), *(str(number) for number in numbers), Text(str(why)))
-    console.print(table)
+        table.add_row(Text(label), *(f"{number:,}" for number in numbers), Text(str(why)))
     for slide_id, result in results.items() if verbose else ():
         for line in result.get("repairs", ()):
             console.print(f"repaired: {slide_id}: {line}", markup=False, highlight=False, soft_wrap=True)
         if more := result["repaired"] - len(result.get("repairs", ())):
             console.print(f"repaired: {slide_id}: and {more} more", markup=False, highlight=False)
+    console.print(table)

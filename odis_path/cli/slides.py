@@ -150,7 +150,8 @@ def annotate(
 ) -> None:
     """Clip annotations to the tiles and store them as boxes."""
     from tiling.annotate import annotate_cohort
-    from tiling.annotate_report import print_labels
+    from tiling.annotate_report import print_labels, told_once
+    from tiling.cohort import finish
 
     outcomes = annotate_cohort(
         folder,
@@ -169,8 +170,10 @@ def annotate(
         polygons=polygons,
         timeout=timeout,
     )
-    print_labels(folder, outcomes, verbose=verbose)
-    _end(outcomes, "annotate", folder, ("objects", "boxes", "repaired", "left_out", "outside"))
+    of_many = told_once(outcomes)
+    code = finish(outcomes, "annotate", folder, ("objects", "boxes", "repaired", "left_out", "outside"))
+    print_labels(folder, outcomes, of_many, verbose=verbose)
+    raise typer.Exit(code)
 
 
 def propose(

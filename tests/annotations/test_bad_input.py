@@ -155,10 +155,16 @@ def test_a_scribble_of_200_000_vertices_is_left_out_and_counted(read):
     assert (len(table), table.counts) == (1, {"features": 2, "invalid_dropped": 1})
 
 
+def test_what_is_said_can_be_printed(refused):
+    """JSON can hold half a pair of surrogates, a terminal cannot."""
+    refused(b'{"\\ud800cells": [], "type_map": {}}').encode()
+
+
 def test_many_cells_in_one_multipolygon_are_no_scribble(read):
     corner = np.random.default_rng(0).permutation(10_000)
     squares = [[[[x, y] for x, y in np.add(SQUARE, [i % 100 * 20, i // 100 * 20]).tolist()]] for i in corner.tolist()]
-    table = read([{**FEATURE, "geometry": {"type": "MultiPolygon", "coordinates": squares}}])
+    feature = {**FEATURE, "geometry": {"type": "MultiPolygon", "coordinates": squares}}
+    table = read({"type": "FeatureCollection", "features": [feature]})
     assert (shapely.area(table.geometry).tolist(), table.counts) == ([1e6], {"features": 1})
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from annotations import read_annotations
 from annotations.errors import UserError
 from odis_path.cli import app
+from odis_path.export_geojson import export_geojson
 from tiling import SlideFile, SlideMeta, annotate_cohort, write_slide_file
 from tiling.annotate_report import label_rows, results_of
 
@@ -92,6 +95,68 @@ def test_the_command_ends_with_a_table_of_classes(tmp_path: Path) -> None:
         line = next(line for line in result.output.splitlines() if "Tumour" in line)
         assert line.split()[1:10:2] == ["Tumour", "2", "2", "1", "1"]
         assert "repaired: a: bow: Self-intersection" in result.output
+
+
+def test_what_is_said_of_many_slides_is_said_once(tmp_path: Path) -> None:
+    classes = save(tmp_path / "map.yaml", MAP)
+    for name in "abcd":
+        slide_file(tmp_path / "s", name)
+        items = ITEMS if name != "d" else [feature(RING, "fat"), POINT, POINT]
+        save(tmp_path / "in" / f"{name}.geojson", items)
+    command = ["annotate", str(tmp_path / "s"), "--annotations", str(tmp_path / "in"), "--classes", str(classes)]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    assert "note: 4 slides (a, ...): classes that --classes does not name: fat" in lines
+    assert "note: 4 slides (a, ...): 5 points skipped: give them an extent with --point-size 12um" in lines
+    assert "note: 3 slides" not in result.stdout
+    assert sum("note: c: 1 objects lie outside the slide" in line for line in lines) == 1
+    assert "note: d: " not in result.stdout
+
+
+def test_what_reading_changed_is_told(tmp_path: Path) -> None:
+    slide_file(tmp_path / "s")
+    ring = [*RING[:2], [None, 7], [1e308, 3], *RING[2:]]
+    item = {**feature(ring, "a"), "geometry": {"type": "Polygon", "coordinates": [ring, [[1, 1], [2, 2]]]}}
+    (outcome,) = annotate_cohort(tmp_path / "s", save(tmp_path / "a.geojson", [item]))
+    assert outcome.message.split("; ") == [
+        "2 positions left out that are no numbers, or beyond any slide",
+        "1 holes left out that are no rings, or in no region",
+    ]
+
+
+def test_confidence_is_stored_where_there_is_any_and_stays(tmp_path: Path) -> None:
+    path = slide_file(tmp_path / "s")
+
+    def stored() -> list | None:
+        with h5py.File(path) as file:
+            return file["objects/confidence"][...].tolist() if "objects/confidence" in file else None
+
+    annotate_cohort(tmp_path / "s", save(tmp_path / "a_1.geojson", [feature(RING, "a")]))
+    assert stored() is None
+    boxes = [{"image_id": 1, "category_id": 3, "bbox": [x, 5, 10, 10], "score": x / 32} for x in (8, 24)]
+    annotate_cohort(tmp_path / "s", save(tmp_path / "a_2.json", boxes), append=True)
+    confidence = stored()
+    assert confidence is not None
+    assert np.array_equal(confidence, [np.nan, 0.25, 0.75], equal_nan=True)
+    export_geojson(tmp_path / "s", tmp_path / "out", ["boxes"])
+    again = read_annotations(tmp_path / "out" / "a.geojson")
+    assert again.confidence is not None
+    assert np.array_equal(again.confidence, confidence, equal_nan=True)
+
+
+def test_coco_outlines_left_out_are_told_by_class(tmp_path: Path) -> None:
+    slide_file(tmp_path / "s")
+    flat = [value for position in BOW for value in position]
+    shapes = [{"segmentation": [flat]}, {"bbox": [1, 1, 0, 5]}, {"segmentation": [[1, 1, 2, 2]]}, {}]
+    document = {
+        "images": [{"id": 1, "file_name": "a.svs", "width": 2000, "height": 1500}],
+        "categories": [{"id": 1, "name": "gland"}],
+        "annotations": [{"image_id": 1, "category_id": 1, **shape} for shape in shapes],
+    }
+    outcomes = annotate_cohort(tmp_path / "s", save(tmp_path / "a.json", document))
+    (row,) = label_rows(results_of(tmp_path / "s", outcomes).values())
+    assert row == ("gland", 1, 1, 1, 3, "1 no geometry, 1 fewer than 3 corners, 1 no area")
 
 
 def test_hovernet_at_half_the_magnification(tmp_path: Path) -> None:
