@@ -97,6 +97,14 @@ def seeds() -> list[bytes]:
         {"cells": cells, "type_map": {"1": "Tumor"}}, {"mag": 40, "nuc": nuc},
         {**coco, "categories": [{"id": 1, "name": "nucleus"}]},
     ]  # fmt: skip
+    sets = [feature(multi), feature({**multi, "coordinates": multi["coordinates"][:1]})]  # CellViT's cells.geojson
+    for one, name in zip(sets, ("Neoplastic", "Dead"), strict=True):
+        one["properties"] = {"objectType": "annotation", "classification": {"name": name, "color": [1, 2, 3]}}
+    sure = [feature(polygon(5, 5)), feature(polygon(40, 5)), feature(polygon(5, 40))]
+    sure[0]["properties"] |= {"measurements": {"Area": 7.5, "Detection probability": 0.8}}
+    sure[1]["properties"] |= {"measurements": [{"name": "Score", "value": "NaN"}], "prob": 0.5}
+    sure[2]["properties"] |= {"score": 0.25}
+    documents += [sets, sure, [{"image_id": 1, "category_id": 2, "bbox": [5, 5, 20, 20], "score": 0.5}]]
     text = [json.dumps(document).encode() for document in documents]
     text += [json.dumps(documents[0], indent=1).encode(), json.dumps(documents[0], separators=(",", ":")).encode()]
     corners = "".join(f'<Coordinate Order="{i}" X="{x}" Y="{y},5"/>' for i, (x, y) in enumerate([(5, 5), (50, 5), (50, 50)]))
@@ -105,6 +113,10 @@ def seeds() -> list[bytes]:
     corners = "".join(f'<Vertex X="{x}" Y="{y}"/>' for x, y in [(5, 5), (50, 5), (50, 50)])
     scope = f'<Annotations><Annotation Name="Tumor"><Regions><Region NegativeROA="0"><Vertices>{corners}</Vertices></Region>'
     text.append(f"{scope}</Regions></Annotation></Annotations>".encode())
+    corners = "".join(f"<point><x>{x}</x><y>{y}</y></point>" for x, y in [(5, 5), (50, 5), (50, 50)])
+    ndpa = f'<annotation type="freehand"><pointlist>{corners}</pointlist></annotation>'
+    ndpa = f'<ndpviewstate id="1"><title>Tumor</title><coordformat>pixels</coordformat>{ndpa}</ndpviewstate>'
+    text.append(f"<annotations>{ndpa}</annotations>".encode())
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a.geojson", text[0])
@@ -171,6 +183,7 @@ geometry = st.recursive(
     max_leaves=4,
 )
 name = st.one_of(st.text(max_size=4), st.sampled_from(["Tumor", "annotation", "cell", "tile", "root"]), anything)
+sure_name = st.sampled_from(["Detection probability", "score", "Area"])
 properties = st.fixed_dictionaries(
     {},
     optional={
@@ -178,6 +191,9 @@ properties = st.fixed_dictionaries(
         "type": name,
         "classification": st.fixed_dictionaries({"name": name}) | name,
         "names": anything,
+        "measurements": st.dictionaries(sure_name, numbers | anything, max_size=3) | anything,
+        "score": numbers | anything,
+        "prob": anything,
     },
 )
 feature = st.fixed_dictionaries(
@@ -247,6 +263,10 @@ def same(whole: stream.Clipped, parts: stream.Clipped) -> None:
     assert a.id.tolist() == [key.replace("\0", "\ufffd") for key in b.id.tolist()], "ids differ when read in parts"
     assert a.label.tolist() == b.label.tolist(), "labels differ when read in parts"
     assert a.kind.tolist() == b.kind.tolist(), "kinds differ when read in parts"
+    nothing = np.full(len(a), np.nan, np.float32)
+    mine, other = (nothing if table.confidence is None else table.confidence for table in (a, b))
+    assert np.array_equal(mine, other, equal_nan=True), "confidence differs when read in parts"
+    assert a.remarks.notes == b.remarks.notes, "notes differ when read in parts"
     assert a.counts == b.counts, f"counts differ when read in parts: {a.counts} {b.counts}"
     assert np.array_equal(whole.boxes[0].xyxy, parts.boxes[0].xyxy), "boxes differ when read in parts"
     assert np.array_equal(whole.boxes[0].object, parts.boxes[0].object), "objects of boxes differ when read in parts"

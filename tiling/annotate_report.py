@@ -37,6 +37,7 @@ WORDS = {
 
 # What else reading changed or read as something else, by its name among the counts of a table.
 CHANGED = {
+    "ignored": "TMA cores, tiles or the root of QuPath left out",
     "vertices_dropped": "positions left out that are no numbers, or beyond any slide",
     "holes_dropped": "holes left out that are no rings, or in no region",
     "boxes": "cells without an outline taken as their bounding boxes",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from odis_path.report import slide_figures
-from odis_path.report.build import FoldItem, Report, Section, TableItem, TextItem
+from odis_path.report import box_figures, slide_figures
+from odis_path.report.build import FigureItem, FoldItem, Report, Section, TableItem, TextItem
 from odis_path.report.cohort import UNCLASSIFIED, Cohort
 from odis_path.report.collect import RunFound
 from odis_path.report.result_figures import draw_training
@@ -88,7 +88,28 @@ def slides(report: Report) -> Section | None:
         section.items.append(
             report.figure(f"slide-{row.slide_id}", figure, caption, f"Overview of slide {row.slide_id}", photo=True)
         )
+        if row.boxes and (item := _close_up(report, row)) is not None:
+            section.items.append(item)
     return section
+
+
+def _close_up(report: Report, row: Any) -> FigureItem | None:
+    """Boxes of a slide over its pixels, at three scales."""
+    from annotations.errors import UserError
+
+    try:
+        picture = box_figures.read_boxes(row.path)
+    except (UserError, OSError) as error:
+        report.problems.append(f"boxes of {row.slide_id}: {' '.join(str(error).split())}")
+        return None
+    if picture is None:
+        return None
+    caption = (
+        f"Slide {row.slide_id}, boxes over the pixels they were cut from. Each yellow frame is what the picture to its right "
+        "shows. In the last one a pixel of the tile is several of the picture's: boxes that are off by a few are seen to be."
+    )
+    figure = box_figures.draw_boxes(picture, report.colors)
+    return report.figure(f"boxes-{row.slide_id}", figure, caption, f"Boxes of slide {row.slide_id} at three scales", photo=True)
 
 
 def _spread(c: Cohort, count: int) -> list[Any]:
