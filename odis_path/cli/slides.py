@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer.core import TyperCommand
 
 if TYPE_CHECKING:
     from tiling.cohort import Outcome
+
+STORED = ("jpeg", "copy")  # what --pixels may be followed by
 
 Workers = Annotated[int | None, typer.Option(min=1, help="Processes; one per CPU when left out.", show_default=False)]
 Scheduler = Annotated[str | None, typer.Option(metavar="ADDR", help="Dask scheduler, tcp://host:8786 or its scheduler file.")]
@@ -19,10 +22,28 @@ SlideDir = Annotated[Path, typer.Argument(metavar="DIR", help="Folder that tile 
 def register(app: typer.Typer) -> None:
     """Add the commands of this module to the application."""
     app.command("scan")(scan)
-    app.command("tile")(tile)
+    app.command("tile", cls=_TileCommand)(tile)
     app.command("import")(import_)
     app.command("annotate")(annotate)
     app.command("propose")(propose)
+
+
+class _TileCommand(TyperCommand):
+    """`tile`, whose switch --pixels may be given a value: --pixels copy, --pixels=jpeg. A slide called so is ./copy."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        return super().parse_args(ctx, _with_encoding(args))
+
+
+def _with_encoding(args: list[str]) -> list[str]:
+    """Command line words with a value of --pixels taken over into --encoding."""
+    words, end = list(args), args.index("--") if "--" in args else len(args)
+    for i in reversed(range(end)):
+        if words[i].startswith("--pixels="):
+            words[i : i + 1] = ["--pixels", "--encoding", words[i].partition("=")[2]]
+        elif words[i] == "--pixels" and i + 1 < end and words[i + 1] in STORED:
+            words.insert(i + 1, "--encoding")
+    return words
 
 
 def _end(outcomes: list[Outcome], title: str, out: Path, columns: tuple[str, ...] = ()) -> None:
@@ -32,7 +53,7 @@ def _end(outcomes: list[Outcome], title: str, out: Path, columns: tuple[str, ...
 
 
 def scan(
-    slides: Annotated[list[str], typer.Argument(help="Slides, folders (searched recursively) or globs.", show_default=False)],
+    slides: Annotated[list[str], typer.Argument(help="Slides, folders (searched recursively), globs or URLs.", show_default=False)],
     out: Annotated[Path, typer.Option(help="The manifest to write.")] = Path("manifest.csv"),
     mpp: Annotated[float | None, typer.Option(help="The --mpp meant for tile: slides too coarse for it fail.")] = None,
     assume_mpp: Annotated[float | None, typer.Option(help="Level-0 mpp of slides that have none.")] = None,
@@ -47,7 +68,7 @@ def scan(
 
 def tile(
     inputs: Annotated[
-        list[str], typer.Argument(metavar="MANIFEST|SLIDES...", help="A manifest.csv, or slides.", show_default=False)
+        list[str], typer.Argument(metavar="MANIFEST|SLIDES...", help="A manifest.csv, or slides as for scan.", show_default=False)
     ],
     out: Annotated[Path, typer.Option(help="Folder for one .h5 per slide.", show_default=False)],
     mpp: Annotated[float | None, typer.Option(help="Micrometres per pixel of the tiles.", show_default=False)] = None,
@@ -56,12 +77,16 @@ def tile(
     overlap: Annotated[int, typer.Option(help="Overlap of neighbours in pixels of the tiles.")] = 0,
     min_tissue: Annotated[float, typer.Option(help="Least share of tissue in a tile.")] = 0.1,
     tissue: Annotated[str, typer.Option(metavar="auto|none|GEOJSON_DIR", help="Where the tissue is.")] = "auto",
-    pixels: Annotated[bool, typer.Option(help="Store the tiles, or read them from the slide each time.")] = True,
+    pixels: Annotated[
+        bool,
+        typer.Option(
+            help="Store the tiles, or read them from the slide each time. --pixels copy: the slide's own bytes, not recoded, "
+            "where its stored tiles are the tiles; else, and with --pixels jpeg, coded at --quality."
+        ),
+    ] = True,
     assume_mpp: Annotated[float | None, typer.Option(help="Level-0 mpp of slides that have none.")] = None,
     quality: Annotated[int, typer.Option(help="JPEG quality of stored tiles.")] = 90,
-    encoding: Annotated[
-        str, typer.Option(metavar="jpeg|copy", help="copy: the slide's own bytes where its stored tiles are the tiles.")
-    ] = "jpeg",
+    encoding: Annotated[str, typer.Option(metavar="jpeg|copy", hidden=True)] = "jpeg",
     reader: Annotated[
         str, typer.Option(metavar="auto|direct|openslide|tiffslide|image", help="What reads the slides.")
     ] = "auto",
@@ -85,8 +110,8 @@ def tile(
         raise UserError("give the resolution of the tiles once: --mpp 0.5, or --mag 20 for the same")
     if mag is not None and mag <= 0:
         raise UserError(f"--mag {mag}: is a number above 0, for instance 20")
-    if encoding not in ("jpeg", "copy"):
-        raise UserError(f"--encoding {encoding}: no such encoding; take jpeg or copy")
+    if encoding not in STORED:
+        raise UserError(f"--pixels {encoding}: may be followed by copy or jpeg: leave it out, or take --no-pixels")
     stored = ("copy" if encoding == "copy" else True) if pixels else False
     wanted_mpp = mpp if mpp is not None else 10 / (mag or 1)
     outcomes = tile_cohort(

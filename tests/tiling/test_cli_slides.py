@@ -13,6 +13,8 @@ from typer.testing import CliRunner
 
 from annotations.errors import UserError
 from odis_path.cli.slides import register
+from tiling.direct import DirectReader
+from tiling.slide import Slide
 from tiling.slidefile import SlideFile
 
 
@@ -61,6 +63,42 @@ def test_the_resolution_is_given_once(app: typer.Typer, slide_path: Path, tmp_pa
     for words in ((), ("--mpp", 1, "--mag", 10), ("--mag", -10)):
         with pytest.raises(UserError, match="--mag"):
             run(app, "tile", slide_path, "--out", tmp_path, *words)
+
+
+@pytest.mark.parametrize(
+    ("words", "stored"),
+    [
+        (("SLIDE",), "jpeg"),
+        (("SLIDE", "--no-pixels"), "none"),
+        (("--pixels", "SLIDE"), "jpeg"),
+        (("--no-pixels", "SLIDE"), "none"),
+        (("--pixels", "copy", "SLIDE"), "copy"),
+        (("SLIDE", "--pixels", "copy"), "copy"),
+        (("--pixels=copy", "SLIDE"), "copy"),
+        (("--pixels", "jpeg", "SLIDE"), "jpeg"),
+        (("SLIDE", "--pixels", "copy", "--no-pixels"), "none"),
+        (("--pixels", "--", "SLIDE"), "jpeg"),
+    ],
+)
+def test_pixels_is_a_switch_that_takes_a_value(
+    app: typer.Typer, slide_path: Path, tmp_path: Path, words: tuple, stored: str
+) -> None:
+    given = [slide_path if word == "SLIDE" else word for word in words]
+    options = ("--out", tmp_path, "--mpp", 0.5, "--size", 256, "--tissue", "none", "--workers", 1)
+    assert run(app, "tile", *options, *given)[0] == 0
+    with Slide.open(slide_path, reader="direct") as slide, SlideFile(tmp_path / "painted.h5") as file:
+        assert isinstance(slide.reader, DirectReader)
+        own = slide.reader.stream(0, 1, 2)
+        assert len(file) == 12
+        found = "none" if not file.has_pixels else "copy" if file.tile_bytes(6) == own else "jpeg"
+    assert found == stored
+
+
+def test_another_value_of_pixels_is_one_line(app: typer.Typer, slide_path: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--pixels png: may be followed by copy or jpeg"):
+        run(app, "tile", slide_path, "--out", tmp_path, "--mpp", 1, "--pixels=png")
+    with pytest.raises(UserError, match="png: no such file or folder"):
+        run(app, "tile", slide_path, "--out", tmp_path, "--mpp", 1, "--pixels", "png")
 
 
 def test_unknown_flags_and_missing_paths(app: typer.Typer, tmp_path: Path) -> None:
