@@ -11,6 +11,7 @@ from typing import Any
 from annotations.errors import UserError
 from tiling.atomic import DiskFullError
 from tiling.claim import BusyError
+from tiling.urls import with_slashes
 
 DIED = "the worker process died (out of memory, or killed from outside)"
 # Keys of Outcome.info: the lock another run holds; the disk was full; nothing more is to be tried.
@@ -54,7 +55,7 @@ class Job:
 
 def one_line(error: BaseException) -> str:
     """An exception in one line: a `UserError` speaks for itself, anything else is shown with its type."""
-    text = " ".join(str(error).split())
+    text = with_slashes(" ".join(str(error).split()))
     if isinstance(error, UserError):
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -5,7 +5,6 @@ Which of them reads a file is tried out in that order (`open_reader`), or forced
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Callable, Mapping
 from functools import lru_cache
@@ -15,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from annotations.errors import UserError
+from tiling.urls import shown, url_of
 
 CACHE_BYTES = 192 << 20  # decoded tiles OpenSlide keeps: some tile rows of a wide slide, so that none is decoded twice
 PROBES = (0.5, 0.0, 0.3, 0.8)  # of a slide's width and height
@@ -225,16 +225,6 @@ def _probed(opened: Callable[[], Any]) -> Any:
 
 
 ORDER = ("direct", "openslide", "tiffslide", "image")
-URL = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):/+(.+)$")
-
-
-def url_of(path: Path | str) -> str | None:
-    """The fsspec URL a path stands for, also where pathlib took one of its slashes; None for a file of this machine."""
-    found = URL.match(str(path))
-    if found is None:
-        return None
-    scheme, rest = found.groups()
-    return f"{scheme}:///{rest}" if scheme in ("file", "local", "memory") else f"{scheme}://{rest}"
 
 
 def open_reader(path: Path, wanted: str = "auto") -> tuple[Reader, str]:
@@ -256,7 +246,9 @@ def open_reader(path: Path, wanted: str = "auto") -> tuple[Reader, str]:
         chosen = "asked for" if wanted != "auto" else "a URL" if url_of(path) else "its stored JPEG tiles are read directly"
         return reader, "; ".join(said) or chosen
     hint = "copy it again or convert it to a tiled TIFF" if wanted == "auto" else "leave out --reader to try the others"
-    raise UserError(f"{path}: not a readable slide ({'; '.join(said)}): {hint}")
+    if url_of(path):
+        hint = "is it there, and does its server give parts of files (ranges)? Else download it"
+    raise UserError(f"{shown(path)}: not a readable slide ({'; '.join(said)}): {hint}")
 
 
 def reader_of(path: Path | str, wanted: str = "auto") -> tuple[str, str]:

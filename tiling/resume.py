@@ -10,6 +10,7 @@ from annotations.errors import UserError
 from tiling.claim import changes
 from tiling.slidefile import SlideFile
 from tiling.slidewrite import source_stamp
+from tiling.urls import absolute, url_of
 
 
 def before(path: Path, parameters: Mapping[str, Any], slide: Path) -> tuple[str, bool]:
@@ -26,7 +27,7 @@ def before(path: Path, parameters: Mapping[str, Any], slide: Path) -> tuple[str,
     except (UserError, OSError, KeyError, RuntimeError, ValueError):
         return "the file was damaged, or not made by odis-path", False
     now = source_stamp(slide)
-    if source_stamp(source)[0] not in (-1, now[0]) and not source.samefile(slide):
+    if source_stamp(source)[0] not in (-1, now[0]) and not _same(source, slide):
         raise UserError(
             f"{slide}: {path} holds the tiles of another slide of this name, {source}: give one of them another slide_id "
             "in a manifest, or give another --out"
@@ -34,3 +35,7 @@ def before(path: Path, parameters: Mapping[str, Any], slide: Path) -> tuple[str,
     if stamp != now:
         return "the slide file changed", has_boxes
     return changes(old, parameters) or "the slide was moved", has_boxes
+
+
+def _same(one: Path, other: Path) -> bool:
+    return absolute(one) == absolute(other) if url_of(one) or url_of(other) else one.samefile(other)

@@ -20,6 +20,7 @@ from tiling.cohort import Outcome, run_cohort
 from tiling.grid import FINEST_SHARE
 from tiling.mpp import check_mpp, missing_mpp
 from tiling.slide import Slide, slide_stem
+from tiling.urls import absolute, file_name, path_of, shown, url_of, urls_under
 
 SLIDE_EXTENSIONS = frozenset(
     [".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide", ".dcm", ".qptiff", ".btf"]
@@ -73,7 +74,7 @@ def scan_slides(
     outcomes = run_cohort(items, work, title="scan", workers=workers, timeout=timeout)
     rows = []
     for item, outcome in zip(items, outcomes, strict=True):
-        row = dict.fromkeys(COLUMNS, "") | {"slide_id": item.slide_id, "path": str(item.path)}
+        row = dict.fromkeys(COLUMNS, "") | {"slide_id": item.slide_id, "path": shown(item.path)}
         row |= {"patient_id": item.patient_id, "readable": "true" if outcome.ok else "false"}
         rows.append(row | outcome.info.get("row", {}) | ({} if outcome.ok else {"problem": outcome.message}))
     with atomic_path(out) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
@@ -160,7 +161,7 @@ def read_manifest(path: Path) -> list[SlideItem]:
     twice = [item for item in items if names[item.slide_id] > 1]
     if twice and any(str(item.path) != str(twice[0].path) for item in twice):
         first, second = [item.path for item in twice if item.slide_id == twice[0].slide_id][:2]
-        raise UserError(f"{path}: slide_id {twice[0].slide_id} stands for both {first} and {second}: rename one")
+        raise UserError(f"{path}: slide_id {twice[0].slide_id} stands for both {shown(first)} and {shown(second)}: rename one")
     return list({item.slide_id: item for item in items}.values())
 
 
@@ -168,8 +169,8 @@ def _manifest_item(manifest: Path, line: int, row: dict[str, str | None]) -> Sli
     value = {key: (text or "").strip() for key, text in row.items() if key and not isinstance(text, list)}
     if not value.get("path"):
         raise UserError(f"{manifest}: line {line}: column path is empty")
-    slide = Path(value["path"]).expanduser()
-    slide = slide if slide.is_absolute() else manifest.parent / slide
+    slide = path_of(value["path"])
+    slide = slide if url_of(slide) else manifest.parent / slide
     slide_id = value.get("slide_id") or slide_stem(slide)
     if "/" in slide_id or "\\" in slide_id or slide_id.startswith("."):
         raise UserError(f"{manifest}: line {line}: slide_id {slide_id} cannot be a file name: leave out slashes")
@@ -184,7 +185,7 @@ def _manifest_item(manifest: Path, line: int, row: dict[str, str | None]) -> Sli
 
 
 def find_slides(inputs: Iterable[Path | str]) -> list[SlideItem]:
-    """Slides among files, folders (searched recursively by extension) and globs, each once, in order of their paths.
+    """Slides among files, folders (searched recursively by extension), globs and URLs, each once, in order of their paths.
 
     Slides of equal stems in different folders get their folder's name in front. Raises UserError for a path that does
     not exist and for one that holds no slide.
@@ -192,11 +193,11 @@ def find_slides(inputs: Iterable[Path | str]) -> list[SlideItem]:
     found: dict[Path, None] = {}
     inputs = list(inputs)
     for value in inputs:
-        for path in _expanded(Path(value).expanduser()):
+        for path in _expanded(path_of(value)):
             found[path] = None
     if not found:
         raise UserError("no slides given: name files, folders or a manifest.csv")
-    return _with_unique_ids([SlideItem(path, slide_stem(path), patient_of(path.name)) for path in found])
+    return _with_unique_ids([SlideItem(path, slide_stem(path), patient_of(file_name(path))) for path in found])
 
 
 def patient_of(name: str) -> str:
@@ -206,6 +207,9 @@ def patient_of(name: str) -> str:
 
 
 def _expanded(path: Path) -> list[Path]:
+    if url := url_of(path):
+        named = Path(file_name(path)).suffix.lower() in SLIDE_EXTENSIONS and "*" not in url
+        return [path] if named else urls_under(url, SLIDE_EXTENSIONS)
     if path.is_dir():
         slides = sorted(each for each in path.rglob("*") if each.suffix.lower() in SLIDE_EXTENSIONS and each.is_file())
         slides = [each for each in slides if not any(part.startswith(".") for part in each.relative_to(path).parts)]
@@ -233,16 +237,16 @@ def _with_unique_ids(items: list[SlideItem]) -> list[SlideItem]:
     owner: dict[str, Path] = {}
     for path, slide_id in new_id.items():
         if slide_id in owner:
-            raise UserError(f"{path}, {owner[slide_id]}: both would be named {slide_id}: name them in a manifest")
+            raise UserError(f"{shown(path)}, {shown(owner[slide_id])}: both would be named {slide_id}: name them in a manifest")
         owner[slide_id] = path
     return [replace(item, slide_id=new_id[item.path]) for item in items]
 
 
 def _told_apart(group: list[SlideItem]) -> list[str]:
-    folders = [item.path.absolute().parts[1:-1] for item in group]
+    folders = [absolute(item.path).parts[1:-1] for item in group]
     names = [item.slide_id for item in group]
     for depth in range(1, max(len(parts) for parts in folders) + 1):
         longer = ["_".join([*parts[-depth:], name]) for parts, name in zip(folders, names, strict=True)]
         if len(set(longer)) == len(group):
             return longer
-    return [f"{name}_{item.path.suffix[1:]}" for name, item in zip(names, group, strict=True)]
+    return [f"{name}_{Path(file_name(item.path)).suffix[1:]}" for name, item in zip(names, group, strict=True)]

@@ -10,8 +10,9 @@ import numpy as np
 
 from annotations.errors import UserError
 from tiling.mpp import Mpp, mpp_of
-from tiling.readers import Reader, open_reader, url_of
+from tiling.readers import Reader, open_reader
 from tiling.resample import area_resize
+from tiling.urls import file_name, url_of
 
 RESAMPLE = ("fast", "exact")
 LEVEL_TOLERANCE = 1.01  # a level 1% coarser than wanted still serves: 2.0005 counts as 2
@@ -76,7 +77,7 @@ class Slide:
         if resample not in RESAMPLE:
             raise UserError(f"--resample {resample}: choose among {', '.join(RESAMPLE)}")
         path = Path(path)
-        if not path.exists() and not url_of(path):
+        if not url_of(path) and not path.exists():
             raise UserError(f"{path}: no such slide")
         opened, why = open_reader(path, reader)
         return cls(_info(path, opened, why, assume_mpp), opened, resample)
@@ -251,7 +252,7 @@ def cover(view: View, boxes_l0: np.ndarray) -> np.ndarray:
 
 def slide_stem(path: Path) -> str:
     """File name without its extension, and without `.ome` before it."""
-    stem = path.stem
+    stem = Path(file_name(path)).stem
     return stem[:-4] if stem.lower().endswith(".ome") else stem
 
 

@@ -220,7 +220,7 @@ class SlideFile:
 
     def check_source(self) -> None:
         """Raises UserError where the slide named in `source` is gone or is not the one that was tiled."""
-        from tiling.readers import url_of
+        from tiling.urls import url_of
 
         if url_of(self.source):
             return

@@ -14,6 +14,7 @@ import h5py
 import numpy as np
 
 from tiling.h5new import new_h5
+from tiling.urls import absolute, shown, url_of, url_stamp
 
 FORMAT = "odis-path"
 FORMAT_VERSION = 1
@@ -66,7 +67,9 @@ def parameters_hash(parameters: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def source_stamp(source: Path) -> tuple[int, int]:
-    """Size in bytes and mtime in ns of a source; (-1, -1) where it does not exist."""
+    """Size in bytes and mtime in ns of a source (behind a URL: what tells its versions apart); (-1, -1) where it is not."""
+    if url := url_of(source):
+        return url_stamp(url)
     try:
         stat = source.stat()
     except OSError:
@@ -165,7 +168,7 @@ def write_group(file: h5py.Group, name: str, content: GroupContent) -> None:
 
 def _write_root(file: h5py.File, meta: SlideMeta) -> None:
     parameters, digest = parameters_hash(meta.parameters)
-    source = Path(meta.source).absolute()
+    source = absolute(Path(meta.source))
     size, mtime_ns = source_stamp(source)
     file.attrs.update(
         {
@@ -173,7 +176,7 @@ def _write_root(file: h5py.File, meta: SlideMeta) -> None:
             "format_version": FORMAT_VERSION,
             "slide_id": meta.slide_id,
             "patient_id": meta.patient_id,
-            "source": str(source),
+            "source": shown(source),
             "source_size": size,
             "source_mtime_ns": mtime_ns,
             "parameters": parameters,

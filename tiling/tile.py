@@ -34,6 +34,7 @@ from tiling.slidewrite import (
     source_stamp,
     write_slide_file,
 )
+from tiling.urls import absolute
 
 THUMBNAIL_SIDE_PX = 1024
 TISSUE_METHOD = 2  # raised whenever --tissue auto finds other tissue than before
@@ -233,7 +234,7 @@ def _done(path: Path, parameters: dict[str, Any], item: SlideItem) -> int | None
     try:
         with SlideFile(path) as file:
             count, attrs, patient_id = len(file), file.attrs, file.patient_id
-            moved = not file.has_pixels and file.source != item.path.absolute()
+            moved = not file.has_pixels and file.source != absolute(item.path)
     except (UserError, OSError, KeyError, RuntimeError):
         return None  # damaged, or not ours: made anew
     stamp = (int(attrs["source_size"]), int(attrs["source_mtime_ns"]))

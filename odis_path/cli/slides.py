@@ -53,7 +53,7 @@ def _end(outcomes: list[Outcome], title: str, out: Path, columns: tuple[str, ...
 
 
 def scan(
-    slides: Annotated[list[str], typer.Argument(help="Slides, folders (searched recursively), globs or URLs.", show_default=False)],
+    slides: Annotated[list[str], typer.Argument(help="Slides, folders (and theirs), globs, URLs.", show_default=False)],
     out: Annotated[Path, typer.Option(help="The manifest to write.")] = Path("manifest.csv"),
     mpp: Annotated[float | None, typer.Option(help="The --mpp meant for tile: slides too coarse for it fail.")] = None,
     assume_mpp: Annotated[float | None, typer.Option(help="Level-0 mpp of slides that have none.")] = None,
@@ -68,7 +68,7 @@ def scan(
 
 def tile(
     inputs: Annotated[
-        list[str], typer.Argument(metavar="MANIFEST|SLIDES...", help="A manifest.csv, or slides as for scan.", show_default=False)
+        list[str], typer.Argument(metavar="MANIFEST|SLIDES...", help="A manifest.csv, or slides.", show_default=False)
     ],
     out: Annotated[Path, typer.Option(help="Folder for one .h5 per slide.", show_default=False)],
     mpp: Annotated[float | None, typer.Option(help="Micrometres per pixel of the tiles.", show_default=False)] = None,

@@ -1,0 +1,90 @@
+"""Slides behind a URL: http, s3 and whatever else fsspec opens.
+
+They travel as paths like all others. pathlib takes one of a URL's slashes ("http:/host/a.svs"), which is put back here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+
+from annotations.errors import UserError
+
+URL = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):/+(.+)$")
+SHORT = re.compile(r"(?<![\w/])(https?|ftp|s3a?|gs|gcs|az|abfss?|memory|hdfs|sftp):/(?=[^/])")  # with its slash taken
+LOCAL = ("file", "local")
+VERSIONS = ("ETag", "mtime", "LastModified", "last_modified", "Last-Modified", "updated", "created")  # of fsspec's kinds
+
+
+def url_of(path: Path | str) -> str | None:
+    """The URL a path stands for, also where pathlib took one of its slashes; None for a file of this machine."""
+    found = URL.match(str(path))
+    if found is None:
+        return None
+    scheme, rest = found.groups()
+    return f"{scheme}:///{rest}" if scheme in (*LOCAL, "memory") else f"{scheme}://{rest}"
+
+
+def path_of(given: Path | str) -> Path:
+    """The path of a file or URL as a user gives it; of file:///folder/a.svs the file on this machine."""
+    url = url_of(given)
+    if url is None:
+        return Path(given).expanduser()
+    scheme, _, rest = url.partition("://")
+    return Path(rest) if scheme in LOCAL else Path(url)
+
+
+def absolute(path: Path) -> Path:
+    """A path that does not depend on the working folder."""
+    return path if url_of(path) else path.absolute()
+
+
+def shown(path: Path) -> str:
+    """A path as the user knows it."""
+    return url_of(path) or str(path)
+
+
+def with_slashes(text: str) -> str:
+    """A message with the slashes put back that pathlib took of the URLs in it."""
+    return SHORT.sub(r"\1://", text)
+
+
+def file_name(path: Path) -> str:
+    """The last part of a path, of a URL without what follows its question mark."""
+    return Path(url.partition("?")[0]).name if (url := url_of(path)) else path.name
+
+
+def url_stamp(url: str) -> tuple[int, int]:
+    """Size in bytes, and a number that changes with the file's tag or time (0 where the server tells neither).
+
+    (-1, -1) where there is no such file, or nothing opens such URLs.
+    """
+    from fsspec.core import url_to_fs
+
+    try:
+        system, name = url_to_fs(url)
+        info = system.info(name)
+    except Exception:  # each kind of store has errors of its own; whoever reads the slide tells them
+        return -1, -1
+    version = next((str(info[key]) for key in VERSIONS if info.get(key)), "")
+    digest = hashlib.sha256(version.encode()).digest() if version else b""
+    return int(info.get("size") or -1), int.from_bytes(digest[:7], "big")
+
+
+def urls_under(url: str, suffixes: frozenset[str]) -> list[Path]:
+    """Files with these suffixes below a URL (searched recursively) or that match it (with * in it), in order.
+
+    Raises UserError where it cannot be listed or holds none.
+    """
+    from fsspec.core import url_to_fs
+
+    try:
+        system, name = url_to_fs(url)
+        names = system.glob(name) if "*" in name else system.find(name)
+    except Exception as error:  # each kind of store has errors of its own
+        raise UserError(f"{url}: cannot be listed: {' '.join(str(error).split()) or type(error).__name__}") from None
+    found = [Path(system.unstrip_protocol(each)) for each in sorted(names)]
+    if not (slides := [path for path in found if Path(file_name(path)).suffix.lower() in suffixes]):
+        raise UserError(f"{url}: no slide is listed there (looked for {' '.join(sorted(suffixes))}): name each by its URL")
+    return slides
