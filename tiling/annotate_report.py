@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 RESULT_ATTR = "annotation_result"
 _NUMBER = re.compile(r"(?:(\d+) )?(.*)", re.DOTALL)
-FEW_INSIDE = 0.1  # a smaller share of objects on tiles is worth a warning
+# Shares of the objects' area on tiles below which a warning is due: where they miss tiles, and where each touches one at least.
+LITTLE_INSIDE, LEAST_INSIDE = 0.5, 0.25
+FEW_OUTSIDE = 0.1  # of the objects
 UNCLASSIFIED = "(unclassified)"
 WORDS = {
     "points_skipped": "points without --point-size",
@@ -82,8 +84,16 @@ def placement(clipped: Clipped, grid: Grid, which: int) -> dict[str, Any]:
         "extent_l0": [round(value, 1) for value in extent],
         "tiles_extent_l0": [round(float(value), 1) for value in (*low, *high)],
         "off_slide": n - int(clipped.on_slide[which]),
+        "area_on_tiles": _area_on_tiles(clipped, which),
         "on_tiles": [n - int(boxes.counts.get("outside", 0)) for boxes in clipped.boxes],
     }
+
+
+def _area_on_tiles(clipped: Clipped, which: int) -> float:
+    """Share of the area of all objects that lies on tiles; what several tiles show of an object counts once."""
+    boxes, area = clipped.boxes[which], clipped.area_l0
+    shown = np.bincount(boxes.object, weights=boxes.visible, minlength=len(area)).clip(max=1)
+    return float((shown * area).sum() / area.sum()) if area.sum() > 0 else 1.0
 
 
 def message(result: Mapping[str, Any]) -> str:
@@ -107,8 +117,9 @@ def message(result: Mapping[str, Any]) -> str:
         remarks.append("the annotations hold no outline")
     elif not result["tiles"]:
         remarks.append("the slide has no tiles")
-    elif inside < FEW_INSIDE * objects:
-        remarks.append(f"warning: annotations sit off the tissue: {inside} of {objects} objects touch a tile{_extents(result)}")
+    elif result.get("area_on_tiles", 1) < (LITTLE_INSIDE if result["outside"] > FEW_OUTSIDE * objects else LEAST_INSIDE):
+        share = f"{inside} of {objects} objects touch a tile, {result['area_on_tiles']:.0%} of their area is on tiles"
+        remarks.append(f"warning: annotations sit off the tissue: {share}{_extents(result)}")
     return "; ".join(remarks)
 
 

@@ -216,3 +216,34 @@ def test_annotations_off_the_tissue_are_told_with_both_extents(tmp_path: Path) -
     (outcome,) = annotate_cohort(tmp_path / "s", save(tmp_path / "a.geojson", [feature(shifted(RING, 700), "a")]))
     for text in ("off the tissue: 0 of 1", "they span x 700..720, y 0..20", "the tiles x 0..400, y 0..200", "--annotation-mpp"):
         assert text in outcome.message
+
+
+@pytest.mark.parametrize(
+    ("corners", "side", "said"),
+    [
+        ([(0, 0), (300, 100)], 90, ""),
+        ([(0, 0), *((500 + 50 * i, 900) for i in range(20))], 20, "1 of 21 objects touch a tile, 5% of their area"),
+        ([(10 * i, 0) for i in range(4)] + [(500 + 50 * i, 900) for i in range(6)], 9, "4 of 10 objects touch a tile, 40% of"),
+        ([(300, 150)], 400, "1 of 1 objects touch a tile, 3% of their area is on tiles"),  # drawn for another place
+        ([(0, 0)], 350, ""),  # drawn generously
+    ],
+)
+def test_how_much_of_the_annotations_is_off_the_tissue_is_told(tmp_path: Path, corners: list, side: int, said: str) -> None:
+    slide_file(tmp_path / "s")
+    items = [feature([[side / 20 * x + dx, side / 20 * y + dy] for x, y in RING], "a") for dx, dy in corners]
+    # What has no area to speak of and lies off the tiles does not make a warning.
+    items += [feature([[x / 20 + 900, y / 20] for x, y in RING], "crumb") for _ in range(3 * (side == 90))]
+    (outcome,) = annotate_cohort(tmp_path / "s", save(tmp_path / "a.geojson", items))
+    assert ("off the tissue" in outcome.message) == bool(said)
+    assert said in outcome.message
+
+
+def test_overlapping_tiles_do_not_count_an_object_twice(tmp_path: Path) -> None:
+    coords = np.array([(x, 0) for x in range(0, 200, 25)])
+    meta = SlideMeta("a", tmp_path / "none.svs", 2000, 1500, 0.25, 0.25, 100, overlap_px=75)
+    (tmp_path / "s").mkdir()
+    write_slide_file(tmp_path / "s" / "a.h5", meta=meta, coords=coords)
+    items = [feature(shifted(RING, 100, 10), "on"), *(feature(shifted(RING, 600 + 30 * i, 10), "off") for i in range(3))]
+    (outcome,) = annotate_cohort(tmp_path / "s", save(tmp_path / "a.geojson", items))
+    assert (outcome.info["objects"], outcome.info["boxes"]) == (4, 4)
+    assert "1 of 4 objects touch a tile, 25% of their area is on tiles" in outcome.message
