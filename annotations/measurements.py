@@ -16,20 +16,19 @@ from annotations.table import ObjectTable
 
 # What detectors call how sure they are: StarDist and InstanSeg in QuPath, TIAToolbox, CellViT, others.
 CONFIDENCE = ("detection probability", "probability", "confidence", "score", "prob", "type_prob")
-_HINTS = (b"prob", b"confidence", b"score")
 MAX_CONFIDENCE = 1e30  # beyond it, it is damage, and no float32
 
 
 def stated_confidence(properties: Properties) -> float | None:
     """How sure a detector says it is: the first of CONFIDENCE among measurements and plain properties; None where none is."""
     p = properties
-    if p.measurements is p.probability is p.confidence is p.score is p.prob is p.type_prob is NOTHING:
-        return None  # as nearly all are, and this is asked of millions
+    if p.probability is p.confidence is p.score is p.prob is p.type_prob is NOTHING:  # as in nearly all of millions
+        if p.measurements is NOTHING:
+            return None
+        text = bytes(p.measurements)
+        if b"rob" not in text and b"onfidence" not in text and b"core" not in text:
+            return None
     stated = {name: raw for name in SURE_KEYS if (raw := getattr(p, name)) is not NOTHING}
-    if "measurements" in stated:
-        text = bytes(stated["measurements"]).lower()
-        if not any(hint in text for hint in _HINTS):
-            del stated["measurements"]
     try:
         numbers = _numbers({name: msgspec.json.decode(raw) for name, raw in stated.items()})
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
