@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -189,9 +189,9 @@ def finish(outcomes: Sequence[Outcome], title: str, out: Path | str, columns: Se
     numbers = [*values.values(), *sums.values()]
     shown = [f"{value:,}" if isinstance(value, int) else f"{value:,.1f}" for value in numbers]
     summary.add_row(*shown, f"{seconds:.1f}")
-    console.print(summary)
-    for line in _notes(outcomes):
+    for line in _notes(outcomes):  # before the rest: there may be thousands
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+    console.print(summary)
     if failures:
         table = Table("item", "problem", title="failures", title_justify="left")
         for outcome in failures:
@@ -205,10 +205,17 @@ def finish(outcomes: Sequence[Outcome], title: str, out: Path | str, columns: Se
 
 
 def _notes(outcomes: Sequence[Outcome]) -> list[str]:
-    """Why items were made anew, one line a reason however many they are, and the remark of each item."""
-    first: dict[str, str] = {}
-    reasons = Counter(str(outcome.info["redone"]) for outcome in outcomes if outcome.ok and outcome.info.get("redone"))
-    for outcome in outcomes:
-        first.setdefault(str(outcome.info.get("redone", "")), outcome.item)
-    lines = [f"note: made anew: {first[why]}{f' and {n - 1} more' if n > 1 else ''}: {why}" for why, n in reasons.items()]
-    return lines + [f"note: {outcome.item}: {outcome.message}" for outcome in outcomes if outcome.ok and outcome.message]
+    """Why items were made anew, and what is remarked on them: one line a reason and a remark, however many items have it."""
+    fine = [outcome for outcome in outcomes if outcome.ok]
+    anew = _grouped((outcome.item, str(outcome.info.get("redone") or "")) for outcome in fine)
+    remarks = _grouped((outcome.item, outcome.message) for outcome in fine)
+    return [f"note: made anew: {line}" for line in anew] + [f"note: {line}" for line in remarks]
+
+
+def _grouped(said: Iterable[tuple[str, str]]) -> list[str]:
+    """(item, text) -> lines "item and 3 more: text", in the order of the first items; empty texts are left out."""
+    items: dict[str, list[str]] = {}
+    for item, text in said:
+        if text:
+            items.setdefault(text, []).append(item)
+    return [f"{who[0]}{f' and {len(who) - 1} more' if len(who) > 1 else ''}: {text}" for text, who in items.items()]

@@ -235,23 +235,30 @@ def _body(stream: bytes) -> bytes:
     return stream[at:]
 
 
+@lru_cache(maxsize=1)  # for whoever asks next about the same file: lists of a million offsets are not kept for others
+def tiff_pages(path: Path, size: int, mtime_ns: int) -> tuple[Any, ...]:
+    """The pages of a TIFF with those beneath them, as tifffile parses them. Raises its errors where it is no TIFF."""
+    import tifffile
+
+    found = []
+    with tifffile.TiffFile(path) as file:
+        for page in file.pages:
+            if isinstance(page, tifffile.TiffPage | tifffile.TiffFrame):
+                whole = page.aspage()
+                found += [whole, *([sub.aspage() for sub in whole.pages] if whole.subifds and whole.pages else [])]
+    return tuple(found)
+
+
 @lru_cache(maxsize=8)
 def stored_pages(path: Path, size: int, mtime_ns: int) -> tuple[Page, ...]:
     """The tiled JPEG pages of a TIFF, parsed once per process and file (size and mtime_ns only tell versions apart).
 
     Raises NotDirectError where it is no TIFF or has none.
     """
-    import tifffile
-
     try:
-        with tifffile.TiffFile(path) as file:
-            found = []
-            for page in file.pages:
-                if isinstance(page, tifffile.TiffPage | tifffile.TiffFrame):
-                    whole = page.aspage()
-                    found += [whole, *([sub.aspage() for sub in whole.pages] if whole.subifds and whole.pages else [])]
-            pages = [_page(page) for page in found if _why_not(page) == ""]
-            reason = next((_why_not(page) for page in found if _why_not(page)), "holds no image")
+        found = tiff_pages(path, size, mtime_ns)
+        pages = [_page(page) for page in found if _why_not(page) == ""]
+        reason = next((_why_not(page) for page in found if _why_not(page)), "holds no image")
     except NotDirectError:
         raise
     except Exception as error:  # tifffile has many errors of its own

@@ -10,8 +10,9 @@ import numpy as np
 
 from annotations.errors import UserError
 from tiling.grid import GridPlan, tissue_fractions
-from tiling.slide import Slide, SlideInfo
+from tiling.slide import Slide, SlideInfo, slide_stem
 from tiling.tissue import check_brightness, is_dark, rasterise, tissue_mask, tissue_outlines
+from tiling.urls import file_name
 
 OUTLINE_SUFFIXES = (".geojson", ".json", ".geojson.gz", ".json.gz", ".geojson.zip", ".zip")
 MASK_SUFFIXES = (".png", ".tif", ".tiff")
@@ -74,9 +75,9 @@ def look(
     return Overview(thumb, downsample, tissue, pen, excluded)
 
 
-def region_file(folder: Path, slide_id: str, info: SlideInfo, suffixes: tuple[str, ...]) -> Path | None:
+def region_file(folder: Path, slide_id: str, slide: Path, suffixes: tuple[str, ...]) -> Path | None:
     """The file of a folder that is named after a slide: by its id, its stem or its whole name; None where there is none."""
-    for stem in dict.fromkeys((slide_id, info.slide_id, info.path.name)):
+    for stem in dict.fromkeys((slide_id, slide_stem(slide), file_name(slide))):
         for suffix in suffixes:
             if (candidate := folder / f"{stem}{suffix}").is_file():
                 return candidate

@@ -114,17 +114,17 @@ def header_row(item: SlideItem, mpp: float | None = None, assume_mpp: float | No
 
 def cut_off(path: Path) -> str:
     """What of a TIFF's stored pixels lies beyond its end, in words; empty where all is there, or where it is no TIFF."""
-    import tifffile
+    from tiling.direct import tiff_pages
 
     try:
-        size = path.stat().st_size
+        stat = path.stat()
         with path.open("rb") as file:
             if file.read(2) not in (b"II", b"MM"):
                 return ""
-        with tifffile.TiffFile(path) as tiff:
-            pages = [(page.dataoffsets, page.databytecounts) for page in tiff.pages if isinstance(page, tifffile.TiffPage)]
+        pages = [(page.dataoffsets, page.databytecounts) for page in tiff_pages(path, stat.st_size, stat.st_mtime_ns)]
     except Exception:  # tifffile has many errors of its own, and reads not all that others do
         return ""
+    size = stat.st_size
     ends = [np.asarray(offsets, np.uint64) + np.asarray(counts, np.uint64) for offsets, counts in pages]
     beyond, stored = sum(int((end > size).sum()) for end in ends), sum(map(len, ends))
     return f"{beyond} of its {stored} stored tiles lie beyond its end at {size:,} bytes" if beyond else ""

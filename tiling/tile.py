@@ -16,7 +16,7 @@ from tiling import codec
 from tiling.claim import claim, same_settings
 from tiling.cohort import Outcome, available_cpus, run_cohort
 from tiling.grid import GridPlan, plan_grid
-from tiling.mpp import check_mpp, settle_mpp
+from tiling.mpp import Mpp, check_mpp, settle_mpp
 from tiling.overview import MASK_SUFFIXES, OUTLINE_SUFFIXES, Overview, look, pen_shares, region_file, remarks, write_outlines
 from tiling.pixels import encoded_tiles, stored_level, unscanned
 from tiling.quality import blur_score
@@ -138,54 +138,85 @@ def tile_slide(item: SlideItem, out: Path, settings: TileSettings, threads: int 
     The rows of tiles that could not be decoded whole are listed in `/bad_tiles`, int64 (K,); there is none without them.
     """
     path = out / f"{item.slide_id}.h5"
-    with claim(path), Slide.open(item.path, reader=settings.reader, resample=settings.resample) as slide:
-        info = slide.info
-        found = settle_mpp(item.path, info.mpp_found, manifest_mpp=item.mpp, assume_mpp=settings.assume_mpp)
-        assert found.value is not None
-        outlines = _outline_file(Path(settings.tissue), item, info) if settings.tissue not in ("auto", "none") else None
-        exclude = None
-        if settings.exclude:
-            exclude = region_file(Path(settings.exclude), item.slide_id, info, (*OUTLINE_SUFFIXES, *MASK_SUFFIXES))
-        parameters = _parameters(settings, found.value, outlines, exclude)
-        if (tiles := _done(path, parameters, item)) is not None:
-            _write_tissue(settings, path, item, again=False)
-            return {"skipped": True, "tiles": tiles, "megapixels": 0.0}
-        keep = {"find": settings.tissue == "auto", "keep_pen": settings.pen == "keep"}
-        overview = look(slide, found.value, outlines, exclude, side_px=THUMBNAIL_SIDE_PX, **keep)
-        plan = _plan(settings, info, found.value, overview)
-        blur = np.full(len(plan.coords), np.nan, np.float32)  # filled in while the tiles are encoded
-        quality = {"pen": pen_shares(overview, plan)} | ({"blur": blur} if settings.pixels else {})
-        meta = _meta(item, info, settings, found.value, parameters)
-        redone, had_boxes = before(path, parameters, item.path)
-        if settings.tissue_out:  # a run killed between the two files leaves none, which the next one writes, not an old one
-            _tissue_file(settings, item).unlink(missing_ok=True)
-        groups: dict[str, GroupContent] = {
-            "thumbnail": _overview(overview.thumb, overview.mask, overview.downsample),
-            "quality": quality,
-        }
-        bad: dict[int, str] = {}
-        write_slide_file(
-            path,
-            meta=meta,
-            coords=plan.coords,
-            tissue_fraction=plan.tissue_fraction,
-            pixels=_pixels(slide, plan, settings, threads, blur, bad, groups) if settings.pixels else None,
-            groups=groups,
-        )
-        said_of_pixels = _about_pixels(slide, plan, settings, bad)
+    with claim(path):
+        outlines, exclude = _regions(settings, item)
+        # With the manifest's mpp all parameters are known, and a slide that is done need not be opened.
+        tiles = _done(path, _parameters(settings, item.mpp, outlines, exclude), item) if item.mpp is not None else None
+        if tiles is None:
+            with Slide.open(item.path, reader=settings.reader, resample=settings.resample) as slide:
+                found = settle_mpp(item.path, slide.info.mpp_found, manifest_mpp=item.mpp, assume_mpp=settings.assume_mpp)
+                assert found.value is not None
+                tiles = _done(path, _parameters(settings, found.value, outlines, exclude), item) if item.mpp is None else None
+                if tiles is None:
+                    return _tiled(slide, item, path, settings, threads, found, outlines, exclude)
+        _write_tissue(settings, path, item, again=False)
+    return {"skipped": True, "tiles": tiles, "megapixels": 0.0}
+
+
+def _tiled(
+    slide: Slide,
+    item: SlideItem,
+    path: Path,
+    settings: TileSettings,
+    threads: int,
+    found: Mpp,
+    outlines: Path | None,
+    exclude: Path | None,
+) -> dict[str, Any]:
+    """Look, plan, read, write; returns what `tile_slide` does."""
+    info, mpp_l0 = slide.info, found.value
+    assert mpp_l0 is not None
+    parameters = _parameters(settings, mpp_l0, outlines, exclude)
+    keep = {"find": settings.tissue == "auto", "keep_pen": settings.pen == "keep"}
+    overview = look(slide, mpp_l0, outlines, exclude, side_px=THUMBNAIL_SIDE_PX, **keep)
+    plan = _plan(settings, info, mpp_l0, overview)
+    blur = np.full(len(plan.coords), np.nan, np.float32)  # filled in while the tiles are encoded
+    quality = {"pen": pen_shares(overview, plan)} | ({"blur": blur} if settings.pixels else {})
+    redone, had_boxes = before(path, parameters, item.path)
+    if settings.tissue_out:  # a run killed between the two files leaves none, which the next one writes, not an old one
+        _tissue_file(settings, item).unlink(missing_ok=True)
+    groups: dict[str, GroupContent] = {
+        "thumbnail": _overview(overview.thumb, overview.mask, overview.downsample),
+        "quality": quality,
+    }
+    bad: dict[int, str] = {}
+    write_slide_file(
+        path,
+        meta=_meta(item, info, settings, mpp_l0, parameters),
+        coords=plan.coords,
+        tissue_fraction=plan.tissue_fraction,
+        pixels=_pixels(slide, plan, settings, threads, blur, bad, groups) if settings.pixels else None,
+        groups=groups,
+    )
     _write_tissue(settings, path, item, again=True)
-    megapixels = len(plan.coords) * plan.size_l0**2 / 1e6 if settings.pixels else 0.0
     said = [
         found.note if found.source != "--assume-mpp" else "",
         _why_empty(plan, info, overview),
         *remarks(overview, plan),
-        *said_of_pixels,
+        *_about_pixels(slide, plan, settings, bad),
+        "its boxes are gone with the old tiles: run annotate again" if had_boxes else "",
+        f"nothing of it in --exclude {settings.exclude}" if settings.exclude and exclude is None else "",
     ]
-    said.append("its boxes are gone with the old tiles: run annotate again" if had_boxes else "")
-    said.append(f"nothing of it in --exclude {settings.exclude}" if settings.exclude and exclude is None else "")
     message = "; ".join(remark for remark in said if remark)
+    megapixels = len(plan.coords) * plan.size_l0**2 / 1e6 if settings.pixels else 0.0
     counts = {"tiles": len(plan.coords), "bad_tiles": len(bad), "megapixels": megapixels, "reader": info.reader}
     return {**counts, "mpp_source": found.source, "message": message, "redone": redone}
+
+
+def _regions(settings: TileSettings, item: SlideItem) -> tuple[Path | None, Path | None]:
+    """The files of a slide's tissue outlines and of what is excluded; None where the one is not asked for, the other not there.
+
+    Raises UserError where outlines were asked for and there are none.
+    """
+    outlines = exclude = None
+    if settings.tissue not in ("auto", "none"):
+        outlines = region_file(Path(settings.tissue), item.slide_id, item.path, OUTLINE_SUFFIXES)
+        if outlines is None:
+            said = f"no outline {item.slide_id}.geojson in {settings.tissue}: draw it, or use --tissue auto"
+            raise UserError(f"{item.path}: {said}")
+    if settings.exclude:
+        exclude = region_file(Path(settings.exclude), item.slide_id, item.path, (*OUTLINE_SUFFIXES, *MASK_SUFFIXES))
+    return outlines, exclude
 
 
 def _made(out: Path) -> Path:
@@ -343,10 +374,3 @@ def _write_tissue(settings: TileSettings, path: Path, item: SlideItem, *, again:
 
 def _tissue_file(settings: TileSettings, item: SlideItem) -> Path:
     return Path(settings.tissue_out) / f"{item.slide_id}.geojson"
-
-
-def _outline_file(folder: Path, item: SlideItem, info: SlideInfo) -> Path:
-    found = region_file(folder, item.slide_id, info, OUTLINE_SUFFIXES)
-    if found is None:
-        raise UserError(f"{info.path}: no outline {item.slide_id}.geojson in {folder}: draw it, or use --tissue auto")
-    return found

@@ -179,6 +179,14 @@ def test_finish_sums_columns_lists_failures_and_gives_the_exit_code(capsys: pyte
     assert finish([outcome for outcome in outcomes if outcome.ok], "tile", Path("out")) == 0
 
 
+def test_a_remark_on_many_items_is_one_line_and_stands_before_the_sums(capsys: pytest.CaptureFixture[str]) -> None:
+    outcomes = [Outcome(f"S{i}", ok=True, message="no mpp" if i % 2 else "", info={"redone": "it changed"}) for i in range(9)]
+    finish(outcomes, "tile", Path("out"))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["note: made anew: S0 and 8 more: it changed", "note: S1 and 3 more: no mpp"]
+    assert lines[2].strip() == "tile"
+
+
 def test_an_empty_cohort_is_no_failure() -> None:
     assert run_cohort([], work, title="t") == []
 

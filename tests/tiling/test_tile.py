@@ -13,6 +13,7 @@ import pytest
 
 from annotations.errors import UserError
 from tiling.scan import find_slides, read_manifest, scan_slides, slide_items
+from tiling.slide import Slide
 from tiling.slidefile import SlideFile
 from tiling.slidewrite import replace_groups
 from tiling.tile import tile_cohort
@@ -145,6 +146,22 @@ def test_a_second_run_skips_and_what_changed_is_done_again(make_slide: MakeSlide
     assert run()[0] is False
     with SlideFile(out / "a.h5") as file:
         assert file.parameters["mpp_level0"] == 0.5
+
+
+def test_a_slide_that_is_done_is_not_opened_again(cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest, out = tmp_path / "m.csv", tmp_path / "out"
+    manifest.write_text(f"path,mpp\n{cohort / 'TCGA-AA-1234-01Z.svs'},0.5\n")
+    (first,) = tile_cohort([manifest], out, 1.0, 64, workers=1)
+    opened: list[Path] = []
+    monkeypatch.setattr(Slide, "open", lambda path, **how: opened.append(path))
+    (again,) = tile_cohort([manifest], out, 1.0, 64, workers=1)
+    assert (first.ok, again.ok, again.skipped, again.info["tiles"]) == (True, True, True, first.info["tiles"])
+    assert opened == []
+    tile_cohort([manifest], out, 1.0, 64, workers=1, min_tissue=0.2)
+    assert len(opened) == 1
+    manifest.write_text(f"path,mpp\n{cohort / 'TCGA-AA-1234-01Z.svs'},0.4\n")
+    tile_cohort([manifest], out, 1.0, 64, workers=1)
+    assert len(opened) == 2
 
 
 def test_a_bad_slide_stops_nobody(cohort: Path, tmp_path: Path) -> None:
