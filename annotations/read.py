@@ -256,7 +256,11 @@ def _kinds(features: list[Feature], kind: Kind, counts: dict[str, int]) -> tuple
 
     A point is a cell whatever its object type: QuPath's points tool stores counted cells as annotations.
     """
-    types = [_object_type(feature) for feature in features]
+    known = _KIND_OF_TYPE  # most features have their type where QuPath has it, as QuPath writes it
+    types = [
+        p.object_type if (p := feature.properties) is not None and p.object_type in known else _object_type(feature)
+        for feature in features
+    ]
     keep = [row for row, name in enumerate(types) if name not in _IGNORED_TYPES]
     if ignored := len(types) - len(keep):
         counts["ignored"] = ignored
@@ -273,29 +277,21 @@ def _labelled(
     """The table of outlines `geometry`, each of feature `rows`; a feature of several rows numbers its ids."""
     if not len(rows):
         return empty_table(counts)
-    used = np.zeros(len(features), dtype=bool)
-    used[rows] = True
+    used, of_row = np.unique(rows, return_inverse=True)
     index: dict[str, int] = {}
-    label = np.full(len(features), UNCLASSIFIED, dtype=np.int64)
-    ids = np.empty(len(features), dtype=object)
-    sure: dict[int, float] = {}
-    for i in np.flatnonzero(used).tolist():
+    label: list[int] = []
+    ids: list[str] = []
+    sure: list[float | None] = []
+    for i in used.tolist():
         feature = features[i]
-        if feature.properties is not None and (value := stated_confidence(feature.properties)) is not None:
-            sure[i] = value
+        sure.append(None if feature.properties is None else stated_confidence(feature.properties))
         name = _class_name(feature)
-        if name is not None:
-            label[i] = index.setdefault(name, len(index))
+        label.append(UNCLASSIFIED if name is None else index.setdefault(name, len(index)))
         key = feature.id
-        ids[i] = str(i) if key is None or key == "" or key in _TYPE_OF_OLD_ID else str(key)
+        ids.append(str(i) if key is None or key == "" or key in _TYPE_OF_OLD_ID else str(key))
     if len(index) > MAX_LABELS:
         raise UserError(f"{source}: {len(index)} class names, {MAX_LABELS} at most: put names of single objects in `name`")
-    row_ids = numbered_ids(ids[rows].tolist(), rows, counts)
-    confidence = None
-    if sure:
-        known = np.full(len(features), np.nan, dtype=np.float32)
-        known[list(sure)] = list(sure.values())
-        confidence = known[rows]
-    return ObjectTable(
-        geometry, row_ids, label[rows].astype(np.int16), kinds[rows], tuple(index), counts, confidence=confidence
-    )
+    row_ids = numbered_ids([ids[i] for i in of_row.tolist()], rows, counts)
+    confidence = None if sure.count(None) == len(sure) else np.array(sure, dtype=np.float32)[of_row]  # None becomes NaN
+    number = np.array(label, dtype=np.int16)[of_row]
+    return ObjectTable(geometry, row_ids, number, kinds[rows], tuple(index), counts, confidence=confidence)
