@@ -60,6 +60,8 @@ def stored_level(slide: Slide, plan: GridPlan) -> int | None:
         return None
     for level, own in enumerate(reader.level_downsamples):
         page = reader.pages[level]
+        if page.codec != "jpeg":
+            continue
         if (page.tile_w, page.tile_h) != (plan.patch_px, plan.patch_px) or own * plan.patch_px != plan.size_l0:
             continue
         whole = (plan.coords + plan.size_l0 <= np.array([page.width, page.height]) * own).all()

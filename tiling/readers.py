@@ -1,4 +1,4 @@
-"""What decodes slides, behind one small surface: tiled JPEG directly, OpenSlide, tiffslide, and plain images in memory.
+"""What decodes slides, behind one small surface: stored tiles directly, OpenSlide, tiffslide, and plain images in memory.
 
 Which of them reads a file is tried out in that order (`open_reader`), or forced by name.
 """
@@ -243,7 +243,10 @@ def open_reader(path: Path, wanted: str = "auto") -> tuple[Reader, str]:
             text = " ".join(str(error).split()).replace(f" {str(path)!r}", "") or type(error).__name__
             said.append(f"{name}: {text[:120]}")
             continue
-        chosen = "asked for" if wanted != "auto" else "a URL" if url_of(path) else "its stored JPEG tiles are read directly"
+        stores = getattr(reader, "stores", "JPEG")
+        chosen = (
+            "asked for" if wanted != "auto" else "a URL" if url_of(path) else f"its stored {stores} tiles are read directly"
+        )
         return reader, "; ".join(said) or chosen
     hint = "copy it again or convert it to a tiled TIFF" if wanted == "auto" else "leave out --reader to try the others"
     if url_of(path):

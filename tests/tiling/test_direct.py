@@ -129,6 +129,68 @@ def test_level_0_is_openslides_to_one_grey_level(tmp_path: Path, texture: np.nda
     assert np.abs(found.astype(int) - openslide_pixels(path)).max() <= 1
 
 
+def write_j2k(path: Path, rgb: np.ndarray, compression: int, change: Callable = list) -> Path:
+    """Aperio's JPEG 2000: 33005 of RGB, 33003 of luminance and colour differences that the reader turns into RGB."""
+    import imagecodecs
+    from PIL import Image
+
+    colours = np.asarray(Image.fromarray(rgb).convert("YCbCr")) if compression == 33003 else rgb
+    height, width = rgb.shape[:2]
+    filled = np.pad(colours, ((0, -height % SIDE), (0, -width % SIDE), (0, 0)))
+    parts = [filled[y : y + SIDE, x : x + SIDE] for y in range(0, height, SIDE) for x in range(0, width, SIDE)]
+    tiles = [imagecodecs.jpeg2k_encode(np.ascontiguousarray(part), level=40, codecformat="j2k", mct=False) for part in parts]
+    text = f"Aperio Image Library v11\n{width}x{height} (256x256) J2K/KDU Q=70|MPP = 0.25"
+    with tifffile.TiffWriter(path) as file:
+        file.write(
+            iter(change(tiles)), shape=rgb.shape, dtype=np.uint8, tile=(SIDE, SIDE), compression=compression,
+            photometric="rgb", metadata=None, description=text,
+        )  # fmt: skip
+    return path
+
+
+@pytest.mark.parametrize("compression", [33003, 33005])
+def test_jpeg_2000_is_read_directly_and_is_openslides(tmp_path: Path, texture: np.ndarray, compression: int) -> None:
+    path = write_j2k(tmp_path / "a.svs", texture, compression)
+    height, width = texture.shape[:2]
+    with Slide.open(path) as slide:
+        assert (slide.info.reader, slide.info.reader_why) == ("direct", "its stored JPEG 2000 tiles are read directly")
+        pixels = slide.read_region(0, 0, width, height, width, height)
+        smaller = slide.read_region(100, 90, 800, 800, 200, 200)
+    assert np.abs(pixels.astype(int) - openslide_pixels(path)).max() <= 1
+    assert np.abs(smaller - area(pixels[90:890, 100:900], 0, 0, 800, 200)).max() <= 1
+
+
+def test_a_torn_jpeg_2000_tile_is_marked_and_none_is_copied(tmp_path: Path, texture: np.ndarray) -> None:
+    path = write_j2k(tmp_path / "a.svs", texture, 33005, torn(6))
+    (outcome,) = tile_cohort([path], tmp_path, 0.25, SIDE, tissue="none", workers=1, pixels="copy")
+    assert outcome.ok, outcome.message
+    assert "recoded at quality 90" in outcome.message
+    with SlideFile(tmp_path / "a.h5") as file:
+        row = file.bad_tiles.tolist()
+        assert (file.coords[row] == np.array([[0, SIDE]])).all()
+        assert file.tile(row[0]).max() < 20
+        assert all(file.tile(i).mean() > 60 for i in range(len(file)) if i not in row)
+
+
+def test_levels_that_are_no_whole_part_are_read_directly(tmp_path: Path, texture: np.ndarray) -> None:
+    """As scanners cut them: 1300 x 1000 pixels, then 649 x 499, 2.003 times smaller."""
+    from PIL import Image
+
+    path = tmp_path / "a.svs"
+    with tifffile.TiffWriter(path) as file:
+        for number, size in enumerate(((1300, 1000), (649, 499))):
+            picture = np.asarray(Image.fromarray(texture).resize(size, Image.Resampling.BOX))
+            text = f"Aperio Image Library v11\n1300x1000 (256x256) -> {size[0]}x{size[1]} JPEG/RGB Q=92|MPP = 0.25"
+            file.write(
+                picture, tile=(SIDE, SIDE), compression="jpeg", photometric="rgb", metadata=None, description=text,
+                subfiletype=number, compressionargs={"level": 92},
+            )  # fmt: skip
+    with Slide.open(path) as slide:
+        assert (slide.info.reader, slide.info.level_downsamples[1].is_integer()) == ("direct", False)
+        found = slide.reader.read(1, 0, 0, 649, 499)
+    assert np.abs(found.astype(int) - picture).mean() <= 5  # of its JPEG
+
+
 def test_grey_levels_and_real_slides_are_openslides(tmp_path: Path, texture: np.ndarray, test_data: Path) -> None:
     grey = tmp_path / "grey.tif"
     tifffile.imwrite(grey, texture[..., 1], tile=(SIDE, SIDE), compression="jpeg", photometric="minisblack")
@@ -317,7 +379,6 @@ def test_headers_are_parsed_once_a_process(tmp_path: Path, texture: np.ndarray, 
     [
         ({"tile": (SIDE, SIDE), "compression": "zlib"}, "not JPEG"),
         ({"compression": "jpeg"}, "not stored in tiles"),
-        ({"tile": (SIDE, SIDE), "compression": "jpeg2000"}, "not JPEG"),
     ],
 )
 def test_what_is_left_to_others_says_why(tmp_path: Path, texture: np.ndarray, options: dict, says: str) -> None:

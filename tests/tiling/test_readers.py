@@ -20,7 +20,7 @@ from tiling.tile import tile_cohort
     ("name", "reader", "why"),
     [
         ("CMU-1-Small-Region.svs", "direct", "its stored JPEG tiles are read directly"),
-        ("TCGA-CR-7395-01A-01-TS1.svs", "openslide", "not JPEG"),
+        ("TCGA-CR-7395-01A-01-TS1.svs", "direct", "its stored JPEG 2000 tiles are read directly"),
         ("test3-DAPI.ndpi", "openslide", "direct: "),
         ("camelyon_jp2k.dcm", "openslide", "direct: no TIFF"),
     ],
