@@ -175,8 +175,10 @@ def finish(outcomes: Sequence[Outcome], title: str, out: Path | str, columns: Se
 
     untried = [outcome for outcome in outcomes if outcome.message == NOT_TRIED]
     failures = [outcome for outcome in outcomes if not outcome.ok and outcome.message != NOT_TRIED]
-    widest = max((len(outcome.item) + len(outcome.message) + 20 for outcome in failures), default=0)
-    console = Console(width=None if sys.stdout.isatty() else max(160, widest))
+    longest = [
+        max((len(text) for text in texts), default=0) for texts in ([o.item for o in failures], [o.message for o in failures])
+    ]
+    console = Console(width=None if sys.stdout.isatty() else max(160, sum(longest) + 20))
     skipped = sum(outcome.skipped for outcome in outcomes)
     summary = Table(title=title, title_justify="left")
     values = {"done": len(outcomes) - skipped - len(failures) - len(untried), "skipped": skipped, "failed": len(failures)}

@@ -179,6 +179,12 @@ def test_finish_sums_columns_lists_failures_and_gives_the_exit_code(capsys: pyte
     assert finish([outcome for outcome in outcomes if outcome.ok], "tile", Path("out")) == 0
 
 
+def test_a_failure_stays_on_one_line_however_long(capsys: pytest.CaptureFixture[str]) -> None:
+    long = [Outcome("a slide of a very long name" * 3, ok=False, message="short"), Outcome("b", ok=False, message="why " * 99)]
+    finish(long, "tile", Path("out"))
+    assert sum("why" in line for line in capsys.readouterr().out.splitlines()) == 1
+
+
 def test_a_remark_on_many_items_is_one_line_and_stands_before_the_sums(capsys: pytest.CaptureFixture[str]) -> None:
     outcomes = [Outcome(f"S{i}", ok=True, message="no mpp" if i % 2 else "", info={"redone": "it changed"}) for i in range(9)]
     finish(outcomes, "tile", Path("out"))

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import simplejpeg
 import tifffile
 
 from annotations.errors import UserError
-from tiling.readers import reader_of, url_of
+from tiling.readers import OpenSlideReader, reader_of, url_of
 from tiling.slide import Slide
 from tiling.slidefile import SlideFile
 from tiling.tile import tile_cohort
@@ -102,6 +104,48 @@ def test_urls_are_read_through_tiffslide(slide_path: Path) -> None:
                 assert (slide.info.reader, slide.info.reader_why) == ("tiffslide", "a URL")
                 assert slide.info.mpp == 0.5
                 assert np.abs(slide.read_region(100, 100, 256, 256, 256, 256).astype(int) - expected).max() <= 1
+
+
+def test_what_openslide_leaves_transparent_has_the_background_colour(slide_path: Path) -> None:
+    from PIL import Image
+
+    reader = OpenSlideReader(slide_path)
+    reader.background = np.array([230, 220, 210], np.uint8)
+    image = np.full((2, 3, 4), (100, 20, 30, 255), np.uint8)
+    image[0, 0], image[0, 1] = (0, 0, 0, 0), (100, 20, 30, 128)
+    reader._slide = SimpleNamespace(read_region=lambda *where: Image.fromarray(image))
+    pixels = reader.read(0, 0, 0, 3, 2)
+    assert pixels[0, 0].tolist() == [230, 220, 210]
+    assert np.abs(pixels[0, 1].astype(int) - [165, 120, 120]).max() <= 1
+    assert (pixels[1] == [100, 20, 30]).all()
+
+
+def test_an_unscanned_tile_is_white_through_every_reader_and_no_tissue(tmp_path: Path, picture: np.ndarray) -> None:
+    tiles = [
+        simplejpeg.encode_jpeg(np.ascontiguousarray(picture[y : y + 256, x : x + 256])) for y in (256, 512) for x in (256, 512)
+    ]
+    tiles[1] = b""
+    tifffile.imwrite(
+        tmp_path / "a.svs", iter(tiles), shape=(512, 512, 3), dtype=np.uint8, tile=(256, 256), compression="jpeg",
+        photometric="ycbcr", subsampling=(2, 2), metadata=None, description="Aperio Image Library v11|MPP = 0.5",
+    )  # fmt: skip
+    for reader in ("direct", "openslide"):
+        with Slide.open(tmp_path / "a.svs", reader=reader) as slide:
+            assert (slide.read_region(256, 0, 256, 256, 128, 128) == 255).all()
+        (outcome,) = tile_cohort([tmp_path / "a.svs"], tmp_path / reader, 0.5, 256, min_tissue=0.5, workers=1, reader=reader)
+        assert outcome.info["tiles"] == 3, outcome.message
+
+
+def test_transparent_images_lie_on_white(tmp_path: Path) -> None:
+    from PIL import Image
+
+    rgba = np.full((64, 64, 4), (120, 40, 60, 255), np.uint8)
+    rgba[:32, :, 3] = 0
+    Image.fromarray(rgba).save(tmp_path / "a.png")
+    with Slide.open(tmp_path / "a.png", assume_mpp=0.5) as slide:
+        pixels = slide.read_region(0, 0, 64, 64, 64, 64)
+    assert (pixels[:32] == 255).all()
+    assert (pixels[32:] == [120, 40, 60]).all()
 
 
 def test_channels_that_are_not_shown_are_told(tmp_path: Path, picture: np.ndarray) -> None:
