@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -34,7 +35,7 @@ from tiling.tile import tile_cohort
 MakeSlide = Callable[..., Path]
 KILLED = -signal.SIGKILL
 
-KILLS = 6
+KILLS = int(os.environ.get("ODIS_TEST_KILLS", "6"))  # moments tried of each command; some hundred for a study
 few = settings(max_examples=KILLS, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -322,6 +323,34 @@ def test_a_write_that_fails_is_told_and_tears_nothing(
         assert contents(path) in (fresh.get(path.name), undisturbed[path.name])
     assert all(outcome.ok for outcome in getattr(stage, command)(out))
     assert folder_contents(out) == undisturbed
+
+
+WRITES = {"tile": 40, "annotate": 60, "propose": 60, "embed": 30}  # about how many calls of the busiest function there are
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_any_write_may_fail(command: str, stage: Stage, stub: None, whole: Callable, tmp_path: Path) -> None:
+    undisturbed = same_source(whole(command), tmp_path / "x")
+
+    @few
+    @given(
+        st.sampled_from(["pwrite", "fsync", "replace", "ftruncate", "open", "close"]),
+        st.sampled_from([errno.EIO, errno.ENOSPC, errno.EDQUOT]),
+        st.integers(0, WRITES[command]),
+    )
+    def fail_at(name: str, code: int, count: int) -> None:
+        out = prepared(stage, command, tmp_path / "x")
+        fresh = folder_contents(out) if out.is_dir() else {}
+        with pytest.MonkeyPatch.context() as patched, contextlib.suppress(UserError):
+            FailingWrites(patched, [name], code, count)
+            for outcome in getattr(stage, command)(out):
+                assert outcome.ok or outcome.message
+        for path in out.glob("*.h5"):
+            assert contents(path) in (fresh.get(path.name), undisturbed[path.name]), f"{path.name} is torn"
+        assert all(outcome.ok for outcome in getattr(stage, command)(out))
+        assert folder_contents(out) == undisturbed
+
+    fail_at()
 
 
 def disk_full_run(stage: Stage, out: Path) -> list[Outcome]:
