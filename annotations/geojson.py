@@ -197,11 +197,11 @@ def _integer(text: str) -> int | float:
 
 
 def _once(pairs: list[tuple[str, Any]], source: str) -> dict[str, Any]:
-    """An object of JSON; UserError where a key that holds outlines comes twice, as only the last would be read."""
+    """An object of JSON; UserError where a key that holds outlines comes twice, as only those of the last would be read."""
     found = dict(pairs)
     if len(found) < len(pairs):
         for key in GEOMETRY_KEYS & found.keys():
-            if sum(name == key for name, _ in pairs) > 1:
+            if any([value for name, value in pairs if name == key][:-1]):
                 raise UserError(f"{source}: an object has {key!r} twice, and only one can be meant: export it again")
     return found
 

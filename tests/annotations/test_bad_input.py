@@ -77,6 +77,11 @@ def test_keys_that_may_come_twice(read):
     cell = f'{{"type": "Feature", "geometry": {json.dumps(POLYGON)}, {nucleus}, {twice}}}'
     assert len(read(f"[{cell}, {cell}]".encode())) == 2
     assert len(read([{**FEATURE, "properties": {"coordinates": [1, 2], "geometry": 3}}])) == 1
+    # Nothing is lost here, whichever way a file is read: a NaN sends it another way.
+    for number in ("1", "NaN"):
+        ring = f"[[0, 0], [9, 0], [9, {number}], [9, 9]]"
+        empty = f'{{"type": "Polygon", "coordinates": [], "coordinates": [{ring}]}}'
+        assert len(read(f'[{{"type": "Feature", "geometry": null, "geometry": {empty}}}]'.encode())) == 1
 
 
 def test_collections_in_collections(read):
