@@ -91,7 +91,7 @@ def same_settings(folder: Path, command: str, settings: Mapping[str, Any]) -> It
         with contextlib.suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the last one out
             lock.unlink(missing_ok=True)
-        os.close(descriptor)
+        _close(descriptor)
 
 
 def _joined(lock: Path, text: str) -> int | None:
@@ -114,7 +114,7 @@ def _joined(lock: Path, text: str) -> int | None:
             # While a lock changes hands its file may be swept away, and another, empty one come.
             if os.path.samestat(os.stat(lock), os.fstat(descriptor)) and os.fstat(descriptor).st_size:
                 return descriptor
-        os.close(descriptor)
+        _close(descriptor)
     raise UserError(f"{lock}: is held by a run that does not go on: end that run, or give another folder")
 
 
@@ -123,7 +123,7 @@ def _write_down(descriptor: int, text: str) -> bool:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, text.encode(), 0)
     except OSError:  # a full disk: the work itself will say so
-        os.close(descriptor)
+        _close(descriptor)
         return False
     return True
 
@@ -165,20 +165,25 @@ def _take(lock: Path, *, shared: bool) -> int | None:
         try:
             fcntl.flock(descriptor, how)
         except BlockingIOError:
-            os.close(descriptor)
+            _close(descriptor)
             raise BusyError(lock) from None
         except OSError:
-            os.close(descriptor)
+            _close(descriptor)
             with contextlib.suppress(OSError):
                 lock.unlink()
             return None
         with contextlib.suppress(OSError):
             if os.path.samestat(os.stat(lock), os.fstat(descriptor)):
                 return descriptor
-        os.close(descriptor)  # its last holder removed the file meanwhile: take the new one
+        _close(descriptor)  # its last holder removed the file meanwhile: take the new one
+
+
+def _close(descriptor: int) -> None:
+    with contextlib.suppress(OSError):  # what network mounts may say of a file to which nothing is written
+        os.close(descriptor)
 
 
 def _drop(lock: Path, descriptor: int) -> None:
     with contextlib.suppress(OSError):
         lock.unlink()
-    os.close(descriptor)
+    _close(descriptor)

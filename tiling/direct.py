@@ -9,6 +9,7 @@ with its pixels when the file is opened, and a file that differs is left to it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -109,7 +110,8 @@ class DirectReader:
     def close(self) -> None:
         """Close the file; twice does no harm."""
         if self._fd >= 0:
-            os.close(self._fd)
+            with contextlib.suppress(OSError):
+                os.close(self._fd)
         self._fd = -1
 
     def read(self, level: int, x: int, y: int, w: int, h: int, scale: int = 1) -> np.ndarray:

@@ -14,7 +14,7 @@ from tiling.readers import Reader, open_reader
 from tiling.resample import area_resize
 from tiling.urls import file_name, url_of
 
-RESAMPLE = ("fast", "exact")
+RESAMPLE = ("fast", "exact", "pyramid")
 LEVEL_TOLERANCE = 1.01  # a level 1% coarser than wanted still serves: 2.0005 counts as 2
 PIXELS_TO_SHARE = 3
 MOST_FAILURES = 500  # of an overview that cannot be read in one piece
@@ -66,13 +66,18 @@ class Slide:
         self.reader = reader
         self.exact = resample == "exact"
         self.undecoded = 0.0
+        self.left_out: set[int] = set()  # levels that would have done, were they averages of level 0
+        self._chosen: dict[float, int] = {}
+        self._any_level = resample == "pyramid"
 
     @classmethod
     def open(cls, path: Path | str, assume_mpp: float | None = None, reader: str = "auto", resample: str = "fast") -> Slide:
         """Open with the first reader that can (see tiling.readers), or with the one named.
 
         assume_mpp fills in where the file has no mpp of its own. resample: "fast" starts from the coarsest level that will
-        do, scaled in the decoder; "exact" averages level 0. Raises UserError where the file is missing or nothing reads it.
+        do and looks like an average of level 0, scaled in the decoder; "pyramid" from the coarsest that will do,
+        whatever the scanner made of it; "exact" averages level 0. Raises UserError where the file is missing or nothing
+        reads it.
         """
         if resample not in RESAMPLE:
             raise UserError(f"--resample {resample}: choose among {', '.join(RESAMPLE)}")
@@ -96,8 +101,25 @@ class Slide:
         fitting = [i for i, value in enumerate(self.info.level_downsamples) if value <= downsample * LEVEL_TOLERANCE]
         return max(fitting, key=lambda i: self.info.level_downsamples[i], default=0)
 
+    def true_level(self, downsample: float) -> int:
+        """The coarsest fine enough level that looks like an average of level 0 (see tiling.levels)."""
+        from tiling.levels import is_average
+
+        level = self.best_level(downsample)
+        if self._any_level or level == 0:
+            return level
+        key = round(downsample, 2)
+        if key not in self._chosen:
+            finer = [i for i, own in enumerate(self.info.level_downsamples) if own <= self.info.level_downsamples[level]]
+            for each in sorted(finer, key=lambda i: -self.info.level_downsamples[i]):
+                if each == 0 or is_average(self, each, downsample):
+                    self._chosen[key] = each
+                    break
+                self.left_out.add(each)
+        return self._chosen[key]
+
     def view(self, downsample: float, boxes_l0: np.ndarray) -> View:
-        """What to decode for `downsample` level-0 pixels per wanted pixel: the best level, scaled as far as is right.
+        """What to decode for `downsample` level-0 pixels per wanted pixel: `true_level`, scaled as far as is right.
 
         boxes_l0: (N, 4) x0, y0, x1, y1 that will be cut. Pixels of a scaled level can hardly be shared out between outputs
         (up to 7 grey levels away on sharp H&E, with 3 of them an output 2): a scale is taken where boxes and outputs hold
@@ -105,7 +127,7 @@ class Slide:
         """
         if self.exact:
             return View(0, 1, self.info.level_downsamples[0], *self.info.level_dimensions[0])
-        level = self.best_level(downsample)
+        level = self.true_level(downsample)
         own = self.info.level_downsamples[level]
 
         def right(scale: int) -> bool:
@@ -157,14 +179,15 @@ class Slide:
         width, height = self.info.width_l0, self.info.height_l0
         downsample = max(1.0, max(width, height) / max_side_px)
         out_w, out_h = max(1, round(width / downsample)), max(1, round(height / downsample))
-        exact, self.exact = self.exact, False  # an overview is worth no full read, and tissue must not depend on it
+        before = self.exact, self._any_level
+        self.exact, self._any_level = False, True  # an overview is worth no full read, and tissue must not depend on it
         try:
             return self.read_region(0, 0, width, height, out_w, out_h)
         except UserError as error:
             salvage = _Salvage(self, np.zeros((out_h, out_w, 3), np.uint8), error)
             salvage.fill(0, 0, out_w, out_h)
         finally:
-            self.exact = exact
+            self.exact, self._any_level = before
         self.undecoded = salvage.lost / (out_w * out_h)
         return salvage.out
 

@@ -345,6 +345,9 @@ def _about_pixels(slide: Slide, plan: GridPlan, settings: TileSettings, bad: dic
         said.append(f"{slide.undecoded:.2%} of the overview cannot be decoded and counts as no tissue")
     if count := unscanned(slide, plan):
         said.append(f"{count} tiles reach into what was not scanned: background colour there")
+    if slide.left_out:
+        sizes = ", ".join(f"1/{slide.info.level_downsamples[level]:.0f}" for level in sorted(slide.left_out))
+        said.append(f"its level of {sizes} is no average of level 0, so a finer one is read")
     if settings.pixels and settings.copy and len(plan.coords) and stored_level(slide, plan) is None:
         said.append(f"recoded at quality {settings.quality}: its stored tiles are not the tiles wanted")
     return said

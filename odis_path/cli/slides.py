@@ -90,7 +90,13 @@ def tile(
     reader: Annotated[
         str, typer.Option(metavar="auto|direct|openslide|tiffslide|image", help="What reads the slides.")
     ] = "auto",
-    resample: Annotated[str, typer.Option(metavar="fast|exact", help="exact: area average of level 0 pixels.")] = "fast",
+    resample: Annotated[
+        str,
+        typer.Option(
+            metavar="fast|exact|pyramid",
+            help="fast: within 2 grey levels of exact, the area average of level 0. pyramid: the scanner's levels as they are.",
+        ),
+    ] = "fast",
     exclude: Annotated[
         str, typer.Option(metavar="DIR", help="GeoJSON or masks, named by slide, of what is not wanted.", show_default=False)
     ] = "",

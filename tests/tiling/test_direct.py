@@ -172,6 +172,32 @@ def test_a_torn_jpeg_2000_tile_is_marked_and_none_is_copied(tmp_path: Path, text
         assert all(file.tile(i).mean() > 60 for i in range(len(file)) if i not in row)
 
 
+@pytest.mark.parametrize("made", ["average", "sharpened"])
+def test_a_level_that_is_no_average_is_not_read(tmp_path: Path, texture: np.ndarray, made: str) -> None:
+    from PIL import Image, ImageFilter
+
+    picture = np.asarray(Image.fromarray(texture[:334, :427]).resize((1280, 1000), Image.Resampling.BICUBIC))
+    average = Image.fromarray(picture).reduce(2)
+    coarse = average if made == "average" else average.filter(ImageFilter.UnsharpMask(2, 150, 0))
+    with tifffile.TiffWriter(tmp_path / "a.svs") as file:
+        for level, rgb in enumerate((picture, np.asarray(coarse))):
+            file.write(
+                rgb, tile=(SIDE, SIDE), compression="jpeg", photometric="rgb", compressionargs={"level": 95}, metadata=None,
+                description="Aperio Image Library|MPP = 0.25", subfiletype=level,
+            )  # fmt: skip
+    with Slide.open(tmp_path / "a.svs") as slide:
+        assert slide.info.reader == "direct"
+        assert slide.true_level(2.0) == (1 if made == "average" else 0)
+        found = slide.read_region(101, 99, 800, 800, 400, 400)
+        level0 = slide.read_region(101, 99, 800, 800, 800, 800)
+        assert slide.true_level(2.0) == (1 if made == "average" else 0)
+    with Slide.open(tmp_path / "a.svs", resample="pyramid") as slide:
+        assert slide.true_level(2.0) == 1
+    assert np.abs(found - area(level0, 0, 0, 800, 400)).mean() <= 2
+    (outcome,) = tile_cohort([tmp_path / "a.svs"], tmp_path, 0.5, 128, tissue="none", workers=1)
+    assert ("its level of 1/2 is no average of level 0, so a finer one is read" in outcome.message) == (made != "average")
+
+
 def test_levels_that_are_no_whole_part_are_read_directly(tmp_path: Path, texture: np.ndarray) -> None:
     """As scanners cut them: 1300 x 1000 pixels, then 649 x 499, 2.003 times smaller."""
     from PIL import Image
@@ -250,7 +276,10 @@ def test_a_tile_left_out_of_a_coarser_level_comes_from_the_finer_one(tmp_path: P
                 iter(tiles), shape=rgb.shape, dtype=np.uint8, tile=(SIDE, SIDE), compression="jpeg", photometric="ycbcr",
                 subsampling=(2, 2), metadata=None, description="Aperio Image Library|MPP = 0.25", subfiletype=level,
             )  # fmt: skip
-    with Slide.open(tmp_path / "a.svs") as slide, openslide.OpenSlide(str(tmp_path / "a.svs")) as theirs:
+    with (
+        Slide.open(tmp_path / "a.svs", resample="pyramid") as slide,
+        openslide.OpenSlide(str(tmp_path / "a.svs")) as theirs,
+    ):
         assert (slide.info.reader, slide.info.level_downsamples) == ("direct", (1.0, 2.0))
         found = slide.read_region(0, 0, 1280, 1000, 640, 500)
         expected = np.asarray(theirs.read_region((0, 0), 1, (640, 500)).convert("RGB"))
