@@ -8,7 +8,6 @@ The coordinates of polygons stay JSON at first: annotations.positions parses the
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -129,12 +128,12 @@ def decode_features(data: bytes, source: str, *, tolerant: bool = False) -> list
             return _tolerant(_loads(data, source), source)
         except UnicodeDecodeError:
             return _tolerant(_loads(data, source), source)
-        features = list(_expanded(_top(document)))
+        features = _expanded(_top(document))
         if isinstance(document, list):
             _mark_cell_sets(features)
     except RecursionError:
         raise UserError(f"{source}: JSON nested too deeply: export the annotations as GeoJSON") from None
-    if data.count(COORDINATES) > sum(feature.geometry is not None for feature in features):
+    if data.count(COORDINATES) > len(features) - [feature.geometry for feature in features].count(None):
         _refuse_duplicates(data, features, source)
     return features
 
@@ -147,18 +146,20 @@ def _top(document: Any) -> list[Feature]:
     return [document if isinstance(document, Feature) else Feature(geometry=document)]
 
 
-def _expanded(features: list[Feature]) -> Iterator[Feature]:
+def _expanded(features: list[Feature]) -> list[Feature]:
     """Features with their children behind them; a geometry collection as one feature per member."""
+    parents = [feature for feature in features if feature.properties is not None and feature.properties.children]
+    if not parents and not [feature for feature in features if type(feature.geometry) is GeometryCollection]:
+        return features
+    found: list[Feature] = []
     for feature in features:
         if type(feature.geometry) is GeometryCollection:
-            for member in feature.geometry.geometries:
-                yield msgspec.structs.replace(feature, geometry=member)
-            if not feature.geometry.geometries:
-                yield msgspec.structs.replace(feature, geometry=None)
+            found += [msgspec.structs.replace(feature, geometry=member) for member in feature.geometry.geometries or (None,)]
         else:
-            yield feature
+            found.append(feature)
         if feature.properties is not None and feature.properties.children:
-            yield from _expanded(feature.properties.children)
+            found += _expanded(feature.properties.children)
+    return found
 
 
 def _mark_cell_sets(features: list[Feature]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,18 +17,29 @@ from annotations.table import ObjectTable
 
 # What detectors call how sure they are: StarDist and InstanSeg in QuPath, TIAToolbox, CellViT, others.
 CONFIDENCE = ("detection probability", "probability", "confidence", "score", "prob", "type_prob")
+TOGETHER = 10_000
 MAX_CONFIDENCE = 1e30  # beyond it, it is damage, and no float32
 
 
-def stated_confidence(properties: Properties) -> float | None:
-    """How sure a detector says it is: the first of CONFIDENCE among measurements and plain properties; None where none is."""
-    p = properties
-    if p.probability is p.confidence is p.score is p.prob is p.type_prob is NOTHING:  # as in nearly all of millions
-        if p.measurements is NOTHING:
-            return None
-        text = bytes(p.measurements)
-        if b"rob" not in text and b"onfidence" not in text and b"core" not in text:
-            return None
+def stated_confidences(several: Sequence[Properties | None]) -> np.ndarray | None:
+    """How sure a detector says it is of each of n objects, float32 (n,), NaN where it does not; None where it never does."""
+    if not any(_may_say(several[start : start + TOGETHER]) for start in range(0, len(several), TOGETHER)):
+        return None
+    found = [None if properties is None else _stated_confidence(properties) for properties in several]
+    return None if found.count(None) == len(found) else np.array(found, dtype=np.float32)  # None becomes NaN
+
+
+def _may_say(several: Sequence[Properties | None]) -> bool:
+    """Whether any of some objects has what may be a confidence: of millions nearly none has, so they are looked at together."""
+    known = [p for p in several if p is not None]
+    if [p for p in known if not (p.probability is p.confidence is p.score is p.prob is p.type_prob is NOTHING)]:
+        return True
+    text = b"".join([p.measurements for p in known])
+    return b"rob" in text or b"onfidence" in text or b"core" in text
+
+
+def _stated_confidence(p: Properties) -> float | None:
+    """The first of CONFIDENCE among measurements and plain properties; None where none is."""
     stated = {name: raw for name in SURE_KEYS if (raw := getattr(p, name)) is not NOTHING}
     try:
         numbers = _numbers({name: msgspec.json.decode(raw) for name, raw in stated.items()})

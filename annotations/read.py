@@ -13,7 +13,7 @@ from typing import Literal
 import msgspec
 import numpy as np
 
-from annotations.build import add, mended, numbered_ids, remarks_of, squares
+from annotations.build import add, mended, numbered, numbered_ids, remarks_of, squares
 from annotations.content import content, dialect
 from annotations.dialects import read_dialect
 from annotations.errors import UserError
@@ -32,15 +32,16 @@ from annotations.geojson import (
     Polygon,
     decode_features,
 )
-from annotations.measurements import nuclei_as_geometry, stated_confidence, with_measurements
+from annotations.measurements import nuclei_as_geometry, stated_confidences, with_measurements
 from annotations.positions import IrregularPositionError, rings_from_json, rings_from_lists
 from annotations.rings import polygons_from_rings, why_lost
-from annotations.table import CELL, MAX_LABELS, TISSUE, UNCLASSIFIED, ObjectTable, empty_table
+from annotations.table import CELL, TISSUE, ObjectTable, empty_table
 
 Kind = Literal["auto", "tissue", "cell"]
 
 _KIND_OF_TYPE = {"annotation": TISSUE, "detection": CELL, "cell": CELL, CELL_SET: CELL}
 _CELL_SETS = "a list of MultiPolygons of cells, one a class (CellViT), taken for cells: --kind tissue keeps each whole"
+_POINTS = (Point, MultiPoint)
 _IGNORED_TYPES = frozenset({"tmacore", "root", "tile"})
 # Before QuPath 0.4 the feature's id was the name of its Java class.
 _TYPE_OF_OLD_ID = {
@@ -179,6 +180,9 @@ class _Sorted:
 
 def _sorted(features: list[Feature], keep: list[int], kinds: np.ndarray, *, with_points: bool) -> _Sorted:
     """Features `keep` by what their geometry is."""
+    plain = [geometry.coordinates for row in keep if type(geometry := features[row].geometry) is Polygon]
+    if len(plain) == len(keep):  # as of cells nearly always
+        return _Sorted(plain, list(range(len(keep))), list(keep))
     found = _Sorted()
     group, group_feature, polygons, lost = found.group, found.group_feature, found.polygons, found.lost
     for row in keep:
@@ -265,8 +269,10 @@ def _kinds(features: list[Feature], kind: Kind, counts: dict[str, int]) -> tuple
     if ignored := len(types) - len(keep):
         counts["ignored"] = ignored
     if kind == "auto":
-        points = [isinstance(feature.geometry, Point | MultiPoint) for feature in features]
-        kinds = [CELL if point else _KIND_OF_TYPE.get(name or "", TISSUE) for name, point in zip(types, points, strict=True)]
+        kinds = [
+            CELL if type(feature.geometry) in _POINTS else _KIND_OF_TYPE.get(name or "", TISSUE)
+            for name, feature in zip(types, features, strict=True)
+        ]
         return np.array(kinds, dtype=np.uint8), keep
     return np.full(len(types), CELL if kind == "cell" else TISSUE, dtype=np.uint8), keep
 
@@ -278,20 +284,14 @@ def _labelled(
     if not len(rows):
         return empty_table(counts)
     used, of_row = np.unique(rows, return_inverse=True)
-    index: dict[str, int] = {}
-    label: list[int] = []
-    ids: list[str] = []
-    sure: list[float | None] = []
-    for i in used.tolist():
-        feature = features[i]
-        sure.append(None if feature.properties is None else stated_confidence(feature.properties))
-        name = _class_name(feature)
-        label.append(UNCLASSIFIED if name is None else index.setdefault(name, len(index)))
-        key = feature.id
-        ids.append(str(i) if key is None or key == "" or key in _TYPE_OF_OLD_ID else str(key))
-    if len(index) > MAX_LABELS:
-        raise UserError(f"{source}: {len(index)} class names, {MAX_LABELS} at most: put names of single objects in `name`")
+    some = [features[i] for i in used.tolist()]
+    labels, label = numbered([_class_name(feature) for feature in some], source)
+    keys = [feature.id for feature in some]
+    ids = [
+        str(i) if key is None or key == "" or key in _TYPE_OF_OLD_ID else str(key)
+        for i, key in zip(used.tolist(), keys, strict=True)
+    ]
     row_ids = numbered_ids([ids[i] for i in of_row.tolist()], rows, counts)
-    confidence = None if sure.count(None) == len(sure) else np.array(sure, dtype=np.float32)[of_row]  # None becomes NaN
-    number = np.array(label, dtype=np.int16)[of_row]
-    return ObjectTable(geometry, row_ids, number, kinds[rows], tuple(index), counts, confidence=confidence)
+    sure = stated_confidences([feature.properties for feature in some])
+    confidence = None if sure is None else sure[of_row]
+    return ObjectTable(geometry, row_ids, label[of_row], kinds[rows], labels, counts, confidence=confidence)
