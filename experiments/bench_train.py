@@ -9,7 +9,8 @@ Five parts, each a ratio of two things timed in turn in the same process (median
   floor      a step with loading, views, losses, optimizer, EMA / the networks' forward and backward  limit 1.25 (GPU 1.10)
   objects    K read-only objects a tile / one, in training and in embedding; beside the token count   limit 1.10 x tokens
   attention  the row mask / [OBJ] attention apart from the patches', of one block
-The tiles are generated. On a GPU also: images a second, share of time waiting for data, model FLOP/s.
+The tiles are generated. On a GPU also: images a second, share of time waiting for data, model FLOP/s and the share of what
+a large matrix product reaches.
 """
 
 from __future__ import annotations
@@ -31,8 +32,10 @@ from torch import Tensor
 
 from odis_path.data.dataset import StepSampler, collate
 from odis_path.data.samples import TileSamples
+from odis_path.model.layers import additive, attention_kernels
 from odis_path.model.vit import attention_mask, build_encoder
 from odis_path.train import loop
+from odis_path.train.compiling import compiles
 from odis_path.train.config import PretrainConfig
 from odis_path.train.distributed import Ranks, start_ranks
 from odis_path.train.schedule import step_values
@@ -71,6 +74,9 @@ def write_tiles(folder: Path, count: int, side: int, boxes: int) -> Path:
     return folder
 
 
+COMPILE: dict[str, Any] = {"auto": "auto", "on": True, "off": False}
+
+
 class Bench:
     """Runs of several configurations on the same tiles, and fair timing of any of their parts."""
 
@@ -83,7 +89,7 @@ class Bench:
         values: dict[str, Any] = {
             "data": {"tiles": str(self.folder), "holdout": 0.0, "workers": o.workers},
             "views": {"global_size": o.global_px, "local_size": o.local_px, "local_count": o.locals},
-            "model": {"name": o.model, "kwargs": {"img_size": o.global_px}, "compile_blocks": o.compile},
+            "model": {"name": o.model, "kwargs": {"img_size": o.global_px}, "compile_blocks": COMPILE[o.compile]},
             "head": {"out_dim": o.prototypes},
             "optim": {"batch_size": o.batch, "epochs": 1000, "warmup_epochs": 0},
             "run": {"out": str(self.folder / "run"), "device": str(self.ranks.device)},
@@ -142,7 +148,7 @@ def whole_step(run: loop.Run, batch: dict[str, Tensor]) -> Callable[[], None]:
 def networks_alone(run: loop.Run, batch: dict[str, Tensor]) -> Callable[[], None]:
     """Forward of teacher and student and backward of the student, on views that are there already."""
     with torch.no_grad():
-        views: Views = make_views(batch, run.config, run.train.tile_px, run.ranks.device)
+        views: Views = make_views(batch, run.config, run.train.tile_px, run.ranks.device, compiled=run.compiled)
     bf16 = run.ranks.device.type == "cuda"
 
     def work() -> None:
@@ -157,9 +163,10 @@ def networks_alone(run: loop.Run, batch: dict[str, Tensor]) -> Callable[[], None
 
 
 def bench_step(bench: Bench) -> dict[str, Any]:
-    """ODIS against iBOT."""
-    odis, ibot = bench.prepare(), bench.prepare(target={"crop": False, "mask": False})
-    ours, theirs, ratio = bench.ratio(whole_step(*odis), whole_step(*ibot), bench.options.runs)
+    """ODIS against iBOT, on one batch: the same crops, colours and hidden patches, of which the heads see as many."""
+    odis, batch = bench.prepare()
+    ibot, _ = bench.prepare(target={"crop": False, "mask": False})
+    ours, theirs, ratio = bench.ratio(whole_step(odis, batch), whole_step(ibot, batch), bench.options.runs)
     return {"odis_ms": 1e3 * ours, "ibot_ms": 1e3 * theirs, "ratio": ratio, "limit": 1.01}
 
 
@@ -188,34 +195,65 @@ def bench_sampling(bench: Bench) -> dict[str, Any]:
 
 
 def bench_floor(bench: Bench) -> dict[str, Any]:
-    """Real training steps with the loader running, against the networks alone, in alternating stretches."""
-    run, batch = bench.prepare(run={"log_every_steps": 1})
+    """Real training steps with the loader running, against the networks alone, in alternating stretches.
+
+    While the networks run alone the loader fills its queue; as many steps are taken uncounted before each stretch.
+    """
+    gpu = bench.ranks.device.type == "cuda"
+    stretch, rounds = (10, max(2, bench.options.runs // 8)) if gpu else (1, bench.options.runs)
+    run, batch = bench.prepare(run={"log_every_steps": stretch})
     run.total_steps = 10**9
     alone = networks_alone(run, batch)
     training = loop.steps(run)
-    next(training), next(training)
-    whole, floor, waits = [], [], []
-    for _ in range(bench.options.runs):
-        begin = time.perf_counter()
-        row = next(training)
+    queue = 2 * bench.options.workers
+
+    def steps(count: int) -> dict[str, float]:
+        rows = [next(training) for _ in range(count)]
         bench.wait()
-        whole.append(time.perf_counter() - begin)
-        waits.append(row["data_wait_share"])
-        floor.append(bench.seconds(alone))
+        return rows[-1]
+
+    steps(2 * stretch)
+    whole, floor, waits = [], [], []
+    for _ in range(rounds):
+        steps(-(-queue // stretch) * stretch)
+        begin = time.perf_counter()
+        waits.append(steps(stretch)["data_wait_share"])
+        whole.append((time.perf_counter() - begin) / stretch)
+        floor.append(bench.seconds(lambda: [alone() for _ in range(stretch)]) / stretch)
     step = statistics.median(whole)
-    gpu = bench.ranks.device.type == "cuda"
     found = {
         "step_ms": 1e3 * step, "floor_ms": 1e3 * statistics.median(floor),
         "ratio": statistics.median(a / b for a, b in zip(whole, floor, strict=True)), "limit": 1.10 if gpu else 1.25,
         "images_per_s": run.config.optim.batch_size / step, "data_wait_share": statistics.median(waits),
     }  # fmt: skip
     if gpu:
-        from torch.utils.flop_counter import FlopCounterMode
-
-        with FlopCounterMode(display=False) as counter:
-            alone()
-        found["model_tflops_per_s"] = counter.get_total_flops() / step / 1e12
+        tflops = count_flops(alone) / step / 1e12
+        peak = matrix_tflops()
+        found |= {"model_tflops_per_s": tflops, "matrix_tflops_per_s": peak, "utilisation": tflops / peak}
     return found
+
+
+def count_flops(work: Callable[[], None]) -> int:
+    """Operations of the matrix products and attention of `work`; uncompiled, since counting would spoil compiled code."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def matrix_tflops(side: int = 8192) -> float:
+    """What the GPU does in a large bf16 matrix product, the limit that utilisation is a share of."""
+    a, b = (torch.randn(side, side, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    seconds = []
+    for _ in range(8):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        a @ b
+        end.record()
+        end.synchronize()
+        seconds.append(begin.elapsed_time(end) / 1e3)
+    return 2 * side**3 / statistics.median(seconds) / 1e12
 
 
 def bench_objects(bench: Bench) -> dict[str, Any]:
@@ -259,38 +297,48 @@ def bench_objects(bench: Bench) -> dict[str, Any]:
 
 def bench_attention(bench: Bench) -> dict[str, Any]:
     """One block's attention with the row mask, against patches unmasked and [OBJ] apart: the same result, which is dearer?"""
+    o = bench.options
+    views = (("global", o.global_px, o.batch), ("local", o.local_px, o.batch * max(1, o.locals // 2)))
+    return {name: attention_both_ways(bench, side, images) for name, side, images in views}
+
+
+def attention_both_ways(bench: Bench, side_px: int, images: int) -> dict[str, float]:
+    """Forward and backward in both forms, compiled where training is."""
     import torch.nn.functional as F
 
-    o = bench.options
-    encoder = build_encoder(o.model, {"img_size": o.global_px}).to(bench.ranks.device)
+    encoder = build_encoder(bench.options.model, {"img_size": side_px}).to(bench.ranks.device)
     attention: Any = encoder.vit.blocks[0].attn  # type: ignore[index]
-    patches = (o.global_px // encoder.patch_px) ** 2
-    x = torch.randn(o.batch, 1 + patches, encoder.embed_dim, device=bench.ranks.device, requires_grad=True)
-    inside = torch.rand(o.batch, patches, device=x.device) < 0.3
+    patches = (side_px // encoder.patch_px) ** 2
+    x = torch.randn(images, 1 + patches, encoder.embed_dim, device=bench.ranks.device, requires_grad=True)
+    inside = torch.rand(images, patches, device=x.device) < 0.3
     inside[:, 0] = True
-    mask = attention_mask(inside, 0)
     heads, bf16 = attention.num_heads, x.device.type == "cuda"
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+        mask = additive(attention_mask(inside, 0), x)
 
-    def masked() -> Tensor:
+    def masked(x: Tensor) -> Tensor:
         return attention(x, attn_mask=mask)
 
-    def split() -> Tensor:
+    def split(x: Tensor) -> Tensor:
         q, k, v = attention.qkv(x).unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
         obj = F.scaled_dot_product_attention(q[:, :, :1], k, v, attn_mask=mask[:, :, :1])
         rest = F.scaled_dot_product_attention(q[:, :, 1:], k, v)
         return attention.proj(torch.cat([obj, rest], 2).transpose(1, 2).flatten(2))
 
-    assert torch.allclose(masked(), split(), atol=1e-4)
+    def both_ways(forward: Callable[[Tensor], Tensor]) -> Callable[[], None]:
+        if compiles(bench.config(), bench.ranks.device):
+            forward = torch.compile(forward, dynamic=False)
 
-    def both_ways(forward: Callable[[], Tensor]) -> Callable[[], None]:
         def work() -> None:
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
-                out = forward()
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16), attention_kernels(x):
+                out = forward(x)
             out.float().sum().backward()
 
         return work
 
-    row, apart, ratio = bench.ratio(both_ways(masked), both_ways(split), 4 * o.runs)
+    with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+        assert torch.allclose(masked(x), split(x), atol=3e-2 if bf16 else 1e-4)
+    row, apart, ratio = bench.ratio(both_ways(masked), both_ways(split), 4 * bench.options.runs)
     return {"row_mask_ms": 1e3 * row, "split_ms": 1e3 * apart, "ratio": ratio}
 
 
@@ -321,12 +369,12 @@ def main() -> None:
     parser.add_argument("--global-px", type=int, default=224 if gpu else 128)
     parser.add_argument("--local-px", type=int, default=96 if gpu else 64)
     parser.add_argument("--locals", type=int, default=10 if gpu else 4)
-    parser.add_argument("--batch", type=int, default=128 if gpu else 16)
+    parser.add_argument("--batch", type=int, default=256 if gpu else 16)
     parser.add_argument("--prototypes", type=int, default=8192 if gpu else 1024)
     parser.add_argument("--tile-px", type=int, default=256)
     parser.add_argument("--workers", type=int, default=12 if gpu else 1)
     parser.add_argument("--runs", type=int, default=30 if gpu else 15)
-    parser.add_argument("--compile", action="store_true", help="torch.compile each block")
+    parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto", help="auto: on a GPU")
     options = parser.parse_args()
     ranks = start_ranks("auto")
     device = torch.cuda.get_device_name() if gpu else f"CPU, {os.cpu_count()} cores"
@@ -338,9 +386,9 @@ def main() -> None:
         for name in options.parts.split(","):
             found[name] = PARTS[name](bench)
             print_part(name, found[name])
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+            if options.json:  # after every part: a machine may be lent for a limited time
+                options.json.parent.mkdir(parents=True, exist_ok=True)
+                options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -49,8 +49,13 @@ class Center(nn.Module):
         self.value.copy_(torch.where(packed[-1] > 0, moved, self.value))
 
     def sharpen(self, logits: Tensor, temperature: float) -> Tensor:
-        """Teacher probabilities softmax((z - c) / tau): (n, K) -> (n, K)."""
-        return F.softmax((logits.to(self.value.dtype) - self.value) / temperature, dim=-1)
+        """Teacher probabilities: (n, K) -> (n, K)."""
+        return sharpened(logits, self.value, temperature)
+
+
+def sharpened(logits: Tensor, center: Tensor, temperature: float | Tensor) -> Tensor:
+    """softmax((z - c) / tau) in the type of the center: (n, K), (K,) -> (n, K)."""
+    return F.softmax((logits.to(center.dtype) - center) / temperature, dim=-1)
 
 
 def cross_view_loss(teacher: Tensor, student_logits: Tensor, temperature: float, weight: Tensor | None = None) -> Tensor:
@@ -82,7 +87,8 @@ def masked_patch_loss(
 
     teacher: probabilities (n, K) of the n hidden patches; student_logits: (n, K); image: int64 (n,) the image of each row,
     below `images` (global views of this rank, the same number on every rank); counts: (images,) hidden patches an image,
-    counted from `image` when None. Images with no hidden patch count as zero, as in iBOT. Returns a scalar.
+    counted from `image` when None (which a GPU has to be waited for). Images with no hidden patch count as zero, as in
+    iBOT. Returns a scalar.
     """
     if counts is None:
         counts = torch.bincount(image, minlength=images)

@@ -18,10 +18,10 @@ from torch import Tensor
 _HED = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
 _HED = _HED / np.linalg.norm(_HED, axis=1, keepdims=True)
 _HED_INVERSE = np.linalg.inv(_HED)
-_LUMA = np.array([0.299, 0.587, 0.114])
+_LUMA = [0.299, 0.587, 0.114]
 _YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
 _YIQ_INVERSE = np.linalg.inv(_YIQ)
-_GREY = np.tile(_LUMA, (3, 1))
+_GREY = np.tile(np.array(_LUMA), (3, 1))
 _SAME, _SAME_DENSITY = np.eye(3), np.eye(3, 4)
 _OD_FLOOR = 1.0 / 255.0
 SIGMA = 22  # column of the blur in a packed row
@@ -91,26 +91,36 @@ def unpack_colours(packed: Tensor) -> Colours:
     )
 
 
-def apply_colours(images: Tensor, packed: Tensor, blurred: Tensor) -> Tensor:
+def apply_colours(images: Tensor, packed: Tensor, blurred: Tensor | None) -> Tensor:
     """Change a batch of views: images float (n, 3, h, w) in [0, 1], packed float32 (n, 24) -> the same shape, in [0, 1].
 
-    blurred: int64 (m,), the rows with a sigma above 0, found on the CPU so that a GPU need not be waited for.
+    blurred: int64 (m,), the rows with a sigma above 0, found on the CPU so that a GPU need not be waited for; None blurs
+    every row, by no sigma where that is 0: the form to be compiled, whose shapes never change.
     """
     c = unpack_colours(packed.to(images.dtype))
     n, _, h, w = images.shape
     flat = images.reshape(n, 3, h * w)
     density = -torch.log(flat.clamp(_OD_FLOOR, 1.0))
-    density = torch.baddbmm(c.density[:, :, 3:], c.density[:, :, :3], density)
-    flat = torch.bmm(c.linear, torch.exp(-density).clamp_(0.0, 1.0))
-    luma = flat.new_tensor(_LUMA)
-    mean = (flat.mean(2) * luma).sum(1)[:, None, None]
+    density = _mix(c.density[:, :, :3], density) + c.density[:, :, 3:]
+    flat = _mix(c.linear, torch.exp(-density).clamp(0.0, 1.0))
+    luma = torch.tensor(_LUMA, device=flat.device, dtype=flat.dtype)[:, None]
+    mean = (flat * luma).sum(1).mean(1)[:, None, None]
     gain = c.contrast[:, None, None]
-    flat = (flat * gain + mean * (1 - gain)).clamp_(0.0, 1.0)
+    flat = (flat * gain + mean * (1 - gain)).clamp(0.0, 1.0)
     images = flat.reshape(n, 3, h, w)
-    if len(blurred):
+    if blurred is None:
+        images = blur(images, c.sigma)
+    elif len(blurred):
         images[blurred] = blur(images[blurred], c.sigma[blurred])
     solarised = torch.where(images >= 0.5, 1 - images, images)
     return torch.where(c.solarise[:, None, None, None] > 0, solarised, images)
+
+
+def _mix(matrix: Tensor, channels: Tensor) -> Tensor:
+    """(n, 3, 3) times (n, 3, p) -> (n, 3, p); spelled out for the compiler, which then needs no pass over memory of its own."""
+    if torch.compiler.is_compiling():
+        return (matrix[..., None] * channels[:, None]).sum(2)
+    return torch.bmm(matrix, channels)
 
 
 def blur(images: Tensor, sigma: Tensor, radius: int = 4) -> Tensor:
@@ -118,7 +128,13 @@ def blur(images: Tensor, sigma: Tensor, radius: int = 4) -> Tensor:
     n, channels, h, w = images.shape
     steps = torch.arange(-radius, radius + 1, device=images.device, dtype=images.dtype)
     kernel = torch.exp(-0.5 * (steps[None] / sigma.clamp_min(1e-3)[:, None]) ** 2)
-    kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(channels, 0)
+    kernel = kernel / kernel.sum(1, keepdim=True)
+    if torch.compiler.is_compiling():
+        wide = F.pad(images, (radius, radius, 0, 0), mode="reflect")
+        images = sum(kernel[:, k, None, None, None] * wide[..., k : k + w] for k in range(2 * radius + 1))  # type: ignore[assignment]
+        high = F.pad(images, (0, 0, radius, radius), mode="reflect")
+        return sum(kernel[:, k, None, None, None] * high[..., k : k + h, :] for k in range(2 * radius + 1))  # type: ignore[return-value]
+    kernel = kernel.repeat_interleave(channels, 0)
     flat = images.reshape(1, n * channels, h, w)
     flat = F.conv2d(F.pad(flat, (radius, radius, 0, 0), mode="reflect"), kernel[:, None, None, :], groups=n * channels)
     flat = F.conv2d(F.pad(flat, (0, 0, radius, radius), mode="reflect"), kernel[:, None, :, None], groups=n * channels)

@@ -11,7 +11,6 @@ that K objects in one pass are exactly K passes.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from annotations.errors import UserError
+from odis_path.model.layers import additive, attention_kernels, embed_patches, replace_drop_paths
 from odis_path.model.names import BASE_KWARGS, resolve_model
 from odis_path.model.weights import load_weights
 
@@ -105,7 +105,7 @@ class ObjViT(nn.Module):
         x, rope = self._embed(images, objects, hidden)
         mask = None
         if obj_mask is not None and self.pool == "obj":
-            mask = attention_mask(obj_mask, self.registers, read_only=self.read_only)
+            mask = additive(attention_mask(obj_mask, self.registers, read_only=self.read_only), x)
         for i, block in enumerate(vit.blocks):
             x = self._block(block, x, mask, rope[i] if getattr(vit, "rope_mixed", False) and rope is not None else rope)
         x = vit.norm(x)
@@ -117,7 +117,8 @@ class ObjViT(nn.Module):
     def _embed(self, images: Tensor, objects: int, hidden: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Tokens (B, objects + registers + N, D) before the first block, and the rotary position embedding if there is one."""
         vit: Any = self.vit
-        x = vit.patch_embed(images)  # (B, h, w, D): the model is built with dynamic_img_size
+        # (B, h, w, D): the model is built with dynamic_img_size
+        x = embed_patches(vit.patch_embed, images) if images.is_cuda else vit.patch_embed(images)
         if hidden is not None:
             x = torch.where(hidden.reshape(*x.shape[:3], 1), self.mask_token.to(x.dtype), x)
         placed, rope = vit._pos_embed(x), None
@@ -139,7 +140,12 @@ class ObjViT(nn.Module):
         return x, rope
 
     def _block(self, block: nn.Module, x: Tensor, mask: Tensor | None, rope: Tensor | None) -> Tensor:
-        masked = partial(block, attn_mask=mask) if rope is None else partial(block, attn_mask=mask, rope=rope)
+        more = {} if rope is None else {"rope": rope}
+
+        def masked(x: Tensor) -> Tensor:
+            with attention_kernels(x):  # here, so that a checkpointed block takes the same kernel when it is run again
+                return block(x, attn_mask=mask, **more)
+
         if self.checkpoint_blocks and self.training:
             return checkpoint(masked, x, use_reentrant=False)
         return masked(x)
@@ -198,6 +204,7 @@ def build_encoder(
         raise UserError(
             f"model {name}: not a plain vision transformer with a class token; take a vit_* or eva02_* name of timm"
         )
+    replace_drop_paths(vit)
     encoder = ObjViT(vit, pool=pool, tokens=tokens, read_only=read_only, checkpoint_blocks=checkpoint_blocks)
     if weights is not None and weights != "timm":
         token = load_weights(vit, weights).mask_token

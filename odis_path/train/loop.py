@@ -25,6 +25,7 @@ from odis_path.data.dataset import StepSampler, TileIndex, collate, held_out_pat
 from odis_path.data.samples import TileSamples
 from odis_path.encode import FrozenEncoder
 from odis_path.train.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, load_into, save_checkpoint
+from odis_path.train.compiling import compile_blocks, compiles
 from odis_path.train.config import PretrainConfig
 from odis_path.train.distributed import Ranks, any_rank, mean_of_ranks, start_ranks, stop_ranks
 from odis_path.train.monitor import KnnProbe
@@ -57,6 +58,7 @@ class Run:
     teacher: Network
     criterion: Criterion
     optimizer: torch.optim.Optimizer
+    compiled: bool
     steps_per_epoch: int
     total_steps: int
     step: int = 0
@@ -111,16 +113,21 @@ def prepare(config: PretrainConfig, ranks: Ranks) -> Run:
     teacher.load_state_dict(student.state_dict())
     teacher.requires_grad_(False).eval()
     student.train()
-    if config.model.compile_blocks:
-        for block in (*student.encoder.vit.blocks, *teacher.encoder.vit.blocks):  # type: ignore[misc]
-            block.compile()  # in place: the names of the weights stay as they are
+    compiled = compiles(config, ranks.device)
+    if compiled:
+        compile_blocks(student, teacher)
     optimizer = torch.optim.AdamW(parameter_groups(student, config.optim.layer_decay), lr=0.0, fused=True)
     wrapped: nn.Module = student
     if ranks.world > 1:
         ids = [ranks.device.index] if ranks.device.type == "cuda" else None
-        wrapped = nn.parallel.DistributedDataParallel(student, device_ids=ids, gradient_as_bucket_view=True)
+        wrapped = nn.parallel.DistributedDataParallel(
+            student,
+            device_ids=ids,
+            gradient_as_bucket_view=True,
+            broadcast_buffers=False,  # its buffers are constants
+        )
     total = max(1, round(config.optim.epochs * steps_per_epoch))
-    criterion = Criterion(config).to(ranks.device)
+    criterion = Criterion(config, compiled=compiled).to(ranks.device)
     run = Run(
         config,
         ranks,
@@ -132,6 +139,7 @@ def prepare(config: PretrainConfig, ranks: Ranks) -> Run:
         teacher,
         criterion,
         optimizer,
+        compiled,
         steps_per_epoch,
         total,
     )
@@ -179,6 +187,7 @@ def config_difference(new: PretrainConfig, old: PretrainConfig) -> str:
         "run.wandb",
         "run.wandb_project",
         "data.workers",
+        "model.compile_blocks",
     }
 
     def flat(config: PretrainConfig) -> dict[str, Any]:
@@ -297,7 +306,7 @@ def forward_backward(run: Run, batch: dict[str, Tensor], values: StepValues, *, 
     with_patches = config.loss.patch_weight > 0
     bf16 = config.optim.amp == "bf16" or (config.optim.amp == "auto" and run.ranks.device.type == "cuda")
     with torch.no_grad():
-        views = make_views(batch, config, run.train.tile_px, run.ranks.device)
+        views = make_views(batch, config, run.train.tile_px, run.ranks.device, compiled=run.compiled)
     sync = run.wrapped.no_sync() if not last and run.ranks.world > 1 else nullcontext()  # type: ignore[operator]
     with sync:
         with torch.autocast(run.ranks.device.type, torch.bfloat16, enabled=bf16):
@@ -338,7 +347,9 @@ def score_teacher(run: Run, probe: KnnProbe, log: RunLog) -> None:
     """k-NN of the teacher, into the log, which warns when the embeddings collapse."""
     data = run.config.data
     encoder = FrozenEncoder(run.teacher.encoder, run.config.name, data.mean, data.std, run.ranks.device)
-    log.write({"step": run.step, "epoch": round(run.epoch, 4), **probe.score(encoder)})
+    with torch.compiler.set_stance("force_eager"):  # its batches have sizes of their own
+        row = probe.score(encoder)
+    log.write({"step": run.step, "epoch": round(run.epoch, 4), **row})
 
 
 def save(run: Run) -> Path | None:

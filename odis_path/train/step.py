@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from odis_path.centering import sinkhorn
-from odis_path.data.colour import apply_colours
-from odis_path.data.views import cut_views, normalise
-from odis_path.losses import Center, cross_view_loss, entropy, masked_patch_loss
+from odis_path.data.views import compiled_view_images, view_images
+from odis_path.losses import Center, cross_view_loss, entropy, masked_patch_loss, sharpened
 from odis_path.model.head import DinoHead
 from odis_path.model.vit import ObjViT, build_encoder
 from odis_path.spread import kde, koleo
@@ -103,18 +102,23 @@ def build_network(config: PretrainConfig, *, student: bool, weights: bool = Fals
     return network
 
 
-def make_views(batch: dict[str, Tensor], config: PretrainConfig, tile_px: int, device: torch.device) -> Views:
-    """Cut, colour and normalise all views of a collated batch, on the device."""
+def make_views(
+    batch: dict[str, Tensor], config: PretrainConfig, tile_px: int, device: torch.device, *, compiled: bool = False
+) -> Views:
+    """Cut, colour and normalise all views of a collated batch, on the device; compiled: by kernels made for their sizes."""
     v, d = config.views, config.data
     moved = {key: value.to(device, non_blocking=True) for key, value in batch.items() if key not in ("target", "rects")}
-    tiles = moved["tile"].permute(0, 3, 1, 2).float().div_(255)
-    colours = moved["colours"]
-    images = cut_views(tiles, moved["theta_global"], v.global_size, sqrt(v.global_scale[1]) * tile_px / v.global_size)
-    images = normalise(apply_colours(images, colours[:2].flatten(0, 1), moved["blurred_global"]), d.mean, d.std)
+
+    def images_of(kind: str, colours: Tensor, size_px: int, scale: tuple[float, float]) -> Tensor:
+        draw = compiled_view_images() if compiled else view_images
+        blurred = None if compiled else moved[f"blurred_{kind}"]
+        shrink = sqrt(scale[1]) * tile_px / size_px
+        return draw(moved["tile"], moved[f"theta_{kind}"], colours, blurred, size_px, shrink, d.mean, d.std)
+
+    images = images_of("global", moved["colours"][:2], v.global_size, v.global_scale)
     local = images.new_zeros(0, 3, v.local_size, v.local_size)
     if v.local_count:
-        local = cut_views(tiles, moved["theta_local"], v.local_size, sqrt(v.local_scale[1]) * tile_px / v.local_size)
-        local = normalise(apply_colours(local, colours[2:].flatten(0, 1), moved["blurred_local"]), d.mean, d.std)
+        local = images_of("local", moved["colours"][2:], v.local_size, v.local_scale)
     mask_global = mask_local = None
     seen = moved["seen"]
     if config.target.mask:
@@ -133,9 +137,12 @@ def whole_too(mask: Tensor) -> Tensor:
 class Criterion(nn.Module):
     """The weighted sum of the [OBJ] loss, the image-level one, the patch loss and the regularisers, with their centers."""
 
-    def __init__(self, config: PretrainConfig) -> None:
+    def __init__(self, config: PretrainConfig, *, compiled: bool = False) -> None:
+        """compiled: fuse what runs over the logits of hidden patches, most of the work here."""
         super().__init__()
         self.config = config.loss
+        self.sharpened = torch.compile(sharpened, dynamic=True) if compiled else sharpened
+        self.masked_patch_loss = torch.compile(masked_patch_loss, dynamic=True) if compiled else masked_patch_loss
         self.obj_center = Center(config.head.out_dim, config.loss.center_momentum)
         self.patch_center = Center(config.head.out_dim, config.loss.center_momentum)
 
@@ -173,7 +180,7 @@ class Criterion(nn.Module):
         """Teacher probabilities of (n, P) logits: centered and sharpened, or by Sinkhorn-Knopp."""
         if self.config.centering == "sinkhorn":
             return sinkhorn(logits, temperature, weight, self.config.sinkhorn_iterations)
-        return center.sharpen(logits, temperature)
+        return self.sharpened(logits, center.value, center.value.new_full((), temperature))  # a number would be compiled in
 
     @staticmethod
     def spread(tokens: Tensor, seen: Tensor, measure: Callable[..., Tensor]) -> Tensor:
@@ -188,17 +195,17 @@ class Criterion(nn.Module):
         if teacher is None or student is None:
             return nothing
         images, patches = views.hidden.shape
-        rows, counts = views.hidden_rows, None
-        keep = torch.ones_like(rows, dtype=torch.bool)
+        rows, counted, keep = views.hidden_rows, views.hidden, None
         if self.config.patch_in_box_only and views.mask_global is not None:
             shown = views.seen[:2].flatten(0, 1)[:, :, None]
             inside = (views.mask_global[:, : shown.shape[1]] & shown).any(1)
-            keep, counts = inside.flatten()[rows], (views.hidden & inside).sum(1)
+            keep, counted = inside.flatten()[rows], views.hidden & inside
         target = self.targets(self.patch_center, teacher, temperature, keep)
-        target = target * keep[:, None].to(target.dtype)  # a zero target row adds nothing
+        if keep is not None:
+            target = target * keep[:, None].to(target.dtype)  # a zero target row adds nothing
         if self.config.centering == "center":
             self.patch_center.update(teacher, keep)
-        return masked_patch_loss(target, student, rows // patches, images, self.config.student_temperature, counts)
+        return self.masked_patch_loss(target, student, rows // patches, images, self.config.student_temperature, counted.sum(1))
 
 
 def token_spread(obj: Tensor) -> Tensor:

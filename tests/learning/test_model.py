@@ -113,7 +113,8 @@ def test_every_layer_is_masked(encoder: ObjViT, monkeypatch: pytest.MonkeyPatch)
     mask = masks_for(3)
     encoder(images_for(encoder), mask)
     assert len(seen) == 3
-    assert all(torch.equal(m, attention_mask(mask, encoder.registers)) for m in seen)
+    allowed = attention_mask(mask, encoder.registers)
+    assert all(m.dtype == torch.float64 and torch.equal(m == 0, allowed) and torch.equal(m.isneginf(), ~allowed) for m in seen)
 
 
 def test_one_layer_of_obj_is_bit_identical_whatever_lies_outside_the_box(encoder: ObjViT) -> None:

@@ -1,0 +1,116 @@
+"""The encoder's own parts against timm's, and compiled views against plain ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from odis_path.data.colour import ColourRule, apply_colours, draw_colour
+from odis_path.data.crops import View, view_matrix
+from odis_path.data.views import cut_views, view_images
+from odis_path.model.layers import DropPath, additive, embed_patches
+from odis_path.model.vit import attention_mask, build_encoder
+
+TINY: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224"])
+def test_patches_by_one_matrix_product_are_timms_convolution_with_gradients(name: str) -> None:
+    vit: Any = timm.create_model(name, dynamic_img_size=True, **TINY).double()
+    images = torch.randn(2, 3, 24, 40, dtype=torch.float64, requires_grad=True)
+    ours, theirs = embed_patches(vit.patch_embed, images), vit.patch_embed(images)
+    assert ours.shape == (2, 3, 5, 32)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    weight = torch.randn_like(ours)
+    wanted = [images, vit.patch_embed.proj.weight, vit.patch_embed.proj.bias]
+    for a, b in zip(*(torch.autograd.grad((y * weight).sum(), wanted) for y in (ours, theirs)), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
+
+
+def test_a_patch_embedding_of_another_kind_is_left_to_timm() -> None:
+    class Overlapping(nn.Module):
+        patch_size = (8, 8)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.proj = nn.Conv2d(3, 4, 8, stride=4)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.proj(images)
+
+    module, images = Overlapping(), torch.randn(1, 3, 16, 16)
+    assert torch.equal(embed_patches(module, images), module(images))
+
+
+def test_drop_path_keeps_the_mean_drops_whole_samples_and_is_off_in_eval() -> None:
+    torch.manual_seed(0)
+    layer, x = DropPath(0.3), torch.ones(20000, 2, 3)
+    dropped = layer.train()(x)
+    assert dropped.unique().tolist() == [0.0, pytest.approx(1 / 0.7)]
+    assert (dropped.flatten(1).std(1) == 0).all()
+    assert float(dropped.mean()) == pytest.approx(1.0, abs=0.02)
+    assert torch.equal(layer.eval()(x), x)
+
+
+def test_every_block_of_a_student_drops_with_the_probability_timm_gives_its_depth() -> None:
+    vit: Any = build_encoder("vit_tiny_patch16_224", TINY, drop_path=0.2).vit
+    keep = [[float(layer.keep) for layer in (block.drop_path1, block.drop_path2)] for block in vit.blocks]
+    assert keep == [[1.0, 1.0], [pytest.approx(0.9)] * 2, [pytest.approx(0.8)] * 2]
+    assert not any("drop_path" in name for name in vit.state_dict())
+    teacher: Any = build_encoder("vit_tiny_patch16_224", TINY).vit
+    assert not any(isinstance(module, DropPath) for module in teacher.modules())
+
+
+def test_the_additive_mask_is_zero_and_minus_infinity_in_the_type_of_attention() -> None:
+    mask = attention_mask(torch.tensor([[True, False, True, True], [False, True, False, False]]), 1)
+    plain = additive(mask, torch.zeros(1, dtype=torch.float64))
+    assert plain.dtype == torch.float64
+    assert torch.equal(plain, torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, float("-inf")))
+    assert plain.stride(-2) % 8 == 0
+    with torch.autocast("cpu", torch.bfloat16):
+        assert additive(mask, torch.zeros(1)).dtype == torch.bfloat16
+
+
+def batch_of_views(seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Two tiles, three views each: uint8 tiles, affine maps, colours of every kind."""
+    rng = np.random.default_rng(seed)
+    tiles = torch.from_numpy(rng.integers(0, 256, (2, 40, 40, 3), dtype=np.uint8))
+    views = [View(int(x), int(y), 24, 30, int(turn), 16) for x, y, turn in rng.integers(0, 8, (6, 3))]
+    theta = torch.from_numpy(np.stack([view_matrix(view, 40) for view in views])).view(3, 2, 2, 3)
+    rule = ColourRule(stain_p=0.7, stain_scale=0.3, stain_shift=0.1, solarise_p=0.5, gray_p=0.3)
+    colours = torch.from_numpy(np.stack([draw_colour(rng, rule) for _ in views])).view(3, 2, -1)
+    return tiles, theta, colours
+
+
+def test_views_of_a_tile_are_what_each_alone_would_be() -> None:
+    tiles, theta, _ = batch_of_views(0)
+    images = tiles.permute(0, 3, 1, 2).double() / 255
+    every = cut_views(images, theta, 16, 1.9)
+    for view in range(3):
+        for tile in range(2):
+            alone = cut_views(images[tile : tile + 1], theta[view : view + 1, tile : tile + 1], 16, 1.9)
+            torch.testing.assert_close(every[2 * view + tile], alone[0], rtol=0, atol=1e-12)
+
+
+def test_blurring_every_row_blurs_none_whose_sigma_is_zero() -> None:
+    """What is compiled blurs all rows; what is not picks them."""
+    tiles, theta, colours = batch_of_views(1)
+    packed = colours.flatten(0, 1).clone()
+    packed[::2, 22] = 0.0
+    images = cut_views(tiles.permute(0, 3, 1, 2).double() / 255, theta, 16)
+    rows = packed[:, 22].nonzero()[:, 0]
+    torch.testing.assert_close(apply_colours(images, packed, None), apply_colours(images, packed, rows), rtol=0, atol=1e-9)
+
+
+def test_the_form_for_the_compiler_gives_the_same_views(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spelled-out products and blur, as a GPU's compiler sees them, against the plain ones."""
+    tiles, theta, colours = batch_of_views(2)
+    options: dict[str, Any] = {"size_px": 16, "max_shrink": 1.9, "mean": (0.5,) * 3, "std": (0.2,) * 3}
+    plain = view_images(tiles, theta, colours, None, **options)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    torch.testing.assert_close(view_images(tiles, theta, colours, None, **options), plain, rtol=0, atol=2e-5)
