@@ -107,6 +107,7 @@ def _close_up(report: Report, row: Any) -> FigureItem | None:
     caption = (
         f"Slide {row.slide_id}, boxes over the pixels they were cut from. Each yellow frame is what the picture to its right "
         "shows. In the last one a pixel of the tile is several of the picture's: boxes that are off by a few are seen to be."
+        + (" Black lines are the outlines behind the boxes." if picture.views[1].rings else "")
     )
     figure = box_figures.draw_boxes(picture, report.colors)
     return report.figure(f"boxes-{row.slide_id}", figure, caption, f"Boxes of slide {row.slide_id} at three scales", photo=True)
