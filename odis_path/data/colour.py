@@ -7,7 +7,9 @@ density, so that a batch costs two small matrix products whatever is switched on
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import cos, pi, sin
+from functools import lru_cache
+from math import pi
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +24,12 @@ _LUMA = [0.299, 0.587, 0.114]
 _YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
 _YIQ_INVERSE = np.linalg.inv(_YIQ)
 _GREY = np.tile(np.array(_LUMA), (3, 1))
-_SAME, _SAME_DENSITY = np.eye(3), np.eye(3, 4)
+_SAME = np.eye(3)
+# A turn of the hue by an angle is the first of these plus its cosine times the second plus its sine times the third.
+_HUE = [
+    _YIQ_INVERSE @ np.array(part) @ _YIQ
+    for part in ([[1, 0, 0], [0, 0, 0], [0, 0, 0]], [[0, 0, 0], [0, 1, 0], [0, 0, 1]], [[0, 0, 0], [0, 0, -1], [0, 1, 0]])
+]
 _OD_FLOOR = 1.0 / 255.0
 SIGMA = 22  # column of the blur in a packed row
 
@@ -59,32 +66,52 @@ class Colours:
     solarise: Tensor
 
 
-def draw_colour(rng: np.random.Generator, rule: ColourRule) -> np.ndarray:
-    """The changes of one view, packed: float32 (24,) = density 12, linear 9, contrast, sigma, solarise."""
-    density = _SAME_DENSITY
-    if rule.stain_p and rng.random() < rule.stain_p:
-        density = density.copy()
-        gain = rng.uniform(1 - rule.stain_scale, 1 + rule.stain_scale, 3)
-        shift = rng.uniform(-rule.stain_shift, rule.stain_shift, 3)
-        density[:, :3] = ((_HED_INVERSE * gain) @ _HED).T  # rows of pixels times this, transposed for columns
-        density[:, 3] = shift @ _HED
-    linear, contrast = _SAME, 1.0
-    if rule.jitter_p and rng.random() < rule.jitter_p:
-        contrast = rng.uniform(1 - rule.contrast, 1 + rule.contrast)
-        angle = rng.uniform(-rule.hue, rule.hue) * 2 * pi
-        saturation = rng.uniform(1 - rule.saturation, 1 + rule.saturation)
-        turn = np.array([[1, 0, 0], [0, cos(angle), -sin(angle)], [0, sin(angle), cos(angle)]])
-        linear = (saturation * _SAME + (1 - saturation) * _GREY) @ _YIQ_INVERSE @ turn @ _YIQ
-        linear = linear * rng.uniform(1 - rule.brightness, 1 + rule.brightness)
-    if rule.gray_p and rng.random() < rule.gray_p:
-        linear = _GREY @ linear
-    sigma = rng.uniform(*rule.blur_sigma) if rng.random() < rule.blur_p else 0.0
-    solarise = float(rng.random() < rule.solarise_p)
-    return np.concatenate([density.ravel(), linear.ravel(), [contrast, sigma, solarise]]).astype(np.float32)
+def draw_colours(rng: np.random.Generator, rules: tuple[ColourRule, ...]) -> np.ndarray:
+    """The changes of one view a rule, packed: float32 (n, 24) = density 12, linear 9, contrast, sigma, solarise.
+
+    How much is drawn depends on n only.
+    """
+    r, n = _columns(rules), len(rules)
+    happens = rng.random((5, n)) < r.chances
+    stain, jitter, gray, blurred, solarised = happens
+    spread = rng.uniform(-1.0, 1.0, (10, n)) * np.where(happens[[0, 0, 0, 0, 0, 0, 1, 1, 1, 1]], r.reach, 0.0)
+    gain, shift, (brightness, contrast, saturation, hue) = 1 + spread[:3], spread[3:6], spread[6:]
+    sigma = np.where(blurred, rng.uniform(*r.sigma), 0.0)
+    packed = np.empty((n, 24), dtype=np.float32)
+    density = packed[:, :12].reshape(n, 3, 4)
+    # Rows of pixels times this, transposed for columns.
+    mixed = ((_HED_INVERSE[None] * gain.T[:, None, :]) @ _HED).transpose(0, 2, 1)
+    density[:, :, :3] = np.where(stain[:, None, None], mixed, _SAME)
+    density[:, :, 3] = shift.T @ _HED
+    angle = 2 * pi * hue[:, None, None]
+    turned = _HUE[0] + np.cos(angle) * _HUE[1] + np.sin(angle) * _HUE[2]
+    saturation = (1 + saturation)[:, None, None]
+    linear = (saturation * _SAME + (1 - saturation) * _GREY) @ turned * (1 + brightness)[:, None, None]
+    linear = np.where(jitter[:, None, None], linear, _SAME)
+    packed[:, 12:21] = np.where(gray[:, None, None], _GREY @ linear, linear).reshape(n, 9)
+    packed[:, 21], packed[:, SIGMA], packed[:, 23] = 1 + contrast, sigma, solarised
+    return packed
+
+
+class _Columns(NamedTuple):
+    """Rules side by side: chances (5, n), reach of what is drawn around 0 (10, n), lowest and highest sigma (2, n)."""
+
+    chances: np.ndarray
+    reach: np.ndarray
+    sigma: np.ndarray
+
+
+@lru_cache(maxsize=64)
+def _columns(rules: tuple[ColourRule, ...]) -> _Columns:
+    chances = [(r.stain_p, r.jitter_p, r.gray_p, r.blur_p, r.solarise_p) for r in rules]
+    reach = [
+        (*(r.stain_scale,) * 3, *(r.stain_shift,) * 3, r.brightness, r.contrast, r.saturation, r.hue) for r in rules
+    ]  # fmt: skip
+    return _Columns(*(np.array(rows).T for rows in (chances, reach, [r.blur_sigma for r in rules])))
 
 
 def unpack_colours(packed: Tensor) -> Colours:
-    """Split (n, 24) rows of `draw_colour`."""
+    """Split (n, 24) rows of `draw_colours`."""
     n = len(packed)
     return Colours(
         packed[:, :12].reshape(n, 3, 4), packed[:, 12:21].reshape(n, 3, 3), packed[:, 21], packed[:, SIGMA], packed[:, 23]

@@ -222,11 +222,13 @@ def patch_masks(
     return masks
 
 
-def view_matrix(view: View, side_px: int) -> np.ndarray:
-    """The view as an affine map for `torch.nn.functional.grid_sample` (align_corners=False): float32 (2, 3).
+def view_matrices(views: Sequence[View], side_px: int) -> np.ndarray:
+    """Views as affine maps for `torch.nn.functional.grid_sample` (align_corners=False): float32 (views, 2, 3).
 
-    Maps output coordinates in [-1, 1] to tile coordinates in [-1, 1], turn included.
+    Each maps output coordinates in [-1, 1] to tile coordinates in [-1, 1], turn included.
     """
-    matrix = _UNTURN[view.turn] * np.array([[view.w / side_px], [view.h / side_px]])
-    centre = np.array([[(2 * view.x + view.w) / side_px - 1], [(2 * view.y + view.h) / side_px - 1]])
-    return np.concatenate([matrix, centre], axis=1).astype(np.float32)
+    frame = np.array([(v.x, v.y, v.w, v.h) for v in views], dtype=np.float64).reshape(-1, 2, 2)  # (views, corner or size, axis)
+    theta = np.empty((len(views), 2, 3), dtype=np.float32)
+    theta[:, :, :2] = _UNTURN[[v.turn for v in views]] * (frame[:, 1] / side_px)[:, :, None]
+    theta[:, :, 2] = (2 * frame[:, 0] + frame[:, 1]) / side_px - 1
+    return theta

@@ -82,7 +82,7 @@ class TileSamples(torch.utils.data.Dataset[dict[str, np.ndarray]]):
             masks |= ~masks.any(2, keepdims=True)  # never an empty key set; `seen` keeps it out of loss and center
         grid, m = self.grids[0], self.config.mim
         hidden = [mim.block_mask(rng, grid, mim.draw_ratio(rng, m.probability, m.ratio)) for _ in range(2)]
-        theta = np.stack([crops.view_matrix(view, side) for view in views])
+        theta = crops.view_matrices(views, side)
         return {
             "theta_global": theta[:2],
             "theta_local": theta[2:],
@@ -90,7 +90,7 @@ class TileSamples(torch.utils.data.Dataset[dict[str, np.ndarray]]):
             "mask_local": found[1],
             "hidden": np.stack([mask.ravel() for mask in hidden]),
             "seen": seen,
-            "colours": np.stack([colour.draw_colour(rng, self.colour_rules[min(k, 2)]) for k in range(len(views))]),
+            "colours": colour.draw_colours(rng, self.colour_rules),
             "target": chosen.box,
             "rects": np.array([(v.x, v.y, v.w, v.h, v.turn, v.size_px) for v in views], dtype=np.int32),
         }
@@ -198,13 +198,14 @@ def view_rules(config: PretrainConfig) -> tuple[crops.CropRule, crops.CropRule]:
     )
 
 
-def colour_rules(config: PretrainConfig) -> tuple[colour.ColourRule, colour.ColourRule, colour.ColourRule]:
-    """Colour changes of the first global view, the second, and the locals."""
+def colour_rules(config: PretrainConfig) -> tuple[colour.ColourRule, ...]:
+    """Colour changes of each view: the first global one, the second, and the locals."""
     v = config.views
-    return tuple(  # type: ignore[return-value]
+    first, second, local = (
         colour.ColourRule(
             v.brightness, v.contrast, v.saturation, v.hue, v.jitter_p, v.gray_p, v.blur_p[k], v.blur_sigma,
             v.solarise_p if k == 1 else 0.0, v.stain_scale, v.stain_shift, v.stain_p,
         )
         for k in range(3)
     )  # fmt: skip
+    return (first, second, *(local,) * v.local_count)

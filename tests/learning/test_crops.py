@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from odis_path.data.crops import CropRule, View, contains, draw_sizes, fits, patch_mask, sample_view, turn_grid, view_matrix
+from odis_path.data.crops import CropRule, View, contains, draw_sizes, fits, patch_mask, sample_view, turn_grid, view_matrices
 from odis_path.data.views import cut_views
 
 SIDE = 64
@@ -52,7 +52,7 @@ def test_the_sampling_map_is_crop_then_turn_exactly() -> None:
     tile = rng.random((3, SIDE, SIDE)).astype(np.float32)
     for turn in range(8):
         view = View(5, 11, 32, 32, turn, 32)
-        theta = torch.from_numpy(view_matrix(view, SIDE))[None, None]
+        theta = torch.from_numpy(view_matrices([view], SIDE))[None]
         image = cut_views(torch.from_numpy(tile)[None], theta, 32)[0].numpy()
         plain = tile[:, 11:43, 5:37].transpose(1, 2, 0)
         assert np.allclose(image.transpose(1, 2, 0), turn_grid(plain, turn), atol=2e-5)

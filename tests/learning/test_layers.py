@@ -10,8 +10,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from odis_path.data.colour import ColourRule, apply_colours, draw_colour
-from odis_path.data.crops import View, view_matrix
+from odis_path.data.colour import ColourRule, apply_colours, draw_colours
+from odis_path.data.crops import View, view_matrices
 from odis_path.data.views import cut_views, view_images
 from odis_path.model.layers import DropPath, additive, embed_patches
 from odis_path.model.vit import attention_mask, build_encoder
@@ -81,9 +81,9 @@ def batch_of_views(seed: int) -> tuple[Tensor, Tensor, Tensor]:
     rng = np.random.default_rng(seed)
     tiles = torch.from_numpy(rng.integers(0, 256, (2, 40, 40, 3), dtype=np.uint8))
     views = [View(int(x), int(y), 24, 30, int(turn), 16) for x, y, turn in rng.integers(0, 8, (6, 3))]
-    theta = torch.from_numpy(np.stack([view_matrix(view, 40) for view in views])).view(3, 2, 2, 3)
+    theta = torch.from_numpy(view_matrices(views, 40)).view(3, 2, 2, 3)
     rule = ColourRule(stain_p=0.7, stain_scale=0.3, stain_shift=0.1, solarise_p=0.5, gray_p=0.3)
-    colours = torch.from_numpy(np.stack([draw_colour(rng, rule) for _ in views])).view(3, 2, -1)
+    colours = torch.from_numpy(draw_colours(rng, (rule,) * 6)).view(3, 2, -1)
     return tiles, theta, colours
 
 
@@ -114,3 +114,48 @@ def test_the_form_for_the_compiler_gives_the_same_views(monkeypatch: pytest.Monk
     plain = view_images(tiles, theta, colours, None, **options)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     torch.testing.assert_close(view_images(tiles, theta, colours, None, **options), plain, rtol=0, atol=2e-5)
+
+
+STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
+
+
+def test_stain_changes_scale_and_shift_each_stain_and_nothing_else() -> None:
+    """Ruifrok: a pixel is amounts times stains; amounts come out times a gain plus a shift, within their bounds."""
+    stains = STAINS / np.linalg.norm(STAINS, axis=1, keepdims=True)
+    rule = ColourRule(jitter_p=0, gray_p=0, blur_p=0, stain_p=1, stain_scale=0.3, stain_shift=0.05)
+    packed = draw_colours(np.random.default_rng(0), (rule,) * 400).astype(np.float64)
+    assert np.allclose(packed[:, 12:21].reshape(-1, 3, 3), np.eye(3))
+    density = packed[:, :12].reshape(-1, 3, 4)
+    base = density[:, :, 3] @ np.linalg.inv(stains)  # amounts of a pixel that had none
+    each = [(density[:, :, :3] @ stain) @ np.linalg.inv(stains) for stain in stains]
+    gains = np.stack([amounts[:, i] for i, amounts in enumerate(each)], axis=1)
+    assert all(np.abs(np.delete(amounts, i, axis=1)).max() < 1e-5 for i, amounts in enumerate(each))
+    for drawn, low, high in ((gains, 0.7, 1.3), (base, -0.05, 0.05)):
+        assert drawn.min() >= low - 1e-5
+        assert drawn.max() <= high + 1e-5
+        assert np.ptp(drawn, axis=0).min() > 0.9 * (high - low)
+        assert np.abs(np.corrcoef(drawn.T) - np.eye(3)).max() < 0.2  # each stain by itself
+
+
+def test_chances_and_strengths_are_those_of_each_views_own_rule() -> None:
+    never = ColourRule(jitter_p=0, gray_p=0, blur_p=0, solarise_p=0)
+    always = ColourRule(jitter_p=1, gray_p=1, blur_p=1, solarise_p=1, blur_sigma=(0.5, 0.7))
+    half = ColourRule(jitter_p=0.5, gray_p=0, blur_p=0.5, solarise_p=0.5)
+    packed = draw_colours(np.random.default_rng(1), (never,) * 50 + (always,) * 50 + (half,) * 2000)
+    still = np.concatenate([np.eye(3, 4).ravel(), np.eye(3).ravel(), [1, 0, 0]])
+    assert np.allclose(packed[:50], still)
+    gray = packed[50:100, 12:21].reshape(-1, 3, 3)
+    assert np.allclose(gray, gray[:, :1])  # every channel is the same mixture
+    assert ((packed[50:100, 22] >= 0.5) & (packed[50:100, 22] <= 0.7)).all()
+    assert (packed[50:100, 23] == 1).all()
+    for column in ((packed[100:, 21] != 1), packed[100:, 22] > 0, packed[100:, 23] == 1):
+        assert 0.45 < column.mean() < 0.55
+    assert np.abs(packed[100:, 21] - 1).max() <= 0.4
+
+
+def test_a_change_of_hue_keeps_greys_and_luma_and_saturation_alone_pulls_towards_grey() -> None:
+    luma = np.array([0.299, 0.587, 0.114])
+    rule = ColourRule(jitter_p=1, gray_p=0, brightness=0, contrast=0, saturation=0.5, hue=0.5)
+    matrices = draw_colours(np.random.default_rng(2), (rule,) * 100)[:, 12:21].reshape(-1, 3, 3).astype(np.float64)
+    assert np.abs(matrices @ np.full(3, 0.4) - 0.4).max() < 1e-3
+    assert np.abs(luma @ matrices - luma).max() < 2e-3  # YIQ's published matrix has three decimals
