@@ -326,7 +326,7 @@ def attention_both_ways(bench: Bench, side_px: int, images: int) -> dict[str, fl
         return attention.proj(torch.cat([obj, rest], 2).transpose(1, 2).flatten(2))
 
     def both_ways(forward: Callable[[Tensor], Tensor]) -> Callable[[], None]:
-        if compiles(bench.config(), bench.ranks.device):
+        if compiles(bench.config(), bench.ranks):
             forward = torch.compile(forward, dynamic=False)
 
         def work() -> None:

@@ -115,9 +115,13 @@ def _codec() -> str:
 def _device() -> str:
     import torch
 
+    from odis_path.train.compiling import missing_for_compiling
+
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        return f"{len(names)} GPU: {', '.join(names)} (CUDA {torch.version.cuda})"
+        lacking = missing_for_compiling()
+        compiled = f"training is not compiled, and slower: this machine lacks {lacking}" if lacking else "training is compiled"
+        return f"{len(names)} GPU: {', '.join(names)} (CUDA {torch.version.cuda}); {compiled}"
     return f"CPU, {torch.get_num_threads()} threads (no GPU seen: pretraining works, slowly)"
 
 

@@ -2,18 +2,43 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
+import sysconfig
 from importlib.util import find_spec
+from pathlib import Path
 
-import torch
+import torch._dynamo
 
 from odis_path.train.config import PretrainConfig
+from odis_path.train.distributed import Ranks
 from odis_path.train.step import Network
 
+_KINDS_OF_BLOCK = 64
 
-def compiles(config: PretrainConfig, device: torch.device) -> bool:
-    """Whether a run compiles what it computes; model.compile_blocks=auto: on a GPU for which there is a compiler."""
-    wanted = config.model.compile_blocks
-    return device.type == "cuda" and find_spec("triton") is not None if wanted == "auto" else wanted
+
+def compiles(config: PretrainConfig, ranks: Ranks) -> bool:
+    """Whether a run compiles what it computes; model.compile_blocks=auto: on a GPU, and if it cannot there, it is said."""
+    if config.model.compile_blocks != "auto":
+        return config.model.compile_blocks
+    if ranks.device.type != "cuda":
+        return False
+    missing = missing_for_compiling()
+    if missing and ranks.first:
+        print(f"training is not compiled, and slower for it: this machine lacks {missing}", file=sys.stderr)
+    return not missing
+
+
+def missing_for_compiling() -> str:
+    """What this machine lacks to compile for a GPU, in words; empty where it lacks nothing."""
+    if find_spec("triton") is None:
+        return "the package triton"
+    if not any(shutil.which(name) for name in (os.environ.get("CC", ""), "cc", "gcc", "clang") if name):
+        return "a C compiler (gcc or clang)"
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
+        return "the headers of Python (Python.h, often in a package python3-dev)"
+    return ""
 
 
 def compile_blocks(*networks: Network) -> None:
@@ -21,8 +46,8 @@ def compile_blocks(*networks: Network) -> None:
 
     Sizes are compiled in: a run has two (global and local views), and the k-NN while training runs uncompiled.
     """
-    # Past this many kinds of block in a process the compiler would silently give up; a run has three, a study of runs many.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    # Past so many kinds of block in a process the compiler silently gives up; a run has three, a study of runs many.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _KINDS_OF_BLOCK)
     for network in networks:
         for block in network.encoder.vit.blocks:  # type: ignore[union-attr]
             block.compile(dynamic=False)

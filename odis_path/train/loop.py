@@ -113,7 +113,7 @@ def prepare(config: PretrainConfig, ranks: Ranks) -> Run:
     teacher.load_state_dict(student.state_dict())
     teacher.requires_grad_(False).eval()
     student.train()
-    compiled = compiles(config, ranks.device)
+    compiled = compiles(config, ranks)
     if compiled:
         compile_blocks(student, teacher)
     optimizer = torch.optim.AdamW(parameter_groups(student, config.optim.layer_decay), lr=0.0, fused=True)
@@ -129,20 +129,9 @@ def prepare(config: PretrainConfig, ranks: Ranks) -> Run:
     total = max(1, round(config.optim.epochs * steps_per_epoch))
     criterion = Criterion(config, compiled=compiled).to(ranks.device)
     run = Run(
-        config,
-        ranks,
-        folder,
-        train_tiles,
-        held_out,
-        student,
-        wrapped,
-        teacher,
-        criterion,
-        optimizer,
-        compiled,
-        steps_per_epoch,
-        total,
-    )
+        config, ranks, folder, train_tiles, held_out, student, wrapped, teacher, criterion, optimizer, compiled,
+        steps_per_epoch, total,
+    )  # fmt: skip
     if found is not None:
         resume(run, load_checkpoint(found))
     elif ranks.first:

@@ -15,6 +15,9 @@ from odis_path.data.crops import View, view_matrices
 from odis_path.data.views import cut_views, view_images
 from odis_path.model.layers import DropPath, additive, embed_patches
 from odis_path.model.vit import attention_mask, build_encoder
+from odis_path.train import compiling
+from odis_path.train.config import PretrainConfig
+from odis_path.train.distributed import Ranks
 
 TINY: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
 
@@ -159,3 +162,26 @@ def test_a_change_of_hue_keeps_greys_and_luma_and_saturation_alone_pulls_towards
     matrices = draw_colours(np.random.default_rng(2), (rule,) * 100)[:, 12:21].reshape(-1, 3, 3).astype(np.float64)
     assert np.abs(matrices @ np.full(3, 0.4) - 0.4).max() < 1e-3
     assert np.abs(luma @ matrices - luma).max() < 2e-3  # YIQ's published matrix has three decimals
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device", "lacks", "compiled"),
+    [
+        ("auto", "cpu", "", False), ("auto", "cuda", "", True), ("auto", "cuda", "a C compiler", False),
+        (True, "cpu", "", True), (False, "cuda", "", False),
+    ],
+)  # fmt: skip
+def test_auto_compiles_on_a_gpu_and_says_what_is_missing_there(
+    wanted: Any, device: str, lacks: str, compiled: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(compiling, "missing_for_compiling", lambda: lacks)
+    config = PretrainConfig.model_validate({"model": {"compile_blocks": wanted}})
+    assert compiling.compiles(config, Ranks(0, 1, torch.device(device))) is compiled
+    assert (lacks in capsys.readouterr().err) if lacks else capsys.readouterr().err == ""
+
+
+def test_a_machine_without_a_compiler_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling, "find_spec", lambda _name: object())
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CC", raising=False)
+    assert "C compiler" in compiling.missing_for_compiling()
