@@ -277,9 +277,8 @@ def main() -> None:
         print(f"{name:<20}{value:>7.2f}  ({judged})")
     print(f"of CPU time alone, reading takes {cpu['read_1'] / cpu['limit']:.2f} times the limit's")
     if "lazyslide" in cpu:
-        print(
-            f"and LazySlide's processes together {cpu['lazyslide'] / cpu['read']:.2f} times what reading takes with as many threads"
-        )
+        more = cpu["lazyslide"] / cpu["read"]
+        print(f"and LazySlide's processes together {more:.2f} times what our reading takes in as many threads")
     print(f"peak memory of a worker {memory:.0f} MB (at most {MEMORY_LIMIT_MB})")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
