@@ -86,6 +86,7 @@ def pretrain(config: PretrainConfig) -> Path:
                 print(f"{run.folder}: already trained to step {run.step}, nothing to do", file=sys.stderr)
         else:
             train(run)
+            any_rank(False, ranks)  # wait for rank 0 to have saved
         found = latest_checkpoint(run.folder)
         assert found is not None
         return found

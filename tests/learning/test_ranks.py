@@ -132,8 +132,9 @@ def test_ranks_share_an_epoch_without_overlap_and_reshuffle() -> None:
 
 
 def test_torchrun_trains_one_run_on_two_ranks(tiny_tiles: Path, tmp_path: Path) -> None:
-    """The user's command under torchrun: one log, one checkpoint, and k-NN while training."""
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tiny_values(tiny_tiles, tmp_path / "run")))
+    """The user's command under torchrun: one log, k-NN while training, one checkpoint, for which the other rank waits."""
+    values = tiny_values(tiny_tiles, tmp_path / "run", run={"save_every_epochs": 2})
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "odis_path"]
     done = subprocess.run(
         [*command, "pretrain", str(tmp_path / "config.yaml")], capture_output=True, text=True, check=False, timeout=240,
