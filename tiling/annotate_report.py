@@ -136,7 +136,8 @@ def told_once(outcomes: Sequence[Outcome]) -> list[str]:
     for rest, where in said.items():
         if len(where) > SLIDES_EACH:
             total = sum(number for _, number in where)
-            lines.append(f"note: {len(where)} slides ({where[0][0].item}, ...): {f'{total} ' if total else ''}{rest}")
+            who = f"{where[0][0].item} and {len(where) - 1} more"  # as finish says what whole messages share
+            lines.append(f"note: {who}: {f'{total} ' if total else ''}{rest}")
             for outcome, number in where:
                 remarks = outcome.message.split("; ")
                 remarks.remove(f"{number} {rest}" if number else rest)
