@@ -121,12 +121,7 @@ def prepare(config: PretrainConfig, ranks: Ranks) -> Run:
     wrapped: nn.Module = student
     if ranks.world > 1:
         ids = [ranks.device.index] if ranks.device.type == "cuda" else None
-        wrapped = nn.parallel.DistributedDataParallel(
-            student,
-            device_ids=ids,
-            gradient_as_bucket_view=True,
-            broadcast_buffers=False,  # its buffers are constants
-        )
+        wrapped = nn.parallel.DistributedDataParallel(student, device_ids=ids, gradient_as_bucket_view=True)
     total = max(1, round(config.optim.epochs * steps_per_epoch))
     criterion = Criterion(config, compiled=compiled).to(ranks.device)
     run = Run(
