@@ -66,15 +66,15 @@ def children(pid: int) -> list[int]:
         return []
 
 
-def followed(words: list[str], out: Path) -> dict[str, float]:
+def followed(words: list[str], out: Path) -> dict[str, Any]:
     """Run odis-path; seconds, seconds to the first slide file, and memory (MB) early (in its first tenth) and at most."""
     begin = time.perf_counter()
     looks: list[tuple[float, float, float]] = []
-    first = float("nan")
+    first, fresh = None, not out.exists()
     with subprocess.Popen([sys.executable, "-m", "odis_path", *words], stdout=subprocess.DEVNULL) as run:
         while run.poll() is None:
             now = time.perf_counter() - begin
-            if np.isnan(first) and out.is_dir() and any(entry.name.endswith(".h5") for entry in os.scandir(out)):
+            if fresh and first is None and out.is_dir() and any(entry.name.endswith(".h5") for entry in os.scandir(out)):
                 first = now
             workers = [memory_mb(pid) for pid in children(run.pid)]
             looks.append((now, memory_mb(run.pid), max(workers, default=0.0)))
