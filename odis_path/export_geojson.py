@@ -128,15 +128,9 @@ def box_features(file: SlideFile, shift: np.ndarray) -> list[dict[str, Any]]:
     labels = [names[i] for i in objects["label"][row].tolist()]
     types = [KIND_TYPES[kind] for kind in objects["kind"][row].tolist()]
     measured = [{"visible": value} for value in table["visible"].tolist()]
-    if (sure := _confidence(file.path)) is not None:
+    if (sure := objects.get("confidence")) is not None:  # NaN where a detector did not say
         measured = [{**one, "confidence": value} for one, value in zip(measured, sure[row].tolist(), strict=True)]
     return _features(box_rectangles(file, np.arange(len(row))), shift, labels, types, file, "box", measured)
-
-
-def _confidence(path: Path) -> np.ndarray | None:
-    """float32 (K,), how sure a detector was of each object, NaN where it did not say; None where no file said."""
-    with h5py.File(path, "r", locking=False) as file:
-        return file["objects/confidence"][...] if "objects/confidence" in file else None
 
 
 _PART = {"tissue": tissue_features, "tiles": tile_features, "boxes": box_features}

@@ -323,17 +323,16 @@ class SlideFile:
         return [points[a:b] for a, b in pairwise(ends)]
 
     def objects_table(self) -> dict[str, Any]:
-        """id object (str) (K,), label int16, kind uint8, area_um2 float32 (K,), labels list[str]; empty where none."""
+        """id object (str) (K,), label int16, kind uint8, area_um2 float32 (K,), labels list[str]; empty where none.
+
+        confidence float32 (K,), NaN where a detector did not say, is there only where the file has it.
+        """
         if "objects" not in self._file:
-            return {
-                "id": np.zeros(0, object),
-                "label": np.zeros(0, np.int16),
-                "kind": np.zeros(0, np.uint8),
-                "area_um2": np.zeros(0, np.float32),
-                "labels": [],
-            }
+            empty = {"label": np.zeros(0, np.int16), "kind": np.zeros(0, np.uint8), "area_um2": np.zeros(0, np.float32)}
+            return {**empty, "id": np.zeros(0, object), "labels": []}
         group = self._file["objects"]
-        table: dict[str, Any] = {name: group[name][...] for name in ("label", "kind", "area_um2")}
+        stored = [name for name in ("label", "kind", "area_um2", "confidence") if name != "confidence" or name in group]
+        table: dict[str, Any] = {name: group[name][...] for name in stored}
         table["id"] = group["id"].asstr()[...]
         table["labels"] = [str(name) for name in group.attrs["labels"]]
         return table
