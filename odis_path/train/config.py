@@ -96,7 +96,7 @@ class ModelConfig(_Section):
     pool: Literal["obj", "linear"] = Field("obj", description="linear: mean of in-box patch embeddings (a documented failure)")
     read_only: bool = Field(False, description="patches do not see [OBJ]: any number of objects in one pass")
     checkpoint_blocks: bool = Field(False, description="activation checkpointing: less memory, more time")
-    compile_blocks: bool | Literal["auto"] = Field(
+    compile_blocks: Literal[True, False, "auto"] = Field(
         "auto", description="torch.compile of blocks, views and patch loss; auto: on a GPU, where it pays"
     )
 
