@@ -48,13 +48,9 @@ class Center(nn.Module):
         moved = torch.lerp(mean, self.value, self.momentum)
         self.value.copy_(torch.where(packed[-1] > 0, moved, self.value))
 
-    def sharpen(self, logits: Tensor, temperature: float) -> Tensor:
-        """Teacher probabilities: (n, K) -> (n, K)."""
-        return sharpened(logits, self.value, temperature)
-
 
 def sharpened(logits: Tensor, center: Tensor, temperature: float | Tensor) -> Tensor:
-    """softmax((z - c) / tau) in the type of the center: (n, K), (K,) -> (n, K)."""
+    """Teacher probabilities softmax((z - c) / tau), in the type of the center: (.., K), (K,) -> (.., K)."""
     return F.softmax((logits.to(center.dtype) - center) / temperature, dim=-1)
 
 

@@ -86,7 +86,6 @@ def pretrain(config: PretrainConfig) -> Path:
                 print(f"{run.folder}: already trained to step {run.step}, nothing to do", file=sys.stderr)
         else:
             train(run)
-            any_rank(False, ranks)  # wait for rank 0 to have saved
         found = latest_checkpoint(run.folder)
         assert found is not None
         return found
@@ -232,7 +231,6 @@ def train(run: Run) -> None:
             if run.step % save_every == 0 or done or stopping:
                 save(run)
             if stopping and not done:
-                any_rank(True, ranks)  # wait for rank 0 to have saved: a launcher kills the others when one has ended
                 raise RunStoppedError(
                     f"stopped at step {run.step} of {run.total_steps}: saved; the same command goes on from there"
                 )
@@ -337,10 +335,18 @@ def score_teacher(run: Run, probe: KnnProbe, log: RunLog) -> None:
     log.write({"step": run.step, "epoch": round(run.epoch, 4), **row})
 
 
-def save(run: Run) -> Path | None:
-    """Write a checkpoint from rank 0, unless the weights are no longer finite."""
-    if not run.ranks.first:
-        return None
+def save(run: Run) -> None:
+    """Write a checkpoint from rank 0, unless the weights are no longer finite; every rank calls, and waits until it is there.
+
+    A rank that went on might end, upon which a launcher kills the others, or look for a checkpoint that is not there yet.
+    """
+    if run.ranks.first:
+        write_checkpoint(run)
+    any_rank(False, run.ranks)
+
+
+def write_checkpoint(run: Run) -> None:
+    """The state of a run into its folder. Raises UserError where the weights are no longer finite."""
     probe = torch.stack([p.detach().float().abs().max() for p in run.student.parameters()]).max()
     if not torch.isfinite(probe):
         raise UserError(f"{run.folder}: the weights are not finite at step {run.step}: not saved; lower optim.lr")
@@ -348,7 +354,7 @@ def save(run: Run) -> Path | None:
         "student": run.student.state_dict(), "teacher": run.teacher.state_dict(),
         "criterion": run.criterion.state_dict(), "optimizer": run.optimizer.state_dict(),
     }  # fmt: skip
-    return save_checkpoint(run.folder, run.step, run.epoch, run.config, state, run.config.run.keep)
+    save_checkpoint(run.folder, run.step, run.epoch, run.config, state, run.config.run.keep)
 
 
 def watch_signals() -> dict[str, bool]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from odis_path.losses import Center, cross_view_loss, entropy, masked_patch_loss
+from odis_path.losses import Center, cross_view_loss, entropy, masked_patch_loss, sharpened
 
 
 def softmax(row: Tensor) -> list[float]:
@@ -28,7 +28,7 @@ def test_the_cross_view_loss_is_the_sum_over_pairs_written_out() -> None:
     z, s = torch.randn(2, batch, k, dtype=torch.float64), torch.randn(views, batch, k, dtype=torch.float64)
     teacher = Center(k).double()
     teacher.value.copy_(center)
-    ours = cross_view_loss(teacher.sharpen(z, tau), s, 0.1)
+    ours = cross_view_loss(sharpened(z, teacher.value, tau), s, 0.1)
     terms = [
         cross_entropy(softmax((z[q, b] - center) / tau), s[v, b], 0.1)
         for q in range(2) for v in range(views) if v != q for b in range(batch)
