@@ -37,7 +37,7 @@ from odis_path.data.dataset import StepSampler, collate, index_tiles
 from odis_path.data.samples import TileSamples
 from odis_path.train.config import PretrainConfig
 from odis_path.train.step import make_views
-from tiling.codec import decode
+from tiling.codec import decode, decode_jpeg
 from tiling.direct import DirectReader
 from tiling.slide import Slide, cover
 from tiling.slidefile import SlideFile, replace_groups
@@ -103,8 +103,6 @@ def stored_streams(samples: TileSamples, rows: list[int]) -> Callable[[], None]:
 
 def slide_streams(samples: TileSamples, rows: list[int]) -> Callable[[], None]:
     """Decode, from memory and at half scale, the slides' stored tiles that these tiles lie on."""
-    import simplejpeg
-
     index, data = samples.index, []
     for number in np.unique(index.slide[rows]):
         file = samples.files[int(number)]
@@ -121,7 +119,7 @@ def slide_streams(samples: TileSamples, rows: list[int]) -> Callable[[], None]:
 
     def work() -> None:
         for one in data:
-            simplejpeg.decode_jpeg(one, colorspace="RGB", min_height=side, min_width=side)
+            decode_jpeg(one, side, side)
 
     return work
 

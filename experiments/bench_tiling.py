@@ -95,8 +95,9 @@ def grid(width: int, height: int) -> tuple[np.ndarray, float]:
 
 def decoder_limit(path: Path, workers: int) -> float:
     """Seconds to decode every stored tile of level 0 at half scale from memory: no file, no cutting, no order."""
-    import simplejpeg
     import tifffile
+
+    from tiling.codec import decode_jpeg
 
     with tifffile.TiffFile(path) as file:
         page = file.pages[0].aspage()
@@ -106,7 +107,7 @@ def decoder_limit(path: Path, workers: int) -> float:
 
     def decode(part: list[bytes]) -> None:
         for tile in part:
-            simplejpeg.decode_jpeg(tile, colorspace="RGB", min_height=TILE_PX // 2, min_width=TILE_PX // 2)
+            decode_jpeg(tile, TILE_PX // 2, TILE_PX // 2)
 
     begin = time.perf_counter()
     with ThreadPoolExecutor(workers) as pool:

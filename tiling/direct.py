@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from tiling.codec import decode_jpeg
+
 SCALES = (1, 2, 4, 8)
 VENDORS = ("aperio", "generic-tiff", "")  # stored tiles lie edge to edge; others overlap, turn or hide some
 JPEG = 7
@@ -231,9 +233,7 @@ class DirectReader:
 def _decoded(data: bytes, codec: str, height: int, width: int) -> np.ndarray:
     """uint8 (h, w, 3); of a JPEG the smallest that is not below height x width. Raises ValueError where it is torn."""
     if codec == "jpeg":
-        import simplejpeg
-
-        return simplejpeg.decode_jpeg(data, colorspace="RGB", min_height=height, min_width=width)
+        return decode_jpeg(data, height, width)
     import imagecodecs
 
     from tiling.readers import as_rgb
