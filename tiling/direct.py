@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from tiling.codec import decode_jpeg
+from tiling.stack import Head, head_of
 
 SCALES = (1, 2, 4, 8)
 VENDORS = ("aperio", "generic-tiff", "")  # stored tiles lie edge to edge; others overlap, turn or hide some
@@ -95,6 +96,7 @@ class DirectReader:
             colour = str(self.properties.get("openslide.background-color") or "FFFFFF")
             self.background = np.array([int(colour[i : i + 2], 16) for i in (0, 2, 4)], np.uint8)
             self._fd = os.open(path, os.O_RDONLY)
+            self._heads: dict[int, Head | None] = {}
             for level in {0, len(self.pages) - 1}:
                 self._check(level, header)
         except BaseException:
@@ -151,6 +153,43 @@ class DirectReader:
                     continue
                 target[...] = self.background if tile is None else tile[a - top : b - top, c - left : d - left]
         return out, problem
+
+    def in_one(self, level: int, scale: int, top: int, left: int, bottom: int, right: int) -> np.ndarray | None:
+        """Rows and columns of stored JPEG tiles, decoded in one call at 1 / scale: uint8 (h, w, 3).
+
+        None where that cannot be done, where one of them is not stored or torn, and at the level's right and lower edge.
+        """
+        page, rows, columns = self.pages[level], bottom - top, right - left
+        head = self._head(level)
+        if head is None or bottom * page.tile_h > page.height or right * page.tile_w > page.width:
+            return None
+        offsets, counts = (each[top:bottom, left:right].ravel().tolist() for each in (page.offsets, page.counts))
+        if not all(offsets) or not all(counts):
+            return None
+        try:
+            tiles = head.decode([os.pread(self._fd, *piece) for piece in zip(counts, offsets, strict=True)], scale)
+        except OSError:
+            return None
+        if tiles is None:
+            return None
+        height, width = page.tile_h // scale, page.tile_w // scale
+        out = np.empty((rows * height, columns * width, 3), np.uint8)
+        by_tile = tiles.reshape(rows, columns, height, width * 3)
+        out.reshape(rows, height, columns, width * 3)[...] = by_tile.swapaxes(1, 2)
+        return out
+
+    def _head(self, level: int) -> Head | None:
+        """What the stored tiles of a level begin with; None where they cannot be decoded in one."""
+        if level not in self._heads:
+            page, found = self.pages[level], None
+            row, column = (int(each) // 2 for each in page.counts.shape)
+            with contextlib.suppress(ValueError, OSError):
+                data = os.pread(self._fd, int(page.counts[row, column]), int(page.offsets[row, column]))
+                if page.codec == "jpeg" and page.counts[row, column]:
+                    found = head_of(data, page.head[2:], len(data) - len(_body(data)))
+            size = (page.tile_h, page.tile_w)
+            self._heads[level] = found if found is not None and (found.height, found.width) == size else None
+        return self._heads[level]
 
     def stored(self, level: int, scale: int, row: int, column: int) -> np.ndarray | None:
         """One stored tile at 1 / scale: uint8 (tile_h / scale, tile_w / scale, 3), or None where nothing is stored.

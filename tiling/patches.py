@@ -103,9 +103,18 @@ def _stored_jobs(
     boxes = np.concatenate([coords_l0, coords_l0 + size_l0], axis=1)
     view = slide.view(size_l0 / patch_px, boxes)
     edges = cover(view, boxes)
-    shared = SharedTiles(reader, view, uses_of_stored_tiles(reader, view, edges))
+    uses = uses_of_stored_tiles(reader, view, edges)
+    tile_w, tile_h = reader.pages[view.level].tile_w // view.scale, reader.pages[view.level].tile_h // view.scale
+    whole = (edges == boxes / view.downsample).all(1) & ~(edges % (tile_w, tile_h, tile_w, tile_h)).any(1)
+    whole &= (edges[:, 2:] - edges[:, :2] == patch_px).all(1) & (edges >= 0).all(1) & (uses.max(initial=0) == 1)
+    shared = SharedTiles(reader, view, uses)
 
-    def patch(box: tuple[float, ...], around: tuple[int, int, int, int]) -> tuple[Result, str]:
+    def patch(box: tuple[float, ...], around: tuple[int, int, int, int], as_stored: bool) -> tuple[Result, str]:
+        if as_stored:
+            left, top, right, bottom = around
+            pixels = reader.in_one(view.level, view.scale, top // tile_h, left // tile_w, bottom // tile_h, right // tile_w)
+            if pixels is not None:
+                return work(pixels), ""
         problems: list[str] = []
 
         def read(left: int, top: int, w: int, h: int) -> np.ndarray:
@@ -117,8 +126,8 @@ def _stored_jobs(
         return work(slide.cut(view, around, block, box, patch_px, patch_px)), "".join(problems)
 
     for start in range(0, len(coords_l0), JOB_PATCHES):
-        part = zip(boxes[start : start + JOB_PATCHES].tolist(), edges[start : start + JOB_PATCHES].tolist(), strict=True)
-        yield lambda part=part: [patch(*each) for each in part]  # type: ignore[misc]
+        part = [each[start : start + JOB_PATCHES].tolist() for each in (boxes, edges, whole)]
+        yield lambda part=part: [patch(*each) for each in zip(*part, strict=True)]  # type: ignore[misc]
 
 
 def _strip_jobs(

@@ -373,6 +373,35 @@ def test_threads_change_nothing_and_no_stored_tile_is_decoded_twice(
         np.testing.assert_array_equal(np.array(one), np.array(others))
 
 
+def test_patches_of_whole_stored_tiles_are_decoded_in_one_and_are_the_same(
+    tmp_path: Path, texture: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def change(tiles: list[bytes]) -> list[bytes]:
+        torn(8)(tiles)
+        return [b"" if i == 6 else tile for i, tile in enumerate(tiles)]
+
+    coords = np.array([(x, y) for y in (0, 512) for x in (0, 512, 1024)], np.int64)
+    whole = DirectReader.in_one
+    calls: list[bool] = []
+
+    def counted(self: DirectReader, *where: int) -> np.ndarray | None:
+        found = whole(self, *where)
+        calls.append(found is not None)
+        return found
+
+    for name, edit in (("good.svs", None), ("bad.svs", change)):
+        with Slide.open(write(tmp_path / name, texture, change=edit)) as slide:
+            monkeypatch.setattr(DirectReader, "in_one", counted)
+            in_one = list(map_patches(slide, coords, 512.0, 256, lambda tile: tile, threads=2))
+            monkeypatch.setattr(DirectReader, "in_one", lambda *_: None)
+            single = list(map_patches(slide, coords, 512.0, 256, lambda tile: tile))
+        for (found, said), (expected, told) in zip(in_one, single, strict=True):
+            np.testing.assert_array_equal(found, expected)
+            assert said == told
+    # Of the good slide those that do not reach over its edge; of the other, one has a torn tile and one a tile left out.
+    assert (len(calls), sum(calls)) == (12, 2)
+
+
 def test_decoded_tiles_are_let_go_after_their_last_use(tmp_path: Path, texture: np.ndarray) -> None:
     from tiling.patches import SharedTiles, uses_of_stored_tiles
     from tiling.slide import cover
