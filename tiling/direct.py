@@ -171,6 +171,7 @@ class DirectReader:
         except OSError:
             return None
         if tiles is None:
+            self._heads[level] = None  # more of the kind would be decoded twice, at twice the time; this saves a twentieth
             return None
         height, width = page.tile_h // scale, page.tile_w // scale
         out = np.empty((rows * height, columns * width, 3), np.uint8)
