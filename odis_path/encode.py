@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from annotations.errors import UserError
 from odis_path.data.crops import View, patch_mask
 from odis_path.data.views import normalise
+from odis_path.model.names import is_model_name
 from odis_path.model.vit import ObjViT, build_encoder
 
 Mode = Literal["full", "masked", "crop", "blackout"]
@@ -61,7 +62,7 @@ def load_encoder(source: str, *, device: str = "auto", random_weights: bool = Fa
 
     where = pick_device(device)
     path = Path(source)
-    if path.exists() or path.suffix in (".pt", ".pth") or len(path.parts) > 1:
+    if path.exists() or (not is_model_name(source) and (path.suffix in (".pt", ".pth") or len(path.parts) > 1)):
         checkpoint = load_checkpoint(path)
         torch.manual_seed(seed)
         network = build_network(checkpoint.config, student=False)

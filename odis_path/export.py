@@ -102,8 +102,9 @@ def _teacher(loaded: Checkpoint) -> ObjViT:
     network = build_network(loaded.config.model_copy(update={"model": model}), student=False)
     load_into(network, loaded.state["teacher"], loaded.path, "teacher")
     encoder = network.encoder.eval()
-    for key, why in (("read_only", "its patches do not see [OBJ]"), ("more_obj", "it has several [OBJ] tokens")):
-        if getattr(encoder, key, None) not in (None, False):
+    several = "it has several [OBJ] tokens (or one of the whole image beside it)"
+    for found, why in ((encoder.read_only, "its patches do not see [OBJ]"), (encoder.more_obj is not None, several)):
+        if found:
             raise UserError(f"{loaded.path}: {why}, which no plain timm model does; use it through `odis-path embed`")
     return encoder
 

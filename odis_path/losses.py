@@ -26,7 +26,10 @@ def all_sum(value: Tensor) -> Tensor:
 
 
 class Center(nn.Module):
-    """The running mean of teacher logits: c <- m c + (1 - m) sum / count, both summed over all ranks (DINO eq. 4)."""
+    """The running mean of teacher logits: c <- m c + (1 - m) sum / count (DINO eq. 4).
+
+    Sum and count are over all ranks and over all micro-batches of a step: `add` each, then `move` once.
+    """
 
     value: Tensor
 
@@ -34,16 +37,25 @@ class Center(nn.Module):
         super().__init__()
         self.momentum = momentum
         self.register_buffer("value", torch.zeros(dim))
+        self._added: Tensor | None = None  # sum and count of the step's micro-batches on this rank
 
     @torch.no_grad()
-    def update(self, logits: Tensor, weight: Tensor | None = None) -> None:
-        """logits: (n, K); weight: (n,) 0 or 1. Nothing happens where no rank has a row."""
+    def add(self, logits: Tensor, weight: Tensor | None = None) -> None:
+        """Count the rows of a micro-batch in. logits: (n, K); weight: (n,) 0 or 1."""
         logits = logits.to(self.value.dtype)
         if weight is None:
             total, count = logits.sum(0), logits.new_tensor([float(len(logits))])
         else:
             total, count = weight.to(logits.dtype) @ logits, weight.to(logits.dtype).sum()[None]
-        packed = all_sum(torch.cat([total, count]))
+        packed = torch.cat([total, count])
+        self._added = packed if self._added is None else self._added + packed
+
+    @torch.no_grad()
+    def move(self) -> None:
+        """Move to what was added on all ranks. Nothing happens where no rank has a row."""
+        if self._added is None:
+            return
+        packed, self._added = all_sum(self._added), None
         mean = packed[:-1] / packed[-1].clamp_min(1)
         moved = torch.lerp(mean, self.value, self.momentum)
         self.value.copy_(torch.where(packed[-1] > 0, moved, self.value))
@@ -54,21 +66,31 @@ def sharpened(logits: Tensor, center: Tensor, temperature: float | Tensor) -> Te
     return F.softmax((logits.to(center.dtype) - center) / temperature, dim=-1)
 
 
-def cross_view_loss(teacher: Tensor, student_logits: Tensor, temperature: float, weight: Tensor | None = None) -> Tensor:
+def counted_pairs(seen: Tensor, queries: int = 2) -> Tensor:
+    """How many pairs of a teacher view and another student view count: bool or 0 and 1 (V, ...), globals first -> scalar."""
+    seen = seen.to(torch.float64)
+    return (seen[:queries].sum(0) * seen.sum(0)).sum() - seen[:queries].sum()
+
+
+def cross_view_loss(
+    teacher: Tensor, student_logits: Tensor, temperature: float, weight: Tensor | None = None, pairs: Tensor | None = None
+) -> Tensor:
     """L_obj: the mean over teacher view q and student view v != q of H(P_t(q), P_s(v)).
 
     teacher: probabilities (Q, B, K) of the global views; student_logits: (V, B, K), the first Q of them the same
-    views; weight: (V, B), 0 where a view lacks its box, so that no pair with it counts. Returns a scalar.
+    views; weight: (V, B), 0 where a view lacks its box, so that no pair with it counts. pairs: how many pairs count over all
+    ranks, of this batch if None; in a step of several micro-batches their mean, since their losses are averaged. Returns a
+    scalar.
     """
     log_student = F.log_softmax(student_logits.to(teacher.dtype) / temperature, dim=-1)
-    pairs = -torch.einsum("qbk,vbk->qvb", teacher, log_student)
-    queries, views, _ = pairs.shape
-    different = ~torch.eye(queries, views, dtype=torch.bool, device=pairs.device)[:, :, None]
-    pair_weight = different.to(pairs.dtype).expand_as(pairs)
+    losses = -torch.einsum("qbk,vbk->qvb", teacher, log_student)
+    queries, views, _ = losses.shape
+    different = ~torch.eye(queries, views, dtype=torch.bool, device=losses.device)[:, :, None]
+    pair_weight = different.to(losses.dtype).expand_as(losses)
     if weight is not None:
-        pair_weight = pair_weight * weight[None].to(pairs.dtype) * weight[:queries, None].to(pairs.dtype)
-    count = all_sum(pair_weight.sum().detach().clone())
-    return (pairs * pair_weight).sum() * world_size() / count.clamp_min(1)
+        pair_weight = pair_weight * weight[None].to(losses.dtype) * weight[:queries, None].to(losses.dtype)
+    count = all_sum(pair_weight.sum().detach().clone()) if pairs is None else pairs.to(losses.dtype)
+    return (losses * pair_weight).sum() * world_size() / torch.where(count > 0, count, torch.ones_like(count))
 
 
 def masked_patch_loss(

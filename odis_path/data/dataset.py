@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,8 +92,12 @@ class TileIndex:
         return TileIndex(self.paths, self.slide[keep], self.row[keep], self.slide_ids, self.patients, self.tile_px, self.mpp)
 
 
-def index_tiles(folder: str | Path, *, need_boxes: bool = False) -> TileIndex:
-    """All tiles of a folder of slide files. Raises UserError where sizes or mpp differ between files, or none holds a tile."""
+def index_tiles(folder: str | Path, *, need_boxes: np.ndarray | None = None, need_polygons: bool = False) -> TileIndex:
+    """All tiles of a folder of slide files.
+
+    need_boxes: uint8 kinds; only tiles with a box of one of them. need_polygons: boxes have outlines. Raises UserError where
+    sizes or mpp differ between files, none holds a tile, or outlines are missing.
+    """
     if not str(folder):
         raise UserError("data.tiles is empty: give the folder that `odis-path tile` wrote, for example data.tiles=tiles")
     paths = list_slide_files(Path(folder))
@@ -103,9 +108,10 @@ def index_tiles(folder: str | Path, *, need_boxes: bool = False) -> TileIndex:
     for number, path in enumerate(paths):
         with SlideFile(path) as file:
             tiles = np.arange(len(file), dtype=np.int32)
-            if need_boxes and len(tiles):
-                counts = np.diff(file.boxes_table()["offsets"])
-                tiles = tiles[counts > 0]
+            if need_boxes is not None and len(tiles):
+                tiles = tiles[_has_kind(file, need_boxes)]
+            if need_polygons and not file.has_polygons and len(file.boxes_table()["object"]):
+                raise UserError(f"{path}: holds no polygons, which target.geometry=polygon needs: run annotate with --polygons")
             tiles = np.setdiff1d(tiles, file.bad_tiles).astype(np.int32)
             slides.append(np.full(len(tiles), number, np.int32))
             rows.append(tiles)
@@ -119,9 +125,19 @@ def index_tiles(folder: str | Path, *, need_boxes: bool = False) -> TileIndex:
         found = "; ".join(f"{name}: {size} px at {mpp} mpp" for (size, mpp), name in sizes.items())
         raise UserError(f"{folder}: tiles of several sizes or resolutions ({found}); tile them alike into one folder")
     if not sizes or not sum(map(len, rows)):
-        raise UserError(f"{folder}: no tile{' with a box' if need_boxes else ''} in its {len(paths)} slide files")
+        raise UserError(f"{folder}: no tile{' with a box' if need_boxes is not None else ''} in its {len(paths)} slide files")
     (tile_px, mpp), _ = sizes.popitem()
     return TileIndex(paths, np.concatenate(slides), np.concatenate(rows), ids, patients, tile_px, mpp)
+
+
+def _has_kind(file: SlideFile, kinds: np.ndarray) -> np.ndarray:
+    """Which tiles hold a box of one of these kinds: bool (N,)."""
+    table = file.boxes_table()
+    tile = np.repeat(np.arange(len(file)), np.diff(table["offsets"]))
+    if not len(tile):
+        return np.zeros(len(file), bool)
+    fitting = np.isin(file.objects_table()["kind"][table["object"]], kinds)
+    return np.bincount(tile[fitting], minlength=len(file)) > 0
 
 
 def held_out_patients(index: TileIndex, share: float, named: list[str], seed: int) -> set[str]:
@@ -173,6 +189,14 @@ class StepSampler(torch.utils.data.Sampler[list[tuple[int, int]]]):
             rows = order[at * self.batch : (at + 1) * self.batch]
             for micro in np.split(rows, self.accumulate):
                 yield [(epoch, int(i)) for i in micro[self.rank :: self.world]]
+
+
+def next_batch(batches: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The next batch of a loader; what a worker says of a user's mistake without the worker's traceback around it."""
+    try:
+        return next(batches)
+    except UserError as error:
+        raise UserError(str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")) from None
 
 
 def collate(items: list[dict[str, np.ndarray]]) -> dict[str, Tensor]:

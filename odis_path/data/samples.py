@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from odis_path.train.config import PretrainConfig
 
 Rings = list[np.ndarray]  # the outline of an object in a tile, as SlideFile.polygon gives it
+MOST_LOST = 16  # tiles in a row that cannot be read from their slide
 NO_BOXES = (np.zeros((0, 4)), None, np.zeros(0, dtype=np.int64))
 
 
@@ -36,8 +37,8 @@ class TileSamples(torch.utils.data.Dataset[dict[str, np.ndarray]]):
         self.grids = (config.views.global_size // patch_px, config.views.local_size // patch_px)
         self.rules = view_rules(config)
         self.colour_rules = colour_rules(config)
-        kinds = [KINDS[kind] for kind in config.data.kinds]
-        self._kinds = None if len(kinds) == len(KINDS) else np.array(kinds, dtype=np.uint8)
+        kinds = kinds_of(config)
+        self._kinds = None if len(kinds) == len(KINDS) else kinds
         mean_scale = sum(config.views.global_scale) / 2
         cell = sqrt(mean_scale) * index.tile_px / self.grids[0]  # tile px a patch of a mean global crop
         self._min_side_px = sqrt(config.target.min_patches) * cell
@@ -48,10 +49,24 @@ class TileSamples(torch.utils.data.Dataset[dict[str, np.ndarray]]):
     def __getitem__(self, key: tuple[int, int]) -> dict[str, np.ndarray]:
         epoch, i = key
         rng = np.random.default_rng([self.config.run.seed, epoch, i])
-        slide, row = int(self.index.slide[i]), int(self.index.row[i])
-        file = self.files[slide]
-        pixels = file.tile(row)
-        return {"tile": pixels, **self.draw(rng, file, slide, row)}
+        found, pixels = self._readable(i)
+        slide, row = int(self.index.slide[found]), int(self.index.row[found])
+        lost = np.array(-1 if found == i else i, dtype=np.int64)
+        return {"tile": pixels, "lost": lost, **self.draw(rng, self.files[slide], slide, row)}
+
+    def _readable(self, i: int) -> tuple[int, np.ndarray]:
+        """Tile i with its pixels or, where its slide is torn there (no pixels are stored), the next one that can be read."""
+        for found in (np.arange(i, i + MOST_LOST) % len(self)).tolist():
+            file, row = self.files[int(self.index.slide[found])], int(self.index.row[found])
+            try:
+                return found, file.tile(row)
+            except (UserError, ValueError, OSError) as error:
+                if file.has_pixels:
+                    said = " ".join(str(error).split())
+                    raise UserError(f"{file.path}: tile {row} cannot be decoded ({said}): tile the slide again") from None
+                file.check_source()
+                last = error
+        raise UserError(f"{last} (so are the {MOST_LOST - 1} tiles before it)")
 
     def draw(self, rng: np.random.Generator, file: SlideFile, slide: int, row: int) -> dict[str, np.ndarray]:
         """Everything random about a sample, without its pixels.
@@ -74,7 +89,7 @@ class TileSamples(torch.utils.data.Dataset[dict[str, np.ndarray]]):
         if t.geometry == "polygon":
             shapes = [[] if o is None else [file.polygon(int(at[i])) for i in o.rows] for o in objects]
         found = [
-            np.stack([self._masks(some, o, number, s) for o, s in zip(objects, shapes, strict=True)], axis=1)
+            np.stack([self._masks(some, o, number, s, o is chosen) for o, s in zip(objects, shapes, strict=True)], axis=1)
             for number, some in enumerate((views[:2], views[2:]))
         ]  # globals bool (2, K, N), locals (L, K, N')
         seen = np.concatenate([masks.any(2) for masks in found])
@@ -99,10 +114,6 @@ class TileSamples(torch.utils.data.Dataset[dict[str, np.ndarray]]):
         """Boxes (k, 4) of a tile that may be targets, their labels (k,) where needed, and their rows (k,) in /boxes."""
         t = self.config.target
         boxes, at, labels = np.asarray(file.boxes(row), dtype=np.float64), file.box_rows(row), None
-        if t.geometry == "polygon" and len(boxes) and not file.has_polygons:
-            raise UserError(
-                f"{file.path}: holds no polygons, which target.geometry=polygon needs: run annotate with --polygons"
-            )
         rows = np.arange(at.start, at.stop) if isinstance(at, slice) else np.asarray(at)
         if (self._kinds is not None or t.choice == "label") and len(boxes):
             kind, label = self.files.box_groups(slide)
@@ -164,10 +175,13 @@ class TileSamples(torch.utils.data.Dataset[dict[str, np.ndarray]]):
         views = pair or crops.sample_views(rng, side, aware, self.rules[0], 2)
         return views + crops.sample_views(rng, side, aware_local, self.rules[1], self.config.views.local_count)
 
-    def _masks(self, views: list[crops.View], target: Target | None, number: int, shapes: list[Rings]) -> np.ndarray:
+    def _masks(
+        self, views: list[crops.View], target: Target | None, number: int, shapes: list[Rings], sampled: bool
+    ) -> np.ndarray:
         """In-object patches of the global (number 0) or local (1) views, bool (views, N).
 
-        None where there is no object, or where rejection gave up on a view that was to show it.
+        None where there is no object, where its outline lies beside a view, or where rejection gave up on a view that was to
+        show it (sampled: the views were drawn for this object).
         """
         t, grid = self.config.target, self.grids[number]
         if target is None or not views:
@@ -177,12 +191,22 @@ class TileSamples(torch.utils.data.Dataset[dict[str, np.ndarray]]):
         rule: dict[str, Any] = {"rule": t.mask_rule, "fraction": t.mask_fraction, "margin": t.mask_margin}
         masks = crops.patch_masks(views, target.box, grid, **rule)
         if shapes:
-            outlines = [np.logical_or.reduce([polygon_mask(view, rings, grid, **rule) for rings in shapes]) for view in views]
-            masks = np.stack([outline if outline.any() else mask for outline, mask in zip(outlines, masks, strict=True)])
-        if t.crop and t.sampler == "reject" and t.fallback != "construct":
+            masks = np.stack([self._outline(view, shapes, grid, rule) for view in views])
+        if sampled and t.crop and t.sampler == "reject" and t.fallback != "construct":
             side, asked = self.index.tile_px, self.rules[number]
             masks[[not crops.shows(view, target.box, side, asked) for view in views]] = t.fallback == "full"
         return masks.reshape(len(views), -1)
+
+    @staticmethod
+    def _outline(view: crops.View, shapes: list[Rings], grid: int, rule: dict[str, Any]) -> np.ndarray:
+        """Patches of the outlines, bool (grid, grid); of one too small for the rule those that it touches."""
+        found = np.logical_or.reduce([polygon_mask(view, rings, grid, **rule) for rings in shapes])
+        return found if found.any() else np.logical_or.reduce([polygon_mask(view, rings, grid) for rings in shapes])
+
+
+def kinds_of(config: PretrainConfig) -> np.ndarray:
+    """The kinds of boxes that may be targets, as slide files number them: uint8."""
+    return np.array(sorted({KINDS[kind] for kind in config.data.kinds}), dtype=np.uint8)
 
 
 def view_rules(config: PretrainConfig) -> tuple[crops.CropRule, crops.CropRule]:

@@ -25,6 +25,14 @@ SHORT_NAMES = {
 BASE_KWARGS: dict[str, Any] = {"num_classes": 0, "global_pool": "token", "class_token": True, "dynamic_img_size": True}
 
 
+SHORT = re.compile(r"(?:vit[-_])?([a-z]{1,2}/\d+)", re.IGNORECASE)
+
+
+def is_model_name(source: str) -> bool:
+    """Whether a word that looks like a path names a model: `S/16`, `hf-hub:owner/name`, `local-dir:folder`."""
+    return bool(SHORT.fullmatch(source.strip()) or re.match(r"(hf[-_]hub|local-dir):", source))
+
+
 def resolve_model(name: str, kwargs: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """A timm name and arguments for timm.create_model.
 
@@ -32,7 +40,7 @@ def resolve_model(name: str, kwargs: dict[str, Any]) -> tuple[str, dict[str, Any
     under keys that end in `_layer` (mlp_layer: SwiGLUPacked) become the classes of timm.layers or torch.nn.
     Raises UserError for a short name or a word that is not known.
     """
-    found = re.fullmatch(r"(?:vit[-_])?([a-z]{1,2}/\d+)", name.strip(), re.IGNORECASE)
+    found = SHORT.fullmatch(name.strip())
     if found:
         short = found[1].lower()
         if short not in SHORT_NAMES:

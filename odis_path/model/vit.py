@@ -54,6 +54,7 @@ class ObjViT(nn.Module):
 
     pool "obj": the token; "linear": the mean of in-box patch embeddings of an unmasked pass (the post's failed variant).
     tokens: learned [OBJ] tokens (the post's failed 2 and 4); read_only: patches do not see [OBJ], any number of objects a pass.
+    image_token: the last of the tokens is that of the image-level term, which always sees the whole image.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class ObjViT(nn.Module):
         pool: Literal["obj", "linear"] = "obj",
         tokens: int = 1,
         read_only: bool = False,
+        image_token: bool = False,
         checkpoint_blocks: bool = False,
     ) -> None:
         super().__init__()
@@ -72,6 +74,7 @@ class ObjViT(nn.Module):
         self.pool = pool
         self.tokens = tokens
         self.read_only = read_only
+        self.image_token = image_token and tokens > 1
         self.checkpoint_blocks = checkpoint_blocks
         self.embed_dim: int = vit.embed_dim  # type: ignore[assignment]
         self.registers: int = vit.num_prefix_tokens - 1  # type: ignore[operator,assignment]
@@ -84,7 +87,7 @@ class ObjViT(nn.Module):
         """Encode a batch.
 
         images: float (B, 3, H, W), normalised. obj_mask: bool, True = in the box; (B, N) one box an image, for several
-        learned tokens their mean; (B, K, N) one box a token; None = the whole image. hidden: bool (B, N), patches
+        learned tokens of objects their mean; (B, K, N) one box a token; None = the whole image. hidden: bool (B, N), patches
         replaced by the mask token before position embedding.
         """
         if obj_mask is not None and obj_mask.ndim == 3:
@@ -95,8 +98,12 @@ class ObjViT(nn.Module):
             if obj_mask is None:
                 patches = images.shape[-2] // self.patch_px * (images.shape[-1] // self.patch_px)
                 obj_mask = torch.ones(len(images), patches, dtype=torch.bool, device=images.device)
-            tokens = self._encode(images, obj_mask[:, None].expand(-1, self.tokens, -1), hidden)
-        return Tokens(tokens.obj.mean(1), tokens.patches)
+            masks = obj_mask[:, None].expand(-1, self.tokens, -1)
+            if self.image_token:  # it never saw a box, and is no object's
+                masks = torch.cat([masks[:, :-1], torch.ones_like(masks[:, :1])], dim=1)
+            tokens = self._encode(images, masks, hidden)
+        objects = self.tokens - 1 if self.image_token else None
+        return Tokens(tokens.obj[:, :objects].mean(1), tokens.patches)
 
     def _encode(self, images: Tensor, obj_mask: Tensor | None, hidden: Tensor | None) -> Tokens:
         """One pass with masks (B, K, N), or None: plain attention with one [OBJ]."""
@@ -182,6 +189,7 @@ def build_encoder(
     pool: Literal["obj", "linear"] = "obj",
     tokens: int = 1,
     read_only: bool = False,
+    image_token: bool = False,
     checkpoint_blocks: bool = False,
 ) -> ObjViT:
     """An [OBJ] ViT from a timm name, or a short one such as S/16.
@@ -191,6 +199,9 @@ def build_encoder(
     """
     import timm
 
+    for key, value in (kwargs or {}).items():
+        if value != BASE_KWARGS.get(key, value) or (key == "patch_drop_rate" and value):
+            raise UserError(f"model.kwargs.{key}={value} cannot be set: odis-path needs {BASE_KWARGS.get(key, 0)} there")
     name, resolved = resolve_model(name, kwargs or {})
     options: dict[str, Any] = {**BASE_KWARGS, "drop_path_rate": drop_path, **resolved, "pretrained": weights == "timm"}
     try:
@@ -200,14 +211,30 @@ def build_encoder(
     except Exception as error:  # timm raises whatever its constructors raise; the user needs one line
         line = " ".join(str(error).split())[:300]
         raise UserError(f"model {name}: timm cannot build it with {options}: {line}") from None
-    if not hasattr(vit, "blocks") or not hasattr(vit, "_pos_embed") or getattr(vit, "cls_token", None) is None:
+    if not _is_plain(vit):
         raise UserError(
             f"model {name}: not a plain vision transformer with a class token; take a vit_* or eva02_* name of timm"
         )
     replace_drop_paths(vit)
-    encoder = ObjViT(vit, pool=pool, tokens=tokens, read_only=read_only, checkpoint_blocks=checkpoint_blocks)
+    form: dict[str, Any] = {"pool": pool, "tokens": tokens, "read_only": read_only, "image_token": image_token}
+    encoder = ObjViT(vit, **form, checkpoint_blocks=checkpoint_blocks)
     if weights is not None and weights != "timm":
-        token = load_weights(vit, weights).mask_token
-        if token is not None:
-            encoder.mask_token.data.copy_(token)
+        found = load_weights(vit, weights)
+        if found.mask_token is not None:
+            encoder.mask_token.data.copy_(found.mask_token)
+        if found.more_obj is not None and encoder.more_obj is not None:
+            if found.more_obj.shape != encoder.more_obj.shape:
+                raise UserError(
+                    f"{weights}: has {1 + len(found.more_obj)} [OBJ] tokens, the model {tokens}; set target.objects as there"
+                )
+            encoder.more_obj.data.copy_(found.more_obj)
     return encoder
+
+
+def _is_plain(vit: Any) -> bool:
+    """Whether a timm model is what `ObjViT` wraps: patches cut by one convolution, a class token and no second one, blocks."""
+    from timm.layers import PatchEmbed
+
+    if not hasattr(vit, "blocks") or not hasattr(vit, "_pos_embed") or getattr(vit, "cls_token", None) is None:
+        return False
+    return isinstance(vit.patch_embed, PatchEmbed) and getattr(vit, "dist_token", None) is None

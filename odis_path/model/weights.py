@@ -54,7 +54,8 @@ TRANSFORMERS = (
 class LoadReport:
     """What was loaded: the layout found, the number of tensors, the keys left aside, and what had to be adapted.
 
-    mask_token: float (1, 1, D), the token of masked patches where the file has one; the caller owns it.
+    mask_token: float (1, 1, D), the token of masked patches where the file has one; the caller owns it. more_obj: float
+    (k, D), what tells further [OBJ] tokens from the first, where an odis-path checkpoint has some.
     """
 
     layout: str
@@ -62,6 +63,7 @@ class LoadReport:
     dropped: tuple[str, ...]
     resampled: bool
     mask_token: Tensor | None
+    more_obj: Tensor | None = None
 
 
 def load_weights(vit: nn.Module, path: Path | str) -> LoadReport:
@@ -86,7 +88,8 @@ def load_weights(vit: nn.Module, path: Path | str) -> LoadReport:
     state = {key: value for key, value in state.items() if key not in heads}
     _check(state, mine, path)
     model.load_state_dict(state)
-    return LoadReport(layout, len(state), (*outside, *heads), resampled, _as_token(token, model.embed_dim))
+    more = next((found[key] for key in outside if key.endswith("encoder.more_obj")), None)
+    return LoadReport(layout, len(state), (*outside, *heads), resampled, _as_token(token, model.embed_dim), more)
 
 
 def _read(path: Path) -> Mapping[str, Any]:

@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from annotations.errors import UserError
-from odis_path.data.dataset import StepSampler, TileIndex, collate, held_out_patients, index_tiles
-from odis_path.data.samples import TileSamples
+from odis_path.data.dataset import StepSampler, TileIndex, collate, held_out_patients, index_tiles, next_batch
+from odis_path.data.samples import TileSamples, kinds_of
 from odis_path.encode import FrozenEncoder
+from odis_path.losses import all_sum, counted_pairs
 from odis_path.train.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, load_into, save_checkpoint
+from odis_path.train.checks import check_sizes, check_views, config_difference, data_difference, data_facts
 from odis_path.train.compiling import compile_blocks, compiles
 from odis_path.train.config import PretrainConfig
 from odis_path.train.distributed import Ranks, any_rank, mean_of_ranks, start_ranks, stop_ranks
@@ -59,9 +61,12 @@ class Run:
     criterion: Criterion
     optimizer: torch.optim.Optimizer
     compiled: bool
+    data: dict[str, Any]  # what it trains on, see odis_path.train.checks
     steps_per_epoch: int
     total_steps: int
     step: int = 0
+    lost: set[int] = field(default_factory=set)  # tiles that could not be read from their slides, on this rank
+    told: set[int] = field(default_factory=set)  # those of them that the log has
 
     @property
     def epoch(self) -> float:
@@ -95,9 +100,12 @@ def pretrain(config: PretrainConfig) -> Path:
 
 def prepare(config: PretrainConfig, ranks: Ranks) -> Run:
     """Build data, networks and optimizer, and load the newest checkpoint of the run folder if there is one."""
-    check_sizes(config, ranks)
+    check_sizes(config, ranks.world)
     folder = Path(config.run.out)
-    index = index_tiles(config.data.tiles, need_boxes=config.data.boxless == "drop")
+    index = index_tiles(
+        config.data.tiles, need_boxes=kinds_of(config) if config.data.boxless == "drop" else None,
+        need_polygons=config.target.geometry == "polygon",
+    )  # fmt: skip
     away = held_out_patients(index, config.data.holdout, config.data.holdout_patients, config.run.seed)
     train_tiles, held_out = index.of_patients(away, inside=False), index.of_patients(away, inside=True)
     steps_per_epoch = len(train_tiles) // config.optim.batch_size
@@ -109,6 +117,7 @@ def prepare(config: PretrainConfig, ranks: Ranks) -> Run:
     torch.manual_seed(config.run.seed)
     found = latest_checkpoint(folder)
     student = build_network(config, student=True, weights=found is None).to(ranks.device)
+    check_views(config, student.encoder.patch_px)
     teacher = build_network(config, student=False).to(ranks.device)
     teacher.load_state_dict(student.state_dict())
     teacher.requires_grad_(False).eval()
@@ -125,7 +134,7 @@ def prepare(config: PretrainConfig, ranks: Ranks) -> Run:
     criterion = Criterion(config, compiled=compiled).to(ranks.device)
     run = Run(
         config, ranks, folder, train_tiles, held_out, student, wrapped, teacher, criterion, optimizer, compiled,
-        steps_per_epoch, total,
+        data_facts(index, away), steps_per_epoch, total,
     )  # fmt: skip
     if found is not None:
         resume(run, load_checkpoint(found))
@@ -134,22 +143,17 @@ def prepare(config: PretrainConfig, ranks: Ranks) -> Run:
     return run
 
 
-def check_sizes(config: PretrainConfig, ranks: Ranks) -> None:
-    """UserError where batch and ranks do not divide."""
-    share = ranks.world * config.optim.accumulate
-    if config.optim.batch_size % share:
-        raise UserError(
-            f"optim.batch_size={config.optim.batch_size} cannot be cut into {ranks.world} ranks x "
-            f"{config.optim.accumulate} micro-batches; take a multiple of {share}"
-        )
-
-
 def resume(run: Run, checkpoint: Checkpoint) -> None:
-    """Put a checkpoint's state into a run. Raises UserError where it was made by another configuration."""
+    """Put a checkpoint's state into a run. Raises UserError where it was made by another configuration, or on other tiles."""
     difference = config_difference(run.config, checkpoint.config)
     if difference:
         raise UserError(
             f"{checkpoint.path}: was trained with {difference}; use the same configuration to go on, or another run.out"
+        )
+    if other := data_difference(run.data, checkpoint.state.get("data")):
+        raise UserError(
+            f"{checkpoint.path}: was trained on other tiles than {run.config.data.tiles} holds now ({other}): give those to go "
+            "on, or another run.out (and model.weights to start from what was learned)"
         )
     for module, key in ((run.student, "student"), (run.teacher, "teacher"), (run.criterion, "criterion")):
         load_into(module, checkpoint.state[key], checkpoint.path, key)
@@ -159,43 +163,16 @@ def resume(run: Run, checkpoint: Checkpoint) -> None:
         print(f"{run.folder}: going on from step {run.step} of {run.total_steps}", file=sys.stderr)
 
 
-def config_difference(new: PretrainConfig, old: PretrainConfig) -> str:
-    """The first key that makes two runs different runs, as "key=old, now key=new"; empty where none does."""
-    free = {
-        "run.out",
-        "run.save_every_epochs",
-        "run.keep",
-        "run.log_every_steps",
-        "run.device",
-        "run.tensorboard",
-        "run.wandb",
-        "run.wandb_project",
-        "data.workers",
-        "model.compile_blocks",
-    }
-
-    def flat(config: PretrainConfig) -> dict[str, Any]:
-        return {
-            f"{s}.{k}": v
-            for s, part in config.model_dump(mode="json").items()
-            if isinstance(part, dict)
-            for k, v in part.items()
-        }
-
-    a, b = flat(old), flat(new)
-    for key in a:
-        if key not in free and not key.startswith("eval.") and a[key] != b.get(key):
-            return f"{key}={a[key]}, now {key}={b.get(key)}"
-    return ""
-
-
 def write_run_files(run: Run, away: list[str]) -> None:
     """config.yaml (resolved) and split.csv of a new run."""
     import yaml
 
     from tiling.atomic import atomic_path
 
-    run.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        run.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"run.out={run.folder} cannot be made: {error.strerror}; give a folder that can be written") from None
     with atomic_path(run.folder / "config.yaml") as path:
         path.write_text(yaml.safe_dump(run.config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
     with atomic_path(run.folder / "split.csv") as path, path.open("w", newline="", encoding="utf-8") as file:
@@ -224,6 +201,7 @@ def train(run: Run) -> None:
             if figures is not None:
                 check_figures(run, figures)
                 log.write(figures)
+                tell_lost(run, log)
             done = run.step >= run.total_steps
             if probe is not None and probe.ready and (run.step % every == 0 or done):
                 score_teacher(run, probe, log)
@@ -259,11 +237,13 @@ def steps(run: Run) -> Any:
         torch.manual_seed(step_seed(config.run.seed, run.step, ranks.rank))  # drop path depends on the step alone
         run.optimizer.zero_grad(set_to_none=True)
         sums: dict[str, Tensor] = {}
-        for micro in range(o.accumulate):
-            begin = time.perf_counter()
-            batch = next(batches)
-            waited += time.perf_counter() - begin
-            parts = forward_backward(run, batch, values, last=micro == o.accumulate - 1)
+        begin = time.perf_counter()
+        micros = [next_batch(batches) for _ in range(o.accumulate)]
+        waited += time.perf_counter() - begin
+        run.lost.update(i for batch in micros for i in batch["lost"].tolist() if i >= 0)
+        pairs = pairs_of(micros, ranks) if len(micros) > 1 else None
+        for number, batch in enumerate(micros, 1):
+            parts = forward_backward(run, batch, values, last=number == o.accumulate, pairs=pairs)
             for key, value in parts.items():
                 sums[key] = sums.get(key, 0) + value.detach() / o.accumulate
         apply_gradients(run, values)
@@ -283,7 +263,15 @@ def steps(run: Run) -> Any:
             yield None
 
 
-def forward_backward(run: Run, batch: dict[str, Tensor], values: StepValues, *, last: bool) -> dict[str, Tensor]:
+def pairs_of(micros: list[dict[str, Tensor]], ranks: Ranks) -> Tensor:
+    """Pairs of views that count in a step, over all ranks, a micro-batch: their losses then add up to that of the batch."""
+    count = torch.stack([counted_pairs(batch["seen"]) for batch in micros]).mean()
+    return all_sum(count.to(ranks.device))
+
+
+def forward_backward(
+    run: Run, batch: dict[str, Tensor], values: StepValues, *, last: bool, pairs: Tensor | None = None
+) -> dict[str, Tensor]:
     """Losses of one micro-batch and their gradients (reduced over ranks on the last one)."""
     config = run.config
     with_patches = config.loss.patch_weight > 0
@@ -296,7 +284,7 @@ def forward_backward(run: Run, batch: dict[str, Tensor], values: StepValues, *, 
             with torch.no_grad():
                 teacher = run.teacher(views, with_locals=False, hide=False, patches=with_patches)
             student = run.wrapped(views, with_locals=True, hide=with_patches, patches=with_patches)
-        parts = run.criterion(teacher, student, views, values.teacher_temperature)
+        parts = run.criterion(teacher, student, views, values.teacher_temperature, pairs=pairs, last=last)
         (parts["loss"] / config.optim.accumulate).backward()
     return parts
 
@@ -326,6 +314,14 @@ def check_figures(run: Run, figures: dict[str, Any]) -> None:
         )
 
 
+def tell_lost(run: Run, log: RunLog) -> None:
+    """Warn of tiles that could not be read, each once; others were taken in their place."""
+    for i in sorted(run.lost - run.told):
+        path, row = run.train.paths[int(run.train.slide[i])], int(run.train.row[i])
+        log.warn(f"{path}: tile {row} cannot be read from its slide, another is taken in its place")
+    run.told |= run.lost
+
+
 def score_teacher(run: Run, probe: KnnProbe, log: RunLog) -> None:
     """k-NN of the teacher, into the log, which warns when the embeddings collapse."""
     data = run.config.data
@@ -340,9 +336,14 @@ def save(run: Run) -> None:
 
     A rank that went on might end, upon which a launcher kills the others, or look for a checkpoint that is not there yet.
     """
+    failed: UserError | None = None
     if run.ranks.first:
-        write_checkpoint(run)
-    any_rank(False, run.ranks)
+        try:
+            write_checkpoint(run)
+        except UserError as error:
+            failed = error
+    if any_rank(failed is not None, run.ranks):
+        raise failed or UserError(f"{run.folder}: not saved at step {run.step}, see what rank 0 says")
 
 
 def write_checkpoint(run: Run) -> None:
@@ -352,7 +353,7 @@ def write_checkpoint(run: Run) -> None:
         raise UserError(f"{run.folder}: the weights are not finite at step {run.step}: not saved; lower optim.lr")
     state = {
         "student": run.student.state_dict(), "teacher": run.teacher.state_dict(),
-        "criterion": run.criterion.state_dict(), "optimizer": run.optimizer.state_dict(),
+        "criterion": run.criterion.state_dict(), "optimizer": run.optimizer.state_dict(), "data": run.data,
     }  # fmt: skip
     save_checkpoint(run.folder, run.step, run.epoch, run.config, state, run.config.run.keep)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from math import log
 
 import numpy as np
 
+from annotations.errors import UserError
 from odis_path.data.dataset import TileIndex
 from odis_path.encode import FrozenEncoder, batches, encode
 from tiling.slidefile import SlideFile, tile_labels
@@ -35,12 +37,13 @@ def labelled_tiles(index: TileIndex, names: dict[str, int], limit: int, seed: in
 
 
 def read_tiles(index: TileIndex) -> np.ndarray:
-    """Pixels of all tiles of an index: uint8 (n, S, S, 3)."""
-    tiles = np.empty((len(index), index.tile_px, index.tile_px, 3), dtype=np.uint8)
+    """Pixels of all tiles of an index: uint8 (n, S, S, 3); black where a slide is torn, which training tells."""
+    tiles = np.zeros((len(index), index.tile_px, index.tile_px, 3), dtype=np.uint8)
     for slide in np.unique(index.slide):
         with SlideFile(index.paths[slide]) as file:
             for i in np.flatnonzero(index.slide == slide):
-                tiles[i] = file.tile(int(index.row[i]))
+                with suppress(UserError):
+                    tiles[i] = file.tile(int(index.row[i]))
     return tiles
 
 

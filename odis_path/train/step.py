@@ -87,7 +87,8 @@ def build_network(config: PretrainConfig, *, student: bool, weights: bool = Fals
     m, h = config.model, config.head
     encoder = build_encoder(
         m.name, m.kwargs, weights=m.weights if weights else None, drop_path=m.drop_path if student else 0.0, pool=m.pool,
-        tokens=obj_tokens(config), read_only=m.read_only, checkpoint_blocks=m.checkpoint_blocks and student,
+        tokens=obj_tokens(config), read_only=m.read_only, image_token=config.loss.image_weight > 0,
+        checkpoint_blocks=m.checkpoint_blocks and student,
     )  # fmt: skip
 
     def head() -> DinoHead:
@@ -107,7 +108,7 @@ def make_views(
 ) -> Views:
     """Cut, colour and normalise all views of a collated batch, on the device; compiled: by kernels made for their sizes."""
     v, d = config.views, config.data
-    moved = {key: value.to(device, non_blocking=True) for key, value in batch.items() if key not in ("target", "rects")}
+    moved = {key: value.to(device, non_blocking=True) for key, value in batch.items() if key not in ("target", "rects", "lost")}
 
     def images_of(kind: str, colours: Tensor, size_px: int, scale: tuple[float, float]) -> Tensor:
         draw = compiled_view_images() if compiled else view_images
@@ -146,14 +147,27 @@ class Criterion(nn.Module):
         self.obj_center = Center(config.head.out_dim, config.loss.center_momentum)
         self.patch_center = Center(config.head.out_dim, config.loss.center_momentum)
 
-    def forward(self, teacher: Encoded, student: Encoded, views: Views, temperature: float) -> dict[str, Tensor]:
-        """Losses of a batch and figures for the log; updates the centers after they were used (DINO eq. 4)."""
+    def forward(
+        self,
+        teacher: Encoded,
+        student: Encoded,
+        views: Views,
+        temperature: float,
+        *,
+        pairs: Tensor | None = None,
+        last: bool = True,
+    ) -> dict[str, Tensor]:
+        """Losses of a micro-batch and figures for the log; after the last of a step the centers move (DINO eq. 4).
+
+        pairs: as in `cross_view_loss`, for a step of several micro-batches.
+        """
         c, objects = self.config, views.seen.shape[2]
         seen = views.seen.flatten(1).to(self.obj_center.value.dtype)
         logits = teacher.obj[:, :, :objects].flatten(1, 2)  # (2, B * K, P)
         weight = seen[: len(logits)]
         targets = self.targets(self.obj_center, logits.flatten(0, 1), temperature, weight.flatten()).view_as(logits)
-        parts = {"obj": cross_view_loss(targets, student.obj[:, :, :objects].flatten(1, 2), c.student_temperature, seen)}
+        logits_s = student.obj[:, :, :objects].flatten(1, 2)
+        parts = {"obj": cross_view_loss(targets, logits_s, c.student_temperature, seen, pairs)}
         loss = c.obj_weight * parts["obj"]
         if c.image_weight:
             whole = teacher.obj[:, :, objects]
@@ -161,7 +175,7 @@ class Criterion(nn.Module):
             parts["image"] = cross_view_loss(image_targets, student.obj[:, :, objects], c.student_temperature)
             loss = loss + c.image_weight * parts["image"]
         if c.centering == "center":
-            self.obj_center.update(logits.flatten(0, 1), weight.flatten())
+            self.obj_center.add(logits.flatten(0, 1), weight.flatten())
         parts["patch"] = self.patch_loss(teacher.patches, student.patches, views, temperature, loss.new_zeros(()))
         loss = loss + c.patch_weight * parts["patch"]
         spread = partial(self.spread, student.token, views.seen[:2, :, 0].to(seen.dtype))
@@ -171,6 +185,9 @@ class Criterion(nn.Module):
         if c.kde_weight:
             parts["kde"] = spread(partial(kde, concentration=c.kde_concentration))
             loss = loss + c.kde_weight * parts["kde"]
+        if last:
+            self.obj_center.move()
+            self.patch_center.move()
         return {
             "loss": loss, **{f"loss_{name}": value.detach() for name, value in parts.items()},
             "teacher_entropy": entropy(targets, weight), "token_spread": token_spread(teacher.token),
@@ -204,14 +221,17 @@ class Criterion(nn.Module):
         if keep is not None:
             target = target * keep[:, None].to(target.dtype)  # a zero target row adds nothing
         if self.config.centering == "center":
-            self.patch_center.update(teacher, keep)
+            self.patch_center.add(teacher, keep)
         return self.masked_patch_loss(target, student, rows // patches, images, self.config.student_temperature, counted.sum(1))
 
 
 def token_spread(obj: Tensor) -> Tensor:
-    """Mean standard deviation of unit [OBJ] embeddings times sqrt(D): 1 for a uniform sphere, 0 when collapsed."""
+    """How far unit [OBJ] embeddings (..., B, D) of B tiles lie apart: mean standard deviation over the tiles times sqrt(D).
+
+    1 for a uniform sphere, 0 when collapsed; the mean over whatever comes before the tiles (the views).
+    """
     unit = torch.nn.functional.normalize(obj.detach().float(), dim=-1)
-    return unit.std(0).mean() * sqrt(unit.shape[-1])
+    return unit.std(-2, unbiased=False).mean() * sqrt(unit.shape[-1])
 
 
 def parameter_groups(network: Network, layer_decay: float = 1.0) -> list[dict[str, Any]]:

@@ -30,7 +30,7 @@ class TensorBoardTracker:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise UserError("run.tensorboard=true needs the extra: pip install 'odis-path[tracking]'") from None
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1 if first_step else None)
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
 
     def log(self, figures: Mapping[str, float], step: int) -> None:
         """One scalar a figure."""

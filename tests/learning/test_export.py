@@ -131,6 +131,15 @@ def test_read_only_objects_are_no_plain_timm_model(tmp_path: Path) -> None:
         export_timm(checkpoint, tmp_path / "e.safetensors")
 
 
+@pytest.mark.parametrize("sections", [{"target": {"objects": 2}}, {"loss": {"image_weight": 0.5}}])
+def test_several_tokens_are_no_plain_timm_model(sections: dict[str, Any], tmp_path: Path) -> None:
+    config = tiny_config("x", tmp_path, **sections)
+    state = build_network(config, student=False).state_dict()
+    checkpoint = save_checkpoint(tmp_path / "run", 1, 0.1, config, {"teacher": state}, keep=1)
+    with pytest.raises(UserError, match="it has several \\[OBJ\\] tokens"):
+        export_timm(checkpoint, tmp_path / "e.safetensors")
+
+
 def test_an_export_that_differs_does_not_appear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint, _ = write_checkpoint(tmp_path / "run", **MODELS["plain"])
     other = ("vit_small_patch16_224", {**BASE_KWARGS, **MODELS["plain"]["kwargs"], "global_pool": "avg", "fc_norm": False})

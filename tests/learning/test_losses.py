@@ -77,10 +77,12 @@ def test_no_hidden_patch_at_all_is_zero_with_a_gradient() -> None:
 def test_the_center_is_a_running_mean_of_weighted_rows() -> None:
     center = Center(3, momentum=0.9).double()
     rows = torch.randn(4, 3, dtype=torch.float64)
-    center.update(rows, torch.tensor([1, 0, 1, 1]))
+    center.add(rows, torch.tensor([1, 0, 1, 1]))
+    center.move()
     expected = 0.1 * rows[[0, 2, 3]].mean(0)
     assert torch.allclose(center.value, expected, atol=1e-14)
-    center.update(rows[:0])
+    center.add(rows[:0])
+    center.move()
     assert torch.allclose(center.value, expected, atol=1e-14)  # nothing seen, nothing moved
 
 

@@ -20,6 +20,7 @@ import yaml
 from annotations.errors import UserError
 from odis_path.train import loop
 from odis_path.train.checkpoint import load_checkpoint
+from odis_path.train.checks import config_difference
 from odis_path.train.config import PretrainConfig
 from odis_path.train.runlog import RunLog
 from odis_path.train.tracking import TensorBoardTracker, WandbTracker, open_trackers, run_id
@@ -167,7 +168,7 @@ def test_wandb_offline_keeps_one_id(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_trackers_can_be_switched_on_for_a_run_that_goes_on(tmp_path: Path) -> None:
     plain = tiny_config("x", tmp_path)
     tracked = tiny_config("x", tmp_path, run={"wandb": True, "tensorboard": True, "wandb_project": "slides"})
-    assert loop.config_difference(tracked, plain) == ""
+    assert config_difference(tracked, plain) == ""
 
 
 def test_every_key_named_in_the_docs_exists() -> None:
