@@ -4,28 +4,65 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from annotations.errors import UserError
 
 
+def _ordered(pair: tuple[float, float]) -> tuple[float, float]:
+    if pair[0] > pair[1]:
+        raise ValueError("give the lower end first")
+    return pair
+
+
+def _distinct(names: list[str]) -> list[str]:
+    if len(set(names)) < len(names):
+        raise ValueError("give each name once")
+    return names
+
+
+Share = Annotated[float, Field(ge=0, le=1)]  # of something, or a probability
+PositiveShare = Annotated[float, Field(gt=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Ordered = AfterValidator(_ordered)  # of the ends of a range; the two ends of a schedule may fall
+
+
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=(), allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_switch_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation in (int, float):
+            raise ValueError("give a number")  # pydantic would take true for 1
+        return value
 
 
 class DataConfig(_Section):
     """Which tiles and boxes are trained on."""
 
     tiles: str = Field("", description="folder of slide files written by `odis-path tile` or `import`")
-    kinds: list[Literal["tissue", "cell", "proposal"]] = ["tissue", "cell", "proposal"]
+    kinds: Annotated[list[Literal["tissue", "cell", "proposal"]], AfterValidator(_distinct)] = Field(
+        ["tissue", "cell", "proposal"], min_length=1
+    )
     holdout: float = Field(0.2, ge=0, lt=1, description="share of patients kept out of pretraining, for the k-NN")
     holdout_patients: list[str] = Field([], description="patient ids kept out; replaces `holdout`")
     boxless: Literal["keep", "drop"] = Field("keep", description="tiles without a box: trained whole, or left out")
     workers: int = Field(2, ge=0)
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    mean: tuple[Share, Share, Share] = Field((0.485, 0.456, 0.406), description="of pixel values from 0 to 1, as std")
+    std: tuple[PositiveShare, PositiveShare, PositiveShare] = (0.229, 0.224, 0.225)
 
 
 class TargetConfig(_Section):
@@ -37,53 +74,53 @@ class TargetConfig(_Section):
     choice: Literal["uniform", "area", "label"] = "uniform"
     objects: int = Field(1, ge=1, description="objects a tile, each with an [OBJ] of its own")
     geometry: Literal["box", "polygon"] = Field("box", description="polygon: needs `annotate --polygons`")
-    whole_tile_p: float = Field(0.0, ge=0, le=1, description="share of samples whose target is the whole tile")
+    whole_tile_p: Share = Field(0.0, description="share of samples whose target is the whole tile")
     min_patches: float = Field(4.0, ge=1, description="a target spans at least this many patches of a mean global crop")
     containment: Literal["full", "fraction", "any"] = "full"
-    fraction: float = Field(0.5, gt=0, le=1)
+    fraction: PositiveShare = 0.5
     sampler: Literal["construct", "reject"] = "construct"
     tries: int = Field(20, ge=1)
     fallback: Literal["construct", "zero", "full"] = Field(
         "construct", description="after the last try: a crop made to contain the box, no weight for the view, or a full mask"
     )
     mask_rule: Literal["any", "fraction", "centre"] = "any"
-    mask_fraction: float = Field(0.5, gt=0, le=1)
-    mask_margin: int = Field(0, ge=0, description="patches added around the box")
+    mask_fraction: PositiveShare = 0.5
+    mask_margin: int = Field(0, ge=0, le=1000, description="patches added around the box")
     local: Literal["object", "free"] = "object"
     noise_jitter: float = Field(0.0, ge=0, le=0.5, description="edges of the boxes move by up to this share of the side")
-    noise_drop: float = Field(0.0, ge=0, le=1, description="probability that a box is missing")
-    noise_false: float = Field(0.0, ge=0, le=1, description="probability of a false box for each: its size, a random place")
+    noise_drop: Share = Field(0.0, description="probability that a box is missing")
+    noise_false: Share = Field(0.0, description="probability of a false box for each: its size, a random place")
 
 
 class ViewConfig(_Section):
     """Crops and their colours."""
 
     global_size: int = Field(224, ge=16)
-    global_scale: tuple[float, float] = (0.25, 1.0)
+    global_scale: Annotated[tuple[PositiveShare, PositiveShare], Ordered] = (0.25, 1.0)
     local_count: int = Field(10, ge=0)
     local_size: int = Field(96, ge=16)
-    local_scale: tuple[float, float] = (0.05, 0.25)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    local_scale: Annotated[tuple[PositiveShare, PositiveShare], Ordered] = (0.05, 0.25)
+    ratio: Annotated[tuple[Positive, Positive], Ordered] = (3 / 4, 4 / 3)
     turns: Literal["none", "flip", "dihedral"] = "flip"
-    brightness: float = 0.4
-    contrast: float = 0.4
-    saturation: float = 0.2
-    hue: float = 0.1
-    jitter_p: float = Field(0.8, ge=0, le=1)
-    gray_p: float = Field(0.2, ge=0, le=1)
-    blur_p: tuple[float, float, float] = Field((1.0, 0.1, 0.5), description="first global, second global, locals")
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
-    solarise_p: float = Field(0.2, ge=0, le=1, description="on the second global")
-    stain_p: float = Field(0.0, ge=0, le=1)
-    stain_scale: float = Field(0.0, ge=0, lt=1)
-    stain_shift: float = Field(0.0, ge=0)
+    brightness: Share = Field(0.4, description="times 1 +- this, which must not fall below 0; as contrast and saturation")
+    contrast: Share = 0.4
+    saturation: Share = 0.2
+    hue: float = Field(0.1, ge=0, le=0.5, description="in turns; 0.5 is any hue")
+    jitter_p: Share = 0.8
+    gray_p: Share = 0.2
+    blur_p: tuple[Share, Share, Share] = Field((1.0, 0.1, 0.5), description="first global, second global, locals")
+    blur_sigma: Annotated[tuple[NotNegative, NotNegative], Ordered] = (0.1, 2.0)
+    solarise_p: Share = Field(0.2, description="on the second global")
+    stain_p: Share = 0.0
+    stain_scale: float = Field(0.0, ge=0, lt=1, description="each stain's amount times 1 +- this")
+    stain_shift: Share = Field(0.0, description="each stain's amount +- this, in optical density")
 
 
 class MimConfig(_Section):
     """Which patches of the student's global views are hidden (iBOT)."""
 
-    probability: float = Field(0.5, ge=0, le=1)
-    ratio: tuple[float, float] = (0.1, 0.5)
+    probability: Share = 0.5
+    ratio: Annotated[tuple[Share, Share], Ordered] = (0.1, 0.5)
 
 
 class ModelConfig(_Section):
@@ -105,8 +142,8 @@ class HeadConfig(_Section):
     """The projection head of DINO and iBOT."""
 
     out_dim: int = Field(8192, ge=2)
-    hidden_dim: int = 2048
-    bottleneck_dim: int = 256
+    hidden_dim: int = Field(2048, ge=1)
+    bottleneck_dim: int = Field(256, ge=1)
     layers: int = Field(3, ge=1)
     norm_last_layer: bool = True
     shared: bool = Field(True, description="[OBJ] and patches share the head")
@@ -115,19 +152,19 @@ class HeadConfig(_Section):
 class LossConfig(_Section):
     """Weights, temperatures and centering."""
 
-    obj_weight: float = Field(1.0, ge=0)
-    patch_weight: float = Field(1.0, ge=0)
+    obj_weight: NotNegative = 1.0
+    patch_weight: NotNegative = 1.0
     patch_in_box_only: bool = False
-    image_weight: float = Field(0.0, ge=0, description="of the same loss on one more token that sees the whole image")
-    student_temperature: float = Field(0.1, gt=0)
-    teacher_temperature: tuple[float, float] = (0.04, 0.07)
-    teacher_temperature_epochs: float = Field(30, ge=0)
+    image_weight: NotNegative = Field(0.0, description="of the same loss on one more token that sees the whole image")
+    student_temperature: Positive = 0.1
+    teacher_temperature: tuple[Positive, Positive] = (0.04, 0.07)
+    teacher_temperature_epochs: NotNegative = 30
     centering: Literal["center", "sinkhorn"] = Field("center", description="sinkhorn: over one micro-batch of all ranks")
-    center_momentum: float = Field(0.9, ge=0, le=1)
+    center_momentum: Share = 0.9
     sinkhorn_iterations: int = Field(3, ge=1)
-    koleo_weight: float = Field(0.0, ge=0, description="spreads the student's [OBJ] embeddings (DINOv2: 0.1)")
-    kde_weight: float = Field(0.0, ge=0, description="the same by a kernel density (Virchow2: 0.05)")
-    kde_concentration: float = Field(5.0, gt=0)
+    koleo_weight: NotNegative = Field(0.0, description="spreads the student's [OBJ] embeddings (DINOv2: 0.1)")
+    kde_weight: NotNegative = Field(0.0, description="the same by a kernel density (Virchow2: 0.05)")
+    kde_concentration: Positive = 5.0
 
 
 class OptimConfig(_Section):
@@ -135,34 +172,34 @@ class OptimConfig(_Section):
 
     batch_size: int = Field(1024, ge=1, description="tiles a step, over all ranks")
     accumulate: int = Field(1, ge=1, description="micro-batches a step on each rank")
-    epochs: float = Field(100, gt=0)
-    lr: float = Field(5e-4, gt=0, description="at batch 256; scaled by batch / 256")
-    min_lr: float = 1e-6
-    warmup_epochs: float = Field(10, ge=0)
-    weight_decay: tuple[float, float] = (0.04, 0.4)
-    clip: float = Field(3.0, ge=0, description="0: off")
+    epochs: Positive = Field(100, le=1e6)
+    lr: Positive = Field(5e-4, description="at batch 256; scaled by batch / 256")
+    min_lr: NotNegative = 1e-6
+    warmup_epochs: NotNegative = 10
+    weight_decay: tuple[NotNegative, NotNegative] = (0.04, 0.4)
+    clip: NotNegative = Field(3.0, description="0: off")
     clip_mode: Literal["per_parameter", "global"] = "per_parameter"
-    freeze_last_layer_epochs: float = Field(1, ge=0)
-    freeze_backbone_epochs: float = Field(0, ge=0, description="until the heads are warm, when going on from other weights")
-    layer_decay: float = Field(1.0, gt=0, le=1, description="learning rate of each block relative to the next")
-    ema: tuple[float, float] = (0.996, 1.0)
+    freeze_last_layer_epochs: NotNegative = 1
+    freeze_backbone_epochs: NotNegative = Field(0, description="until the heads are warm, when going on from other weights")
+    layer_decay: PositiveShare = Field(1.0, description="learning rate of each block relative to the next")
+    ema: tuple[Share, Share] = (0.996, 1.0)
     amp: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 on a GPU, fp32 on a CPU")
 
 
 class EvalConfig(_Section):
     """k-NN of the teacher on the held-out patients while training."""
 
-    every_epochs: float = Field(1, ge=0, description="0: never")
+    every_epochs: NotNegative = Field(1, description="0: never")
     k: int = Field(20, ge=1)
-    max_tiles: int = Field(4000, ge=1)
+    max_tiles: int = Field(4000, ge=2, description="compared with, and half as many judged")
 
 
 class RunConfig(_Section):
     """Where a run goes and how it is kept."""
 
-    out: str = "runs/odis"
-    seed: int = 0
-    save_every_epochs: float = Field(1, gt=0)
+    out: str = Field("runs/odis", min_length=1)
+    seed: int = Field(0, ge=0, le=2**63 - 1)
+    save_every_epochs: Positive = 1
     keep: int = Field(2, ge=1, description="checkpoints kept")
     log_every_steps: int = Field(10, ge=1)
     device: str = Field("auto", description="auto, cpu or cuda")
@@ -188,16 +225,16 @@ class PretrainConfig(_Section):
 
     @model_validator(mode="after")
     def _check(self) -> PretrainConfig:
-        if self.loss.obj_weight == 0 and self.loss.patch_weight == 0:
-            raise ValueError("loss.obj_weight and loss.patch_weight are both 0: nothing to train")
+        if self.loss.obj_weight == 0 and 0 in (self.loss.patch_weight, self.mim.probability, self.mim.ratio[1]):
+            raise ValueError(
+                "loss.obj_weight is 0, and so is loss.patch_weight, mim.probability or the end of mim.ratio: nothing to train"
+            )
         if self.target.geometry == "polygon" and (self.target.noise_jitter or self.target.noise_false):
             raise ValueError("target.noise_jitter and target.noise_false change boxes, not outlines: set target.geometry=box")
         if not self.target.mask and (self.target.objects > 1 or self.loss.image_weight):
             raise ValueError("target.objects > 1 and loss.image_weight need target.mask=true")
-        for key in ("global_scale", "local_scale"):
-            low, high = getattr(self.views, key)
-            if not 0 < low <= high <= 1:
-                raise ValueError(f"views.{key} is [{low}, {high}]: give 0 < low <= high <= 1")
+        if not self.target.mask and self.loss.patch_in_box_only:
+            raise ValueError("loss.patch_in_box_only=true needs target.mask=true: without masks no patch is in or out of a box")
         return self
 
 
@@ -254,7 +291,7 @@ def parse_config(values: dict[str, Any], where: str) -> PretrainConfig:
 
 
 def _explain(item: Any) -> str:
-    key = ".".join(str(part) for part in item["loc"])
+    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in item["loc"]).removeprefix(".")
     if item["type"] == "extra_forbidden":
         near = _nearest(key)
         return f"unknown key {key}" + (f"; did you mean {near}?" if near else f"; known: {', '.join(_siblings(key))}")
