@@ -157,11 +157,11 @@ class DirectReader:
     def in_one(self, level: int, scale: int, top: int, left: int, bottom: int, right: int) -> np.ndarray | None:
         """Rows and columns of stored JPEG tiles, decoded in one call at 1 / scale: uint8 (h, w, 3).
 
-        None where that cannot be done, where one of them is not stored or torn, and at the level's right and lower edge.
+        None where that cannot be done, where one of them is not stored or torn, at the level's right and lower edge, and of one.
         """
         page, rows, columns = self.pages[level], bottom - top, right - left
         head = self._head(level)
-        if head is None or bottom * page.tile_h > page.height or right * page.tile_w > page.width:
+        if head is None or rows * columns == 1 or bottom * page.tile_h > page.height or right * page.tile_w > page.width:
             return None
         offsets, counts = (each[top:bottom, left:right].ravel().tolist() for each in (page.offsets, page.counts))
         if not all(offsets) or not all(counts):
@@ -171,7 +171,6 @@ class DirectReader:
         except OSError:
             return None
         if tiles is None:
-            self._heads[level] = None  # more of the kind would be decoded twice, at twice the time; this saves a twentieth
             return None
         height, width = page.tile_h // scale, page.tile_w // scale
         out = np.empty((rows * height, columns * width, 3), np.uint8)

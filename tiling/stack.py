@@ -54,7 +54,8 @@ class Head:
     def decode(self, streams: Sequence[bytes], scale: int) -> np.ndarray | None:
         """Streams decoded at 1 / scale (1, 2, 4, 8): uint8 (n, h / scale, w / scale, 3).
 
-        None where they cannot be decoded in one, and where anything is wrong with one of them: each alone then says what.
+        None where they cannot be decoded in one, and where something is wrong with one of them: each alone then says what. A
+        stream with a few bytes too many behind its last pixels may pass here, with its pixels, though alone it is refused.
         """
         count, height, width = len(streams), self.height // scale, self.width // scale
         if self.seams == "all" or (self.seams == "full" and scale == 1) or self.height * count > TALLEST_PX:
