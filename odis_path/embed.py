@@ -22,6 +22,7 @@ from tiling.cohort import Outcome, run_cohort
 from tiling.slidefile import SlideFile, list_slide_files
 
 LEVELS = ("tile", "object", "slide")
+MOST_TORN = 0.5  # share of tiles that cannot be read; a slide with more of them fails
 OBJECTS_A_PASS = 64  # read-only objects that share one pass over the patches of a tile
 
 
@@ -132,7 +133,8 @@ def _embedded(job: EmbedJob, path: Path, target: Path) -> dict[str, Any]:
         return {"skipped": True}
     redone = "the tiles, their boxes or what is asked changed" if _holds(target, level) else ""
     encoder = shared_encoder(job.checkpoint, job.device, job.random_weights)
-    with SlideFile(path) as file:
+    file = TornSlideFile(path)
+    with file:
         rows = None
         if level == "object":
             rows = object_rows(file, job.kinds)
@@ -143,7 +145,34 @@ def _embedded(job: EmbedJob, path: Path, target: Path) -> dict[str, Any]:
             target, level=level, features=features, slide_file=file, encoder=encoder.name, mode=job.mode, dtype=job.dtype,
             parameters=job.parameters(), box_rows=rows if job.kinds else None,
         )  # fmt: skip
-    return {"objects" if level == "object" else "tiles": len(features), "redone": redone}
+    torn = f"{len(file.torn)} tiles cannot be read from its slide (the first, row {min(file.torn)}): black" if file.torn else ""
+    return {"objects" if level == "object" else "tiles": len(features), "redone": redone, "message": torn}
+
+
+class TornSlideFile(SlideFile):
+    """A slide file of which tiles that cannot be read from its slide are black, as `tile` stores them, and kept in `torn`."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.torn: set[int] = set()
+
+    def tile(self, i: int) -> np.ndarray:
+        """As `SlideFile.tile`. Raises UserError where more than half of all cannot be read, or the slide is gone."""
+        try:
+            return super().tile(i)
+        except UserError:
+            if self.has_pixels or len(self.torn) > MOST_TORN * len(self):
+                raise
+            self.check_source()
+            self.torn.add(i)
+            return np.zeros((self.patch_size, self.patch_size, 3), np.uint8)
+
+    def tiles(self, numbers: np.ndarray) -> np.ndarray:
+        """As `SlideFile.tiles`."""
+        try:
+            return super().tiles(numbers)
+        except UserError:
+            return np.stack([self.tile(int(i)) for i in numbers])
 
 
 def _holds(target: Path, level: str) -> bool:

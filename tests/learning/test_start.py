@@ -15,6 +15,7 @@ import torch
 from annotations.errors import UserError
 from odis_path.data.dataset import index_tiles
 from odis_path.data.samples import TileSamples
+from odis_path.embed import embed_cohort
 from odis_path.losses import counted_pairs
 from odis_path.model.vit import build_encoder
 from odis_path.train import loop
@@ -155,8 +156,7 @@ def test_a_torn_slide_without_stored_pixels_costs_its_tiles_and_no_run(
 
     slides = [write_slide(tmp_path / f"S{seed}.svs", seed) for seed in range(3)]
     with tifffile.TiffFile(slides[0]) as file:
-        offsets, counts = ((*page.dataoffsets,) for page in (file.pages[0], file.pages[0])), file.pages[0].databytecounts
-        begin, length = next(iter(offsets))[1], counts[1]
+        begin, length = file.pages[0].dataoffsets[1], file.pages[0].databytecounts[1]  # type: ignore[union-attr]
     content = bytearray(slides[0].read_bytes())
     content[begin + length // 2 : begin + length] = bytes(length - length // 2)
     slides[0].write_bytes(content)
@@ -173,6 +173,11 @@ def test_a_torn_slide_without_stored_pixels_costs_its_tiles_and_no_run(
     said = capsys.readouterr().err
     assert said.count("cannot be read from its slide, another is taken in its place") == len(lost)
     assert "S0.h5: tile" in said
+    outcomes = embed_cohort(tmp_path / "tiles", str(tmp_path / "run"), tmp_path / "features")
+    assert all(outcome.ok for outcome in outcomes), outcomes
+    told = [outcome.message for outcome in outcomes]
+    assert told[0].startswith(f"{len(lost)} tiles cannot be read from its slide (the first, row ")
+    assert told[1:] == ["", ""]
 
 
 def test_what_is_no_plain_vit_is_refused_when_it_is_built() -> None:
