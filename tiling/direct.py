@@ -157,7 +157,7 @@ class DirectReader:
     def in_one(self, level: int, scale: int, top: int, left: int, bottom: int, right: int) -> np.ndarray | None:
         """Rows and columns of stored JPEG tiles, decoded in one call at 1 / scale: uint8 (h, w, 3).
 
-        None where that cannot be done, where one of them is not stored or torn, at the level's right and lower edge, and of one.
+        None where that cannot be done, of one alone, where one is missing or torn, and at the level's right and lower edge.
         """
         page, rows, columns = self.pages[level], bottom - top, right - left
         head = self._head(level)

@@ -49,8 +49,7 @@ def plan_grid(
         raise UserError(f"--overlap {overlap_px}: must be at least 0 and less than --size {size_px}")
     if mpp < FINEST_SHARE * mpp_l0:
         raise UserError(f"--mpp {mpp:g} is finer than the slide's {mpp_l0:g} um per pixel: ask for --mpp {mpp_l0:.4g} or more")
-    size_l0 = size_px * mpp / mpp_l0
-    stride_l0 = (size_px - overlap_px) * mpp / mpp_l0
+    size_l0, stride_l0 = (side_l0(side_px, mpp, mpp_l0) for side_px in (size_px, size_px - overlap_px))
     xs, ys = (_positions(length, size_l0, stride_l0) for length in (width_l0, height_l0))
     grid_y, grid_x = np.meshgrid(ys, xs, indexing="ij")
     coords = np.stack([grid_x.ravel(), grid_y.ravel()], axis=1).astype(np.int64)
@@ -59,6 +58,14 @@ def plan_grid(
     fraction = tissue_fractions(coords, size_l0, mask, mask_downsample)
     keep = fraction >= min_tissue
     return GridPlan(coords[keep], size_l0, size_px, mpp, fraction[keep])
+
+
+def side_l0(side_px: int, mpp: float, mpp_l0: float) -> float:
+    """Target pixels of mpp micrometres in level-0 pixels of mpp_l0, where a whole number of them is one.
+
+    224 * 0.4942 / 0.2471 would be 447.99999999999994, which no stored tile has and no scaled decoding gives.
+    """
+    return round(side_px * mpp / mpp_l0, 9)
 
 
 def tissue_fractions(coords_l0: np.ndarray, size_l0: float, mask: np.ndarray, downsample: float) -> np.ndarray:

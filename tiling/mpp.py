@@ -12,10 +12,13 @@ from annotations.errors import UserError
 
 PLAUSIBLE_MPP = (0.05, 10.0)
 PRINT_MPP = 40.0  # a resolution tag coarser than this (635 dpi) describes a screen or a printer, not a scanner
+SQUARE = 1.02  # sides of a pixel that differ by more have no one mpp: scanners' own differ by a thousandth
 KEYS = "openslide.mpp-x, aperio.MPP, DICOM PixelSpacing, OME PhysicalSizeX, TIFF XResolution with ResolutionUnit"
 WAYS_OUT = "give it in the manifest column mpp, pass --assume-mpp, or set the TIFF resolution tags with their unit"
 UM_PER_UNIT = {"inch": 25400.0, "centimeter": 10000.0, "millimeter": 1000.0, "micrometer": 1.0}
 OME_UNITS = {"µm": 1.0, "um": 1.0, "μm": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6, "": 1.0}
+
+Found = tuple[float | None, float]  # mpp where there is one, and the longer side of a pixel over the shorter one
 
 
 @dataclass(frozen=True)
@@ -30,17 +33,20 @@ class Mpp:
 def mpp_of(properties: Mapping[str, Any], *, tags_only: bool = False) -> Mpp:
     """Find mpp among a slide's properties (OpenSlide's names, or tiffslide's).
 
-    tags_only: the reader derives its mpp from TIFF resolution tags (generic TIFF, plain images), where any image editor
-    writes 72 or 300 dpi; such values are turned down with a note.
+    Pixels that are not square have none: tiles are square in level-0 pixels, and with the mean of the sides for an mpp all
+    tissue would be stretched in them. tags_only: the reader derives its mpp from TIFF resolution tags (generic TIFF, plain
+    images), where any image editor writes 72 or 300 dpi; such values are turned down with a note.
     """
     texts = {key: str(value) for key, value in properties.items() if value is not None}
     rejected = ""
-    for source, value, is_tag in _candidates(texts, tags_only):
+    for source, (value, stretch), is_tag in _candidates(texts, tags_only):
         if value is None:
             continue
         if is_tag and value > PRINT_MPP:
             rejected = f"{source} says {value:.4g} um ({25400 / value:.0f} dpi), a screen or print resolution"
             continue
+        if stretch > SQUARE:
+            return Mpp(None, "", f"{source} and its Y: pixels are not square, one side is {stretch:.4g} times the other")
         low, high = PLAUSIBLE_MPP
         note = "" if low <= value <= high else f"mpp {value:.4g} from {source} is outside {low}..{high}: is it right?"
         return Mpp(value, source, note)
@@ -71,12 +77,13 @@ def check_mpp(value: float | None, where: str) -> float | None:
     raise UserError(f"{where}: {value}: mpp is micrometres per pixel, a number above 0, for instance 0.5")
 
 
-def _candidates(texts: Mapping[str, str], tags_only: bool) -> list[tuple[str, float | None, bool]]:
-    """(key, value, is a bare resolution tag), best first."""
-    found: list[tuple[str, float | None, bool]] = [("OME PhysicalSizeX", _ome(texts), False)]
+def _candidates(texts: Mapping[str, str], tags_only: bool) -> list[tuple[str, Found, bool]]:
+    """(key, what it says, is a bare resolution tag), best first."""
+    found: list[tuple[str, Found, bool]] = [("OME PhysicalSizeX", _ome(texts), False)]
     for x, y in (("openslide.mpp-x", "openslide.mpp-y"), ("tiffslide.mpp-x", "tiffslide.mpp-y")):
-        found.append((x, _mean(_number(texts.get(x)), _number(texts.get(y))), tags_only))
-    found.append(("aperio.MPP", _number(texts.get("aperio.MPP")), False))
+        sides = _number(texts.get(x)), _number(texts.get(y))
+        found.append((x, (_mean(*sides), _stretch(*sides)), tags_only))
+    found.append(("aperio.MPP", (_number(texts.get("aperio.MPP")), 1.0), False))
     found.append(("DICOM PixelSpacing", _pixel_spacing(texts), False))
     found.append(("TIFF XResolution", _resolution_tags(texts), True))
     return found
@@ -95,28 +102,35 @@ def _mean(x: float | None, y: float | None) -> float | None:
     return (x + y) / 2 if x is not None and y is not None else x if x is not None else y
 
 
-def _ome(texts: Mapping[str, str]) -> float | None:
+def _stretch(x: float | None, y: float | None) -> float:
+    return 1.0 if x is None or y is None else max(x, y) / min(x, y)
+
+
+def _ome(texts: Mapping[str, str]) -> Found:
     for key in ("tiff.ImageDescription", "openslide.comment", "tiffslide.comment"):
-        text = texts.get(key, "")
-        if "PhysicalSizeX" not in text:
-            continue
-        size = re.search(r'PhysicalSizeX\s*=\s*"([^"]+)"', text)
-        unit = re.search(r'PhysicalSizeXUnit\s*=\s*"([^"]*)"', text)
-        value = _number(size.group(1)) if size else None
-        factor = OME_UNITS.get(unit.group(1).replace("&#181;", "µ") if unit else "")
-        if value is not None and factor is not None:
-            return value * factor
-    return None
+        x, y = (_physical_size(texts.get(key, ""), axis) for axis in "XY")
+        if x is not None:
+            return x, _stretch(x, y)
+    return None, 1.0
 
 
-def _pixel_spacing(texts: Mapping[str, str]) -> float | None:
+def _physical_size(text: str, axis: str) -> float | None:
+    size = re.search(rf'PhysicalSize{axis}\s*=\s*"([^"]+)"', text)
+    unit = re.search(rf'PhysicalSize{axis}Unit\s*=\s*"([^"]*)"', text)
+    value = _number(size.group(1)) if size else None
+    factor = OME_UNITS.get(unit.group(1).replace("&#181;", "µ") if unit else "")
+    return None if value is None or factor is None else value * factor
+
+
+def _pixel_spacing(texts: Mapping[str, str]) -> Found:
     spacing = [_number(value) for key, value in sorted(texts.items()) if "PixelSpacing" in key]
-    millimetres = _mean(*spacing[:2]) if len(spacing) > 1 else spacing[0] if spacing else None
-    return None if millimetres is None else millimetres * 1000
+    x, y = (*spacing[:2], None, None)[:2]
+    millimetres = _mean(x, y)
+    return None if millimetres is None else millimetres * 1000, _stretch(x, y)
 
 
-def _resolution_tags(texts: Mapping[str, str]) -> float | None:
+def _resolution_tags(texts: Mapping[str, str]) -> Found:
     factor = UM_PER_UNIT.get(texts.get("tiff.ResolutionUnit", "").lower())
     x, y = _number(texts.get("tiff.XResolution")), _number(texts.get("tiff.YResolution"))
     per_unit = _mean(x, y)
-    return None if factor is None or per_unit is None else factor / per_unit
+    return None if factor is None or per_unit is None else factor / per_unit, _stretch(x, y)

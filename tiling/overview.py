@@ -10,8 +10,9 @@ import numpy as np
 
 from annotations.errors import UserError
 from tiling.grid import GridPlan, tissue_fractions
+from tiling.readers import MAX_IMAGE_PIXELS
 from tiling.slide import Slide, SlideInfo, slide_stem
-from tiling.tissue import check_brightness, is_dark, rasterise, tissue_mask, tissue_outlines
+from tiling.tissue import BLACK_OVERVIEW, check_brightness, is_black, is_dark, rasterise, tissue_mask, tissue_outlines
 from tiling.urls import file_name
 
 OUTLINE_SUFFIXES = (".geojson", ".json", ".geojson.gz", ".json.gz", ".geojson.zip", ".zip")
@@ -71,7 +72,7 @@ def look(
     if exclude is not None and exclude.suffix.lower() in MASK_SUFFIXES:
         excluded = read_mask(exclude, info, shape)
     elif exclude is not None:
-        excluded = read_outlines(exclude, info, shape, downsample)
+        excluded = read_outlines(exclude, info, shape, downsample, may_be_empty=True)
     return Overview(thumb, downsample, tissue, pen, excluded)
 
 
@@ -84,12 +85,19 @@ def region_file(folder: Path, slide_id: str, slide: Path, suffixes: tuple[str, .
     return None
 
 
-def read_outlines(path: Path, info: SlideInfo, shape: tuple[int, int], downsample: float) -> np.ndarray:
-    """QuPath GeoJSON -> bool `shape`, a pixel of which covers `downsample` level-0 pixels. UserError without polygons."""
+def read_outlines(
+    path: Path, info: SlideInfo, shape: tuple[int, int], downsample: float, *, may_be_empty: bool = False
+) -> np.ndarray:
+    """QuPath GeoJSON -> bool `shape`, a pixel of which covers `downsample` level-0 pixels.
+
+    Raises UserError without polygons; may_be_empty: a file in which nothing at all is drawn gives False everywhere.
+    """
     from annotations.read import read_annotations
 
     table = read_annotations(path, kind="tissue")
     if not len(table.geometry):
+        if may_be_empty and table.counts.get("features", 0) == table.counts.get("ignored", 0):
+            return np.zeros(shape, bool)
         raise UserError(f"{path}: holds no polygon: draw one for {info.slide_id}, or take the file away")
     if any(info.bounds_xy):
         # QuPath counts from the corner of the scanned area where a slide has one.
@@ -101,9 +109,13 @@ def read_mask(path: Path, info: SlideInfo, shape: tuple[int, int]) -> np.ndarray
     """An image of the whole slide, not 0 where a pixel is marked -> bool `shape`. Raises UserError for other proportions."""
     from PIL import Image
 
+    Image.MAX_IMAGE_PIXELS = MAX_IMAGE_PIXELS
     try:
         with Image.open(path) as image:
             marked = np.asarray(image if image.mode in ("1", "L", "P", "I", "I;16", "F") else image.convert("RGB")) != 0
+    except Image.DecompressionBombError:
+        most = f"{2 * MAX_IMAGE_PIXELS:,} pixels"  # up to which Pillow warns
+        raise UserError(f"{path}: a mask of more than {most}: save it smaller, it may have any size") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a readable mask: {' '.join(str(error).split())}") from None
     marked = marked.any(axis=2) if marked.ndim == 3 else marked
@@ -136,7 +148,9 @@ def pen_shares(overview: Overview, plan: GridPlan) -> np.ndarray:
 
 
 def remarks(overview: Overview, plan: GridPlan) -> Iterator[str]:
-    """A line where most tissue came into no tile, and one where most of what is not glass was taken for ink."""
+    """A line where the picture is black, where most tissue came into no tile, where ink makes up most of what is not glass."""
+    if is_black(overview.thumb):
+        yield f"warning: {BLACK_OVERVIEW}"
     wanted = overview.mask
     if wanted is None:
         return

@@ -54,7 +54,11 @@ def encoded_tiles(
 
 
 def stored_level(slide: Slide, plan: GridPlan) -> int | None:
-    """The level whose stored JPEG tiles are the tiles of a plan, pixel for pixel; None where there is none."""
+    """The level whose stored JPEG tiles are the tiles of a plan, pixel for pixel; None where there is none.
+
+    A coarser level counts only where the pixels would be read from it too: never with --resample exact, and with "fast" where
+    it looks like an average of level 0.
+    """
     reader = slide.reader
     if not isinstance(reader, DirectReader) or not len(plan.coords):
         return None
@@ -65,7 +69,9 @@ def stored_level(slide: Slide, plan: GridPlan) -> int | None:
         if (page.tile_w, page.tile_h) != (plan.patch_px, plan.patch_px) or own * plan.patch_px != plan.size_l0:
             continue
         whole = (plan.coords + plan.size_l0 <= np.array([page.width, page.height]) * own).all()
-        if whole and not (plan.coords % plan.size_l0).any():
+        if not whole or (plan.coords % plan.size_l0).any():
+            continue
+        if level == 0 or (not slide.exact and slide.true_level(own) == level):
             return level
     return None
 

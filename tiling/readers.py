@@ -19,6 +19,8 @@ from tiling.urls import shown, url_of
 CACHE_BYTES = 192 << 20  # decoded tiles OpenSlide keeps: some tile rows of a wide slide, so that none is decoded twice
 PROBES = (0.5, 0.0, 0.3, 0.8)  # of a slide's width and height
 MAX_IMAGE_PIXELS = 1_000_000_000
+DEPTHS_READ = "8 and 16 bits unsigned are read, so convert it to 8 bits"
+JPEG, J2K_YCBCR = 7, 33003  # TIFF compressions whose colours tifffile turns into RGB, and does not
 
 
 class Reader(Protocol):
@@ -55,7 +57,7 @@ class OpenSlideReader:
     def __init__(self, path: Path) -> None:
         import openslide
 
-        self._slide = _probed(lambda: openslide.OpenSlide(str(path)))
+        self._slide = _probed(lambda: openslide.OpenSlide(str(path)), lambda slide, at: slide.read_region(at, 0, (1, 1)))
         self.properties: Mapping[str, Any] = dict(self._slide.properties)
         self.vendor = self.properties.get("openslide.vendor", "")
         self.tags_only = self.vendor == "generic-tiff"
@@ -102,16 +104,19 @@ class TiffSlideReader:
     name = "tiffslide"
     scales: tuple[int, ...] = (1,)
     threadsafe = False
-    note = ""
 
     def __init__(self, path: Path) -> None:
-        import tiffslide
-
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             # Pages that open and cannot be decoded are found out here.
-            self._slide = _probed(lambda: tiffslide.TiffSlide(url_of(path) or str(path)))
+            self._slide = _probed(
+                lambda: _opened_tiff(url_of(path) or str(path)),
+                lambda slide, at: as_rgb(np.asarray(slide.read_region(at, 0, (1, 1), as_array=True))),
+            )
             self.properties: Mapping[str, Any] = {str(key): value for key, value in self._slide.properties.items()}
+            series = _series_of(self._slide)
+        is_three_channels = series.axes == "CYX" and series.shape[0] == 3  # shown as red, green and blue
+        self.note = "" if is_three_channels else _not_shown(series)
         self.vendor = str(self.properties.get("tiffslide.vendor") or "")
         self.tags_only = self.vendor in ("", "generic-tiff")
         self.level_dimensions: tuple[tuple[int, int], ...] = tuple((int(w), int(h)) for w, h in self._slide.level_dimensions)
@@ -136,7 +141,6 @@ class ImageReader:
     name = "image"
     scales: tuple[int, ...] = (1,)
     threadsafe = True
-    note = ""
 
     def __init__(self, path: Path) -> None:
         from PIL import Image
@@ -151,6 +155,7 @@ class ImageReader:
                 self.properties = {"tiff.ResolutionUnit": "inch", "tiff.XResolution": x, "tiff.YResolution": y}
             self._rgb = as_rgb(np.asarray(_flattened(image)))
         self.tags_only = True  # of the dpi an image editor may have written
+        self.note = hidden_channels(path)
         self.level_dimensions: tuple[tuple[int, int], ...] = ((self._rgb.shape[1], self._rgb.shape[0]),)
         self.level_downsamples: tuple[float, ...] = (1.0,)
 
@@ -166,9 +171,12 @@ class ImageReader:
 
 
 def _flattened(image: Any) -> Any:
-    """An image without transparency (composited on white) and without a palette."""
+    """An image without transparency (composited on white) and without a palette. Raises ValueError for more than 16 bits."""
     from PIL import Image
 
+    if image.mode in ("I", "F"):  # Pillow would cut them off at 255
+        held = "signed or 32-bit integers" if image.mode == "I" else "floating-point numbers"
+        raise ValueError(f"its pixels are {held}: {DEPTHS_READ}")
     if image.mode in ("I;16", "I;16B", "I;16L", "L", "RGB"):
         return image
     if "A" in image.getbands() or "transparency" in image.info:
@@ -178,16 +186,19 @@ def _flattened(image: Any) -> Any:
 
 
 def as_rgb(array: np.ndarray) -> np.ndarray:
-    """(h, w), (h, w, 1), (h, w, 3) or more channels, 8 or 16 bits -> uint8 (h, w, 3). Grey is repeated."""
+    """(h, w) or (h, w, channels), 8 or 16 bits -> uint8 (h, w, 3). Grey is repeated, as is the first of 2 or more than 3.
+
+    Raises ValueError for other pixels.
+    """
     if array.ndim == 2:
         array = array[..., None]
-    if array.dtype == np.uint16:
+    if array.dtype.kind == "u" and array.dtype.itemsize == 2:  # of either byte order
         array = (array >> 8).astype(np.uint8)
     elif array.dtype != np.uint8:
-        raise ValueError(f"pixels of type {array.dtype}: only 8 and 16 bits unsigned are read")
-    if array.shape[2] < 3:
+        raise ValueError(f"its pixels are of type {array.dtype}: {DEPTHS_READ}")
+    if array.shape[2] != 3:
         array = np.repeat(array[..., :1], 3, axis=2)
-    return np.ascontiguousarray(array[..., :3])
+    return np.ascontiguousarray(array)
 
 
 def hidden_channels(path: Path) -> str:
@@ -196,26 +207,50 @@ def hidden_channels(path: Path) -> str:
 
     try:
         with tifffile.TiffFile(path) as file:
-            series = file.series[0]
-            sizes = dict(zip(series.axes, series.shape, strict=True))
+            return _not_shown(file.series[0])
     except Exception:  # tifffile has many errors of its own
         return ""
+
+
+def _not_shown(series: Any) -> str:
+    """As `hidden_channels`, of a series of tifffile's."""
+    sizes = dict(zip(series.axes, series.shape, strict=True))
     samples = sizes.pop("S", 1)
     count = int(np.prod([size for axis, size in sizes.items() if axis not in "YX"])) * (1 if samples in (1, 3, 4) else samples)
     return f"shows the first of its {count} channels or planes only" if count > 1 else ""
 
 
-def _probed(opened: Callable[[], Any]) -> Any:
+def _series_of(slide: Any) -> Any:
+    """The series of tifffile's that a TiffSlide shows."""
+    return slide.ts_tifffile.series[slide.properties.get("tiffslide.series-index") or 0]
+
+
+def _opened_tiff(where: str) -> Any:
+    """A TiffSlide. Raises ValueError where what is stored are no colours: it would be shown as if it were."""
+    import tiffslide
+
+    slide = tiffslide.TiffSlide(where)
+    page = _series_of(slide).levels[0].keyframe
+    colours = getattr(page.photometric, "name", page.photometric)
+    is_plain = colours in ("MINISBLACK", "RGB") and page.samplesperpixel in (1, 3) and page.compression != J2K_YCBCR
+    if is_plain or (colours == "YCBCR" and page.compression == JPEG):
+        return slide
+    slide.close()
+    compression = getattr(page.compression, "name", page.compression)
+    raise ValueError(f"its colours are {colours} in {page.samplesperpixel} samples ({compression}), which it does not convert")
+
+
+def _probed(opened: Callable[[], Any], read: Callable[[Any, tuple[int, int]], Any]) -> Any:
     """A slide that gives pixels: some open well and cannot be decoded, some are torn in one place only.
 
-    opened: opens it, once more after each failure, since OpenSlide refuses all work after an error. Raises what the library
-    says where none of several places can be read.
+    opened: opens it, once more after each failure, since OpenSlide refuses all work after an error. read: one pixel of it, at
+    x, y of level 0. Raises what the library says where none of several places can be read.
     """
     for number, part in enumerate(PROBES, 1):
         slide = opened()
         width, height = slide.dimensions
         try:
-            slide.read_region((int(width * part), int(height * part)), 0, (1, 1))
+            read(slide, (int(width * part), int(height * part)))
             return slide
         except Exception:
             slide.close()

@@ -174,7 +174,7 @@ class Slide:
         """uint8 (h, w, 3): the whole slide, its longer side `max_side_px`; never enlarged.
 
         Parts that cannot be decoded are black, and `undecoded` then holds their share of the slide. Raises UserError where
-        they are many.
+        they are many, or all.
         """
         width, height = self.info.width_l0, self.info.height_l0
         downsample = max(1.0, max(width, height) / max_side_px)
@@ -186,6 +186,8 @@ class Slide:
         except UserError as error:
             salvage = _Salvage(self, np.zeros((out_h, out_w, 3), np.uint8), error)
             salvage.fill(0, 0, out_w, out_h)
+            if salvage.lost == out_w * out_h:
+                raise
         finally:
             self.exact, self._any_level = before
         self.undecoded = salvage.lost / (out_w * out_h)

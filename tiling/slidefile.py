@@ -13,6 +13,7 @@ import numpy as np
 
 from annotations.errors import UserError
 from tiling import codec
+from tiling.grid import side_l0
 from tiling.slidewrite import FORMAT, FORMAT_VERSION, SlideMeta, replace_groups, source_stamp, write_slide_file
 from tiling.storedbytes import StoredBytes
 
@@ -134,7 +135,7 @@ class SlideFile:
     @property
     def size_l0(self) -> float:
         """Exact side of a tile in level-0 pixels."""
-        return self.patch_size * self.mpp / self.mpp_level0
+        return side_l0(self.patch_size, self.mpp, self.mpp_level0)
 
     @property
     def overlap(self) -> int:
@@ -319,8 +320,7 @@ class SlideFile:
         ends = ring_offsets[first : stop + 1]
         start = int(ends[0])
         points = xy[start : int(ends[-1])].astype(np.float64)
-        ends = (ends - start).tolist()
-        return [points[a:b] for a, b in pairwise(ends)]
+        return [points[a:b] for a, b in pairwise((ends - start).tolist())]
 
     def objects_table(self) -> dict[str, Any]:
         """id object (str) (K,), label int16, kind uint8, area_um2 float32 (K,), labels list[str]; empty where none.

@@ -13,6 +13,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from tiling.grid import side_l0
 from tiling.h5new import new_h5
 from tiling.urls import absolute, shown, url_of, url_stamp
 
@@ -49,7 +50,7 @@ class SlideMeta:
     @property
     def size_l0(self) -> float:
         """Exact side of a tile in level-0 pixels."""
-        return self.patch_px * self.mpp / self.mpp_level0
+        return side_l0(self.patch_px, self.mpp, self.mpp_level0)
 
 
 def software_version() -> str:

@@ -11,7 +11,11 @@ from tiling.quality import pen_mask
 
 DARK_BACKGROUND = 60.0  # brightest channel below this on most of a picture: fluorescence, or a scan with black padding
 BLACK = 30.0  # brightest channel below this on a bright slide: padding, not tissue
-TOO_DARK = 12.0  # an overview no brighter than this: pixels of more than 8 bits that use few of them
+TOO_DARK = 16.0  # an overview no brighter than this: 16-bit pixels that use few of their bits; 12 of them reach 15
+BLACK_OVERVIEW = (
+    f"its overview is black, nothing in it brighter than {TOO_DARK:.0f} of 255: if it holds 16-bit pixels of which few bits "
+    "are used, export it with 8 bits a channel (contrast stretched)"
+)
 WHITE = 253.0  # all channels at least this: not scanned, or glass in full light
 WHITE_AT_LEAST = 200.0  # the glass of a bright slide without plain glass in sight is not darker than this
 GLASS_AT_LEAST, GLASS_SPAN, GLASS_STEP = 120.0, 22.0, 4.0  # glass is bright, grey (channels that close) and even
@@ -69,13 +73,15 @@ def is_dark(thumb_rgb: np.ndarray) -> bool:
     return int(glass.sum()) < 0.2 * max(1, int((brightest >= DARK_BACKGROUND).sum()))
 
 
+def is_black(thumb_rgb: np.ndarray) -> bool:
+    """Whether an overview holds nothing that could be told from black."""
+    return bool((thumb_rgb > TOO_DARK).any(axis=2).mean() < 1e-3)
+
+
 def check_brightness(thumb_rgb: np.ndarray) -> None:
-    """Raises UserError (without a file name) where an overview holds nothing that could be told from black."""
-    if (thumb_rgb > TOO_DARK).any(axis=2).mean() < 1e-3:
-        raise UserError(
-            f"its overview is black, nothing in it brighter than {TOO_DARK:.0f} of 255: if it holds 16-bit pixels of which few "
-            "bits are used, export it with 8 bits a channel (contrast stretched); --tissue none tiles it as it is"
-        )
+    """Raises UserError (without a file name) where an overview is black."""
+    if is_black(thumb_rgb):
+        raise UserError(f"{BLACK_OVERVIEW}; --tissue none tiles it as it is")
 
 
 def _glass(image: np.ndarray, brightest: np.ndarray) -> tuple[np.ndarray, float]:

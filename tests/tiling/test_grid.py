@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from annotations.errors import UserError
-from tiling.grid import plan_grid, tissue_fractions
+from tiling.grid import plan_grid, side_l0, tissue_fractions
 
 SLIDES = st.fixed_dictionaries(
     {
@@ -58,6 +58,12 @@ def test_tissue_fraction_is_the_covered_area(seed: int, downsample: float, size_
         cover_y = np.clip(np.minimum(edges_y[1:], y + size_l0) - np.maximum(edges_y[:-1], y), 0, None)
         share = (cover_y[:, None] * cover_x * mask).sum() / max(cover_x.sum() * cover_y.sum(), 1e-12)
         assert fraction == pytest.approx(share, abs=1e-4)
+
+
+@pytest.mark.parametrize(("side_px", "mpp", "mpp_l0", "expected"), [(224, 0.4942, 0.2471, 448), (240, 0.4415, 0.4415, 240)])
+def test_a_whole_number_of_level_0_pixels_is_one(side_px: int, mpp: float, mpp_l0: float, expected: int) -> None:
+    assert side_px * mpp / mpp_l0 != expected
+    assert side_l0(side_px, mpp, mpp_l0) == plan_grid(5000, 5000, mpp_l0, mpp, side_px).size_l0 == expected
 
 
 def test_min_tissue_drops_tiles_and_keeps_the_order() -> None:

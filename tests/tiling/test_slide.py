@@ -128,6 +128,12 @@ def test_what_nobody_reads_is_named_in_one_line(tmp_path: Path) -> None:
         ({"dicom.X.PixelSpacing[0]": "0.0005", "dicom.X.PixelSpacing[1]": "0.0005"}, False, 0.5, "DICOM PixelSpacing"),
         ({"openslide.mpp-x": "nan"}, False, None, ""),
         ({}, False, None, ""),
+        ({"openslide.mpp-x": "0.5", "openslide.mpp-y": "0.505"}, False, 0.5025, "openslide.mpp-x"),
+        ({"openslide.mpp-x": "0.5", "openslide.mpp-y": "0.25", "aperio.MPP": "0.5"}, False, None, ""),
+        ({"tiff.XResolution": 20000, "tiff.YResolution": 40000, "tiff.ResolutionUnit": "centimeter"}, True, None, ""),
+        ({"tiff.ImageDescription": 'a PhysicalSizeX="0.5" PhysicalSizeY="0.25"'}, True, None, ""),
+        ({"tiff.ImageDescription": 'a PhysicalSizeX="0.5" PhysicalSizeY="0.501"'}, True, 0.5, "OME PhysicalSizeX"),
+        ({"dicom.X.PixelSpacing[0]": "0.0005", "dicom.X.PixelSpacing[1]": "0.00025"}, False, None, ""),
     ],
 )
 def test_where_mpp_is_found(properties: dict, tags_only: bool, value: float | None, source: str) -> None:
@@ -143,6 +149,25 @@ def test_mpp_of_the_manifest_goes_first_and_the_assumed_one_last() -> None:
     assert settle_mpp("a.svs", silent, assume_mpp=0.3).source == "--assume-mpp"
     with pytest.raises(UserError, match=r"a\.svs: no mpp.*aperio\.MPP.*manifest column mpp.*--assume-mpp.*resolution tags"):
         settle_mpp("a.svs", silent)
+
+
+def test_pixels_that_are_not_square_are_told_and_an_mpp_is_asked_for() -> None:
+    found = mpp_of({"openslide.mpp-x": "0.5", "openslide.mpp-y": "0.25"})
+    with pytest.raises(UserError, match=r"a\.svs: no mpp.*pixels are not square, one side is 2 times the other.*--assume-mpp"):
+        settle_mpp("a.svs", found)
+    assert settle_mpp("a.svs", found, assume_mpp=0.5).value == 0.5
+
+
+def test_an_overview_of_which_nothing_can_be_decoded_is_no_black_picture(
+    slide_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def torn(*where: object) -> np.ndarray:
+        raise ValueError("torn")
+
+    with Slide.open(slide_path) as slide:
+        monkeypatch.setattr(slide.reader, "read", torn)
+        with pytest.raises(UserError, match=r"painted\.svs: cannot decode pixels at level .*: torn"):
+            slide.thumbnail(64)
 
 
 def test_tissue_is_the_painted_disc(picture: np.ndarray) -> None:

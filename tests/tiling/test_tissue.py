@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tracemalloc
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from annotations.errors import UserError
 from tiling.cohort import Outcome
-from tiling.overview import look, read_outlines, write_outlines
+from tiling.overview import look, read_mask, read_outlines, write_outlines
 from tiling.slide import Slide, SlideInfo
 from tiling.slidefile import SlideFile
 from tiling.tile import tile_cohort
@@ -102,8 +103,8 @@ def test_light_on_a_dark_ground_is_tissue(light: int) -> None:
 
 def test_a_picture_of_few_grey_levels_is_refused() -> None:
     rng = np.random.default_rng(0)
-    with pytest.raises(UserError, match=r"brighter than 12 of 255.*16-bit.*8 bits a channel.*--tissue none"):
-        check_brightness(rng.integers(0, 9, (50, 60, 3), dtype=np.uint8))
+    with pytest.raises(UserError, match=r"brighter than 16 of 255.*16-bit.*8 bits a channel.*--tissue none"):
+        check_brightness(rng.integers(0, 4096 >> 8, (50, 60, 3), dtype=np.uint8))
     check_brightness(slide(3, (-60, 0, 0))[0])
 
 
@@ -208,6 +209,34 @@ def test_masks_that_cannot_belong_to_the_slide_are_told(slide_path: Path, tmp_pa
             tile_cohort([slide_path], tmp_path / "out", 1.0, 64, **options)
 
 
+def test_nothing_drawn_excludes_nothing_and_is_no_tissue(slide_path: Path, tmp_path: Path) -> None:
+    everything = tiled(slide_path, tmp_path / "a").info["tiles"]
+    geojson(tmp_path / "qc" / "painted.geojson")
+    assert tiled(slide_path, tmp_path / "b", exclude=tmp_path / "qc").info["tiles"] == everything
+    line = {"type": "Feature", "geometry": {"type": "LineString", "coordinates": [[0, 0], [9, 9]]}, "properties": {}}
+    for option, features in (("tissue", []), ("exclude", [line])):
+        (tmp_path / "qc" / "painted.geojson").write_text(json.dumps({"type": "FeatureCollection", "features": features}))
+        (outcome,) = tile_cohort([slide_path], tmp_path / option, 1.0, 64, workers=1, **{option: tmp_path / "qc"})
+        assert not outcome.ok
+        assert "painted.geojson: holds no polygon" in outcome.message
+
+
+def test_a_large_mask_is_read_and_a_larger_one_is_one_line(
+    slide_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)  # it is set where images are read: put back
+    Image.new("1", (12_000, 9_000)).save(tmp_path / "m.png")
+    with Slide.open(slide_path) as opened:
+        info = opened.info
+    Image.MAX_IMAGE_PIXELS = 89_478_485
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not read_mask(tmp_path / "m.png", info, (48, 64)).any()
+    monkeypatch.setattr("tiling.overview.MAX_IMAGE_PIXELS", 40_000_000)
+    with pytest.raises(UserError, match=r"m\.png: a mask of more than 80,000,000 pixels: save it smaller"):
+        read_mask(tmp_path / "m.png", info, (48, 64))
+
+
 def test_most_tissue_lost_is_a_warning_that_says_to_what(slide_path: Path, tmp_path: Path) -> None:
     assert "warning" not in tiled(slide_path, tmp_path / "a").message
     geojson(tmp_path / "qc" / "painted.geojson", box(0, 0, 820, 768))
@@ -269,8 +298,10 @@ def test_too_few_grey_levels_are_one_line(make_slide: Callable[..., Path], pictu
     slide = make_slide(tmp_path / "s.svs", picture // 26)
     (outcome,) = tile_cohort([slide], tmp_path / "a", 1.0, 64, workers=1)
     assert not outcome.ok
-    assert "s.svs: its overview is black, nothing in it brighter than 12 of 255: if it holds 16-bit pixels" in outcome.message
-    assert tiled(slide, tmp_path / "a", tissue="none").info["tiles"] == 8 * 6
+    assert "s.svs: its overview is black, nothing in it brighter than 16 of 255: if it holds 16-bit pixels" in outcome.message
+    untouched = tiled(slide, tmp_path / "a", tissue="none")
+    assert untouched.info["tiles"] == 8 * 6
+    assert "warning: its overview is black" in untouched.message
 
 
 def test_a_slide_of_one_level_needs_no_more_memory_than_a_band(make_slide: Callable[..., Path], tmp_path: Path) -> None:
