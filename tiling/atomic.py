@@ -60,25 +60,43 @@ def atomic_path(final: Path) -> Iterator[Path]:
     """Give a temporary name beside `final`; rename it to `final` when the block ends well, remove it when it does not.
 
     The file and its folder are flushed to disk before and after the rename, so a crash at any moment leaves
-    the old file or the new one. The folder is made when it is missing. Raises DiskFullError where there is no space.
+    the old file or the new one. The folder is made when it is missing. Raises DiskFullError where there is no space,
+    UserError where the file cannot be opened or put in its place for another reason.
     """
     final = Path(final)
-    # No part of the temporary name ends like the final one: a folder listing for *.h5 never meets it. No two writers
-    # share one: not two threads, not two machines on one network mount.
-    temporary = final.parent / f".{final.name}.{machine()}-{os.getpid()}-{next(_numbers)}.tmp"
+    temporary = _temporary(final)
     try:
-        final.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         _put_in_place(temporary, final)
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in FULL:
-            raise DiskFullError(
-                f"{final}: cannot be written: {os.strerror(error.errno or 0)}: make room, then run the same command again "
-                "(what is done is kept)"
-            ) from error
+        if isinstance(error, OSError) and (error.errno in FULL or error.filename == str(temporary)):
+            raise _unwritten(final, error) from error
         raise
+
+
+def check_writable(final: Path) -> None:
+    """Raises UserError where `final` cannot be written: for work that would find it out in the end."""
+    temporary = _temporary(final)
+    try:
+        temporary.touch()
+        temporary.unlink()
+    except OSError as error:
+        raise _unwritten(final, error) from error
+
+
+def _temporary(final: Path) -> Path:
+    """A name beside `final`, whose folder is made. UserError where it cannot be.
+
+    No part of it ends like the final one: a folder listing for *.h5 never meets it. No two writers share one: not two
+    threads, not two machines on one network mount.
+    """
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritten(final, error) from error
+    return final.parent / f".{final.name}.{machine()}-{os.getpid()}-{next(_numbers)}.tmp"
 
 
 def _put_in_place(temporary: Path, final: Path) -> None:
@@ -87,9 +105,16 @@ def _put_in_place(temporary: Path, final: Path) -> None:
         os.replace(temporary, final)
         _fsync_path(final.parent)
     except OSError as error:
-        if error.errno in FULL:
-            raise
-        raise UserError(f"{final}: cannot be written: {error.strerror or error}") from error
+        raise _unwritten(final, error) from error
+
+
+def _unwritten(final: Path, error: OSError) -> UserError:
+    if error.errno in FULL:
+        return DiskFullError(
+            f"{final}: cannot be written: {os.strerror(error.errno or 0)}: make room, then run the same command again "
+            "(what is done is kept)"
+        )
+    return UserError(f"{final}: cannot be written: {error.strerror or error}: check the folder, or give another")
 
 
 def sweep_temporaries(folder: Path) -> int:

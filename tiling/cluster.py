@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import queue
 import sys
 import threading
@@ -30,9 +32,10 @@ def run_dask(job: Job, scheduler: str) -> None:
         from distributed import Client
     except ImportError:
         raise UserError(f"--scheduler {scheduler}: needs the package distributed: pip install 'odis-path[cluster]'") from None
-    is_file = "://" not in scheduler and Path(scheduler).is_file()
+    is_file = "://" not in scheduler and os.path.isfile(scheduler)
+    address = _address_in(scheduler) if is_file else scheduler
     try:
-        client = Client(scheduler_file=scheduler, timeout=ANSWER_S) if is_file else Client(scheduler, timeout=ANSWER_S)
+        client = Client(address, timeout=ANSWER_S)
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"--scheduler {scheduler}: no Dask scheduler answers there ({one_line(error)})") from None
     logging.getLogger("distributed.client").setLevel(logging.CRITICAL)  # what it says in tracebacks, we say in a line
@@ -52,6 +55,20 @@ def run_dask(job: Job, scheduler: str) -> None:
                 executor.shutdown(wait=False)
             else:
                 client.close(timeout=1)  # nobody is there to say goodbye to
+
+
+def _address_in(scheduler_file: str) -> str:
+    try:
+        address = json.loads(Path(scheduler_file).read_bytes())["address"]
+    except OSError as error:
+        raise UserError(f"--scheduler {scheduler_file}: cannot be read: {error.strerror}") from None
+    except (ValueError, TypeError, KeyError):
+        address = None
+    if not isinstance(address, str):
+        raise UserError(
+            f"--scheduler {scheduler_file}: names no scheduler: give the file of dask scheduler --scheduler-file, or an address"
+        )
+    return address
 
 
 def _feed(executor: Executor, job: Job, scheduler: str) -> list[int]:

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from annotations.errors import UserError
+from tiling.manifest import patient_of
 from tiling.mpp import check_mpp
-from tiling.scan import patient_of
 from tiling.slide import slide_stem
 
 IMAGE_EXTENSIONS = frozenset([".png", ".jpg", ".jpeg", ".tif", ".tiff"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,14 @@ from tiling import codec
 from tiling.claim import claim, same_settings
 from tiling.cohort import Outcome, available_cpus, run_cohort
 from tiling.grid import GridPlan, plan_grid
-from tiling.mpp import Mpp, check_mpp, settle_mpp
-from tiling.overview import MASK_SUFFIXES, OUTLINE_SUFFIXES, Overview, look, pen_shares, region_file, remarks, write_outlines
+from tiling.manifest import SlideItem, id_of
+from tiling.mpp import Mpp, settle_mpp
+from tiling.overview import MASK_SUFFIXES, OUTLINE_SUFFIXES, Overview, look, pen_shares, region_file, remarks
 from tiling.pixels import encoded_tiles, stored_level, unscanned
 from tiling.quality import blur_score
-from tiling.readers import ORDER
 from tiling.resume import before
-from tiling.scan import SlideItem, slide_items
-from tiling.slide import RESAMPLE, Slide, SlideInfo
+from tiling.scan import slide_items
+from tiling.slide import Slide, SlideInfo
 from tiling.slidefile import SlideFile
 from tiling.slidewrite import (
     FORMAT_VERSION,
@@ -34,58 +34,12 @@ from tiling.slidewrite import (
     source_stamp,
     write_slide_file,
 )
-from tiling.urls import absolute
+from tiling.tilesettings import TileSettings
+from tiling.tissueout import clear_tissue, write_tissue
+from tiling.urls import absolute, place, shown
 
 THUMBNAIL_SIDE_PX = 1024
 TISSUE_METHOD = 2  # raised whenever --tissue auto finds other tissue than before
-
-
-@dataclass(frozen=True)
-class TileSettings:
-    """What is asked of every slide of a cohort.
-
-    mpp: micrometres per target pixel. size_px, overlap_px: target pixels. min_tissue: least share of tissue in a tile.
-    tissue: "auto", "none", or a folder of outlines named by slide. pixels: store encoded tiles. assume_mpp: level-0 mpp
-    for slides that have none. quality: of the JPEGs. exclude: a folder of outlines or masks, named by slide, of what is not
-    wanted. pen: "drop" or "keep" what has the colours of pen ink. tissue_out: a folder for the outlines of the tissue.
-    copy: store the slide's own encoded tiles where they are the tiles wanted. reader, resample: see `Slide.open`.
-    """
-
-    mpp: float
-    size_px: int
-    overlap_px: int = 0
-    min_tissue: float = 0.1
-    tissue: str = "auto"
-    pixels: bool = True
-    assume_mpp: float | None = None
-    quality: int = 90
-    exclude: str = ""
-    pen: str = "drop"
-    tissue_out: str = ""
-    copy: bool = False
-    reader: str = "auto"
-    resample: str = "fast"
-
-    def check(self) -> TileSettings:
-        """Raises UserError for a value that cannot be."""
-        check_mpp(self.mpp, "--mpp")
-        check_mpp(self.assume_mpp, "--assume-mpp")
-        if not 0 <= self.min_tissue <= 1:
-            raise UserError(f"--min-tissue {self.min_tissue}: is a share between 0 and 1")
-        if not 1 <= self.quality <= 100:
-            raise UserError(f"--quality {self.quality}: JPEG quality lies between 1 and 100")
-        if self.tissue not in ("auto", "none") and not Path(self.tissue).is_dir():
-            raise UserError(f"--tissue {self.tissue}: is neither auto, none nor a folder of GeoJSON outlines")
-        if self.exclude and not Path(self.exclude).is_dir():
-            raise UserError(f"--exclude {self.exclude}: is no folder of GeoJSON outlines or masks named by slide")
-        if self.pen not in ("drop", "keep"):
-            raise UserError(f"--pen {self.pen}: is drop (ink is no tissue) or keep")
-        if self.reader not in ("auto", *ORDER):
-            raise UserError(f"--reader {self.reader}: choose among auto, {', '.join(ORDER)}")
-        if self.resample not in RESAMPLE:
-            raise UserError(f"--resample {self.resample}: choose among {', '.join(RESAMPLE)}")
-        plan_grid(self.size_px, self.size_px, self.mpp, self.mpp, self.size_px, self.overlap_px)
-        return self
 
 
 def tile_cohort(
@@ -116,15 +70,16 @@ def tile_cohort(
     inputs or settings that cannot be, and where another run is at work in `out` with other settings; a bad slide is a failed
     outcome.
     """
-    absolute = str(Path(tissue_out).absolute()) if str(tissue_out) else ""
     if isinstance(pixels, str) and pixels != "copy":
         raise UserError(f"--pixels {pixels}: is copy, where it is more than a switch")
-    more: dict[str, Any] = {"exclude": str(exclude), "pen": pen, "tissue_out": absolute}
+    more: dict[str, Any] = {"exclude": str(exclude), "pen": pen, "tissue_out": str(tissue_out)}
     more |= {"copy": pixels == "copy", "reader": reader, "resample": resample}
     first = (mpp, size_px, overlap_px, min_tissue, str(tissue), bool(pixels), assume_mpp, quality)
-    settings = TileSettings(*first, **more).check()
-    items = slide_items(inputs)
+    settings = TileSettings(*first, **more).check().anywhere()
+    items = [replace(item, path=absolute(item.path)) for item in slide_items(inputs)]
     out = _made(Path(out))
+    if settings.tissue_out:
+        _made(Path(settings.tissue_out), "--tissue-out")
     cores = 1 if scheduler else available_cpus() if workers is None else workers
     work = partial(tile_slide, out=out, settings=settings, threads=max(1, cores // max(1, len(items))))
     how: dict[str, Any] = {"workers": workers, "scheduler": scheduler, "timeout": timeout, "folder": out}
@@ -149,7 +104,7 @@ def tile_slide(item: SlideItem, out: Path, settings: TileSettings, threads: int 
                 tiles = _done(path, _parameters(settings, found.value, outlines, exclude), item) if item.mpp is None else None
                 if tiles is None:
                     return _tiled(slide, item, path, settings, threads, found, outlines, exclude)
-        _write_tissue(settings, path, item, again=False)
+        write_tissue(settings.tissue_out, path, again=False)
     return {"skipped": True, "tiles": tiles, "megapixels": 0.0}
 
 
@@ -173,8 +128,8 @@ def _tiled(
     blur = np.full(len(plan.coords), np.nan, np.float32)  # filled in while the tiles are encoded
     quality = {"pen": pen_shares(overview, plan)} | ({"blur": blur} if settings.pixels else {})
     redone, had_boxes = before(path, parameters, item.path)
-    if settings.tissue_out:  # a run killed between the two files leaves none, which the next one writes, not an old one
-        _tissue_file(settings, item).unlink(missing_ok=True)
+    twin = _twin(path, item)
+    clear_tissue(settings.tissue_out, path, overview, info.bounds_xy)
     groups: dict[str, GroupContent] = {
         "thumbnail": _overview(overview.thumb, overview.mask, overview.downsample),
         "quality": quality,
@@ -188,12 +143,13 @@ def _tiled(
         pixels=_pixels(slide, plan, settings, threads, blur, bad, groups) if settings.pixels else None,
         groups=groups,
     )
-    _write_tissue(settings, path, item, again=True)
+    write_tissue(settings.tissue_out, path, again=True)
     said = [
         found.note if found.source != "--assume-mpp" else "",
         _why_empty(plan, info, overview),
         *remarks(overview, plan),
         *_about_pixels(slide, plan, settings, bad),
+        twin,
         "its boxes are gone with the old tiles: run annotate again" if had_boxes else "",
         f"nothing of it in --exclude {settings.exclude}" if settings.exclude and exclude is None else "",
     ]
@@ -219,13 +175,13 @@ def _regions(settings: TileSettings, item: SlideItem) -> tuple[Path | None, Path
     return outlines, exclude
 
 
-def _made(out: Path) -> Path:
-    """Make the output folder; it is absolute, as a cluster's workers may run elsewhere."""
+def _made(folder: Path, option: str = "--out") -> Path:
+    """Make a folder for output; it is absolute, as a cluster's workers may run elsewhere."""
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{out}: cannot be the output folder: {error.strerror}") from None
-    return out.absolute()
+        raise UserError(f"{option} {folder}: cannot be the output folder: {error.strerror}") from None
+    return folder.absolute()
 
 
 def _parameters(settings: TileSettings, mpp_level0: float, outlines: Path | None, exclude: Path | None) -> dict[str, Any]:
@@ -255,7 +211,10 @@ def _parameters(settings: TileSettings, mpp_level0: float, outlines: Path | None
 
 
 def _sha256(path: Path) -> str:
-    return f"sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}"
+    try:
+        return f"sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}"
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}: ask for the right to read it") from None
 
 
 def _done(path: Path, parameters: dict[str, Any], item: SlideItem) -> int | None:
@@ -329,6 +288,8 @@ def _pixels(
     groups: dict[str, Any],
 ) -> Iterator[bytes]:
     """The tiles as JPEG; blur and bad are filled in on the way, and at the end bad_tiles among the groups, written later."""
+    if not len(plan.coords):  # a tile may be wider than any memory, where it is wider than the slide
+        return
     how: dict[str, Any] = {"quality": settings.quality, "copy": settings.copy, "threads": threads}
     yield from encoded_tiles(slide, plan, **how, judge=blur_score, scores=blur, bad=bad)
     if bad:
@@ -362,18 +323,14 @@ def _overview(thumb: np.ndarray, mask: np.ndarray | None, downsample: float) -> 
     return group
 
 
-def _write_tissue(settings: TileSettings, path: Path, item: SlideItem, *, again: bool) -> None:
-    """The tissue of a slide file as GeoJSON, where it was asked for; one that is there stays unless `again`."""
-    if not settings.tissue_out:
-        return
-    target = _tissue_file(settings, item)
-    if target.exists() and not again:
-        return
-    with SlideFile(path) as file:
-        mask, overview = file.tissue_mask(), file.thumbnail()
-        if mask is not None and overview is not None:
-            write_outlines(target, mask, overview[1], file.bounds_xy)
-
-
-def _tissue_file(settings: TileSettings, item: SlideItem) -> Path:
-    return Path(settings.tissue_out) / f"{item.slide_id}.geojson"
+def _twin(path: Path, item: SlideItem) -> str:
+    """A warning where the slide's tiles lie in the folder under its plain name too: its id got a folder in front since."""
+    other = path.with_name(f"{id_of(item.path)}.h5")
+    if path.exists() or not other.exists():
+        return ""
+    try:
+        with SlideFile(other) as file:
+            same = place(file.source) == place(item.path)
+    except (UserError, OSError, KeyError, RuntimeError):
+        return ""
+    return f"warning: {other} and {path} are of the same slide, {shown(item.path)}: remove one of them" if same else ""

@@ -6,8 +6,10 @@ They travel as paths like all others. pathlib takes one of a URL's slashes ("htt
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from pathlib import Path
+from urllib.parse import unquote
 
 from annotations.errors import UserError
 
@@ -32,12 +34,19 @@ def path_of(given: Path | str) -> Path:
     if url is None:
         return Path(given).expanduser()
     scheme, _, rest = url.partition("://")
-    return Path(rest) if scheme in LOCAL else Path(url)
+    if scheme in LOCAL:
+        return Path(unquote(rest) if scheme == "file" else rest)
+    return Path(url)
 
 
 def absolute(path: Path) -> Path:
     """A path that does not depend on the working folder."""
     return path if url_of(path) else path.absolute()
+
+
+def place(path: Path) -> str:
+    """One text for one file, however its path is written: absolute, without . and .. in it; a URL stays as it is."""
+    return url_of(path) or os.path.normpath(path.absolute())
 
 
 def shown(path: Path) -> str:

@@ -144,6 +144,23 @@ def test_a_worker_killed_in_mid_run_costs_nothing(
     assert [outcome.skipped for outcome in tile_cohort([slides], out, 0.5, 64, scheduler=cluster.address)] == [True] * SLIDES
 
 
+def test_relative_paths_are_those_of_the_command_not_of_the_worker(
+    cluster: Cluster, make_slide: Callable[..., Path], picture: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster.worker("--no-nanny")  # in a folder of its own
+    make_slide(tmp_path / "slides" / "S.svs", picture, levels=1)
+    (tmp_path / "exclude").mkdir()
+    ring = [[0, 0], [600, 0], [600, 768], [0, 768], [0, 0]]
+    shape = {"type": "Feature", "geometry": {"type": "Polygon", "coordinates": [ring]}, "properties": {}}
+    (tmp_path / "exclude" / "S.geojson").write_text(json.dumps({"type": "FeatureCollection", "features": [shape]}))
+    monkeypatch.chdir(tmp_path)
+    for out, how in (("here", {"workers": 1}), ("there", {"scheduler": cluster.address})):
+        (outcome,) = tile_cohort(["slides/S.svs"], out, 0.5, 64, exclude="exclude", **how)
+        assert outcome.ok, outcome.message
+        assert "nothing of it in --exclude" not in outcome.message
+    assert contents(tmp_path / "here" / "S.h5") == contents(tmp_path / "there" / "S.h5")
+
+
 def work(item: str) -> dict:
     """What the item's name asks for (runs in workers)."""
     if item == "hangs":

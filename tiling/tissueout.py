@@ -1,0 +1,72 @@
+"""The tissue of slide files as GeoJSON (--tissue-out), beside what people drew, which stays."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+
+from annotations.errors import UserError
+from tiling.overview import Overview, write_outlines
+from tiling.slidefile import SlideFile
+
+Drawing = tuple[np.ndarray, float, tuple[int, int]]  # what write_outlines takes: mask, downsample, bounds_xy
+
+
+def write_tissue(folder: str, slide_file: Path, *, again: bool) -> None:
+    """The tissue of a slide file as GeoJSON, where a folder for it was asked for; one that is there stays unless `again`."""
+    target = _target(folder, slide_file)
+    if not folder or (target.exists() and not again):
+        return
+    with SlideFile(slide_file) as file:
+        if drawing := _drawing(file):
+            write_outlines(target, *drawing)
+
+
+def clear_tissue(folder: str, slide_file: Path, overview: Overview, bounds_xy: tuple[int, int]) -> None:
+    """Remove the outlines of a slide that is about to be made anew: a run killed in between leaves none, not old ones.
+
+    overview, bounds_xy: what will be written comes of them. Raises UserError for a file that holds neither this nor the
+    tissue of the slide file that is there: a person drew or corrected it, or another run wrote it.
+    """
+    if not folder:
+        return
+    target = _target(folder, slide_file)
+    now = None if overview.mask is None else (overview.mask, overview.downsample, bounds_xy)
+    try:
+        found = target.read_bytes()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UserError(f"{target}: cannot be read: {error.strerror}: give another --tissue-out") from None
+    if found not in (_geojson(drawing) for drawing in (now, _stored(slide_file)) if drawing):
+        raise UserError(
+            f"{target}: is not what this run writes or {slide_file} holds (drawn by hand, or of other settings): move it away, "
+            "or give another --tissue-out"
+        )
+    target.unlink()
+
+
+def _target(folder: str, slide_file: Path) -> Path:
+    return Path(folder) / f"{slide_file.stem}.geojson"
+
+
+def _geojson(drawing: Drawing) -> bytes:
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "tissue.geojson"
+        write_outlines(path, *drawing)
+        return path.read_bytes()
+
+
+def _stored(slide_file: Path) -> Drawing | None:
+    try:
+        with SlideFile(slide_file) as file:
+            return _drawing(file)
+    except (UserError, OSError, KeyError, RuntimeError):  # none there, damaged, or not ours
+        return None
+
+
+def _drawing(file: SlideFile) -> Drawing | None:
+    mask, overview = file.tissue_mask(), file.thumbnail()
+    return None if mask is None or overview is None else (mask, overview[1], file.bounds_xy)
