@@ -13,10 +13,14 @@ import pytest
 import torch
 
 from annotations.errors import UserError
+from odis_path.data import crops
 from odis_path.data.dataset import index_tiles
 from odis_path.data.samples import TileSamples
+from odis_path.data.targets import Target
 from odis_path.embed import embed_cohort
+from odis_path.encode import load_encoder
 from odis_path.losses import counted_pairs
+from odis_path.model.names import is_model_name
 from odis_path.model.vit import build_encoder
 from odis_path.train import loop
 from odis_path.train.checkpoint import latest_checkpoint, load_checkpoint
@@ -258,3 +262,21 @@ def test_the_split_file_is_that_of_the_checkpoint(tmp_path: Path) -> None:
         test = sorted(row["patient_id"] for row in csv.DictReader(file) if row["split"] == "test")
     assert load_checkpoint(path).state["data"]["held_out"] == test
     shutil.rmtree(tmp_path / "run")
+
+
+def test_an_outline_beside_a_view_is_not_seen_in_it(tiny_tiles: Path) -> None:
+    """The view shows a corner of the box alone, the outline is the diamond in it: no patch of the view is the object's."""
+    samples = TileSamples(index_tiles(tiny_tiles), tiny_config(tiny_tiles, "unused", target={"geometry": "polygon"}), 8)
+    diamond = np.array([(20.0, 0.0), (40.0, 20.0), (20.0, 40.0), (0.0, 20.0)])
+    target = Target(np.array([0.0, 0.0, 40.0, 40.0]), np.array([0]))
+    corner, middle = crops.View(0, 0, 8, 8, 0, 32), crops.View(8, 8, 32, 32, 0, 32)
+    masks = samples._masks([corner, middle], target, 0, [[diamond]], sampled=False)
+    assert not masks[0].any()
+    assert masks[1].any()
+
+
+def test_names_of_models_are_told_from_paths() -> None:
+    assert all(is_model_name(name) for name in ("hf-hub:owner/model", "local-dir:/weights/vit", "S/16", "vit-b/14"))
+    assert not any(is_model_name(path) for path in ("runs/odis", "/runs/s16", "checkpoint.pt", "runs/s/16"))
+    with pytest.raises(UserError, match="no such checkpoint"):
+        load_encoder("runs/nothing")
