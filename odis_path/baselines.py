@@ -159,6 +159,6 @@ def _tile_boxes(file: SlideFile, features: FeatureSet) -> list[np.ndarray]:
     table = file.boxes_table()
     chosen = features.parameters.get("kinds", "all")
     kinds = list(KINDS.values()) if chosen == "all" else [KINDS[name] for name in chosen if name in KINDS]
-    keep = np.isin(file.objects_table()["kind"][table["object"]], kinds)
+    keep = np.isin(file.objects_table(ids=False)["kind"][table["object"]], kinds)
     tile = np.repeat(np.arange(len(file)), np.diff(table["offsets"]))[keep]
     return np.split(table["xyxy"][keep], np.searchsorted(tile, np.arange(1, len(file))))

@@ -191,7 +191,7 @@ def object_rows(file: SlideFile, kinds: tuple[str, ...] | None) -> np.ndarray:
     rows = file.boxes_table()["object"]
     if kinds is None:
         return np.arange(len(rows))
-    kind = file.objects_table()["kind"][rows]
+    kind = file.objects_table(ids=False)["kind"][rows]
     return np.flatnonzero(np.isin(kind, [KINDS[name] for name in kinds]))
 
 

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from tiling.readers import Reader
 
 KEPT_BYTES = 128 << 20  # decoded stored tiles kept until the last patch that needs them is cut
-JOB_PATCHES = 8  # that one job of a thread cuts: of more, the first have left the caches when they are taken
+JOB_BYTES = 6 << 20  # patches that one job of a thread cuts
+JOB_PATCHES = 8  # at most: of more, the first have left the caches when they are taken
 AHEAD = 2  # jobs a thread may be ahead of whoever takes the patches
 
 Result = TypeVar("Result")
@@ -125,8 +126,9 @@ def _stored_jobs(
         block = slide.block(view, around, read)
         return work(slide.cut(view, around, block, box, patch_px, patch_px)), "".join(problems)
 
-    for start in range(0, len(coords_l0), JOB_PATCHES):
-        part = [each[start : start + JOB_PATCHES].tolist() for each in (boxes, edges, whole)]
+    step = int(np.clip(JOB_BYTES // (3 * patch_px**2), 1, JOB_PATCHES))
+    for start in range(0, len(coords_l0), step):
+        part = [each[start : start + step].tolist() for each in (boxes, edges, whole)]
         yield lambda part=part: [patch(*each) for each in zip(*part, strict=True)]  # type: ignore[misc]
 
 

@@ -322,10 +322,11 @@ class SlideFile:
         points = xy[start : int(ends[-1])].astype(np.float64)
         return [points[a:b] for a, b in pairwise((ends - start).tolist())]
 
-    def objects_table(self) -> dict[str, Any]:
+    def objects_table(self, *, ids: bool = True) -> dict[str, Any]:
         """id object (str) (K,), label int16, kind uint8, area_um2 float32 (K,), labels list[str]; empty where none.
 
-        confidence float32 (K,), NaN where a detector did not say, is there only where the file has it.
+        ids: read id too, which takes most of the time. confidence float32 (K,), NaN where a detector did not say, is there only
+        where the file has it.
         """
         if "objects" not in self._file:
             empty = {"label": np.zeros(0, np.int16), "kind": np.zeros(0, np.uint8), "area_um2": np.zeros(0, np.float32)}
@@ -333,7 +334,8 @@ class SlideFile:
         group = self._file["objects"]
         stored = [name for name in ("label", "kind", "area_um2", "confidence") if name != "confidence" or name in group]
         table: dict[str, Any] = {name: group[name][...] for name in stored}
-        table["id"] = group["id"].asstr()[...]
+        if ids:
+            table["id"] = group["id"].asstr()[...]
         table["labels"] = [str(name) for name in group.attrs["labels"]]
         return table
 

@@ -62,7 +62,7 @@ class OpenSlides:
         """Kind uint8 (M,) and label int16 (M,) of every box row of a slide file."""
         if slide not in self._groups:
             file = self[slide]
-            objects, rows = file.objects_table(), file.boxes_table()["object"]
+            objects, rows = file.objects_table(ids=False), file.boxes_table()["object"]
             self._groups[slide] = (objects["kind"][rows], objects["label"][rows])
         return self._groups[slide]
 
@@ -136,7 +136,7 @@ def _has_kind(file: SlideFile, kinds: np.ndarray) -> np.ndarray:
     tile = np.repeat(np.arange(len(file)), np.diff(table["offsets"]))
     if not len(tile):
         return np.zeros(len(file), bool)
-    fitting = np.isin(file.objects_table()["kind"][table["object"]], kinds)
+    fitting = np.isin(file.objects_table(ids=False)["kind"][table["object"]], kinds)
     return np.bincount(tile[fitting], minlength=len(file)) > 0
 
 

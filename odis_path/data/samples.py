@@ -66,7 +66,7 @@ class TileSamples(torch.utils.data.Dataset[dict[str, np.ndarray]]):
                     raise UserError(f"{file.path}: tile {row} cannot be decoded ({said}): tile the slide again") from None
                 file.check_source()
                 last = error
-        raise UserError(f"{last} (so are the {MOST_LOST - 1} tiles before it)")
+        raise UserError(f"{last} (nor can the {MOST_LOST - 1} tiles before it be read)")
 
     def draw(self, rng: np.random.Generator, file: SlideFile, slide: int, row: int) -> dict[str, np.ndarray]:
         """Everything random about a sample, without its pixels.

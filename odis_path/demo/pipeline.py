@@ -181,7 +181,7 @@ def fit_recipe(tiles: Path) -> list[str]:
     kinds: set[int] = set()
     for path in index.paths:
         with SlideFile(path) as file:
-            kinds.update(int(kind) for kind in set(file.objects_table()["kind"].tolist()))
+            kinds.update(int(kind) for kind in set(file.objects_table(ids=False)["kind"].tolist()))
     names = [name for number, name in ((0, "tissue"), (1, "cell"), (2, "proposal")) if number in kinds]
     chosen = ["tissue"] if "tissue" in names else names or ["tissue"]
     patients = len(set(index.patients))

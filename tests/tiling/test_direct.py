@@ -402,6 +402,20 @@ def test_patches_of_whole_stored_tiles_are_decoded_in_one_and_are_the_same(
     assert (len(calls), sum(calls)) == (12, 2)
 
 
+def test_a_job_holds_few_patches_where_they_are_large(
+    tmp_path: Path, texture: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory does not grow with the patch: a job's patches are bounded in bytes, and by one patch at least."""
+    coords = np.array([(x, 0) for x in range(0, 1000, 50)], np.int64)
+    with Slide.open(write(tmp_path / "a.svs", texture)) as slide:
+        assert isinstance(slide.reader, DirectReader)
+        for room, most in ((3 * 97**2 * 100, patches.JOB_PATCHES), (3 * 97**2 * 2, 2), (1, 1)):
+            monkeypatch.setattr(patches, "JOB_BYTES", room)
+            sizes = [len(job()) for job in patches._stored_jobs(slide, slide.reader, coords, 97.0, 97, len)]
+            assert sum(sizes) == len(coords)
+            assert max(sizes) == most
+
+
 def test_decoded_tiles_are_let_go_after_their_last_use(tmp_path: Path, texture: np.ndarray) -> None:
     from tiling.patches import SharedTiles, uses_of_stored_tiles
     from tiling.slide import cover
