@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -42,6 +43,9 @@ def start_ranks(device: str = "auto") -> Ranks:
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if world > 1 and not dist.is_initialized():
+        # Its functions' default arguments keep the group of the moment they are imported, and DDP imports them: such a
+        # group outlives destroy_process_group, and its threads may abort the process while Python ends.
+        importlib.import_module("torch.distributed.nn")
         backend = "nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=30))
     return Ranks(int(os.environ.get("RANK", "0")), world, chosen)

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
+
+from odis_path.train.distributed import start_ranks, stop_ranks
 
 
 def _enter(rank: int, world: int, port: int, work: Callable[..., Any], out: str, args: tuple[Any, ...]) -> None:
@@ -18,12 +19,17 @@ def _enter(rank: int, world: int, port: int, work: Callable[..., Any], out: str,
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
-    dist.init_process_group("gloo")
+    start_ranks("cpu")
     try:
         torch.save(work(rank, world, *args), Path(out) / f"rank{rank}.pt")
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        stop_ranks()
+    left = [name for name in thread_names() if "gloo" in name]
+    assert not left, f"the process group outlives its end: {left}"  # and may abort the process while Python ends
+
+
+def thread_names() -> list[str]:
+    return [name.read_text().strip() for name in Path("/proc/self/task").glob("*/comm")]
 
 
 def on_two_ranks(work: Callable[..., Any], out: Path, *args: Any) -> list[Any]:

@@ -146,3 +146,15 @@ def test_torchrun_trains_one_run_on_two_ranks(tiny_tiles: Path, tmp_path: Path) 
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 13))
     assert sum("knn_balanced_accuracy" in row for row in rows) == 2
     assert load_checkpoint(tmp_path / "run").step == 12
+
+
+def whole_run(rank: int, world: int, values: dict[str, Any]) -> int:
+    """Train as the command does, on ranks that have started."""
+    return load_checkpoint(loop.pretrain(PretrainConfig.model_validate(values)).parent).step
+
+
+def test_a_run_on_ranks_leaves_no_process_group_behind(tiny_tiles: Path, tmp_path: Path) -> None:
+    """DDP is imported after the ranks started; `on_two_ranks` looks for threads of theirs that are left."""
+    values = tiny_values(tiny_tiles, tmp_path / "run", optim={"epochs": 0.5}, eval={"every_epochs": 0})
+    steps = on_two_ranks(whole_run, tmp_path, values)
+    assert steps[0] == steps[1] > 0
