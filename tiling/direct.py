@@ -31,6 +31,7 @@ SOI, EOI, APP0, APP14 = b"\xff\xd8", b"\xff\xd9", 0xE0, 0xEE
 AS_STORED = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00"  # tells a decoder: no colour transform
 AS_YCBCR = AS_STORED[:-1] + b"\x01"
 PARTS_CHECKED = (0.5, 0.3, 0.7, 0.15, 0.85)  # where in a level stored tiles are looked at
+MOST_CHECKED_PX = 1024  # of a side of such a tile
 MOST_DIFFERENT = 1.5  # grey levels, mean over a stored tile, between this decoder and the slide library's
 
 
@@ -248,7 +249,7 @@ class DirectReader:
         for part in PARTS_CHECKED:
             row, column = (min(int(count * part), count - 1) for count in page.counts.shape)
             x, y = column * page.tile_w, row * page.tile_h
-            w, h = min(page.tile_w, page.width - x), min(page.tile_h, page.height - y)
+            w, h = min(page.tile_w, page.width - x, MOST_CHECKED_PX), min(page.tile_h, page.height - y, MOST_CHECKED_PX)
             try:
                 mine = self.stored(level, 1, row, column) if page.counts[row, column] else None
             except ValueError as error:
@@ -323,9 +324,13 @@ def tiff_pages(path: Path, size: int, mtime_ns: int) -> tuple[Any, ...]:
     """The pages of a TIFF with those beneath them, as tifffile parses them. Raises its errors where it is no TIFF."""
     import tifffile
 
-    found = []
+    found: list[Any] = []
+    seen: set[int] = set()
     with tifffile.TiffFile(path) as file:
         for page in file.pages:
+            if page.offset in seen:
+                raise ValueError("its directories form a loop")
+            seen.add(page.offset)
             if isinstance(page, tifffile.TiffPage | tifffile.TiffFrame):
                 whole = page.aspage()
                 found += [whole, *([sub.aspage() for sub in whole.pages] if whole.subifds and whole.pages else [])]

@@ -1,7 +1,11 @@
-"""Whether a coarser level of a slide may stand for level 0.
+"""Whether a coarser level of a slide, or fewer coefficients of its JPEGs, may stand for all pixels.
 
 Scanners make their coarser levels as they like: some average, some sharpen or take every other pixel, all compress them once
 more. On H&E such a level can lie 5 grey levels from the average of level 0, and slides of two scanners would differ by it.
+
+A JPEG decoder that leaves out coefficients averages well what is stored at full resolution. Colours mostly are not: of those
+stored at half the width (4:2:2) it takes a half once more, where the average of all pixels keeps them whole. On sharp H&E that
+is 3 grey levels.
 """
 
 from __future__ import annotations
@@ -13,11 +17,14 @@ import numpy as np
 from annotations.errors import UserError
 
 if TYPE_CHECKING:
+    from tiling.direct import DirectReader
     from tiling.slide import Slide
 
 MOST_AWAY = 1.5  # grey levels, mean over a place; other places may lie a little further, and 2 are promised
 GRID, PLACES = 4, 4  # places looked at along each side; of those the ones with the most fine structure
 SIDE_L0, SIDES = 640, (8, 128)  # of a place: level-0 pixels, and bounds in pixels of the output
+STORED_TILES, STORED_PIXELS = 8, 16_000_000  # stored tiles looked at, and their pixels together, at most
+MOST_BYTES = 0.1  # share of the stored tiles, those of the most bytes, among which they are
 
 Box = tuple[float, float, float, float]
 
@@ -41,6 +48,29 @@ def is_average(slide: Slide, level: int, downsample: float) -> bool:
     for _, box, pixels in sorted(seen, key=lambda each: -each[0])[:PLACES]:
         average = _read(slide, 0, box, side)
         if average is not None and np.abs(pixels.astype(np.int16) - average).mean() > MOST_AWAY:
+            return False
+    return True
+
+
+def scale_is_average(reader: DirectReader, level: int, scale: int) -> bool:
+    """Whether stored tiles decoded at 1 / scale look the same as averages of all their pixels.
+
+    Looks at a few of those with the most bytes, which have the most structure; those that cannot be decoded do not count.
+    """
+    page = reader.pages[level]
+    count = int(np.clip(STORED_PIXELS // (page.tile_w * page.tile_h), 1, STORED_TILES))
+    by_bytes = np.argsort(-page.counts, axis=None, kind="stable")
+    ranks = np.linspace(0, max(0, int((page.counts > 0).sum() * MOST_BYTES) - 1), count).astype(int)
+    for at in np.unique(by_bytes[ranks]).tolist():
+        try:
+            whole, scaled = (reader.stored(level, each, *divmod(at, page.counts.shape[1])) for each in (1, scale))
+        except (ValueError, OSError):
+            continue
+        if whole is None or scaled is None:
+            continue
+        height, width = whole.shape[0] // scale, whole.shape[1] // scale
+        sums = whole[: height * scale, : width * scale].reshape(height, scale, width, scale, 3).sum((1, 3), dtype=np.float32)
+        if np.abs(scaled[:height, :width] - sums / scale**2).mean() > MOST_AWAY:
             return False
     return True
 

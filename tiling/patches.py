@@ -42,7 +42,7 @@ def map_patches(
     """
     threads = max(1, threads) if slide.reader.threadsafe else 1
     if isinstance(slide.reader, DirectReader):
-        jobs = _stored_jobs(slide, slide.reader, coords_l0, size_l0, patch_px, work)
+        jobs = _stored_jobs(slide, slide.reader, coords_l0, size_l0, patch_px, work, threads)
     else:
         jobs = _strip_jobs(slide, coords_l0, size_l0, patch_px, work, threads)
     return in_order(jobs, threads)
@@ -73,7 +73,8 @@ class SharedTiles:
         tile = self._reader.stored(self._view.level, self._view.scale, row, column)
         if tile is not None and not last:
             with self._lock:
-                if key not in self._kept and self._left[key] > 0 and self._room >= tile.nbytes:
+                room = self._room >= tile.nbytes or not self._kept  # one at least, however large stored tiles are
+                if key not in self._kept and self._left[key] > 0 and room:
                     self._kept[key] = tile
                     self._room -= tile.nbytes
         return tile
@@ -100,6 +101,7 @@ def _stored_jobs(
     size_l0: float,
     patch_px: int,
     work: Callable[[np.ndarray], Result],
+    threads: int,
 ) -> Iterator[Job]:
     boxes = np.concatenate([coords_l0, coords_l0 + size_l0], axis=1)
     view = slide.view(size_l0 / patch_px, boxes)
@@ -109,6 +111,8 @@ def _stored_jobs(
     whole = (edges == boxes / view.downsample).all(1) & ~(edges % (tile_w, tile_h, tile_w, tile_h)).any(1)
     whole &= (edges[:, 2:] - edges[:, :2] == patch_px).all(1) & (edges >= 0).all(1) & (uses.max(initial=0) == 1)
     shared = SharedTiles(reader, view, uses)
+    most = BLOCK_PIXELS // threads
+    large = (size_l0 / view.downsample) ** 2 > most
 
     def patch(box: tuple[float, ...], around: tuple[int, int, int, int], as_stored: bool) -> tuple[Result, str]:
         if as_stored:
@@ -123,8 +127,11 @@ def _stored_jobs(
             problems.append(problem)
             return pixels
 
-        block = slide.block(view, around, read)
-        return work(slide.cut(view, around, block, box, patch_px, patch_px)), "".join(problems)
+        if large:
+            pixels = slide.area(view, box, patch_px, patch_px, read, most)
+        else:
+            pixels = slide.cut(view, around, slide.block(view, around, read), box, patch_px, patch_px)
+        return work(pixels), next(filter(None, problems), "")
 
     step = int(np.clip(JOB_BYTES // (3 * patch_px**2), 1, JOB_PATCHES))
     for start in range(0, len(coords_l0), step):
@@ -139,19 +146,27 @@ def _strip_jobs(
     boxes = np.concatenate([coords_l0, coords_l0 + size_l0], axis=1).astype(np.float64)
     view = slide.view(size_l0 / patch_px, boxes)
     slide.reader.expect_strips()
-    widest_l0 = max(size_l0, BLOCK_PIXELS / threads / (size_l0 / view.downsample) ** 2 * size_l0)
+    most = BLOCK_PIXELS // threads
+    widest_l0 = max(size_l0, most / (size_l0 / view.downsample) ** 2 * size_l0)
+    large = (size_l0 / view.downsample) ** 2 > most
     lock = Lock()
+
+    def cut(part: np.ndarray) -> list[np.ndarray]:
+        if large:
+            return [slide.area(view, tuple(box), patch_px, patch_px, most=most) for box in part.tolist()]
+        ((left, top, right, bottom),) = cover(view, np.array([[*part[0, :2], *part[-1, 2:]]])).tolist()
+        edges = (left, top, right, bottom)
+        block = slide.block(view, edges)
+        return [slide.cut(view, edges, block, tuple(box), patch_px, patch_px) for box in part.tolist()]
 
     def strip(part: np.ndarray) -> list[tuple[Result, str]]:
         reader = slide.reader
-        ((left, top, right, bottom),) = cover(view, np.array([[*part[0, :2], *part[-1, 2:]]])).tolist()
-        edges = (left, top, right, bottom)
         try:
-            block = slide.block(view, edges)
+            patches = cut(part)
         except UserError:
             with lock:
                 return [_alone(slide, view, box, patch_px, work, reader) for box in part]
-        return [(work(slide.cut(view, edges, block, tuple(box), patch_px, patch_px)), "") for box in part.tolist()]
+        return [(work(patch), "") for patch in patches]
 
     for start, stop in _runs(coords_l0, size_l0, min(widest_l0, 64 * size_l0)):
         yield lambda part=boxes[start:stop]: strip(part)  # type: ignore[misc]
@@ -163,14 +178,13 @@ def _alone(
     """One patch by itself, with a reader that has not failed yet."""
     if slide.reader is failed:
         slide.reopen()
-    (edges,) = cover(view, box[None]).tolist()
     try:
-        block = slide.block(view, edges)
+        patch = slide.area(view, tuple(box.tolist()), patch_px, patch_px)
     except UserError as error:
         slide.reopen()
         problem = str(error).removeprefix(f"{slide.info.path}: ").removesuffix(": is the file whole?")
         return work(np.zeros((patch_px, patch_px, 3), np.uint8)), problem
-    return work(slide.cut(view, edges, block, tuple(box.tolist()), patch_px, patch_px)), ""
+    return work(patch), ""
 
 
 def in_order(jobs: Iterable[Job], threads: int) -> Iterator[tuple[Result, str]]:

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from annotations.errors import UserError
+from tiling.direct import DirectReader
+from tiling.levels import is_average, scale_is_average
 from tiling.mpp import Mpp, mpp_of
 from tiling.readers import Reader, open_reader
 from tiling.resample import area_resize
@@ -20,6 +22,8 @@ PIXELS_TO_SHARE = 3
 MOST_FAILURES = 500  # of an overview that cannot be read in one piece
 SMALLEST_PART_L0 = 128  # level-0 pixels: about a stored tile, or half of one
 BLOCK_PIXELS = 8_000_000  # level pixels read in one piece (24 MB of RGB, 96 MB while they are averaged)
+
+Read = Callable[[int, int, int, int], np.ndarray]  # x, y, w, h inside a view -> uint8 (h, w, 3)
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ class Slide:
         self.undecoded = 0.0
         self.left_out: set[int] = set()  # levels that would have done, were they averages of level 0
         self._chosen: dict[float, int] = {}
+        self._scales: dict[tuple[int, int], bool] = {}
         self._any_level = resample == "pyramid"
 
     @classmethod
@@ -103,8 +108,6 @@ class Slide:
 
     def true_level(self, downsample: float) -> int:
         """The coarsest fine enough level that looks like an average of level 0 (see tiling.levels)."""
-        from tiling.levels import is_average
-
         level = self.best_level(downsample)
         if self._any_level or level == 0:
             return level
@@ -117,6 +120,14 @@ class Slide:
                     break
                 self.left_out.add(each)
         return self._chosen[key]
+
+    def true_scale(self, level: int, scale: int) -> bool:
+        """Whether the decoder's 1 / scale of a level looks like an average of all its pixels (see tiling.levels)."""
+        if scale == 1 or self._any_level or not isinstance(self.reader, DirectReader):
+            return True
+        if (level, scale) not in self._scales:
+            self._scales[level, scale] = scale_is_average(self.reader, level, scale)
+        return self._scales[level, scale]
 
     def view(self, downsample: float, boxes_l0: np.ndarray) -> View:
         """What to decode for `downsample` level-0 pixels per wanted pixel: `true_level`, scaled as far as is right.
@@ -135,7 +146,7 @@ class Slide:
             whole = rest >= 1 and rest.is_integer() and not (boxes_l0 % (own * scale)).any()
             return scale == 1 or whole or rest >= PIXELS_TO_SHARE
 
-        scale = max(each for each in self.reader.scales if right(each))
+        scale = next(each for each in sorted(self.reader.scales, reverse=True) if right(each) and self.true_scale(level, each))
         width, height = self.info.level_dimensions[level]
         return View(level, scale, own * scale, -(-width // scale), -(-height // scale))
 
@@ -147,14 +158,24 @@ class Slide:
         """
         whole = np.array([[x_l0, y_l0, x_l0 + w_l0, y_l0 + h_l0]], np.float64)
         view = self.view(min(w_l0 / out_w, h_l0 / out_h), whole)
-        rows = max(1, int(BLOCK_PIXELS / max(1.0, w_l0 / view.downsample) / (h_l0 / view.downsample / out_h)))
+        return self.area(view, (x_l0, y_l0, x_l0 + w_l0, y_l0 + h_l0), out_w, out_h)
+
+    def area(
+        self, view: View, box_l0: tuple[float, ...], out_w: int, out_h: int, read: Read | None = None, most: int = BLOCK_PIXELS
+    ) -> np.ndarray:
+        """A level-0 box of a view, area-averaged, however large it is: uint8 (out_h, out_w, 3).
+
+        read: as in `block`. most: pixels of the view that are decoded in one piece (at least one row of the output).
+        """
+        x0, y0, x1, y1 = box_l0
+        step = (y1 - y0) / out_h
+        rows = max(1, int(most / max(1.0, (x1 - x0) / view.downsample) / (step / view.downsample)))
         bands = []
         for top in range(0, out_h, rows):
             count = min(rows, out_h - top)
-            step = h_l0 / out_h
-            box = (x_l0, y_l0 + top * step, x_l0 + w_l0, y_l0 + (top + count) * step)
+            box = (x0, y0 + top * step, x1, y0 + (top + count) * step)
             (edges,) = cover(view, np.array([box])).tolist()
-            bands.append(self.cut(view, edges, self.block(view, edges), box, out_w, count))
+            bands.append(self.cut(view, edges, self.block(view, edges, read), box, out_w, count))
         return bands[0] if len(bands) == 1 else np.concatenate(bands)
 
     def read_tiles(self, coords_l0: np.ndarray, size_l0: float, patch_px: int) -> Iterator[np.ndarray]:
@@ -193,7 +214,7 @@ class Slide:
         self.undecoded = salvage.lost / (out_w * out_h)
         return salvage.out
 
-    def block(self, view: View, edges: tuple[int, int, int, int], read: Callable[..., np.ndarray] | None = None) -> np.ndarray:
+    def block(self, view: View, edges: tuple[int, int, int, int], read: Read | None = None) -> np.ndarray:
         """uint8 (bottom - top, right - left, 3): pixels of a view, background where they lie beyond it.
 
         edges: left, top, right, bottom in pixels of the view. read: called with x, y, w, h inside the view, in place of the

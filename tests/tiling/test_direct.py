@@ -361,6 +361,7 @@ def test_threads_change_nothing_and_no_stored_tile_is_decoded_twice(
         return stored(self, level, scale, row, column)
 
     with Slide.open(path) as slide:
+        assert slide.true_scale(0, 2)  # looks at stored tiles of its own, once a slide
         monkeypatch.setattr(DirectReader, "stored", counted)
         one = [tile for tile, _ in map_patches(slide, coords, 194.0, 97, lambda tile: tile)]
         assert len(decoded) == 20
@@ -411,7 +412,7 @@ def test_a_job_holds_few_patches_where_they_are_large(
         assert isinstance(slide.reader, DirectReader)
         for room, most in ((3 * 97**2 * 100, patches.JOB_PATCHES), (3 * 97**2 * 2, 2), (1, 1)):
             monkeypatch.setattr(patches, "JOB_BYTES", room)
-            sizes = [len(job()) for job in patches._stored_jobs(slide, slide.reader, coords, 97.0, 97, len)]
+            sizes = [len(job()) for job in patches._stored_jobs(slide, slide.reader, coords, 97.0, 97, len, 1)]
             assert sum(sizes) == len(coords)
             assert max(sizes) == most
 
