@@ -21,6 +21,7 @@ import numpy as np
 
 from tiling.codec import decode_jpeg
 from tiling.stack import Head, head_of
+from tiling.tiffpage import Empty, tiff_pages
 
 SCALES = (1, 2, 4, 8)
 VENDORS = ("aperio", "generic-tiff", "")  # stored tiles lie edge to edge; others overlap, turn or hide some
@@ -154,6 +155,12 @@ class DirectReader:
                     continue
                 target[...] = self.background if tile is None else tile[a - top : b - top, c - left : d - left]
         return out, problem
+
+    def empty(self, level: int) -> Empty | None:
+        """What of a level was not scanned; None where everything is stored."""
+        page = self.pages[level]
+        missing = page.counts == 0
+        return Empty(page.tile_w, page.tile_h, missing) if missing.any() else None
 
     def in_one(self, level: int, scale: int, top: int, left: int, bottom: int, right: int) -> np.ndarray | None:
         """Rows and columns of stored JPEG tiles, decoded in one call at 1 / scale: uint8 (h, w, 3).
@@ -317,24 +324,6 @@ def _body(stream: bytes) -> bytes:
     while at + 4 <= len(stream) and stream[at] == 0xFF and stream[at + 1] in (APP0, APP14):
         at += 2 + int.from_bytes(stream[at + 2 : at + 4], "big")
     return stream[at:]
-
-
-@lru_cache(maxsize=1)  # for whoever asks next about the same file: lists of a million offsets are not kept for others
-def tiff_pages(path: Path, size: int, mtime_ns: int) -> tuple[Any, ...]:
-    """The pages of a TIFF with those beneath them, as tifffile parses them. Raises its errors where it is no TIFF."""
-    import tifffile
-
-    found: list[Any] = []
-    seen: set[int] = set()
-    with tifffile.TiffFile(path) as file:
-        for page in file.pages:
-            if page.offset in seen:
-                raise ValueError("its directories form a loop")
-            seen.add(page.offset)
-            if isinstance(page, tifffile.TiffPage | tifffile.TiffFrame):
-                whole = page.aspage()
-                found += [whole, *([sub.aspage() for sub in whole.pages] if whole.subifds and whole.pages else [])]
-    return tuple(found)
 
 
 @lru_cache(maxsize=8)

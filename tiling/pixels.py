@@ -12,6 +12,7 @@ from tiling import codec
 from tiling.direct import DirectReader
 from tiling.grid import GridPlan
 from tiling.patches import JOB_PATCHES, in_order, map_patches
+from tiling.readers import empty_of
 from tiling.slide import Slide, cover
 
 MOST_BAD = 0.5  # share of the tiles; a slide with more of them that cannot be decoded fails
@@ -78,17 +79,15 @@ def stored_level(slide: Slide, plan: GridPlan) -> int | None:
 
 def unscanned(slide: Slide, plan: GridPlan) -> int:
     """How many tiles reach into stored tiles that the file leaves empty: the background colour is there."""
-    reader = slide.reader
-    if not isinstance(reader, DirectReader) or not len(plan.coords):
+    if not len(plan.coords):
         return 0
     boxes = np.concatenate([plan.coords, plan.coords + plan.size_l0], axis=1)
     view = slide.view(plan.size_l0 / plan.patch_px, boxes)
-    page = reader.pages[view.level]
-    if page.counts.all():
+    found = empty_of(slide.reader, slide.info.path, view.level)
+    if found is None:
         return 0
-    empty = np.zeros((page.counts.shape[0] + 1, page.counts.shape[1] + 1), np.int64)
-    empty[1:, 1:] = (page.counts == 0).cumsum(axis=0).cumsum(axis=1)
-    tile = np.array([page.tile_w, page.tile_h, page.tile_w, page.tile_h]) // view.scale
+    empty = np.pad(found.missing.astype(np.int64).cumsum(axis=0).cumsum(axis=1), ((1, 0), (1, 0)))
+    tile = np.array([found.tile_w, found.tile_h, found.tile_w, found.tile_h]) // view.scale
     edges = cover(view, boxes)
     edges[:, 2:] = np.minimum(edges[:, 2:], (view.width, view.height))
     left, top, right, bottom = ((edges - (0, 0, 1, 1)) // tile + (0, 0, 1, 1)).T

@@ -5,6 +5,7 @@ Which of them reads a file is tried out in that order (`open_reader`), or forced
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from functools import lru_cache
@@ -14,6 +15,18 @@ from typing import Any, Protocol
 import numpy as np
 
 from annotations.errors import UserError
+from tiling.tiffpage import (
+    UNSPECIFIED,
+    Empty,
+    LoopedTiffError,
+    colours_of,
+    empty_tiles,
+    extras_of,
+    first_stored,
+    pages_of,
+    says_rgb,
+    size_of,
+)  # fmt: skip
 from tiling.urls import shown, url_of
 
 CACHE_BYTES = 192 << 20  # decoded tiles OpenSlide keeps: some tile rows of a wide slide, so that none is decoded twice
@@ -21,6 +34,12 @@ PROBES = (0.5, 0.0, 0.3, 0.8)  # of a slide's width and height
 MAX_IMAGE_PIXELS = 1_000_000_000
 DEPTHS_READ = "8 and 16 bits unsigned are read, so convert it to 8 bits"
 JPEG, J2K_YCBCR = 7, 33003  # TIFF compressions whose colours tifffile turns into RGB, and does not
+GREY = ("MINISBLACK", "MINISWHITE")
+PHOTOMETRIC, ORIENTATION, MINISWHITE = 262, 274, 0  # TIFF tags, and a value of the first
+TURNED_BACK = {  # Pillow's names of what undoes its turning of a TIFF with such an orientation
+    2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_90", 7: "TRANSVERSE",
+    8: "ROTATE_270",
+}  # fmt: skip
 
 
 class Reader(Protocol):
@@ -64,6 +83,9 @@ class OpenSlideReader:
         self.note = hidden_channels(path) if self.tags_only else ""
         self.level_dimensions: tuple[tuple[int, int], ...] = tuple(self._slide.level_dimensions)
         self.level_downsamples: tuple[float, ...] = tuple(float(value) for value in self._slide.level_downsamples)
+        if mistake := _mistake(path, self.level_dimensions):
+            self._slide.close()
+            raise ValueError(mistake)
         colour = self.properties.get("openslide.background-color", "FFFFFF")
         self.background = np.array([int(colour[i : i + 2], 16) for i in (0, 2, 4)], dtype=np.uint8)
 
@@ -115,28 +137,45 @@ class TiffSlideReader:
             )
             self.properties: Mapping[str, Any] = {str(key): value for key, value in self._slide.properties.items()}
             series = _series_of(self._slide)
-        is_three_channels = series.axes == "CYX" and series.shape[0] == 3  # shown as red, green and blue
+            self.level_dimensions: tuple[tuple[int, int], ...] = tuple(
+                (int(w), int(h)) for w, h in self._slide.level_dimensions
+            )
+            pages = [level[0] for level in series.levels]
+            self._empty = {
+                size: empty_tiles(page)
+                for page in pages
+                if page is not None and (size := size_of(page)) in self.level_dimensions
+            }
+        channels = {axis: size for axis, size in zip(series.axes, series.shape, strict=True) if axis in "CS"}
+        is_three_channels = series.axes in ("CYX", "YXS") and 3 in channels.values()  # shown as red, green and blue
         self.note = "" if is_three_channels else _not_shown(series)
+        self._channels = slice(3 if colours_of(series.keyframe) == "RGB" else None)
         self.vendor = str(self.properties.get("tiffslide.vendor") or "")
         self.tags_only = self.vendor in ("", "generic-tiff")
-        self.level_dimensions: tuple[tuple[int, int], ...] = tuple((int(w), int(h)) for w, h in self._slide.level_dimensions)
         self.level_downsamples: tuple[float, ...] = tuple(float(value) for value in self._slide.level_downsamples)
 
     def expect_strips(self) -> None:
         """Nothing to prepare."""
 
     def read(self, level: int, x: int, y: int, w: int, h: int, scale: int = 1) -> np.ndarray:
-        """uint8 (h, w, 3)"""
+        """uint8 (h, w, 3); what was not scanned is white, as is what lies beyond the slide."""
         downsample = self.level_downsamples[level]
-        at = (round(x * downsample), round(y * downsample))
-        return as_rgb(np.asarray(self._slide.read_region(at, level, (w, h), as_array=True)))
+        at = (math.ceil(x * downsample), math.ceil(y * downsample))  # tiffslide rounds down to pixels of the level
+        pixels = as_rgb(np.asarray(self._slide.read_region(at, level, (w, h), as_array=True))[..., self._channels])
+        if empty := self.empty(level):
+            empty.paint(pixels, x, y)
+        return pixels
+
+    def empty(self, level: int) -> Empty | None:
+        """What of a level was not scanned; None where nothing is known to be missing."""
+        return self._empty.get(self.level_dimensions[level])
 
     def close(self) -> None:
         self._slide.close()
 
 
 class ImageReader:
-    """A PNG, JPEG or TIFF held in memory as one level."""
+    """A PNG, JPEG or TIFF held in memory as one level, as it is stored: an orientation it may state is left to viewers."""
 
     name = "image"
     scales: tuple[int, ...] = (1,)
@@ -153,7 +192,14 @@ class ImageReader:
             if resolution:
                 x, y = resolution
                 self.properties = {"tiff.ResolutionUnit": "inch", "tiff.XResolution": x, "tiff.YResolution": y}
-            self._rgb = as_rgb(np.asarray(_flattened(image)))
+            tags = getattr(image, "tag_v2", {}) if image.format == "TIFF" else {}
+            turn_back, photometric = TURNED_BACK.get(tags.get(ORIENTATION, 1)), tags.get(PHOTOMETRIC)
+            flat = _flattened(image)
+            if turn_back:
+                image.load()  # turns it and forgets the tag
+                flat = flat.transpose(Image.Transpose[turn_back])
+            pixels = np.asarray(flat)
+            self._rgb = as_rgb(65535 - pixels if photometric == MINISWHITE and pixels.dtype.itemsize == 2 else pixels)
         self.tags_only = True  # of the dpi an image editor may have written
         self.note = hidden_channels(path)
         self.level_dimensions: tuple[tuple[int, int], ...] = ((self._rgb.shape[1], self._rgb.shape[0]),)
@@ -179,6 +225,8 @@ def _flattened(image: Any) -> Any:
         raise ValueError(f"its pixels are {held}: {DEPTHS_READ}")
     if image.mode in ("I;16", "I;16B", "I;16L", "L", "RGB"):
         return image
+    if image.mode == "La":
+        image = image.convert("LA")
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -216,8 +264,33 @@ def _not_shown(series: Any) -> str:
     """As `hidden_channels`, of a series of tifffile's."""
     sizes = dict(zip(series.axes, series.shape, strict=True))
     samples = sizes.pop("S", 1)
-    count = int(np.prod([size for axis, size in sizes.items() if axis not in "YX"])) * (1 if samples in (1, 3, 4) else samples)
+    planes = int(np.prod([size for axis, size in sizes.items() if axis not in "YX"]))
+    shown = samples - extras_of(series.keyframe).count(UNSPECIFIED)
+    if planes == 1 and 1 < shown < samples:
+        return f"shows the first {shown} of its {samples} channels only"
+    count = planes * (1 if shown == samples else samples)
     return f"shows the first of its {count} channels or planes only" if count > 1 else ""
+
+
+def _mistake(path: Path, sizes: tuple[tuple[int, int], ...]) -> str:
+    """What OpenSlide (libtiff in it) would show wrongly of a TIFF's tiled pages of these sizes; empty where nothing."""
+    for page in (page for page in pages_of(path) if page.is_tiled and size_of(page) in sizes):
+        colours, samples, extras = colours_of(page), page.samplesperpixel, extras_of(page)
+        is_apart = samples > 1 and int(page.planarconfig) != 1
+        bits = page.bitspersample * samples
+        if colours in GREY and bits > 8 and not is_apart and page.imagewidth % page.tilewidth:
+            return f"it would mix up the last column of tiles, as of all grey in pixels of {bits} bits"
+        if samples > 3 and extras[:1] == (UNSPECIFIED,) and (colours == "RGB" or (colours in GREY and is_apart)):
+            return f"it would take one of {samples} channels for transparency, though the file says nothing of it"
+    return ""
+
+
+def empty_of(reader: Any, path: Path, level: int) -> Empty | None:
+    """What of a level was not scanned, by its readers or by the pages of a plain TIFF; None where nothing is missing."""
+    if isinstance(reader, OpenSlideReader):
+        fitting = [page for page in pages_of(path) if size_of(page) == reader.level_dimensions[level]]
+        return empty_tiles(fitting[0]) if fitting and reader.tags_only else None
+    return reader.empty(level) if hasattr(reader, "empty") else None
 
 
 def _series_of(slide: Any) -> Any:
@@ -231,13 +304,26 @@ def _opened_tiff(where: str) -> Any:
 
     slide = tiffslide.TiffSlide(where)
     page = _series_of(slide).levels[0].keyframe
-    colours = getattr(page.photometric, "name", page.photometric)
-    is_plain = colours in ("MINISBLACK", "RGB") and page.samplesperpixel in (1, 3) and page.compression != J2K_YCBCR
-    if is_plain or (colours == "YCBCR" and page.compression == JPEG):
-        return slide
-    slide.close()
+    try:
+        _check_colours(page)
+    except ValueError:
+        slide.close()
+        raise
+    return slide
+
+
+def _check_colours(page: Any) -> None:
+    """Raises ValueError for a page whose samples tifffile does not turn into grey or RGB."""
+    colours, samples, is_jpeg = colours_of(page), page.samplesperpixel, page.compression == JPEG
     compression = getattr(page.compression, "name", page.compression)
-    raise ValueError(f"its colours are {colours} in {page.samplesperpixel} samples ({compression}), which it does not convert")
+    no_colours = set(extras_of(page)) == {UNSPECIFIED} and not is_jpeg
+    is_plain = colours in ("MINISBLACK", "RGB") and (samples in (1, 3) or no_colours) and page.compression != J2K_YCBCR
+    if not is_plain and (colours, is_jpeg) != ("YCBCR", True):
+        raise ValueError(f"its colours are {colours} in {samples} samples ({compression}), which it does not convert")
+    if page.bitspersample in range(2, 8):
+        raise ValueError(f"its pixels are of {page.bitspersample} bits: {DEPTHS_READ}")
+    if is_jpeg and ((colours == "RGB" and page.is_jfif) or (colours == "YCBCR" and says_rgb(first_stored(page)))):
+        raise ValueError(f"its colours are {colours}, which markers in its JPEG tiles contradict, and it would believe those")
 
 
 def _probed(opened: Callable[[], Any], read: Callable[[Any, tuple[int, int]], Any]) -> Any:
@@ -271,6 +357,10 @@ def open_reader(path: Path, wanted: str = "auto") -> tuple[Reader, str]:
         raise UserError(f"--reader {wanted}: choose among auto, {', '.join(ORDER)}")
     names = ("tiffslide",) if url_of(path) and wanted == "auto" else ORDER if wanted == "auto" else (wanted,)
     said: list[str] = []
+    try:
+        pages_of(path)
+    except LoopedTiffError as error:
+        raise UserError(f"{shown(path)}: not a readable slide: {error}: copy it again or convert it to a tiled TIFF") from None
     for name in names:
         try:
             reader = _class_of(name)(path)

@@ -1,0 +1,131 @@
+"""The pages of a TIFF: how they are chained, which of their tiles hold nothing, and the colours that JPEG markers tell of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+HEAD_BYTES = 65536  # of a stored tile, to find its markers in
+APP0, APP14 = 0xE0, 0xEE  # JPEG markers
+SAMPLES = {"MINISBLACK": 1, "MINISWHITE": 1, "PALETTE": 1, "SEPARATED": 4}  # of a colour; elsewhere 3
+UNSPECIFIED = 0  # of what a TIFF may say of its extra samples: neither of the two kinds of transparency
+FRAMES = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+
+
+class LoopedTiffError(ValueError):
+    """The chain of a TIFF's pages has no end."""
+
+
+@lru_cache(maxsize=1)  # for whoever asks next about the same file: lists of a million offsets are not kept for others
+def tiff_pages(path: Path, size: int, mtime_ns: int) -> tuple[Any, ...]:
+    """The pages of a TIFF with those beneath them, as tifffile parses them. Raises its errors where it is no TIFF.
+
+    Raises LoopedTiffError where a page is followed by an earlier one: every other library would read on for ever.
+    """
+    import tifffile
+
+    found: list[Any] = []
+    seen: set[int] = set()
+    with tifffile.TiffFile(path) as file:
+        for page in file.pages:
+            if page.offset in seen:
+                raise LoopedTiffError("its directories form a loop")
+            seen.add(page.offset)
+            if isinstance(page, tifffile.TiffPage | tifffile.TiffFrame):
+                whole = page.aspage()
+                found += [whole, *([sub.aspage() for sub in whole.pages] if whole.subifds and whole.pages else [])]
+    return tuple(found)
+
+
+def pages_of(path: Path) -> tuple[Any, ...]:
+    """The pages of a file, none where it is no TIFF that tifffile parses. Raises LoopedTiffError."""
+    try:
+        stat = path.stat()
+        return tiff_pages(path, stat.st_size, stat.st_mtime_ns)
+    except LoopedTiffError:
+        raise
+    except Exception:
+        return ()
+
+
+def colours_of(page: Any) -> str:
+    """What a page of tifffile's says its samples are: "RGB", "MINISBLACK" and so on."""
+    return str(getattr(page.photometric, "name", page.photometric))
+
+
+def extras_of(page: Any) -> tuple[int, ...]:
+    """The kinds of a page's samples beyond those of its colours; what it does not tell is unspecified."""
+    count = max(0, page.samplesperpixel - SAMPLES.get(colours_of(page), 3))
+    told = tuple(int(kind) for kind in page.extrasamples)[:count]
+    return told + (UNSPECIFIED,) * (count - len(told))
+
+
+def size_of(page: Any) -> tuple[int, int]:
+    """Width and height of a page of tifffile's, or of a frame that shares another's tags."""
+    return page.keyframe.imagewidth, page.keyframe.imagelength
+
+
+@dataclass(frozen=True)
+class Empty:
+    """Which stored tiles of a level hold nothing: bool (rows, columns). tile_w, tile_h: of one, in pixels of the level."""
+
+    tile_w: int
+    tile_h: int
+    missing: np.ndarray
+
+    def paint(self, pixels: np.ndarray, x: int, y: int) -> None:
+        """Make white what is missing, in place. pixels: uint8 (h, w, 3) of the level, read at x, y."""
+        height, width = pixels.shape[:2]
+        top, left = y // self.tile_h, x // self.tile_w
+        part = self.missing[top : (y + height - 1) // self.tile_h + 1, left : (x + width - 1) // self.tile_w + 1]
+        for row, column in np.argwhere(part).tolist():
+            a, b = (top + row) * self.tile_h - y, (left + column) * self.tile_w - x
+            pixels[max(a, 0) : a + self.tile_h, max(b, 0) : b + self.tile_w] = 255
+
+
+def empty_tiles(page: Any) -> Empty | None:
+    """The empty tiles or strips of a page of tifffile's, None where there are none; of its first plane, where they are apart.
+
+    Those that a file does not list count as empty: some leave out the last ones.
+    """
+    head = page.keyframe
+    width, height = head.imagewidth, head.imagelength
+    tile_w = head.tilewidth if head.is_tiled else width
+    tile_h = head.tilelength if head.is_tiled else min(head.rowsperstrip, height)
+    rows, columns = -(-height // tile_h), -(-width // tile_w)
+    stored = np.zeros((2, rows * columns), bool)
+    for i, values in enumerate((page.dataoffsets, page.databytecounts)):
+        listed = np.asarray(values[: rows * columns], np.int64)
+        stored[i, : len(listed)] = listed > 0
+    missing = ~stored.all(axis=0)
+    return Empty(tile_w, tile_h, missing.reshape(rows, columns)) if missing.any() else None
+
+
+def first_stored(page: Any) -> bytes:
+    """How the first stored tile or strip begins that is not empty."""
+    file = page.parent.filehandle
+    for offset, count in zip(page.dataoffsets, page.databytecounts, strict=False):
+        if offset and count:
+            file.seek(offset)
+            return bytes(file.read(min(count, HEAD_BYTES)))
+    return b""
+
+
+def says_rgb(stream: bytes) -> bool:
+    """Whether libjpeg takes a stream of three components for RGB: by its JFIF marker, by Adobe's, by their names."""
+    at, adobe = 2, None
+    while at + 4 <= len(stream):
+        marker, size = stream[at + 1], int.from_bytes(stream[at + 2 : at + 4], "big")
+        body = stream[at + 4 : at + 2 + size]
+        if marker == APP0 and body.startswith(b"JFIF\0"):
+            return False
+        if marker == APP14 and body.startswith(b"Adobe") and len(body) > 11:
+            adobe = body[11]
+        if marker in FRAMES:
+            return body[6::3] == b"RGB" if adobe is None else adobe == 0
+        at += 2 + size
+    return False
