@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import glob
+import hashlib
+import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from annotations.errors import UserError
 from tiling.dicom import one_per_series
-from tiling.manifest import SlideItem, id_of, patient_of
-from tiling.urls import file_name, path_of, place, shown, url_of, urls_under
+from tiling.manifest import SlideItem, id_of, patient_of, safe_id
+from tiling.urls import file_name, path_of, place, printable, shown, url_of, urls_under
 
 SLIDE_EXTENSIONS = frozenset(
     [".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide", ".dcm", ".qptiff", ".btf"]
@@ -19,18 +21,20 @@ SLIDE_EXTENSIONS = frozenset(
 IMAGE_EXTENSIONS = frozenset([".png", ".jpg", ".jpeg", ".bmp"])  # slides only where they are named
 
 
-def find_slides(inputs: Iterable[Path | str]) -> list[SlideItem]:
+def find_slides(inputs: Iterable[Path | str], known: Mapping[str, str] | None = None) -> list[SlideItem]:
     """Slides among files, folders (searched recursively by extension), globs and URLs, each once, in order of their paths.
 
     Of a DICOM series of many files one is taken, and a line on stderr says so. Slides of equal stems in different folders
-    get their folder's name in front. Raises UserError for a path that does not exist and for one that holds no slide.
+    get their folder's name in front. known: place of a slide (`tiling.urls.place`) -> the slide_id it has already, and keeps.
+    Raises UserError for a path that does not exist and for one that holds no slide.
     """
     found: dict[str, Path] = {}
+    folders: dict[Path, str] = {}
     for value in inputs:
         path = path_of(value)
         try:
             for each in _expanded(path):
-                found.setdefault(place(each), each)
+                found.setdefault(_real_place(each, folders), each)
         except OSError as error:
             where = error.filename or path
             raise UserError(f"{where}: cannot be looked into: {error.strerror}: ask for the right to read it") from None
@@ -40,7 +44,26 @@ def find_slides(inputs: Iterable[Path | str]) -> list[SlideItem]:
     if more := len(found) - len(slides):
         said = f"{more} of {len(found)} files left out: each belongs to the DICOM series of another and is read with it"
         print(said, file=sys.stderr, flush=True)
-    return _with_unique_ids([SlideItem(path, id_of(path), patient_of(file_name(path))) for path in slides])
+    items = [SlideItem(_in_utf8(path), id_of(path), patient_of(file_name(path))) for path in slides]
+    return _with_unique_ids(items, known or {})
+
+
+def _real_place(path: Path, folders: dict[Path, str]) -> str:
+    """One text for one slide, whichever links lead to its folder. folders: what is known of them, filled in here."""
+    if url := url_of(path):
+        return url
+    if path.parent not in folders:
+        folders[path.parent] = os.path.realpath(path.parent)
+    return os.path.join(folders[path.parent], path.name)
+
+
+def _in_utf8(path: Path) -> Path:
+    """The path, if it is UTF-8. Else, as no manifest and no slide file can hold it, the name of no file, which says why."""
+    whole = place(path)
+    if printable(whole) == whole:
+        return path
+    what = "file" if printable(path.name) != path.name else "folder"
+    return Path(f"{printable(whole)} ({what} name is not UTF-8: rename it)")
 
 
 def _expanded(path: Path) -> list[Path]:
@@ -58,9 +81,7 @@ def _expanded(path: Path) -> list[Path]:
 
 
 def _slides_under(folder: Path) -> list[Path]:
-    known = SLIDE_EXTENSIONS | IMAGE_EXTENSIONS
-    files = sorted(each for each in folder.rglob("*") if each.suffix.lower() in known and each.is_file())
-    files = [each for each in files if not any(part.startswith(".") for part in each.relative_to(folder).parts)]
+    files = sorted(_files_under(folder, SLIDE_EXTENSIONS | IMAGE_EXTENSIONS))
     slides = [each for each in files if each.suffix.lower() in SLIDE_EXTENSIONS]
     if slides:
         return slides
@@ -71,28 +92,74 @@ def _slides_under(folder: Path) -> list[Path]:
     raise UserError(f"{folder}: {said}")
 
 
-def _with_unique_ids(items: list[SlideItem]) -> list[SlideItem]:
-    """Put folder names in front of ids that occur more than once, as many as it takes, or the extension behind."""
-    clashes: dict[str, list[SlideItem]] = {}
+def _files_under(folder: Path, suffixes: frozenset[str]) -> Iterator[Path]:
+    """Files and dead links with these suffixes, in folders below and those that links lead to, each folder once.
+
+    What is hidden is left out. Links are followed last, so that a folder goes by its own name where it has one here.
+    """
+    top = os.path.realpath(folder)
+    seen: set[str] = set()
+    folders, links = [folder], list[Path]()
+    while folders or links:
+        here = folders.pop() if folders else links.pop(0)
+        real = os.path.realpath(here)
+        if real in seen or (seen and Path(top).is_relative_to(real)):  # a link that leads up would bring all in again
+            continue
+        seen.add(real)
+        for entry in _entries(here, needed=here == folder):
+            path = here / entry.name
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(path)
+            elif entry.is_symlink() and path.is_dir():
+                links.append(path)
+            elif path.suffix.lower() in suffixes and (entry.is_symlink() or entry.is_file()):
+                yield path
+
+
+def _entries(folder: Path, *, needed: bool) -> list[os.DirEntry[str]]:
+    """What is in a folder and not hidden, by name. One that may not be looked into is told, and left out unless needed."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted((each for each in entries if not each.name.startswith(".")), key=lambda each: each.name)
+    except PermissionError as error:
+        if needed:
+            raise
+        print(f"{folder}: left out: cannot be looked into: {error.strerror}", file=sys.stderr, flush=True)
+        return []
+
+
+def _with_unique_ids(items: list[SlideItem], known: Mapping[str, str]) -> list[SlideItem]:
+    """Ids that occur once stay; of the others, each slide of a name gets the first of `_told_apart` that nobody has.
+
+    known: place -> an id that stays as it is, and which others make way for.
+    """
+    new_id = {item.path: known[at] for item in items if (at := place(item.path)) in known}
+    taken = set(new_id.values())
+    groups: dict[str, list[SlideItem]] = {}
     for item in items:
-        clashes.setdefault(item.slide_id, []).append(item)
-    new_id = {group[0].path: slide_id for slide_id, group in clashes.items() if len(group) == 1}
-    for group in clashes.values():
-        if len(group) > 1:
-            new_id |= dict(zip((item.path for item in group), _told_apart(group), strict=True))
-    owner: dict[str, Path] = {}
-    for path, slide_id in new_id.items():
-        if slide_id in owner:
-            raise UserError(f"{shown(path)}, {shown(owner[slide_id])}: both would be named {slide_id}: name them in a manifest")
-        owner[slide_id] = path
+        groups.setdefault(item.slide_id, []).append(item)
+    for name, group in sorted(groups.items(), key=lambda each: len(each[1]) > 1):  # those alone first: they have it
+        for ids in _told_apart(group) if len(group) > 1 or name in taken else [[name]]:
+            wanted = {item.path: each for item, each in zip(group, ids, strict=True) if item.path not in new_id}
+            if len(set(wanted.values())) == len(wanted) and taken.isdisjoint(wanted.values()):
+                new_id |= wanted
+                taken.update(wanted.values())
+                break
+        else:
+            where = ", ".join(shown(item.path) for item in group[:2])
+            raise UserError(f"{where}: both would be named {name}: name them in a manifest")
     return [replace(item, slide_id=new_id[item.path]) for item in items]
 
 
-def _told_apart(group: list[SlideItem]) -> list[str]:
+def _told_apart(group: list[SlideItem]) -> Iterator[list[str]]:
+    """Ids for slides of one name: folders in front, as many as it takes; the extension behind; both; a hash of the path."""
     folders = [Path(place(item.path)).parts[1:-1] for item in group]
-    names = [item.slide_id for item in group]
-    for depth in range(1, max(len(parts) for parts in folders) + 1):
-        longer = ["_".join([*parts[-depth:], name]).lstrip(".") for parts, name in zip(folders, names, strict=True)]
-        if len(set(longer)) == len(group):
-            return longer
-    return [f"{name}_{Path(file_name(item.path)).suffix[1:]}" for name, item in zip(names, group, strict=True)]
+    behind = ["_" + Path(file_name(item.path)).suffix[1:] for item in group]
+    depths = range(1, max(len(parts) for parts in folders) + 1)
+    for ends, deep in (([""] * len(group), depths), (behind, (0, *depths))):
+        for depth in deep:
+            parts = [each[max(0, len(each) - depth) :] for each in folders]
+            named = zip(parts, group, ends, strict=True)
+            yield [safe_id("_".join([*front, item.slide_id]) + end) for front, item, end in named]
+    digests = [hashlib.sha256(place(item.path).encode()).hexdigest()[:8] for item in group]
+    yield [safe_id(f"{item.slide_id}_{digest}") for item, digest in zip(group, digests, strict=True)]

@@ -13,6 +13,7 @@ from annotations.errors import UserError
 from tiling.manifest import patient_of
 from tiling.mpp import check_mpp
 from tiling.slide import slide_stem
+from tiling.urls import from_home
 
 IMAGE_EXTENSIONS = frozenset([".png", ".jpg", ".jpeg", ".tif", ".tiff"])
 TIFF_EXTENSIONS = frozenset([".tif", ".tiff"])
@@ -62,7 +63,7 @@ def find_images(images: Path | str | Sequence[Path | str]) -> list[ImageItem]:
     found: dict[Path, str] = {}
     root: dict[Path, str] = {}
     for each in inputs:
-        for path, key in _expanded(each.expanduser()):
+        for path, key in _expanded(from_home(each)):
             if found.setdefault(path, key) is key:
                 root[path] = (each.absolute() if each.is_dir() else path.absolute().parent).name
     if not found:

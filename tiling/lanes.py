@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
@@ -31,7 +31,8 @@ class Lane:
 
     def __init__(self) -> None:
         self.executor = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_settle)
-        self.pid = self.executor.submit(os.getpid)
+        with _interrupts_held():  # a process keeps what its parent holds back: Ctrl-C while it starts is not for it
+            self.pid = self.executor.submit(os.getpid)
         self.index = -1
         self.begun: float | None = None  # None until the process is up
 
@@ -142,6 +143,19 @@ class _Pass:
                     'calls this keeps its work under if __name__ == "__main__"'
                 )
         self.idle.append(Lane())
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Ctrl-C comes when this is over."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _settle() -> None:

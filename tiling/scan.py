@@ -18,7 +18,9 @@ from tiling.find import find_slides
 from tiling.grid import FINEST_SHARE
 from tiling.manifest import SlideItem, path_from, read_manifest
 from tiling.mpp import check_mpp, missing_mpp
+from tiling.rescan import Before, by_hand, manifest_before, tell_kept
 from tiling.slide import Slide
+from tiling.urls import place, printable
 
 COLUMNS = (
     *("slide_id", "path", "patient_id", "width_l0", "height_l0", "levels"),
@@ -38,42 +40,61 @@ def scan_slides(
     """Read the headers of slides (files, folders searched recursively, globs) and write the manifest CSV `out`.
 
     One row per slide: what it is, which reader reads it and why that one, and what is wrong with it. An unreadable or cut
-    off one has readable=false and its outcome is a failure; one that tile will refuse says why under `problem`.
+    off one has readable=false and its outcome is a failure; one that tile will refuse says why under `problem`. What people
+    added to a manifest that is there stays, by the path of the slide: ids, patients, columns, an mpp given by hand.
     mpp: the one meant for tile, which no slide may be coarser than. assume_mpp: for slides that have none. workers None:
     one per CPU where there are many slides. timeout: seconds after which a slide is given up.
-    Raises UserError for a path that does not exist or holds no slide, and where `out` cannot be written.
+    Raises UserError for a path that does not exist or holds no slide, and where `out` cannot be written or is no manifest.
     """
     check_mpp(mpp, "--mpp")
     check_mpp(assume_mpp, "--assume-mpp")
     out = Path(out)
     if os.path.isdir(out):
         raise UserError(f"{out}: is a folder: give the manifest a file name, for instance {out / 'manifest.csv'}")
-    items = find_slides(slides)
+    before = manifest_before(out)
+    items = [before.onto(item) for item in find_slides(slides, before.slide_ids)]
     check_writable(out)
     if workers is None and len(items) < POOL_FROM:
         workers = 1
     work = partial(header_row, mpp=mpp, assume_mpp=assume_mpp)
     outcomes = run_cohort(items, work, title="scan", workers=workers, timeout=timeout)
-    rows = []
-    for item, outcome in zip(items, outcomes, strict=True):
-        row = dict.fromkeys(COLUMNS, "") | {"slide_id": item.slide_id, "path": path_from(out, item.path)}
-        row |= {"patient_id": item.patient_id, "readable": "true" if outcome.ok else "false"}
-        rows.append(row | outcome.info.get("row", {}) | ({} if outcome.ok else {"problem": outcome.message}))
-    with atomic_path(out) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+    tell_kept(out, before, items)
+    with (
+        atomic_path(out) as temporary,
+        temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+    ):
+        writer = csv.DictWriter(file, dict.fromkeys((*COLUMNS, *before.columns)))
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(_row(out, before, item, outcome) for item, outcome in zip(items, outcomes, strict=True))
     return outcomes
+
+
+def _row(out: Path, before: Before, item: SlideItem, outcome: Outcome) -> dict[str, Any]:
+    """The row of a slide: what was there in columns that are not scan's, then what scan found out."""
+    there = before.rows.get(place(item.path), {})
+    row = {name: there.get(name, "") if name not in COLUMNS else "" for name in (*COLUMNS, *before.columns)}
+    row |= {"slide_id": item.slide_id, "path": path_from(out, item.path), "patient_id": item.patient_id}
+    if outcome.ok:
+        return row | {"readable": "true"} | outcome.info.get("row", {})
+    mpp = {name: there.get(name, "") for name in ("mpp", "mpp_source")}
+    return row | mpp | {"readable": "false", "problem": outcome.message}
 
 
 def header_row(item: SlideItem, mpp: float | None = None, assume_mpp: float | None = None) -> dict[str, Any]:
     """What a slide's headers say, as columns of the manifest (under the key `row`), and `will_fail`, 0 or 1."""
+    if item.path.is_symlink() and not item.path.exists():
+        raise UserError(f"{item.path}: is a link to {printable(os.readlink(item.path))}, which leads to no file: mend the link")
     with Slide.open(item.path) as slide:
         info = slide.info
     if cut := cut_off(item.path):
         raise UserError(f"{item.path}: {cut}: copy it again")
-    own = info.mpp if info.mpp is not None else assume_mpp
-    problem, will_fail = "; ".join(note for note in (info.mpp_note, info.note) if note), True
+    given = by_hand(item.mpp, info.mpp)
+    known = item.mpp if given else info.mpp
+    own = known if known is not None else assume_mpp
+    doubt = info.mpp_note
+    if given:
+        doubt = "" if info.mpp is None else f"mpp {item.mpp:g} is the manifest's: the slide itself says {info.mpp:g}"
+    problem, will_fail = "; ".join(note for note in (doubt, info.note) if note), True
     if own is None:
         problem = missing_mpp(info.mpp_found)
     elif mpp is not None and mpp < own * FINEST_SHARE:
@@ -84,19 +105,19 @@ def header_row(item: SlideItem, mpp: float | None = None, assume_mpp: float | No
         "width_l0": info.width_l0,
         "height_l0": info.height_l0,
         "levels": len(info.level_downsamples),
-        "mpp": "" if info.mpp is None else repr(info.mpp),
-        "mpp_source": info.mpp_source,
+        "mpp": "" if known is None else repr(known),
+        "mpp_source": "manifest" if given else info.mpp_source,
         "vendor": info.vendor,
         "reader": info.reader,
         "why": info.reader_why,
         "problem": problem,
     }
-    return {"row": row, "message": problem, "no_mpp": int(info.mpp is None), "will_fail": int(will_fail)}
+    return {"row": row, "message": problem, "no_mpp": int(known is None), "will_fail": int(will_fail)}
 
 
 def cut_off(path: Path) -> str:
     """What of a TIFF's stored pixels lies beyond its end, in words; empty where all is there, or where it is no TIFF."""
-    from tiling.direct import tiff_pages
+    from tiling.tiffpage import tiff_pages
 
     try:
         stat = path.stat()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 
 from annotations.errors import UserError
+from tiling.atomic import atomic_path, sweep_temporaries
 from tiling.overview import Overview, write_outlines
 from tiling.slidefile import SlideFile
 
@@ -17,11 +20,17 @@ Drawing = tuple[np.ndarray, float, tuple[int, int]]  # what write_outlines takes
 def write_tissue(folder: str, slide_file: Path, *, again: bool) -> None:
     """The tissue of a slide file as GeoJSON, where a folder for it was asked for; one that is there stays unless `again`."""
     target = _target(folder, slide_file)
-    if not folder or (target.exists() and not again):
+    if not folder:
+        return
+    _sweep_once(folder)
+    if target.exists() and not again:
         return
     with SlideFile(slide_file) as file:
-        if drawing := _drawing(file):
-            write_outlines(target, *drawing)
+        drawing = _drawing(file)
+    if drawing:
+        outlines = _geojson(drawing)
+        with atomic_path(target) as temporary:
+            temporary.write_bytes(outlines)
 
 
 def clear_tissue(folder: str, slide_file: Path, overview: Overview, bounds_xy: tuple[int, int]) -> None:
@@ -46,6 +55,13 @@ def clear_tissue(folder: str, slide_file: Path, overview: Overview, bounds_xy: t
             "or give another --tissue-out"
         )
     target.unlink()
+
+
+@lru_cache
+def _sweep_once(folder: str) -> None:
+    """Remove what killed runs left in the folder, once a process: a look at all of it for every slide would take long."""
+    with suppress(OSError):
+        sweep_temporaries(Path(folder))
 
 
 def _target(folder: str, slide_file: Path) -> Path:

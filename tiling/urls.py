@@ -32,11 +32,16 @@ def path_of(given: Path | str) -> Path:
     """The path of a file or URL as a user gives it; of file:///folder/a.svs the file on this machine."""
     url = url_of(given)
     if url is None:
-        return Path(given).expanduser()
+        return from_home(given)
     scheme, _, rest = url.partition("://")
     if scheme in LOCAL:
         return Path(unquote(rest) if scheme == "file" else rest)
     return Path(url)
+
+
+def from_home(given: Path | str) -> Path:
+    """A path with `~` or `~user` in front replaced by that home; `~$lock.svs` and other names of nobody stay as they are."""
+    return Path(os.path.expanduser(given))
 
 
 def absolute(path: Path) -> Path:
@@ -52,6 +57,11 @@ def place(path: Path) -> str:
 def shown(path: Path) -> str:
     """A path as the user knows it."""
     return url_of(path) or str(path)
+
+
+def printable(path: Path | str) -> str:
+    """A path as text that any file holds: of a name that is not UTF-8 the odd bytes as \\xe9."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def with_slashes(text: str) -> str:

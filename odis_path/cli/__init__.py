@@ -4,39 +4,25 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from annotations.errors import UserError
-from odis_path import __version__
-from odis_path.cli import evaluate, export, learning, reports, slides
+from odis_path.cli.streams import usable_streams
 
-app = typer.Typer(
-    name="odis-path",
-    help="Pretrain a pathology vision foundation model on your own whole-slide images with ODIS, then use it.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
+if TYPE_CHECKING:
+    from odis_path.cli.commands import app
+
+__all__ = ["app", "main"]
+
+STOPPED = 130  # what shells and typer make of Ctrl-C
 
 
-def _version(value: bool) -> None:
-    if value:
-        typer.echo(f"odis-path {__version__}")
-        raise typer.Exit
+def __getattr__(name: str) -> Any:
+    if name == "app":  # not before it is asked for: Ctrl-C while it is imported is for main to answer
+        from odis_path.cli.commands import app
 
-
-@app.callback()
-def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
-) -> None:
-    """Scan, tile, annotate, pretrain, embed, evaluate, report."""
-
-
-for module in (slides, learning, evaluate, export, reports):
-    module.register(app)
+        return app
+    raise AttributeError(name)
 
 
 def main() -> None:
@@ -44,10 +30,21 @@ def main() -> None:
     # Threads that wait for each other must not spin: on a machine shared with loader workers that costs up to five times.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
+        usable_streams()
+        from odis_path.cli.commands import app
+
         app()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped: what was finished is kept; the same command goes on from there", file=sys.stderr)
-        sys.exit(130)
+        _stopped()
+    except SystemExit as end:
+        if end.code == STOPPED:
+            _stopped()
+        raise
+
+
+def _stopped() -> None:
+    print("stopped: what was finished is kept; the same command goes on from there", file=sys.stderr)
+    sys.exit(STOPPED)

@@ -13,8 +13,20 @@ if TYPE_CHECKING:
 
 STORED = ("jpeg", "copy")  # what --pixels may be followed by
 
+
+def _not_empty(value: str | None) -> str | None:
+    from annotations.errors import UserError
+
+    if value is not None and not value.strip():
+        raise UserError("--scheduler: is empty, as of a variable that is not set: leave it out, or give tcp://host:8786")
+    return value
+
+
 Workers = Annotated[int | None, typer.Option(min=1, help="Processes; one per CPU when left out.", show_default=False)]
-Scheduler = Annotated[str | None, typer.Option(metavar="ADDR", help="Dask scheduler, tcp://host:8786 or its scheduler file.")]
+Scheduler = Annotated[
+    str | None,
+    typer.Option(metavar="ADDR", help="Dask scheduler, tcp://host:8786 or its scheduler file.", callback=_not_empty),
+]
 Timeout = Annotated[float | None, typer.Option(help="Seconds after which a slide is given up.", show_default=False)]
 SlideDir = Annotated[Path, typer.Argument(metavar="DIR", help="Folder that tile or import wrote.", show_default=False)]
 
