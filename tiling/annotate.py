@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -22,6 +23,7 @@ from tiling.claim import changes, claim, same_settings
 from tiling.cohort import Outcome, available_cpus, run_cohort
 from tiling.slidefile import SlideFile, list_slide_files
 from tiling.slidewrite import parameters_hash, replace_groups
+from tiling.urls import from_home
 
 if TYPE_CHECKING:
     from annotations.classmap import ClassMap
@@ -127,8 +129,8 @@ def annotate_cohort(
     processes = 1 if scheduler or stream else max(1, available_cpus() // min(workers or available_cpus(), len(items)))
     work = partial(annotate_slide, settings=settings, append=append, stream=stream, processes=processes)
     folder = Path(folder)
-    how: dict[str, Any] = {"workers": workers, "scheduler": scheduler, "timeout": timeout, "folder": folder}
-    with same_settings(folder, "annotate", {**asdict(settings), "append": append}):
+    how: dict[str, Any] = {"workers": workers, "scheduler": scheduler, "timeout": timeout, "folder": folder, "wrote": _file_of}
+    with same_settings(folder, "annotate", {**asdict(settings), "append": append, "annotations": _in_short(sorted(used))}):
         outcomes = run_cohort(items, work, title="annotate", name=_name, **how)
     for (_, own), outcome in zip(items, outcomes, strict=True):
         if not own and unused:
@@ -239,7 +241,7 @@ def annotation_files(annotations: Path | str | Sequence[Path | str]) -> list[Pat
     inputs = [annotations] if isinstance(annotations, str | Path) else list(annotations)
     found: dict[Path, None] = {}
     for value in inputs:
-        path = Path(value).expanduser()
+        path = from_home(value)
         if path.is_file():
             found[path.absolute()] = None
             continue
@@ -388,6 +390,16 @@ def _outcome(result: dict[str, Any], done: bool = False) -> dict[str, Any]:
     shown = {key: result[key] for key in ("objects", "boxes", "repaired", "outside", "origin")}
     shown["left_out"] = result["skipped"]
     return {**shown, "skipped": done, "message": message(result)}
+
+
+def _in_short(files: Sequence[Path]) -> str:
+    """Annotation files in a few words, which are others where one of them is at another place or was saved again."""
+    digest = hashlib.sha256(repr([(str(path), stamp(path)) for path in files]).encode()).hexdigest()
+    return f"{digest[:12]} ({len(files)} files, the first {files[0].name})"
+
+
+def _file_of(item: Work) -> Path:
+    return item[0]
 
 
 def _name(item: Work) -> str:

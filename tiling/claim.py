@@ -100,6 +100,9 @@ def _joined(lock: Path, text: str) -> int | None:
     while time.monotonic() < end:
         try:
             descriptor = _take(lock, shared=False)
+            if descriptor is not None and _read_only(descriptor):  # a killed run of another user left it
+                _drop(lock, descriptor)
+                descriptor = _take(lock, shared=False)
             if descriptor is None or not _write_down(descriptor, text):
                 return None
             fcntl.flock(descriptor, fcntl.LOCK_SH)
@@ -159,7 +162,7 @@ def _take(lock: Path, *, shared: bool) -> int | None:
     while True:
         try:
             lock.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+            descriptor = _opened(lock)
         except OSError:
             return None  # a folder that cannot be written to: the work itself will say so, if it has to write
         try:
@@ -168,14 +171,30 @@ def _take(lock: Path, *, shared: bool) -> int | None:
             _close(descriptor)
             raise BusyError(lock) from None
         except OSError:
-            _close(descriptor)
             with contextlib.suppress(OSError):
-                lock.unlink()
+                if not _read_only(descriptor):  # else another user's, who may hold it
+                    lock.unlink()
+            _close(descriptor)
             return None
         with contextlib.suppress(OSError):
             if os.path.samestat(os.stat(lock), os.fstat(descriptor)):
                 return descriptor
         _close(descriptor)  # its last holder removed the file meanwhile: take the new one
+
+
+def _opened(lock: Path) -> int:
+    """The lock file, made where there is none. Another user's may be for reading only, which is enough to lock it."""
+    try:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+    except PermissionError:
+        return os.open(lock, os.O_RDONLY)
+    with contextlib.suppress(OSError):
+        os.fchmod(descriptor, 0o666)  # whatever the umask: others who may write here take this lock, too
+    return descriptor
+
+
+def _read_only(descriptor: int) -> bool:
+    return fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
 
 
 def _close(descriptor: int) -> None:

@@ -22,10 +22,11 @@ ANSWER_S = 10.0  # how long a scheduler may take to answer
 WINDOW = 2000  # items the scheduler knows of at a time: more than a cluster has threads, and never a whole large cohort
 
 
-def run_dask(job: Job, scheduler: str) -> None:
-    """Work off `job.todo` on the cluster of a scheduler (its address, or its scheduler file).
+def run_dask(job: Job, scheduler: str, stopped: Callable[[], bool] = lambda: False) -> None:
+    """Work off `job.todo` on the cluster of a scheduler (its address, or its scheduler file), until `stopped`.
 
-    What a worker was at when it died is given to another by the scheduler, a few times. Raises UserError where the
+    What a worker was at when it died is given to another by the scheduler, a few times. What is still with the scheduler when
+    the work is stopped is taken back, and nothing is said of it. Raises UserError where the
     scheduler cannot be reached; where it goes away in mid-run, the items left fail with a line that says so.
     """
     try:
@@ -44,15 +45,16 @@ def run_dask(job: Job, scheduler: str) -> None:
             print(f"--scheduler {scheduler}: no worker has joined it yet: waiting for one", file=sys.stderr, flush=True)
         executor = client.get_executor(pure=False, retries=0)
         try:
-            died = _feed(executor, job, scheduler)
+            died = _feed(executor, job, scheduler, stopped)
             # Items that only waited on workers that others brought down are blamed with them: on its own each is told apart.
             for index in died:
-                alone = _feed(executor, replace(job, todo=deque([index])), scheduler) if len(died) > 1 else [index]
+                one = replace(job, todo=deque([index]))
+                alone = _feed(executor, one, scheduler, stopped) if len(died) > 1 else [index]
                 for _ in alone:
                     job.fail(index, DIED)
         finally:
             if client.status == "running":
-                executor.shutdown(wait=False)
+                executor.shutdown(wait=False)  # takes back what has not come
             else:
                 client.close(timeout=1)  # nobody is there to say goodbye to
 
@@ -71,12 +73,12 @@ def _address_in(scheduler_file: str) -> str:
     return address
 
 
-def _feed(executor: Executor, job: Job, scheduler: str) -> list[int]:
+def _feed(executor: Executor, job: Job, scheduler: str, stopped: Callable[[], bool]) -> list[int]:
     """Submit `job.todo`, a window of it at a time; returns the items whose workers died again and again."""
     running: dict[Future, int] = {}
     died: list[int] = []
     gone = f"--scheduler {scheduler}: the scheduler went away: start it and run the same command again"
-    while job.todo or running:
+    while (job.todo or running) and not stopped():
         while job.todo and len(running) < WINDOW:
             index = job.todo.popleft()
             try:

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from annotations.errors import UserError
 from tiling.claim import is_claimed, sweep
 from tiling.outcome import BUSY, DIED, FULL, STOPS, Job, Outcome, guarded, one_line
+from tiling.sight import Sight, witnessed
 
 __all__ = ["DIED", "Outcome", "available_cpus", "finish", "one_line", "run_cohort"]
 
@@ -45,6 +48,7 @@ def run_cohort(
     name: Callable[[Item], str] = str,
     timeout: float | None = None,
     folder: Path | None = None,
+    wrote: Callable[[Item], Path] | None = None,
 ) -> list[Outcome]:
     """Apply `work` to every item; return one `Outcome` per item, in the order of the items.
 
@@ -52,7 +56,8 @@ def run_cohort(
     With more than one worker, a scheduler or a timeout, `work` and the items must be picklable (a module-level function or
     a `functools.partial` of one). workers None: one per available CPU; with 1, and no timeout, the work is done in this
     process. scheduler: address of a Dask scheduler, or a path to its scheduler file. timeout: seconds after which an item
-    is given up. folder: where `work` writes; what killed runs left there is removed.
+    is given up. folder: where `work` writes; what killed runs left there is removed. wrote: the file in which an item that
+    is done is (picklable): one that a cluster's worker says it wrote, but this machine does not see, is a failure.
     Raises UserError where the scheduler cannot be reached, for a timeout that cannot be, and where worker processes
     cannot start.
     """
@@ -64,15 +69,20 @@ def run_cohort(
     locked: dict[int, Path] = {}
     full: list[int] = []
     todo: deque[int] = deque(range(len(work_list)))
+    stop = threading.Event()
+    if scheduler and wrote is not None:
+        work = partial(witnessed, work=work, wrote=wrote)
+    sight = Sight()
 
     def done(index: int, outcome: Outcome) -> None:
         if BUSY in outcome.info:
             locked[index] = Path(outcome.info[BUSY])
             return
-        outcomes[index] = outcome
+        outcomes[index] = outcome = sight.judged(outcome)
         progress.advance(outcome)
         full.extend([index] * outcome.info.pop(FULL, False))
         if outcome.info.pop(STOPS, False) or len(full) >= MOST_FULL:
+            stop.set()
             todo.clear()  # whatever comes next would fail as well
             locked.clear()
 
@@ -80,18 +90,18 @@ def run_cohort(
         _swept(folder)
         job = Job(work_list, names, work, todo, done, timeout)
         while todo:
-            _run(job, workers, scheduler)
+            _run(job, workers, scheduler, stop.is_set)
             todo.extend(_freed(locked, title))
         _swept(folder)
     return [each or Outcome(names[i], ok=False, message=NOT_TRIED) for i, each in enumerate(outcomes)]
 
 
-def _run(job: Job, workers: int | None, scheduler: str | None) -> None:
+def _run(job: Job, workers: int | None, scheduler: str | None, stopped: Callable[[], bool]) -> None:
     wanted = min(available_cpus() if workers is None else max(1, workers), len(job.todo))
     if scheduler:
         from tiling.cluster import run_dask
 
-        run_dask(job, scheduler)
+        run_dask(job, scheduler, stopped)
     elif wanted > 1 or job.timeout is not None:
         from tiling.lanes import run_lanes
 
@@ -128,6 +138,7 @@ class _Progress:
     def __init__(self, title: str, total: int) -> None:
         self.title, self.total = title, total
         self.count = self.failed = 0
+        self.worked, self.worked_s, self.seconds = 0, 0.0, 0.0  # items that were not skipped, and their time; that of all
         self.last_failed = ""
         self.bar: Any = None
         self.task: Any = None
@@ -153,6 +164,10 @@ class _Progress:
     def advance(self, outcome: Outcome) -> None:
         self.count += 1
         self.failed += not outcome.ok
+        self.seconds += outcome.seconds
+        if not outcome.skipped:
+            self.worked += 1
+            self.worked_s += outcome.seconds
         if not outcome.ok:
             self.last_failed = outcome.item
         remark = f"{self.failed} failed (last: {self.last_failed})" if self.failed else ""
@@ -160,8 +175,15 @@ class _Progress:
             self.bar.update(self.task, advance=1, remark=remark)
         elif time.monotonic() - self.last_line > PLAIN_LINE_EVERY_S:
             self.last_line = time.monotonic()
-            left = (self.last_line - self.started) / self.count * (self.total - self.count)
-            print(f"{self.title}: {self.count}/{self.total} {remark} ETA {left:.0f} s", file=sys.stderr, flush=True)
+            print(f"{self.title}: {self.count}/{self.total} {remark} {self._eta()}", file=sys.stderr, flush=True)
+
+    def _eta(self) -> str:
+        """What is left takes as long as what was not skipped did, in its share of the time since the start."""
+        if not self.worked:
+            return ""
+        share = self.worked_s / self.seconds if self.seconds else 1.0
+        each = (time.monotonic() - self.started) * share / self.worked
+        return f"ETA {each * (self.total - self.count):.0f} s"
 
 
 def finish(outcomes: Sequence[Outcome], title: str, out: Path | str, columns: Sequence[str] = ()) -> int:

@@ -29,12 +29,14 @@ from tiling.slidewrite import (
     FORMAT_VERSION,
     GroupContent,
     SlideMeta,
+    check_ours,
     parameters_hash,
     replace_groups,
     source_stamp,
     write_slide_file,
 )
-from tiling.tile import THUMBNAIL_SIDE_PX, _made, _overview
+from tiling.tile import THUMBNAIL_SIDE_PX, _has_boxes, _made, _overview
+from tiling.urls import from_home
 
 if TYPE_CHECKING:
     from annotations.table import ObjectTable
@@ -147,6 +149,7 @@ def import_image(pair: Work, out: Path, settings: ImportSettings) -> dict[str, A
     item, table = pair
     path = out / f"{item.slide_id}.h5"
     xml = box_file(settings.boxes, item) if settings.boxes is not None else None
+    stamp = source_stamp(item.path)  # before the image is opened: it may be replaced meanwhile
     found = _known_mpp(item, settings)
     if found is not None and (done := _done(path, _parameters(settings, found.value, xml), item)) is not None:
         return {"skipped": True, **done}  # found out without decoding the image
@@ -180,6 +183,7 @@ def import_image(pair: Work, out: Path, settings: ImportSettings) -> dict[str, A
             patch_px=settings.size_px,
             patient_id=item.patient_id,
             parameters=parameters,
+            stamp=stamp,
         )
         write_slide_file(path, meta=meta, coords=plan.coords, pixels=_encoded(slide, plan.coords, settings), groups=groups)
     remarks = ["" if item.listed else "not in the manifest", slide.info.mpp_note if found is None else ""]
@@ -277,7 +281,10 @@ def _parameters(settings: ImportSettings, mpp: float | None, xml: Path | None) -
 
 
 def _done(path: Path, parameters: dict[str, Any], item: ImageItem) -> dict[str, Any] | None:
-    """What an up-to-date file holds (its patient_id is brought up to date), None where it must be made."""
+    """What an up-to-date file holds (its patient_id is brought up to date), None where it must be made.
+
+    Raises UserError where it is no slide file, and is not to be replaced.
+    """
     if not path.exists():
         return None
     try:
@@ -289,22 +296,13 @@ def _done(path: Path, parameters: dict[str, Any], item: ImageItem) -> dict[str, 
         stamp = (int(attrs["source_size"]), int(attrs["source_mtime_ns"]))
         same = attrs["parameters_sha256"] == parameters_hash(parameters)[1]
     except (UserError, OSError, KeyError, RuntimeError):
-        return None  # damaged, or not ours: made anew
+        check_ours(path)
+        return None  # damaged: made anew
     if not same or stamp != source_stamp(item.path):
         return None
     if item.patient_id and item.patient_id != patient_id:
         replace_groups(path, {}, root_attrs={"patient_id": item.patient_id})
     return done
-
-
-def _has_boxes(path: Path) -> bool:
-    if not path.exists():
-        return False
-    try:
-        with SlideFile(path) as file:
-            return file.has_boxes
-    except (UserError, OSError):
-        return False
 
 
 def _encoded(slide: Slide, coords: np.ndarray, settings: ImportSettings) -> Iterator[bytes]:
@@ -343,7 +341,7 @@ def _coco_tables(items: Sequence[ImageItem], coco: Path) -> tuple[dict[Path, Box
 
 def _box_folder(items: Sequence[ImageItem], folder: Path) -> Path:
     """The folder, absolute. Raises UserError where it is missing or holds the box file of no image."""
-    folder = folder.expanduser().absolute()
+    folder = from_home(folder).absolute()
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder of box files")
     if not any(box_file(folder, item) is not None for item in items):

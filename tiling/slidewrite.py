@@ -13,6 +13,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from annotations.errors import UserError
 from tiling.grid import side_l0
 from tiling.h5new import new_h5
 from tiling.urls import absolute, shown, url_of, url_stamp
@@ -32,7 +33,8 @@ class SlideMeta:
 
     width_l0, height_l0: level-0 pixels. mpp: micrometres per target pixel; mpp_level0: per level-0 pixel.
     patch_px, overlap_px: target pixels. bounds_xy: the scanned area's offset in level-0 pixels (OpenSlide bounds-x/y).
-    parameters: what determined the result, JSON-able; its hash decides whether a later run may skip the slide.
+    parameters: what determined the result, JSON-able; its hash decides whether a later run may skip the slide. stamp: the
+    `source_stamp` from before the slide was opened: writing fails where it is another in the end; None: taken when writing.
     """
 
     slide_id: str
@@ -46,6 +48,7 @@ class SlideMeta:
     patient_id: str = ""
     bounds_xy: tuple[int, int] = (0, 0)
     parameters: Mapping[str, Any] = field(default_factory=dict)
+    stamp: tuple[int, int] | None = None
 
     @property
     def size_l0(self) -> float:
@@ -78,6 +81,27 @@ def source_stamp(source: Path) -> tuple[int, int]:
     return stat.st_size, stat.st_mtime_ns
 
 
+def check_ours(path: Path) -> None:
+    """Raises UserError where `path` is an HDF5 file but no slide file that this odis-path reads: it is not to be replaced.
+
+    One that is missing, or damaged so that HDF5 does not open it, may be.
+    """
+    try:
+        file = h5py.File(path, "r", locking=False)
+    except PermissionError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}: ask for the right to read it") from None
+    except OSError:
+        return
+    with file:
+        try:
+            ours, version = file.attrs.get("format") == FORMAT, int(file.attrs.get("format_version", 0))
+        except (OSError, RuntimeError, ValueError, TypeError, KeyError):
+            ours, version = False, 0
+    if not ours or version > FORMAT_VERSION:
+        by = f"made by a newer odis-path (format_version {version})" if ours else "not made by odis-path tile"
+        raise UserError(f"{path}: {by}: give another --out")
+
+
 def write_slide_file(
     path: Path,
     *,
@@ -92,8 +116,10 @@ def write_slide_file(
     coords: int64 (N, 2), top-left x, y in level-0 pixels, ordered by (y, x). tissue_fraction: float32 (N,), ones when
     None. pixels: N encoded tiles (JPEG or PNG) in the order of coords, consumed as a stream; None: the slide stays the
     pixel source. groups: more groups, as `replace_groups` takes them. N = 0 is valid.
-    Raises ValueError where the shapes do not fit or the coords are not in order.
+    Raises ValueError where the shapes do not fit or the coords are not in order, UserError where another kind of file is in
+    its place and where the slide is not what it was (see `SlideMeta.stamp`).
     """
+    check_ours(path)
     coords = np.asarray(coords, dtype=np.int64).reshape(-1, 2)
     count = len(coords)
     fraction = np.ones(count) if tissue_fraction is None else np.asarray(tissue_fraction)
@@ -112,6 +138,10 @@ def write_slide_file(
                 raise ValueError(f"{written} tiles of pixels for {count} coords")
         for name, content in (groups or {}).items():
             write_group(file, name, content)
+        if meta.stamp is not None and source_stamp(meta.source) != meta.stamp:
+            raise UserError(
+                f"{shown(meta.source)}: changed while it was read: run the same command again when it stays as it is"
+            )
 
 
 def coords_attrs(meta: SlideMeta) -> dict[str, Any]:
@@ -170,7 +200,7 @@ def write_group(file: h5py.Group, name: str, content: GroupContent) -> None:
 def _write_root(file: h5py.File, meta: SlideMeta) -> None:
     parameters, digest = parameters_hash(meta.parameters)
     source = absolute(Path(meta.source))
-    size, mtime_ns = source_stamp(source)
+    size, mtime_ns = source_stamp(source) if meta.stamp is None else meta.stamp
     file.attrs.update(
         {
             "format": FORMAT,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,12 @@ from tiling.claim import claim, same_settings
 from tiling.cohort import Outcome, available_cpus, run_cohort
 from tiling.grid import GridPlan, plan_grid
 from tiling.manifest import SlideItem, id_of
+from tiling.mend import mended
 from tiling.mpp import Mpp, settle_mpp
 from tiling.overview import MASK_SUFFIXES, OUTLINE_SUFFIXES, Overview, look, pen_shares, region_file, remarks
 from tiling.pixels import encoded_tiles, stored_level, unscanned
 from tiling.quality import blur_score
-from tiling.resume import before
+from tiling.resume import DAMAGED, Found, Stamp, found_at, refuse_other, up_to_date, why_anew
 from tiling.scan import slide_items
 from tiling.slide import Slide, SlideInfo
 from tiling.slidefile import SlideFile
@@ -29,14 +30,13 @@ from tiling.slidewrite import (
     FORMAT_VERSION,
     GroupContent,
     SlideMeta,
-    parameters_hash,
     replace_groups,
     source_stamp,
     write_slide_file,
 )
 from tiling.tilesettings import TileSettings
 from tiling.tissueout import clear_tissue, write_tissue
-from tiling.urls import absolute, place, shown
+from tiling.urls import absolute, place, shown, url_of
 
 THUMBNAIL_SIDE_PX = 1024
 TISSUE_METHOD = 2  # raised whenever --tissue auto finds other tissue than before
@@ -83,8 +83,33 @@ def tile_cohort(
     cores = 1 if scheduler else available_cpus() if workers is None else workers
     work = partial(tile_slide, out=out, settings=settings, threads=max(1, cores // max(1, len(items))))
     how: dict[str, Any] = {"workers": workers, "scheduler": scheduler, "timeout": timeout, "folder": out}
+    how["wrote"] = partial(_file_of, out=out)
     with same_settings(out, "tile", asdict(settings)):
         return run_cohort(items, work, title="tile", name=str, **how)
+
+
+def _file_of(item: SlideItem, out: Path) -> Path:
+    return out / f"{item.slide_id}.h5"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A slide and where its tiles go. stamp: of the slide before it was opened; None behind a URL. there: what `path` holds.
+
+    outlines, exclude: as `_regions` finds them. damaged: a file is at `path` that is none.
+    """
+
+    item: SlideItem
+    path: Path
+    settings: TileSettings
+    outlines: Path | None
+    exclude: Path | None
+    stamp: Stamp | None
+    there: Found | None
+    damaged: bool
+
+    def parameters(self, mpp_level0: float) -> dict[str, Any]:
+        return _parameters(self.settings, mpp_level0, self.outlines, self.exclude)
 
 
 def tile_slide(item: SlideItem, out: Path, settings: TileSettings, threads: int = 1) -> dict[str, Any]:
@@ -92,71 +117,83 @@ def tile_slide(item: SlideItem, out: Path, settings: TileSettings, threads: int 
 
     The rows of tiles that could not be decoded whole are listed in `/bad_tiles`, int64 (K,); there is none without them.
     """
-    path = out / f"{item.slide_id}.h5"
+    path = _file_of(item, out)
     with claim(path):
-        outlines, exclude = _regions(settings, item)
+        task, now = _task(item, path, settings)
         # With the manifest's mpp all parameters are known, and a slide that is done need not be opened.
-        tiles = _done(path, _parameters(settings, item.mpp, outlines, exclude), item) if item.mpp is not None else None
-        if tiles is None:
+        if item.mpp is None or not _done(task, item.mpp, now):
             with Slide.open(item.path, reader=settings.reader, resample=settings.resample) as slide:
-                found = settle_mpp(item.path, slide.info.mpp_found, manifest_mpp=item.mpp, assume_mpp=settings.assume_mpp)
-                assert found.value is not None
-                tiles = _done(path, _parameters(settings, found.value, outlines, exclude), item) if item.mpp is None else None
-                if tiles is None:
-                    return _tiled(slide, item, path, settings, threads, found, outlines, exclude)
+                mpp = settle_mpp(item.path, slide.info.mpp_found, manifest_mpp=item.mpp, assume_mpp=settings.assume_mpp)
+                assert mpp.value is not None
+                if item.mpp is not None or not _done(task, mpp.value, now):
+                    return _tiled(slide, task, threads, mpp, now)
         write_tissue(settings.tissue_out, path, again=False)
-    return {"skipped": True, "tiles": tiles, "megapixels": 0.0}
+    assert task.there is not None
+    counts = {"tiles": task.there.tiles, "bad_tiles": task.there.bad_tiles, "megapixels": 0.0}
+    return {"skipped": True, **counts, "message": _undecoded(task.there.undecoded)}
 
 
-def _tiled(
-    slide: Slide,
-    item: SlideItem,
-    path: Path,
-    settings: TileSettings,
-    threads: int,
-    found: Mpp,
-    outlines: Path | None,
-    exclude: Path | None,
-) -> dict[str, Any]:
+def _task(item: SlideItem, path: Path, settings: TileSettings) -> tuple[Task, Stamp]:
+    """What is known before the slide is opened, and its stamp, where there is something to compare it with.
+
+    Raises UserError where another slide's tiles, or no tiles at all, lie where this one's are to go.
+    """
+    outlines, exclude = _regions(settings, item)
+    there, is_url = found_at(path), url_of(item.path) is not None
+    damaged = there is None and path.exists()
+    now = source_stamp(item.path) if there is not None or not is_url else (-1, -1)
+    if there is not None:
+        refuse_other(path, there, item.path, now)
+    return Task(item, path, settings, outlines, exclude, None if is_url else now, there, damaged), now
+
+
+def _tiled(slide: Slide, task: Task, threads: int, mpp: Mpp, now: Stamp) -> dict[str, Any]:
     """Look, plan, read, write; returns what `tile_slide` does."""
-    info, mpp_l0 = slide.info, found.value
+    item, path, settings, info, mpp_l0 = task.item, task.path, task.settings, slide.info, mpp.value
     assert mpp_l0 is not None
-    parameters = _parameters(settings, mpp_l0, outlines, exclude)
-    keep = {"find": settings.tissue == "auto", "keep_pen": settings.pen == "keep"}
-    overview = look(slide, mpp_l0, outlines, exclude, side_px=THUMBNAIL_SIDE_PX, **keep)
+    parameters = task.parameters(mpp_l0)
+    overview = _looked(slide, task, mpp_l0)
     plan = _plan(settings, info, mpp_l0, overview)
     blur = np.full(len(plan.coords), np.nan, np.float32)  # filled in while the tiles are encoded
     quality = {"pen": pen_shares(overview, plan)} | ({"blur": blur} if settings.pixels else {})
-    redone, had_boxes = before(path, parameters, item.path)
     twin = _twin(path, item)
     clear_tissue(settings.tissue_out, path, overview, info.bounds_xy)
     groups: dict[str, GroupContent] = {
-        "thumbnail": _overview(overview.thumb, overview.mask, overview.downsample),
+        "thumbnail": _overview(overview.thumb, overview.mask, overview.downsample, slide.undecoded),
         "quality": quality,
     }
     bad: dict[int, str] = {}
     write_slide_file(
         path,
-        meta=_meta(item, info, settings, mpp_l0, parameters),
+        meta=_meta(task, info, mpp_l0, parameters),
         coords=plan.coords,
         tissue_fraction=plan.tissue_fraction,
         pixels=_pixels(slide, plan, settings, threads, blur, bad, groups) if settings.pixels else None,
         groups=groups,
     )
     write_tissue(settings.tissue_out, path, again=True)
+    had_boxes = task.there is not None and task.there.has_boxes
     said = [
-        found.note if found.source != "--assume-mpp" else "",
+        mpp.note if mpp.source != "--assume-mpp" else "",
         _why_empty(plan, info, overview),
         *remarks(overview, plan),
         *_about_pixels(slide, plan, settings, bad),
         twin,
         "its boxes are gone with the old tiles: run annotate again" if had_boxes else "",
-        f"nothing of it in --exclude {settings.exclude}" if settings.exclude and exclude is None else "",
+        f"nothing of it in --exclude {settings.exclude}" if settings.exclude and task.exclude is None else "",
     ]
     message = "; ".join(remark for remark in said if remark)
     megapixels = len(plan.coords) * plan.size_l0**2 / 1e6 if settings.pixels else 0.0
     counts = {"tiles": len(plan.coords), "bad_tiles": len(bad), "megapixels": megapixels, "reader": info.reader}
-    return {**counts, "mpp_source": found.source, "message": message, "redone": redone}
+    anew = why_anew(task.there, parameters, now) if task.there is not None else DAMAGED if task.damaged else ""
+    return {**counts, "mpp_source": mpp.source, "message": message, "redone": anew}
+
+
+def _looked(slide: Slide, task: Task, mpp_l0: float) -> Overview:
+    find, keep_pen = task.settings.tissue == "auto", task.settings.pen == "keep"
+    sought: dict[str, Any] = {"find": find, "keep_pen": keep_pen, "side_px": THUMBNAIL_SIDE_PX}
+    overview = look(slide, mpp_l0, task.outlines, task.exclude, **sought)
+    return mended(slide, overview, mpp_l0, keep_pen) if find and slide.undecoded else overview
 
 
 def _regions(settings: TileSettings, item: SlideItem) -> tuple[Path | None, Path | None]:
@@ -217,23 +254,14 @@ def _sha256(path: Path) -> str:
         raise UserError(f"{path}: cannot be read: {error.strerror}: ask for the right to read it") from None
 
 
-def _done(path: Path, parameters: dict[str, Any], item: SlideItem) -> int | None:
-    """Number of tiles of an existing file that is up to date (its patient_id is brought up to date), else None."""
-    if not path.exists():
-        return None
-    try:
-        with SlideFile(path) as file:
-            count, attrs, patient_id = len(file), file.attrs, file.patient_id
-            moved = not file.has_pixels and file.source != absolute(item.path)
-    except (UserError, OSError, KeyError, RuntimeError):
-        return None  # damaged, or not ours: made anew
-    stamp = (int(attrs["source_size"]), int(attrs["source_mtime_ns"]))
-    same = attrs["parameters_sha256"] == parameters_hash(parameters)[1] and stamp == source_stamp(item.path)
-    if not same or moved:
-        return None
-    if item.patient_id and item.patient_id != patient_id:
-        replace_groups(path, {}, root_attrs={"patient_id": item.patient_id})
-    return count
+def _done(task: Task, mpp_level0: float, now: Stamp) -> bool:
+    """Whether the slide file that is there is up to date; if so its patient_id is brought up to date."""
+    item, there = task.item, task.there
+    if there is None or not up_to_date(there, task.parameters(mpp_level0), item.path, now):
+        return False
+    if item.patient_id and item.patient_id != there.patient_id:
+        replace_groups(task.path, {}, root_attrs={"patient_id": item.patient_id})
+    return True
 
 
 def _has_boxes(path: Path) -> bool:
@@ -244,7 +272,8 @@ def _has_boxes(path: Path) -> bool:
         return False
 
 
-def _meta(item: SlideItem, info: SlideInfo, settings: TileSettings, mpp_level0: float, parameters: dict[str, Any]) -> SlideMeta:
+def _meta(task: Task, info: SlideInfo, mpp_level0: float, parameters: dict[str, Any]) -> SlideMeta:
+    item, settings = task.item, task.settings
     return SlideMeta(
         slide_id=item.slide_id,
         source=item.path,
@@ -257,6 +286,7 @@ def _meta(item: SlideItem, info: SlideInfo, settings: TileSettings, mpp_level0: 
         patient_id=item.patient_id,
         bounds_xy=info.bounds_xy,
         parameters=parameters,
+        stamp=task.stamp,
     )
 
 
@@ -302,8 +332,7 @@ def _about_pixels(slide: Slide, plan: GridPlan, settings: TileSettings, bad: dic
     if bad:
         row, problem = next(iter(bad.items()))
         said.append(f"{len(bad)} tiles cannot be decoded and are marked in /bad_tiles (the first, row {row}: {problem})")
-    if slide.undecoded:
-        said.append(f"{slide.undecoded:.2%} of the overview cannot be decoded and counts as no tissue")
+    said.append(_undecoded(slide.undecoded))
     if count := unscanned(slide, plan):
         said.append(f"{count} tiles reach into what was not scanned: background colour there")
     if slide.left_out:
@@ -314,10 +343,15 @@ def _about_pixels(slide: Slide, plan: GridPlan, settings: TileSettings, bad: dic
     return said
 
 
-def _overview(thumb: np.ndarray, mask: np.ndarray | None, downsample: float) -> dict[str, GroupContent]:
-    """The group /thumbnail: what reports draw heatmaps on."""
+def _undecoded(share: float) -> str:
+    return f"{share:.2%} of the overview cannot be decoded: tissue there is told by what lies around it" if share else ""
+
+
+def _overview(thumb: np.ndarray, mask: np.ndarray | None, downsample: float, undecoded: float = 0.0) -> dict[str, GroupContent]:
+    """The group /thumbnail: what reports draw heatmaps on. undecoded: share of it that is black for that."""
     jpeg = np.frombuffer(codec.encode_jpeg(thumb, 85), np.uint8)
-    group: dict[str, Any] = {"jpeg": jpeg, "attrs": {"downsample": float(downsample)}}
+    attrs = {"downsample": float(downsample)} | ({"undecoded": float(undecoded)} if undecoded else {})
+    group: dict[str, Any] = {"jpeg": jpeg, "attrs": attrs}
     if mask is not None:
         group["tissue"] = mask.astype(np.uint8)
     return group
