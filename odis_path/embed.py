@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import h5py
@@ -14,11 +15,12 @@ import numpy as np
 
 from annotations.errors import UserError
 from odis_path.data.dataset import KINDS
-from odis_path.encode import FrozenEncoder, Mode, encode, encode_objects, load_encoder, refuse_modes
-from odis_path.featurefile import DATASETS
+from odis_path.encode import FrozenEncoder, Mode, encode, encode_objects, is_checkpoint, load_encoder, refuse_modes
+from odis_path.featurefile import DATASETS, SLIDES_FILE, refuse_other_encoder
 from odis_path.features import embedded_already, read_features, write_features, write_slides_parquet
-from tiling.claim import claim
-from tiling.cohort import Outcome, run_cohort
+from tiling.atomic import check_writable
+from tiling.claim import claim, same_settings
+from tiling.cohort import Outcome, one_line, run_cohort
 from tiling.slidefile import SlideFile, list_slide_files
 
 LEVELS = ("tile", "object", "slide")
@@ -30,7 +32,7 @@ OBJECTS_A_PASS = 64  # read-only objects that share one pass over the patches of
 class EmbedJob:
     """What is asked of every slide of a cohort; picklable, so that a cluster's workers can do it."""
 
-    checkpoint: str
+    checkpoint: str  # absolute path of a file, or a timm name
     out: Path
     level: str
     mode: Mode
@@ -47,6 +49,10 @@ class EmbedJob:
             "checkpoint": self.stamp, "level": "tile" if self.level == "slide" else self.level, "mode": self.mode,
             "kinds": list(self.kinds) if self.kinds else "all", "dtype": self.dtype, "random_weights": self.random_weights,
         }  # fmt: skip
+
+    def settings(self) -> dict[str, Any]:
+        """The same for runs at once: a long path is cut where it is shown, so what tells two of them apart comes first."""
+        return {"model": "/".join(Path(self.checkpoint).parts[-2:]), **self.parameters()}
 
 
 def embed_cohort(
@@ -65,8 +71,9 @@ def embed_cohort(
 ) -> list[Outcome]:
     """Write `<out>/<slide_id>.h5` (level tile, object) or `<out>/slides.parquet` (level slide: the mean over tiles).
 
-    checkpoint: a checkpoint file, a run folder, or a timm model name. Raises UserError for a wrong option or encoder
-    before any slide is opened; what fails on a slide is that slide's outcome.
+    checkpoint: a checkpoint file, a run folder (its newest checkpoint as the run begins), or a timm model name. Raises
+    UserError for a wrong option or encoder before any slide is opened, and where another run embeds into `out` with other
+    settings; what fails on a slide is that slide's outcome.
     """
     if level not in LEVELS:
         raise UserError(f"--level {level}: no such level; take one of {', '.join(LEVELS)}")
@@ -75,18 +82,21 @@ def embed_cohort(
     refuse_modes(mode)
     chosen = parse_kinds(kinds)
     files, out = [path.absolute() for path in list_slide_files(folder)], Path(out).absolute()  # workers may run elsewhere
+    source = checkpoint_file(checkpoint)
     job = EmbedJob(
-        checkpoint, out, level, mode, chosen, batch, dtype, random_weights, device, checkpoint_stamp(checkpoint)  # type: ignore[arg-type]
+        source, out, level, mode, chosen, batch, dtype, random_weights, device, checkpoint_stamp(source)  # type: ignore[arg-type]
     )  # fmt: skip
     if scheduler is None:
-        shared_encoder(checkpoint, device, random_weights)  # a wrong checkpoint is one error, not one a slide
-    outcomes = run_cohort(
-        files, partial(embed_slide, job), title=f"embed ({level}, {mode})", workers=1, scheduler=scheduler,
-        name=lambda path: path.stem, folder=out,
-    )  # fmt: skip
+        shared_encoder(source, job.stamp, device, random_weights)  # a wrong checkpoint is one error, not one a slide
     if level == "slide":
-        done = {outcome.item for outcome in outcomes if outcome.ok}
-        write_slide_rows(out, [path for path in files if path.stem in done])
+        check_writable(out / SLIDES_FILE)
+    with same_settings(out, "embed", job.settings()):
+        outcomes = run_cohort(
+            files, partial(embed_slide, job), title=f"embed ({level}, {mode})", workers=1, scheduler=scheduler,
+            name=lambda path: path.stem, folder=out, wrote=partial(feature_file, out),
+        )  # fmt: skip
+        if level == "slide":
+            write_slide_rows(out, files, outcomes)
     return outcomes
 
 
@@ -101,40 +111,80 @@ def parse_kinds(kinds: str) -> tuple[str, ...] | None:
     return names
 
 
+def checkpoint_file(source: str) -> str:
+    """The absolute path of a checkpoint, of a run folder its newest; a timm name as it is. UserError where there is none."""
+    from odis_path.train.checkpoint import latest_checkpoint, load_checkpoint
+
+    if not is_checkpoint(source):
+        return source
+    path = Path(source).absolute()
+    found = latest_checkpoint(path) if path.is_dir() else path
+    if found is None or not found.exists():
+        found = load_checkpoint(Path(source)).path  # says what is missing
+    return str(found)
+
+
 def checkpoint_stamp(checkpoint: str) -> str:
     """Name, size and time of a checkpoint file (the name alone for a timm model): another file means embed again."""
-    from odis_path.train.checkpoint import latest_checkpoint
-
     path = Path(checkpoint)
-    if path.is_dir():
-        path = latest_checkpoint(path) or path
-    if not path.is_file():
-        return checkpoint
+    return f"{path.resolve()}:{_size_and_time(path)}" if path.is_file() else checkpoint
+
+
+def _size_and_time(path: Path) -> str:
     state = path.stat()
-    return f"{path.resolve()}:{state.st_size}:{state.st_mtime_ns}"
+    return f"{state.st_size}:{state.st_mtime_ns}"
+
+
+def shared_encoder(checkpoint: str, stamp: str, device: str, random_weights: bool) -> FrozenEncoder:
+    """The encoder, loaded once a process and again when its stamp is another; by one thread, as its seed is the process's.
+
+    Raises UserError where the checkpoint is not that of the stamp.
+    """
+    with _loading:
+        return _loaded(checkpoint, stamp, device, random_weights)
+
+
+_loading = Lock()
 
 
 @lru_cache(maxsize=1)
-def shared_encoder(checkpoint: str, device: str, random_weights: bool) -> FrozenEncoder:
-    """The encoder, loaded once a process."""
-    return load_encoder(checkpoint, device=device, random_weights=random_weights)
+def _loaded(checkpoint: str, stamp: str, device: str, random_weights: bool) -> FrozenEncoder:
+    _refuse_another(checkpoint, stamp)
+    encoder = load_encoder(checkpoint, device=device, random_weights=random_weights)
+    _refuse_another(checkpoint, stamp)  # it may have been replaced meanwhile
+    return encoder
+
+
+def _refuse_another(checkpoint: str, stamp: str) -> None:
+    """UserError where what has this name here is not what the stamp is of: it was replaced, or is of another machine."""
+    path = Path(checkpoint)
+    if path.exists() and not stamp.endswith(f":{_size_and_time(path)}"):
+        raise UserError(f"{checkpoint}: is not the file that this run began with (changed since?): run the same command again")
+
+
+def feature_file(out: Path, path: Path) -> Path:
+    """Where the features of a slide file are."""
+    return out / path.name
 
 
 def embed_slide(job: EmbedJob, path: Path) -> dict[str, Any]:
     """Embed one slide file; returns counts for the summary table."""
-    target = job.out / path.name
+    target = feature_file(job.out, path)
     with claim(target):
         return _embedded(job, path, target)
 
 
 def _embedded(job: EmbedJob, path: Path, target: Path) -> dict[str, Any]:
     level = "tile" if job.level == "slide" else job.level
+    counted, had = f"{level}s", _rows_in(target, level)
     if embedded_already(target, level, path, job.parameters()):
-        return {"skipped": True}
-    redone = "the tiles, their boxes or what is asked changed" if _holds(target, level) else ""
-    encoder = shared_encoder(job.checkpoint, job.device, job.random_weights)
+        return {"skipped": True, counted: had}
+    check_writable(target)
+    encoder = shared_encoder(job.checkpoint, job.stamp, job.device, job.random_weights)
     file = TornSlideFile(path)
     with file:
+        if target.exists():
+            refuse_other_encoder(target, level, file, encoder.name, job.mode)
         rows = None
         if level == "object":
             rows = object_rows(file, job.kinds)
@@ -145,8 +195,9 @@ def _embedded(job: EmbedJob, path: Path, target: Path) -> dict[str, Any]:
             target, level=level, features=features, slide_file=file, encoder=encoder.name, mode=job.mode, dtype=job.dtype,
             parameters=job.parameters(), box_rows=rows if job.kinds else None,
         )  # fmt: skip
+    redone = "the tiles, their boxes or what is asked changed" if had is not None else ""
     torn = f"{len(file.torn)} tiles cannot be read from its slide (the first, row {min(file.torn)}): black" if file.torn else ""
-    return {"objects" if level == "object" else "tiles": len(features), "redone": redone, "message": torn}
+    return {counted: len(features), "redone": redone, "message": torn}
 
 
 class TornSlideFile(SlideFile):
@@ -175,13 +226,13 @@ class TornSlideFile(SlideFile):
             return np.stack([self.tile(int(i)) for i in numbers])
 
 
-def _holds(target: Path, level: str) -> bool:
-    """Whether a feature file has features of this level already."""
+def _rows_in(target: Path, level: str) -> int | None:
+    """How many features of this level a feature file has; None where there are none yet."""
     try:
         with h5py.File(target, "r", locking=False) as file:
-            return DATASETS[level] in file
+            return len(file[DATASETS[level]]) if DATASETS[level] in file else None
     except OSError:
-        return False
+        return None
 
 
 def object_rows(file: SlideFile, kinds: tuple[str, ...] | None) -> np.ndarray:
@@ -268,16 +319,26 @@ def read_ahead(parts: list[slice], read: Callable[[slice], np.ndarray]) -> Itera
             yield part, tiles
 
 
-def write_slide_rows(out: Path, files: list[Path]) -> Path:
-    """slides.parquet: one row a slide, the mean of its tile features."""
+def write_slide_rows(out: Path, files: list[Path], outcomes: list[Outcome]) -> None:
+    """slides.parquet: one row a slide that is done, the mean of its tile features; one that cannot be used has failed.
+
+    Raises UserError where no slide has a tile although none failed.
+    """
     rows = []
-    for path in files:
-        one = read_features(out / path.name, "tile")
+    for path, outcome in zip(files, outcomes, strict=True):
+        if not outcome.ok:
+            continue
+        try:
+            one = read_features(feature_file(out, path), "tile")
+        except UserError as error:
+            outcome.ok, outcome.skipped, outcome.message = False, False, one_line(error)
+            continue
         if len(one.x):
             rows.append({
                 "slide_id": path.stem, "patient_id": str(one.patient_id[0]), "n_tiles": len(one.x), "encoder": one.encoder,
                 "mode": one.mode, "features": one.x.mean(0),
             })  # fmt: skip
-    if not rows:
+    if rows:
+        write_slides_parquet(out / SLIDES_FILE, rows)
+    elif all(outcome.ok for outcome in outcomes):
         raise UserError(f"{out}: no slide has a tile, so there is no slide embedding; look at the tiling first")
-    return write_slides_parquet(out / "slides.parquet", rows)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any, Literal
 
 import numpy as np
@@ -52,32 +53,42 @@ def pick_device(name: str = "auto") -> torch.device:
     return torch.device(name)
 
 
+def is_checkpoint(source: str) -> bool:
+    """Whether a checkpoint file or a run folder is meant, and no timm model."""
+    path = Path(source)
+    return path.exists() or (not is_model_name(source) and (path.suffix in (".pt", ".pth") or len(path.parts) > 1))
+
+
 def load_encoder(source: str, *, device: str = "auto", random_weights: bool = False, seed: int = 0) -> FrozenEncoder:
     """A checkpoint file, a run folder, or a timm model name.
 
-    random_weights: the same architecture, untrained (the baseline). Raises UserError where `source` is neither.
+    random_weights: the same architecture, untrained (the baseline): drawn from `seed`, with torch's own generator left as it
+    was; no other thread may draw from it meanwhile. Raises UserError where `source` is neither.
     """
-    from odis_path.train.checkpoint import load_checkpoint, load_into
-    from odis_path.train.step import build_network
-
     where = pick_device(device)
-    path = Path(source)
-    if path.exists() or (not is_model_name(source) and (path.suffix in (".pt", ".pth") or len(path.parts) > 1)):
-        checkpoint = load_checkpoint(path)
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = build_network(checkpoint.config, student=False)
-        name = f"{checkpoint.config.name}:{checkpoint.config.model.name}@{checkpoint.step}"
-        if random_weights:
-            name = f"random:{checkpoint.config.model.name}"
-        else:
-            load_into(network, checkpoint.state["teacher"], checkpoint.path, "teacher")
-        data = checkpoint.config.data
-        return FrozenEncoder(network.encoder.eval().to(where), name, data.mean, data.std, where)
-    torch.manual_seed(seed)
-    module = build_encoder(source, weights=None if random_weights else "timm")
+        if is_checkpoint(source):
+            return _from_checkpoint(Path(source), where, random_weights=random_weights)
+        module = build_encoder(source, weights=None if random_weights else "timm")
     cfg: Any = module.vit.pretrained_cfg
     name = f"random:{source}" if random_weights else source
     return FrozenEncoder(module.eval().to(where), name, tuple(cfg["mean"]), tuple(cfg["std"]), where)
+
+
+def _from_checkpoint(path: Path, where: torch.device, *, random_weights: bool) -> FrozenEncoder:
+    from odis_path.train.checkpoint import load_checkpoint, load_into
+    from odis_path.train.step import build_network
+
+    checkpoint = load_checkpoint(path)
+    network = build_network(checkpoint.config, student=False)
+    name = f"{checkpoint.config.name}:{checkpoint.config.model.name}@{checkpoint.step}"
+    if random_weights:
+        name = f"random:{checkpoint.config.model.name}"
+    else:
+        load_into(network, checkpoint.state["teacher"], checkpoint.path, "teacher")
+    data = checkpoint.config.data
+    return FrozenEncoder(network.encoder.eval().to(where), name, data.mean, data.std, where)
 
 
 @torch.inference_mode()
@@ -129,9 +140,13 @@ def _whole(encoder: FrozenEncoder, tiles: np.ndarray, size_px: int) -> torch.Ten
     return images
 
 
+_passing = Lock()
+
+
 def _obj(encoder: FrozenEncoder, images: torch.Tensor, mask: torch.Tensor | None) -> np.ndarray:
     """The [OBJ] embeddings of images in [0, 1]: float32 (B, D), or (B, K, D) for masks (B, K, N)."""
-    with torch.autocast(encoder.device.type, torch.bfloat16, enabled=encoder.device.type == "cuda"):
+    # One thread at a time: a rotary model is told in each pass how many of its tokens are [OBJ].
+    with _passing, torch.autocast(encoder.device.type, torch.bfloat16, enabled=encoder.device.type == "cuda"):
         obj = encoder.module(normalise(images, encoder.mean, encoder.std), mask).obj
     return obj.float().cpu().numpy()
 

@@ -152,6 +152,11 @@ def _objects(slide_file: SlideFile) -> dict[str, Any]:
     return {"id": [str(i) for i in table["id"]], **values, "attrs": {"labels": list(table["labels"])}}
 
 
+def refuse_other_encoder(path: Path, level: str, slide_file: SlideFile, encoder: str, mode: str) -> None:
+    """UserError where features of another encoder or mode stay in the feature file at `path` beside those of `level`."""
+    _stale(path, level, _root_attrs(slide_file, "", ""), encoder, mode)
+
+
 def _stale(path: Path, level: str, root: Mapping[str, Any], encoder: str, mode: str) -> list[str]:
     """What of an existing feature file no longer goes with the slide file. UserError for another encoder or mode."""
     other = DATASETS["object" if level == "tile" else "tile"]

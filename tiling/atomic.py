@@ -77,13 +77,15 @@ def atomic_path(final: Path) -> Iterator[Path]:
 
 
 def check_writable(final: Path) -> None:
-    """Raises UserError where `final` cannot be written: for work that would find it out in the end."""
+    """Raises UserError where `final` cannot be written: for work that would find it out in the end. Leaves nothing behind."""
     temporary = _temporary(final)
     try:
         temporary.touch()
-        temporary.unlink()
     except OSError as error:
         raise _unwritten(final, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def _temporary(final: Path) -> Path:

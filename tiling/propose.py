@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from annotations.errors import UserError
-from tiling.claim import claim
+from tiling.claim import claim, same_settings
 from tiling.cohort import Outcome, run_cohort
 from tiling.gather import gather_slide
 from tiling.nuclei import LABELS, Proposals, ProposalSettings, propose_tile, slide_levels
@@ -38,15 +38,17 @@ def propose_cohort(
     A file with proposals of the same method is skipped. One with boxes from annotations fails with a line that says so,
     unless `replace` is set. timeout: seconds after which a slide is given up. from_cells: no image analysis: clusters of
     the annotated cells and connected parts of the annotated tissue are put beside the annotations (`tiling.gather`). Raises
-    UserError where the folder is missing or holds no slide file, and where both `replace` and `from_cells` are set.
+    UserError where the folder is missing or holds no slide file, where both `replace` and `from_cells` are set, and where
+    another run proposes in the folder with other settings.
     """
     if replace and from_cells:
         raise UserError("--replace overwrites the annotations that --from-cells needs: give one of them")
     files = [path.absolute() for path in list_slide_files(folder)]
     work = gather_slide if from_cells else partial(propose_slide, replace=replace)
-    return run_cohort(
-        files, work, title="propose", workers=workers, scheduler=scheduler, name=_name, timeout=timeout, folder=Path(folder)
-    )
+    folder = Path(folder)
+    how: dict[str, Any] = {"workers": workers, "scheduler": scheduler, "timeout": timeout, "folder": folder, "wrote": Path}
+    with same_settings(folder, "propose", {"method": METHOD_VERSION, "replace": replace, "from_cells": from_cells}):
+        return run_cohort(files, work, title="propose", name=_name, **how)
 
 
 def propose_slide(path: Path, replace: bool = False, settings: ProposalSettings | None = None) -> dict[str, Any]:

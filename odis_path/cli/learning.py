@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from odis_path.cli.slides import Scheduler
+
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the root application."""
@@ -42,7 +44,7 @@ def embed(
     dtype: Annotated[str, typer.Option(help="float16 or float32.")] = "float16",
     random_weights: Annotated[bool, typer.Option("--random-weights", help="Same architecture, untrained (baseline).")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    scheduler: Annotated[str | None, typer.Option(help="Dask scheduler, tcp://...")] = None,
+    scheduler: Scheduler = None,
 ) -> None:
     """Write tile, object or slide embeddings of every slide."""
     from odis_path.embed import embed_cohort

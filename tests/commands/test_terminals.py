@@ -109,6 +109,7 @@ def test_ctrl_c_while_the_commands_are_imported_is_no_traceback() -> None:
         ["tile", "x.svs", "--out", "out", "--mpp", "1"],
         ["annotate", "out", "--annotations", "a.geojson"],
         ["propose", "out"],
+        ["embed", "out", "--checkpoint", "run", "--out", "features"],
     ],
     ids=lambda arguments: arguments[0],
 )

@@ -139,6 +139,25 @@ def test_annotations_are_not_overwritten_unless_asked(folder: Path) -> None:
     assert replaced.ok
 
 
+@pytest.mark.parametrize("other", [{"replace": True}, {"from_cells": True}])
+def test_a_run_with_other_settings_is_refused_while_one_is_at_work(
+    folder: Path, other: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def meanwhile(*_: object, **__: object) -> list:
+        with pytest.raises(UserError, match=rf"another run of odis-path propose .*{next(iter(other))} False, now True"):
+            propose_cohort(folder, workers=1, **other)
+        monkeypatch.undo()
+        tried.append(propose_cohort(folder, workers=1))  # an equal one shares the work
+        return []
+
+    monkeypatch.setattr("tiling.propose.run_cohort", meanwhile)
+    propose_cohort(folder, workers=1)
+    assert [outcome.ok for outcome in tried[0]] == [True]
+    assert [path.name for path in folder.iterdir()] == ["a.h5"]
+
+
 def test_a_folder_without_slide_files_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
         propose_cohort(tmp_path / "gone")
