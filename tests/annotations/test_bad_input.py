@@ -144,9 +144,9 @@ def test_a_polygon_of_200_000_vertices(read):
     radius = 5000 + 100 * np.sin(900 * angle)
     ring = np.stack([9000 + radius * np.cos(angle), 9000 + radius * np.sin(angle)], 1)
     ring[[70, 71]] = ring[[71, 70]]  # invalid in one place
-    begin = time.perf_counter()
+    begin = time.process_time()
     table = read([{**FEATURE, "geometry": {"type": "Polygon", "coordinates": [ring.tolist()]}}])
-    assert time.perf_counter() - begin < 20
+    assert time.process_time() - begin < 20
     assert table.counts == {"features": 1, "repaired": 1}
     assert shapely.area(table.geometry)[0] == pytest.approx(np.pi * (5000**2 + 100**2 / 2), rel=1e-3)
 
@@ -154,9 +154,9 @@ def test_a_polygon_of_200_000_vertices(read):
 def test_a_scribble_of_200_000_vertices_is_left_out_and_counted(read):
     """Its lines cross each other thousands of millions of times: to repair it would take days."""
     ring = np.random.default_rng(0).integers(0, 10_000, (200_000, 2))
-    begin = time.perf_counter()
+    begin = time.process_time()
     table = read([FEATURE, {**FEATURE, "geometry": {"type": "Polygon", "coordinates": [ring.tolist()]}}])
-    assert time.perf_counter() - begin < 20
+    assert time.process_time() - begin < 20
     assert (len(table), table.counts) == (1, {"features": 2, "invalid_dropped": 1})
 
 
@@ -184,10 +184,10 @@ def test_time_grows_no_faster_than_a_line(read, pad):
         "truncated": TEXT.replace("Krebs", "x" * n).encode()[:-40],
         "quotes": b'[{"type": "Feature", "id": "' + b'},{"id":' * (n // 8) + b'"}]',
     }[pad]
-    begin = time.perf_counter()
+    begin = time.process_time()
     with suppress(UserError):
         read(text)
-    assert time.perf_counter() - begin < 20
+    assert time.process_time() - begin < 20
 
 
 @pytest.mark.parametrize("form", ["gz", "zip"])
@@ -204,9 +204,9 @@ def test_a_bomb_is_not_unpacked(tmp_path, refused, form, monkeypatch):
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("a.geojson", "w") as member:
             for _ in range(40):
                 member.write(step)
-    begin = time.perf_counter()
+    begin = time.process_time()
     assert "times its size" in refused(path.read_bytes(), f"a.geojson.{form}")
-    assert time.perf_counter() - begin < 10
+    assert time.process_time() - begin < 10
 
 
 def test_every_cut_of_a_file_is_refused(tmp_path):

@@ -14,7 +14,7 @@ import pytest
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def odis_path(*arguments: str | Path, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+def odis_path(*arguments: str | Path, timeout: float = 900) -> subprocess.CompletedProcess[str]:
     """Run one command in a process of its own; stdout and stderr as text."""
     return subprocess.run(
         [sys.executable, "-m", "odis_path", *map(str, arguments)], capture_output=True, text=True, check=False, timeout=timeout,

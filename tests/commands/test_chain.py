@@ -16,7 +16,7 @@ from .conftest import Run
 def demo(run: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """One small demo: four patients, two epochs."""
     out = tmp_path_factory.mktemp("demo") / "out"
-    done = run("demo", "--out", out, "--patients", "4", "--slide-px", "640", "--epochs", "2", "--workers", "1", timeout=600)
+    done = run("demo", "--out", out, "--patients", "4", "--slide-px", "640", "--epochs", "2", "--workers", "1")
     assert done.returncode == 0, done.stdout + done.stderr
     return out, done.stdout
 
@@ -58,7 +58,7 @@ def test_the_demo_again_skips_what_is_done(run: Run, demo: tuple[Path, str]) -> 
     before = {p: p.stat().st_mtime_ns for folder in ("tiles", "run", "features") for p in (out / folder).rglob("*.h5")}
     checkpoint = next((out / "run").glob("*.pt"))
     stamp = checkpoint.stat().st_mtime_ns
-    done = run("demo", "--out", out, "--patients", "4", "--slide-px", "640", "--epochs", "2", "--workers", "1", timeout=600)
+    done = run("demo", "--out", out, "--patients", "4", "--slide-px", "640", "--epochs", "2", "--workers", "1")
     assert done.returncode == 0, done.stdout + done.stderr
     assert {p: p.stat().st_mtime_ns for p in before} == before
     assert checkpoint.stat().st_mtime_ns == stamp
@@ -66,7 +66,7 @@ def test_the_demo_again_skips_what_is_done(run: Run, demo: tuple[Path, str]) -> 
 
 def test_a_real_slide_goes_through_with_proposals(run: Run, test_data: Path, tmp_path: Path) -> None:
     slide = test_data / "slides" / "CMU-1-Small-Region.svs"
-    done = run("demo", "--slides", slide, "--out", tmp_path / "out", "--epochs", "0.2", "--workers", "1", timeout=600)
+    done = run("demo", "--slides", slide, "--out", tmp_path / "out", "--epochs", "0.2", "--workers", "1")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "not evaluated" in done.stdout  # one slide without labels: said, not hidden
     with h5py.File(tmp_path / "out" / "tiles" / "CMU-1-Small-Region.h5") as file:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from collections.abc import Callable
@@ -29,7 +30,11 @@ def _enter(rank: int, world: int, port: int, work: Callable[..., Any], out: str,
 
 
 def thread_names() -> list[str]:
-    return [name.read_text().strip() for name in Path("/proc/self/task").glob("*/comm")]
+    names = []
+    for name in Path("/proc/self/task").glob("*/comm"):
+        with contextlib.suppress(OSError):  # a thread that ended meanwhile
+            names.append(name.read_text().strip())
+    return names
 
 
 def on_two_ranks(work: Callable[..., Any], out: Path, *args: Any) -> list[Any]:

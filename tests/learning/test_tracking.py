@@ -245,12 +245,12 @@ def test_the_slurm_script_saves_at_the_warning_and_asks_for_another_turn(tiny_ti
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
     job = start_job(tmp_path, str(tmp_path / "config.yaml"), "run.log_every_steps=1")
     log = tmp_path / "run" / "train.jsonl"
-    for _ in range(900):
+    for _ in range(1800):
         if (log.exists() and log.read_text().count("\n") > 3) or job.poll() is not None:
             break
         time.sleep(0.1)
     job.send_signal(signal.SIGUSR1)  # what --signal=B:USR1 does
-    said, _ = job.communicate(timeout=90)
+    said, _ = job.communicate(timeout=180)
     assert job.returncode != 0
     assert said.count("saved; the same command goes on from there") == 2, said
     assert (tmp_path / "fakes" / "asked").read_text() == "requeue 77\n"
@@ -262,7 +262,7 @@ def test_the_slurm_script_saves_at_the_warning_and_asks_for_another_turn(tiny_ti
 
 def test_the_slurm_script_does_not_repeat_a_run_that_fails_by_itself(tmp_path: Path) -> None:
     job = start_job(tmp_path, "odis_wsi", "optim.lrr=1")
-    said, _ = job.communicate(timeout=90)
+    said, _ = job.communicate(timeout=180)
     assert "did you mean optim.lr" in said
     assert job.returncode == 2
     assert not (tmp_path / "fakes" / "asked").exists()

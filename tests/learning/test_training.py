@@ -224,12 +224,12 @@ def test_sigterm_saves_and_the_same_command_goes_on(tiny_tiles: Path, tmp_path: 
     command = [sys.executable, "-m", "odis_path", "pretrain", str(tmp_path / "config.yaml")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     log = tmp_path / "run" / "train.jsonl"
-    for _ in range(600):
+    for _ in range(1800):
         if log.exists() and log.read_text().count("\n") > 3:
             break
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=180)
     assert process.returncode != 0
     assert "saved; the same command goes on from there" in error
     assert "Traceback" not in error
@@ -309,11 +309,11 @@ def test_a_sigterm_to_the_whole_group_saves_too(tiny_tiles: Path, tmp_path: Path
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
     log = tmp_path / "run" / "train.jsonl"
-    for _ in range(600):
+    for _ in range(1800):
         if log.exists() and log.read_text().count("\n") > 3:
             break
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGTERM)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=180)
     assert "saved; the same command goes on from there" in error, error
     assert "Traceback" not in error

@@ -195,12 +195,13 @@ def test_chromium_shows_every_picture_without_a_complaint(report: Path, tmp_path
     check.write_text(html, encoding="utf-8")
     done = subprocess.run(
         [
-            chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+            chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-quic",
+            "--no-first-run",
             "--disable-background-networking", "--disable-component-update", "--disable-sync",
             f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--virtual-time-budget=5000",
             "--window-size=900,1200", "--dump-dom", check.as_uri(),
         ],
-        capture_output=True, text=True, timeout=60, check=True,
+        capture_output=True, text=True, timeout=180, check=True,
     )  # fmt: skip
     count = html.count("<img ")
     assert f"<title>shown {count} of {count}, wide false</title>" in done.stdout

