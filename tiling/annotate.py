@@ -393,8 +393,8 @@ def _outcome(result: dict[str, Any], done: bool = False) -> dict[str, Any]:
 
 
 def _in_short(files: Sequence[Path]) -> str:
-    """Annotation files in a few words, which are others where one of them is at another place or was saved again."""
-    digest = hashlib.sha256(repr([(str(path), stamp(path)) for path in files]).encode()).hexdigest()
+    """Annotation files in a few words, which are others where one of them was saved again; where they lie does not matter."""
+    digest = hashlib.sha256(repr([stamp(path) for path in files]).encode()).hexdigest()
     return f"{digest[:12]} ({len(files)} files, the first {files[0].name})"
 
 

@@ -22,6 +22,7 @@ from tiling.grid import plan_grid
 from tiling.imagelist import TIFF_EXTENSIONS, ImageItem, apply_manifest, box_file, find_images, match_names
 from tiling.mpp import Mpp, check_mpp, mpp_of
 from tiling.readers import MAX_IMAGE_PIXELS, ImageReader
+from tiling.resume import has_boxes
 from tiling.shards import NOMINAL_MPP, Boxes, ShardSettings, import_shards
 from tiling.slide import Slide, SlideInfo
 from tiling.slidefile import SlideFile
@@ -35,7 +36,7 @@ from tiling.slidewrite import (
     source_stamp,
     write_slide_file,
 )
-from tiling.tile import THUMBNAIL_SIDE_PX, _has_boxes, _made, _overview
+from tiling.tile import THUMBNAIL_SIDE_PX, _made, _overview
 from tiling.urls import from_home
 
 if TYPE_CHECKING:
@@ -172,7 +173,7 @@ def import_image(pair: Work, out: Path, settings: ImportSettings) -> dict[str, A
         if table is not None:
             boxes, counts = _boxes(table, plan.coords, settings.size_px, mpp)
             groups |= boxes
-        had_boxes = _has_boxes(path)
+        had_boxes = has_boxes(path)
         meta = SlideMeta(
             slide_id=item.slide_id,
             source=item.path,

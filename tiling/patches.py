@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 KEPT_BYTES = 128 << 20  # decoded stored tiles kept until the last patch that needs them is cut
 JOB_BYTES = 6 << 20  # patches that one job of a thread cuts
 JOB_PATCHES = 8  # at most: of more, the first have left the caches when they are taken
+MOST_SHARING = 4  # threads among which a block's pixels are shared out; more of them take more memory
 AHEAD = 2  # jobs a thread may be ahead of whoever takes the patches
 
 Result = TypeVar("Result")
@@ -111,7 +112,7 @@ def _stored_jobs(
     whole = (edges == boxes / view.downsample).all(1) & ~(edges % (tile_w, tile_h, tile_w, tile_h)).any(1)
     whole &= (edges[:, 2:] - edges[:, :2] == patch_px).all(1) & (edges >= 0).all(1) & (uses.max(initial=0) == 1)
     shared = SharedTiles(reader, view, uses)
-    most = BLOCK_PIXELS // threads
+    most = BLOCK_PIXELS // min(threads, MOST_SHARING)  # bands decode what they share twice: none for what is no large patch
     large = (size_l0 / view.downsample) ** 2 > most
 
     def patch(box: tuple[float, ...], around: tuple[int, int, int, int], as_stored: bool) -> tuple[Result, str]:

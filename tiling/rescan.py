@@ -50,10 +50,20 @@ def manifest_before(out: Path) -> Before:
         for line, row in rows:
             if row["path"].strip():
                 by_place.setdefault(place(slide_of(out, row)), (line, row))
-        mpps = {at: mpp_in(out, line, row) for at, (line, row) in by_place.items()}
+        mpps = {at: _given(out, line, row) for at, (line, row) in by_place.items()}
     except UserError as error:
         raise UserError(f"{error}; scan does not write over it: put it right, or give another --out") from None
     return Before(tuple(columns), {at: row for at, (_, row) in by_place.items()}, mpps, len(rows))
+
+
+def _given(out: Path, line: int, row: dict[str, str]) -> float | None:
+    """The mpp of a row where it is not the one that scan wrote there: slides may be replaced, and say another then."""
+    given = mpp_in(out, line, row)
+    try:
+        written = float(row.get("mpp_headers") or "nan")
+    except ValueError:
+        written = math.nan
+    return given if by_hand(given, None if math.isnan(written) else written) else None
 
 
 def by_hand(given: float | None, own: float | None) -> bool:
@@ -70,7 +80,8 @@ def tell_kept(out: Path, before: Before, items: Sequence[SlideItem]) -> None:
             f"{kept} of {len(items)} slides were in it and keep slide_id, patient_id, further columns and an mpp given by hand"
         )
     if gone := before.count - kept:
-        aside = out.with_name(f"{out.name}.before")
+        names = (out.with_name(f"{out.name}.before{number or ''}") for number in (0, *range(2, 10_000)))
+        aside = next(name for name in names if not name.exists())
         with atomic_path(aside) as temporary:
             shutil.copyfile(out, temporary)
         said.append(f"{gone} rows of other slides are left out of it and stay in {aside}")

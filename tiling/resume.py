@@ -14,7 +14,7 @@ from tiling.slidefile import SlideFile
 from tiling.slidewrite import check_ours, parameters_hash, source_stamp
 from tiling.urls import absolute, place, url_of
 
-DAMAGED = "the file was damaged, or not made by odis-path"
+DAMAGED = "the file was damaged"
 BLOCKS_COMPARED, BLOCK_BYTES = 17, 65536  # of two slides that may be copies: over all of them
 Stamp = tuple[int, int]
 
@@ -58,6 +58,15 @@ def found_at(path: Path) -> Found | None:
         return None
 
 
+def has_boxes(path: Path) -> bool:
+    """Whether there is a slide file with boxes at `path`."""
+    try:
+        with SlideFile(path) as file:
+            return file.has_boxes
+    except (UserError, OSError):
+        return False
+
+
 def refuse_other(path: Path, found: Found, slide: Path, now: Stamp) -> None:
     """Raises UserError where a slide file holds the tiles of another slide, which is still there. now: stamp of `slide`.
 
@@ -67,7 +76,8 @@ def refuse_other(path: Path, found: Found, slide: Path, now: Stamp) -> None:
         return
     there = source_stamp(found.source)
     unchanged = there == found.stamp and not url_of(found.source) and not url_of(slide)
-    other = there[0] != -1 and (unchanged or there[0] != now[0])
+    # Of a slide that is up to date, and has another place now, a stub may be left at the old one.
+    other = there[0] != -1 and (unchanged or (found.stamp != now and there[0] != now[0]))
     if other and not _same(found.source, slide):
         raise UserError(
             f"{slide}: {path} holds the tiles of another slide of this name, {found.source}: give one of them another slide_id "

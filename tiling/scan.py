@@ -24,7 +24,7 @@ from tiling.urls import place, printable
 
 COLUMNS = (
     *("slide_id", "path", "patient_id", "width_l0", "height_l0", "levels"),
-    *("mpp", "mpp_source", "vendor", "reader", "why", "readable", "problem"),
+    *("mpp", "mpp_source", "mpp_headers", "vendor", "reader", "why", "readable", "problem"),
 )
 POOL_FROM = 64  # headers are read in milliseconds: fewer slides than this are not worth starting processes for
 
@@ -76,7 +76,7 @@ def _row(out: Path, before: Before, item: SlideItem, outcome: Outcome) -> dict[s
     row |= {"slide_id": item.slide_id, "path": path_from(out, item.path), "patient_id": item.patient_id}
     if outcome.ok:
         return row | {"readable": "true"} | outcome.info.get("row", {})
-    mpp = {name: there.get(name, "") for name in ("mpp", "mpp_source")}
+    mpp = {name: there.get(name, "") for name in ("mpp", "mpp_source", "mpp_headers")}
     return row | mpp | {"readable": "false", "problem": outcome.message}
 
 
@@ -107,6 +107,7 @@ def header_row(item: SlideItem, mpp: float | None = None, assume_mpp: float | No
         "levels": len(info.level_downsamples),
         "mpp": "" if known is None else repr(known),
         "mpp_source": "manifest" if given else info.mpp_source,
+        "mpp_headers": "" if info.mpp is None else repr(info.mpp),
         "vendor": info.vendor,
         "reader": info.reader,
         "why": info.reader_why,

@@ -23,9 +23,10 @@ from annotations.errors import UserError
 from tiling.cohort import Outcome, one_line, run_cohort
 from tiling.fit import QUALITY, FitMap, Fitted, fit_map, probe_image, read_fitted, upright_xy
 from tiling.imagelist import ImageItem, box_file
+from tiling.resume import has_boxes
 from tiling.slidefile import SlideFile
 from tiling.slidewrite import FORMAT_VERSION, GroupContent, SlideMeta, parameters_hash, source_stamp, write_slide_file
-from tiling.tile import THUMBNAIL_SIDE_PX, _has_boxes, _overview
+from tiling.tile import THUMBNAIL_SIDE_PX, _overview
 
 if TYPE_CHECKING:
     from annotations.clip import TileBoxes
@@ -188,7 +189,7 @@ def import_shard(shard: Shard, out: Path, settings: ShardSettings) -> dict[str, 
         present.append(i)
     counts = {"tiles": len(tiles), "boxes": 0, "objects": 0, "outside": 0}
     remarks = _remarks(shard, settings, objects)
-    if not settings.boxed and _has_boxes(path):
+    if not settings.boxed and has_boxes(path):
         remarks.append("its boxes are gone with the old tiles: run annotate or propose again")
     if tiles:
         counts |= _write(path, shard, settings, parameters, present, tiles, objects, len(bad))

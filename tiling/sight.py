@@ -25,7 +25,7 @@ def witnessed(item: Any, work: Callable[[Any], dict | None], wrote: Callable[[An
 
 
 class Sight:
-    """Looks for the files of items that are done; waits for the first that is not there, and no longer for others."""
+    """Looks for the files of items that are done; waits for one that is not there, and after one that never came no longer."""
 
     def __init__(self) -> None:
         self.until: float | None = None
@@ -41,6 +41,7 @@ class Sight:
             if time.monotonic() > self.until:
                 return replace(outcome, ok=False, skipped=False, message=f"{path}: {UNSEEN}")
             time.sleep(0.2)
+        self.until = None
         return outcome
 
 

@@ -264,14 +264,6 @@ def _done(task: Task, mpp_level0: float, now: Stamp) -> bool:
     return True
 
 
-def _has_boxes(path: Path) -> bool:
-    try:
-        with SlideFile(path) as file:
-            return file.has_boxes
-    except (UserError, OSError):
-        return False
-
-
 def _meta(task: Task, info: SlideInfo, mpp_level0: float, parameters: dict[str, Any]) -> SlideMeta:
     item, settings = task.item, task.settings
     return SlideMeta(

@@ -63,6 +63,29 @@ def test_what_people_filled_in_stays(cohort: Path, tmp_path: Path, capsys: pytes
     ]  # fmt: skip
 
 
+def test_an_mpp_that_scan_wrote_itself_is_not_kept_for_a_slide_that_says_another_now(
+    cohort: Path, tmp_path: Path, make_slide: Callable[..., Path], picture: np.ndarray
+) -> None:
+    manifest = tmp_path / "manifest.csv"
+    scan_slides([cohort], manifest)
+    filled_in(manifest, cohort)
+    for name in ("a", "b", "silent"):
+        make_slide(cohort / f"{name}.svs", picture, levels=1, mpp=0.3)
+    for _ in range(2):
+        scan_slides([cohort], manifest)
+        rows = rows_of(manifest)
+        said = [[rows[str(cohort / f"{name}.svs")][key] for key in ("mpp", "mpp_source")] for name in ("a", "b", "silent")]
+        assert said == [["0.25", "manifest"], ["0.3", "openslide.mpp-x"], ["0.4", "manifest"]]
+
+
+def test_rows_of_other_slides_are_kept_beside_it_each_time(cohort: Path, tmp_path: Path) -> None:
+    manifest = tmp_path / "manifest.csv"
+    for name in ("a", "b", "a"):
+        scan_slides([cohort / f"{name}.svs"], manifest)
+    kept = [tmp_path / f"manifest.csv.before{end}" for end in ("", "2")]
+    assert [list(rows_of(path)) for path in kept] == [[str(cohort / "a.svs")], [str(cohort / "b.svs")]]
+
+
 def test_a_slide_that_cannot_be_read_for_now_keeps_its_row(cohort: Path, tmp_path: Path) -> None:
     manifest = tmp_path / "manifest.csv"
     scan_slides([cohort], manifest)

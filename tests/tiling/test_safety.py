@@ -135,6 +135,8 @@ def test_a_slide_that_was_moved_linked_or_copied_is_done(make_slide: MakeSlide, 
     assert tiled(first, out).info["redone"] == "the slide file changed"
     shutil.move(first, there)
     assert tiled(there, out).skipped
+    first.touch()  # as archives leave stubs behind
+    assert tiled(there, out).skipped
 
 
 # --- two runs
@@ -234,6 +236,22 @@ def test_a_file_that_only_the_worker_sees_is_a_failure(tmp_path: Path, monkeypat
         assert not outcome.ok
         assert "the worker wrote it where this machine does not see it: is --out on a shared disk?" in outcome.message
     assert 0.4 < time.monotonic() - begin < 1.4  # only the first is waited for
+
+
+def test_each_file_that_comes_late_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+
+    def passes(seconds: float) -> None:
+        clock[0] += seconds
+        if clock[0] % 10 > 8:
+            (tmp_path / f"{int(clock[0] // 10)}.h5").touch()
+
+    monkeypatch.setattr("tiling.sight.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("tiling.sight.time.sleep", passes)
+    sight = Sight()
+    for i in range(3):
+        clock[0] = 10.0 * i
+        assert sight.judged(Outcome("a", ok=True, info={WRITTEN: (str(tmp_path / f"{i}.h5"), 0)})).ok
 
 
 # --- slides that change, and torn ones

@@ -107,6 +107,18 @@ def test_a_patch_larger_than_a_block_is_cut_in_bands(
     assert np.abs(banded.astype(int) - whole).max() <= 1  # rounded in float32
 
 
+def test_many_threads_decode_no_stored_tile_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "s.svs", stained(3.0))
+    monkeypatch.setattr(patches, "BLOCK_PIXELS", 1_000_000)
+    calls: list[tuple[int, ...]] = []
+    plain = DirectReader.stored
+    with Slide.open(path, resample="exact") as opened:
+        monkeypatch.setattr(DirectReader, "stored", lambda self, *where: calls.append(where) or plain(self, *where))
+        coords = np.array([(x, y) for y in (0, 384) for x in (0, 384)])
+        assert len(list(map_patches(opened, coords, 384.0, 192, np.copy, threads=32))) == 4
+    assert len(calls) == len(set(calls)) == 9
+
+
 def test_a_stored_tile_larger_than_all_room_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "s.svs", stained(3.0, 1024, 1024), side=1024)
     monkeypatch.setattr(patches, "KEPT_BYTES", 1000)
