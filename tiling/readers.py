@@ -36,6 +36,7 @@ DEPTHS_READ = "8 and 16 bits unsigned are read, so convert it to 8 bits"
 JPEG, J2K_YCBCR = 7, 33003  # TIFF compressions whose colours tifffile turns into RGB, and does not
 GREY = ("MINISBLACK", "MINISWHITE")
 PHOTOMETRIC, ORIENTATION, MINISWHITE = 262, 274, 0  # TIFF tags, and a value of the first
+BITS, COMPRESSION, PLANES = 258, 259, 284
 TURNED_BACK = {  # Pillow's names of what undoes its turning of a TIFF with such an orientation
     2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_90", 7: "TRANSVERSE",
     8: "ROTATE_270",
@@ -193,6 +194,8 @@ class ImageReader:
                 x, y = resolution
                 self.properties = {"tiff.ResolutionUnit": "inch", "tiff.XResolution": x, "tiff.YResolution": y}
             tags = getattr(image, "tag_v2", {}) if image.format == "TIFF" else {}
+            if tags.get(PLANES, 1) == 2 and tags.get(COMPRESSION) == 1 and max(tags.get(BITS, (8,))) > 8:
+                raise ValueError(f"Pillow mixes up channels of 16 bits stored apart and not compressed: {DEPTHS_READ}")
             turn_back, photometric = TURNED_BACK.get(tags.get(ORIENTATION, 1)), tags.get(PHOTOMETRIC)
             flat = _flattened(image)
             if turn_back:

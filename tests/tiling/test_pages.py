@@ -298,3 +298,19 @@ def test_tiles_over_what_was_not_scanned_are_counted_whoever_reads(tmp_path: Pat
     (outcome,) = tile_cohort([path], tmp_path / "out", 0.5, 128, tissue="none", workers=1, reader=reader)
     assert outcome.info["tiles"] == 16
     assert "4 tiles reach into what was not scanned" in outcome.message
+
+
+@pytest.mark.parametrize("byteorder", ["<", ">"])
+@pytest.mark.parametrize("compression", [None, "lzw"])
+def test_channels_of_16_bits_stored_apart_are_right_or_refused(tmp_path: Path, byteorder: Any, compression: str | None) -> None:
+    rgb = np.random.default_rng(0).integers(0, 65536, (60, 80, 3), np.uint16)
+    tifffile.imwrite(
+        tmp_path / "a.tif", np.moveaxis(rgb, -1, 0).copy(), planarconfig="separate", photometric="rgb", metadata=None,
+        compression=compression, byteorder=byteorder, rowsperstrip=16,
+    )  # fmt: skip
+    if compression is None:
+        with pytest.raises(UserError, match="channels of 16 bits stored apart and not compressed"):
+            Slide.open(tmp_path / "a.tif", assume_mpp=0.5)
+        return
+    with Slide.open(tmp_path / "a.tif", assume_mpp=0.5) as slide:
+        assert (slide.read_region(0, 0, 80, 60, 80, 60) == rgb >> 8).all()
