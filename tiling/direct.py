@@ -21,14 +21,14 @@ import numpy as np
 
 from tiling.codec import decode_jpeg
 from tiling.stack import Head, head_of
-from tiling.tiffpage import Empty, tiff_pages
+from tiling.tiffpage import APP0, APP14, Empty, tiff_pages
 
 SCALES = (1, 2, 4, 8)
 VENDORS = ("aperio", "generic-tiff", "")  # stored tiles lie edge to edge; others overlap, turn or hide some
 JPEG = 7
 JPEG_2000 = {33003: "jpeg2000 ycc", 33005: "jpeg2000", 34712: "jpeg2000"}  # Aperio's two, and the one of other writers
 RGB, YCBCR, GREY = 2, 6, 1
-SOI, EOI, APP0, APP14 = b"\xff\xd8", b"\xff\xd9", 0xE0, 0xEE
+SOI, EOI = b"\xff\xd8", b"\xff\xd9"
 AS_STORED = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00"  # tells a decoder: no colour transform
 AS_YCBCR = AS_STORED[:-1] + b"\x01"
 PARTS_CHECKED = (0.5, 0.3, 0.7, 0.15, 0.85)  # where in a level stored tiles are looked at

@@ -12,7 +12,6 @@ from tiling import codec
 from tiling.direct import DirectReader
 from tiling.grid import GridPlan
 from tiling.patches import JOB_PATCHES, in_order, map_patches
-from tiling.readers import empty_of
 from tiling.slide import Slide, cover
 
 MOST_BAD = 0.5  # share of the tiles; a slide with more of them that cannot be decoded fails
@@ -83,7 +82,7 @@ def unscanned(slide: Slide, plan: GridPlan) -> int:
         return 0
     boxes = np.concatenate([plan.coords, plan.coords + plan.size_l0], axis=1)
     view = slide.view(plan.size_l0 / plan.patch_px, boxes)
-    found = empty_of(slide.reader, slide.info.path, view.level)
+    found = slide.reader.empty(view.level)
     if found is None:
         return 0
     empty = np.pad(found.missing.astype(np.int64).cumsum(axis=0).cumsum(axis=1), ((1, 0), (1, 0)))

@@ -64,6 +64,8 @@ class Reader(Protocol):
 
     def expect_strips(self) -> None: ...  # the whole slide will be read row by row
 
+    def empty(self, level: int) -> Empty | None: ...  # what of a level was not scanned, where that is known
+
     def close(self) -> None: ...
 
 
@@ -77,6 +79,7 @@ class OpenSlideReader:
     def __init__(self, path: Path) -> None:
         import openslide
 
+        self._path = path
         self._slide = _probed(lambda: openslide.OpenSlide(str(path)), lambda slide, at: slide.read_region(at, 0, (1, 1)))
         self.properties: Mapping[str, Any] = dict(self._slide.properties)
         self.vendor = self.properties.get("openslide.vendor", "")
@@ -109,6 +112,11 @@ class OpenSlideReader:
             return rgb
         share = np.asarray(alpha)[..., None].astype(np.float32) / 255
         return (rgb * share + self.background * (1 - share) + 0.5).astype(np.uint8)
+
+    def empty(self, level: int) -> Empty | None:
+        """As the pages of a plain TIFF tell; scanners' own formats have rules of their own."""
+        fitting = [page for page in pages_of(self._path) if size_of(page) == self.level_dimensions[level]]
+        return empty_tiles(fitting[0]) if fitting and self.tags_only else None
 
     def close(self) -> None:
         self._slide.close()
@@ -215,6 +223,10 @@ class ImageReader:
         """uint8 (h, w, 3)"""
         return self._rgb[y : y + h, x : x + w]
 
+    def empty(self, level: int) -> Empty | None:
+        """It is there whole."""
+        return None
+
     def close(self) -> None:
         self._rgb = np.zeros((0, 0, 3), np.uint8)
 
@@ -286,14 +298,6 @@ def _mistake(path: Path, sizes: tuple[tuple[int, int], ...]) -> str:
         if samples > 3 and extras[:1] == (UNSPECIFIED,) and (colours == "RGB" or (colours in GREY and is_apart)):
             return f"it would take one of {samples} channels for transparency, though the file says nothing of it"
     return ""
-
-
-def empty_of(reader: Any, path: Path, level: int) -> Empty | None:
-    """What of a level was not scanned, by its readers or by the pages of a plain TIFF; None where nothing is missing."""
-    if isinstance(reader, OpenSlideReader):
-        fitting = [page for page in pages_of(path) if size_of(page) == reader.level_dimensions[level]]
-        return empty_tiles(fitting[0]) if fitting and reader.tags_only else None
-    return reader.empty(level) if hasattr(reader, "empty") else None
 
 
 def _series_of(slide: Any) -> Any:
