@@ -13,6 +13,7 @@ from annotations.errors import UserError
 from odis_path import __version__
 from odis_path.model.names import BASE_KWARGS, find_layer, resolve_model
 from odis_path.model.vit import ObjViT
+from odis_path.tensorfile import state_crc32
 from odis_path.train.checkpoint import Checkpoint, load_checkpoint
 from odis_path.train.config import PretrainConfig
 from tiling.atomic import atomic_path
@@ -27,7 +28,8 @@ class TimmExport:
 
     kwargs: arguments of timm.create_model, layer classes as words; mean, std: of the pixels in [0, 1]; mpp: micrometres per
     pixel and tile_px: side of a tile, both of the slide files trained on, None where those are gone; input_px: side of a
-    global view; python: one line that loads the model.
+    global view; crc32: of the tensors (see `odis_path.tensorfile`), compared when odis-path reads them; python: one line that
+    loads the model.
     """
 
     weights: str
@@ -43,6 +45,7 @@ class TimmExport:
     registers: int
     source: str
     step: int
+    crc32: str
     software_version: str
     python: str
 
@@ -130,7 +133,8 @@ def _describe(loaded: Checkpoint, encoder: ObjViT, name: str, kwargs: dict[str, 
     return TimmExport(
         weights=str(out), model=name, kwargs=kwargs, mean=config.data.mean, std=config.data.std, mpp=mpp, tile_px=tile_px,
         input_px=config.views.global_size, patch_px=encoder.patch_px, embed_dim=encoder.embed_dim, registers=encoder.registers,
-        source=loaded.path.name, step=loaded.step, software_version=__version__, python=_python(name, kwargs, out),
+        source=loaded.path.name, step=loaded.step, crc32=state_crc32(encoder.vit.state_dict()), software_version=__version__,
+        python=_python(name, kwargs, out),
     )  # fmt: skip
 
 

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from annotations.errors import UserError
+from odis_path.tensorfile import check_zip, load_safetensors
+from tiling.checksums import DamagedError
 
 State = dict[str, Tensor]
 
@@ -55,7 +57,8 @@ class LoadReport:
     """What was loaded: the layout found, the number of tensors, the keys left aside, and what had to be adapted.
 
     mask_token: float (1, 1, D), the token of masked patches where the file has one; the caller owns it. more_obj: float
-    (k, D), what tells further [OBJ] tokens from the first, where an odis-path checkpoint has some.
+    (k, D), what tells further [OBJ] tokens from the first, where an odis-path checkpoint has some. checked: the file holds
+    checksums and its content matches them; False for .safetensors files of others and for torch's older form.
     """
 
     layout: str
@@ -64,6 +67,7 @@ class LoadReport:
     resampled: bool
     mask_token: Tensor | None
     more_obj: Tensor | None = None
+    checked: bool = False
 
 
 def load_weights(vit: nn.Module, path: Path | str) -> LoadReport:
@@ -76,7 +80,8 @@ def load_weights(vit: nn.Module, path: Path | str) -> LoadReport:
     """
     path = Path(path)
     model: Any = vit
-    found, part, spare = _unwrap(_read(path), path)
+    content, checked = _read(path)
+    found, part, spare = _unwrap(content, path)
     state, outside, layout, token = _backbone(found, path)
     if part in ("teacher", "student"):
         layout = f"{layout}, {part}"
@@ -89,21 +94,26 @@ def load_weights(vit: nn.Module, path: Path | str) -> LoadReport:
     _check(state, mine, path)
     model.load_state_dict(state)
     more = next((found[key] for key in outside if key.endswith("encoder.more_obj")), None)
-    return LoadReport(layout, len(state), (*outside, *heads), resampled, _as_token(token, model.embed_dim), more)
+    return LoadReport(layout, len(state), (*outside, *heads), resampled, _as_token(token, model.embed_dim), more, checked)
 
 
-def _read(path: Path) -> Mapping[str, Any]:
-    """The content of a file; nothing in it is ever executed (argparse.Namespace, DINO's and iBOT's `args`, is let in)."""
+def _read(path: Path) -> tuple[Mapping[str, Any], bool]:
+    """The content of a file, and whether it matches checksums that the file holds.
+
+    Nothing in it is ever executed (argparse.Namespace, DINO's and iBOT's `args`, is let in).
+    """
     if not path.is_file():
         what = "a folder" if path.is_dir() else "no such file"
         raise UserError(f"{path}: {what}; model.weights takes a local .safetensors, .pth, .pt or .bin file, or 'timm'")
+    remedy = "copy or fetch it again"
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
+            return load_safetensors(path, remedy)
+        checked = check_zip(path, "readable as weights", remedy)
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
+    except DamagedError:
+        raise
     except Exception as error:  # torch and safetensors raise many kinds for a torn or foreign file
         classes = _foreign(path)
         if classes:
@@ -114,7 +124,7 @@ def _read(path: Path) -> Mapping[str, Any]:
         raise UserError(f"{path}: not readable as weights, torn or of another kind ({_one_line(error)})") from None
     if not isinstance(content, Mapping):
         raise UserError(f"{path}: holds {type(content).__name__}, not a dict of tensors; save the model's state_dict()")
-    return content
+    return content, checked
 
 
 def _foreign(path: Path) -> list[str]:

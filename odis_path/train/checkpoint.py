@@ -11,8 +11,10 @@ from torch import nn
 
 from annotations.errors import UserError
 from odis_path import __version__
+from odis_path.tensorfile import check_zip
 from odis_path.train.config import PretrainConfig, parse_config
 from tiling.atomic import atomic_path
+from tiling.checksums import DamagedError
 
 FORMAT = "odis-path-checkpoint"
 
@@ -51,7 +53,8 @@ def latest_checkpoint(folder: Path) -> Path | None:
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint file, or the newest of a run folder.
 
-    Raises UserError where it is missing, torn or another program's.
+    Every member of the file is compared with its checksum first. Raises DamagedError where one does not match, UserError
+    where the file is missing or another program's.
     """
     if path.is_dir():
         found = latest_checkpoint(path)
@@ -59,7 +62,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
             raise UserError(f"{path}: no checkpoint-*.pt in this folder: give a run folder of `odis-path pretrain`")
         path = found
     try:
+        check_zip(path, "a readable checkpoint", "copy it again, or take an older checkpoint")
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except DamagedError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint; give a file or a run folder of `odis-path pretrain`") from None
     except Exception as error:  # torch raises many kinds for a torn or foreign file
