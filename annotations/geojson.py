@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 
 from annotations.cellset import are_cells
+from annotations.classname import unpacked
 from annotations.errors import UserError
 
 Ring = list[tuple[float, float]]
@@ -267,7 +268,7 @@ def _tolerant_features(item: Any, number: int, source: str) -> list[Feature]:
         properties=own,
     )
     found = [msgspec.structs.replace(feature, geometry=_geometry(member)) for member in _members(item.get("geometry"))]
-    children = props.get("childObjects")
+    children = unpacked(props.get("childObjects"))
     for child in children if isinstance(children, list) else ():
         found += _tolerant_features(child, number, source)
     return found

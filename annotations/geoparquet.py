@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import shapely
 
 from annotations.build import Objects, add, kind_of, table_of_outlines
+from annotations.classname import class_of
 from annotations.errors import UserError
+from annotations.measurements import confidence_of, numbers_of
 from annotations.rings import polygon_parts, usable
 from annotations.table import CELL, PROPOSAL, TISSUE, ObjectTable
 
 CLASS_COLUMNS = ("label", "classification", "class", "class_name", "type", "name")
 ID_COLUMNS = ("id", "object_id", "key")
 KIND_COLUMNS = ("kind", "objectType", "object_type")
+PACKED_COLUMN = "measurements"
 CONFIDENCE_COLUMNS = ("confidence", "score", "probability", "prob", "type_prob")
 _KINDS = {"annotation": TISSUE, "tissue": TISSUE, "detection": CELL, "cell": CELL, "proposal": PROPOSAL}
 _POINTS, _POLYGONS, _LINES = (0, 4), (3, 6), (1, 2, 5)
@@ -28,7 +32,7 @@ def read_geoparquet(data: bytes, source: str, *, kind: str, point_size_l0: float
     The geometry column is the one the file's "geo" metadata names, else `geometry`. Class, id, kind and confidence are the
     first of CLASS_COLUMNS, ID_COLUMNS, KIND_COLUMNS, CONFIDENCE_COLUMNS there is; a class may be text, or QuPath's
     {"name": ...} as JSON text or as a struct. MultiPolygons that are cells become one row a part; other numeric columns
-    are the measurements. Raises UserError where there is no such column.
+    are the measurements, and so is what a column `measurements` holds. Raises UserError where there is no such column.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -48,15 +52,20 @@ def _read(columns: Any, source: str, kind: str, point_size_l0: float | None, sca
     n, counts = len(geometry), {"features": len(geometry)}
     objects = Objects(
         [str(i if value is None else value) for i, value in enumerate(_values(columns, ids, n))],
-        [_class(value) for value in _values(columns, label, n)],
+        [class_of(value) for value in _values(columns, label, n)],
         [],
     )
     form = shapely.get_type_id(geometry)
     said = [_KINDS.get(str(value).lower()) for value in _values(columns, kinds, n)]
     auto = [CELL if form[i] in _POINTS else TISSUE if value is None else value for i, value in enumerate(said)]
     objects.kind = [kind_of(kind, value) for value in auto]
+    packed = _packed_measurements(columns)
     if sure is not None:
         objects.confidence = [float("nan") if value is None else float(value) for value in _values(columns, sure, n)]
+    elif packed:
+        stated = [confidence_of(one) for one in packed]
+        if stated.count(None) < n:
+            objects.confidence = [float("nan") if value is None else value for value in stated]
     _lose(objects, geometry, form, counts)
     outlines, owner = _outlines(geometry, form, np.array(objects.kind, dtype=np.uint8), scale)
     at = np.flatnonzero(np.isin(form, _POINTS) & ~shapely.is_empty(geometry))
@@ -64,7 +73,7 @@ def _read(columns: Any, source: str, kind: str, point_size_l0: float | None, sca
     table, rows = table_of_outlines(
         objects, outlines, owner, np.unique(owner), (xy, at[which]), counts, point_size_l0, scale, source
     )
-    return _measured(table, rows, columns, {label, ids, kinds, sure})
+    return _measured(table, rows, columns, {label, ids, kinds, sure}, packed)
 
 
 def _geometries(columns: Any, source: str) -> np.ndarray:
@@ -119,26 +128,28 @@ def _values(columns: Any, name: str | None, n: int) -> list[Any]:
     return [None] * n if name is None else columns[name].to_pylist()
 
 
-def _class(value: Any) -> str | None:
-    if isinstance(value, str) and value.lstrip().startswith("{"):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            return value
-    if isinstance(value, dict):
-        names = value.get("names")
-        value = value.get("name") or (": ".join(map(str, names)) if isinstance(names, list) else None)
-    return None if value is None or value != value else str(value) or None
+def _packed_measurements(columns: Any) -> list[dict[str, float]]:
+    """What QuPath measured of each row, where the file keeps it in one column: JSON text, a struct or a list."""
+    if PACKED_COLUMN not in columns.column_names or _is_numeric(columns[PACKED_COLUMN]):
+        return []
+    return [numbers_of({PACKED_COLUMN: value}) for value in columns[PACKED_COLUMN].to_pylist()]
 
 
-def _measured(table: ObjectTable, rows: np.ndarray, columns: Any, used: set[str | None]) -> ObjectTable:
-    from dataclasses import replace
-
+def _is_numeric(column: Any) -> bool:
     import pyarrow.types as kinds
 
+    return kinds.is_floating(column.type) or kinds.is_integer(column.type)
+
+
+def _measured(
+    table: ObjectTable, rows: np.ndarray, columns: Any, used: set[str | None], packed: list[dict[str, float]]
+) -> ObjectTable:
     found = {
         name: np.array(columns[name].to_pylist(), dtype=np.float64)[rows]
         for name in columns.column_names
-        if name not in used and (kinds.is_floating(columns[name].type) or kinds.is_integer(columns[name].type))
+        if name not in used and _is_numeric(columns[name])
     }
+    some = [packed[row] for row in rows.tolist()] if packed else []
+    for name in dict.fromkeys(name for one in some for name in one):
+        found.setdefault(name, np.array([one.get(name, np.nan) for one in some], dtype=np.float64))
     return replace(table, measurements=found or None)

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from annotations.classname import unpacked
 from annotations.errors import UserError
 from annotations.geojson import NOTHING, SURE_KEYS, Properties
 from annotations.geojson import _members as members_of
@@ -42,9 +43,14 @@ def _stated_confidence(p: Properties) -> float | None:
     """The first of CONFIDENCE among measurements and plain properties; None where none is."""
     stated = {name: raw for name in SURE_KEYS if (raw := getattr(p, name)) is not NOTHING}
     try:
-        numbers = _numbers({name: msgspec.json.decode(raw) for name, raw in stated.items()})
+        numbers = numbers_of({name: msgspec.json.decode(raw) for name, raw in stated.items()})
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
+    return confidence_of(numbers)
+
+
+def confidence_of(numbers: dict[str, float]) -> float | None:
+    """The first of CONFIDENCE among measurements; None where none is."""
     found = {name.lower(): value for name, value in numbers.items() if abs(value) < MAX_CONFIDENCE}  # NaN is not
     return next((found[name] for name in CONFIDENCE if name in found), None)
 
@@ -71,8 +77,10 @@ def nuclei_as_geometry(data: bytes) -> bytes:
     except (ValueError, RecursionError):
         return data
     for item in _features(document):
-        if isinstance(item.get("nucleusGeometry"), dict):
-            item["geometry"] = item["nucleusGeometry"]
+        properties = item.get("properties")
+        inside = properties.get("nucleusGeometry") if isinstance(properties, dict) else None  # where geopandas puts it
+        if isinstance(nucleus := unpacked(item.get("nucleusGeometry") or inside), dict):
+            item["geometry"] = nucleus
     return json.dumps(document).encode()
 
 
@@ -92,7 +100,7 @@ def _features(document: Any) -> list[dict[str, Any]]:
     for item in document if isinstance(document, list) else [document]:
         found.append(item if isinstance(item, dict) else {})  # what is no feature counts as one without geometry
         properties = found[-1].get("properties")
-        children = properties.get("childObjects") if isinstance(properties, dict) else None
+        children = unpacked(properties.get("childObjects")) if isinstance(properties, dict) else None
         if isinstance(children, list):
             found += _features(children)
     return found
@@ -103,15 +111,15 @@ def _per_feature(document: Any) -> list[dict[str, float]]:
     found = []
     for item in _features(document):
         members = members_of(item.get("geometry", item))
-        found += [_numbers(item.get("properties"))] * len(members)
+        found += [numbers_of(item.get("properties"))] * len(members)
     return found
 
 
-def _numbers(properties: Any) -> dict[str, float]:
-    """Name -> number: QuPath's mapping or its older list of name and value, and plain numbers of other programs."""
+def numbers_of(properties: Any) -> dict[str, float]:
+    """Name -> number: QuPath's mapping or its older list of name and value, as JSON text too, and plain numbers of others."""
     if not isinstance(properties, dict):
         return {}
-    stated = properties.get("measurements")
+    stated = unpacked(properties.get("measurements"))
     pairs: list[tuple[Any, Any]] = [(name, value) for name, value in properties.items() if name.lower() in CONFIDENCE]
     if isinstance(stated, dict):
         pairs += stated.items()

@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 
 from annotations.build import add, mended, numbered, numbered_ids, remarks_of, squares
+from annotations.classname import class_of, joined
 from annotations.content import content, dialect
 from annotations.dialects import read_dialect
 from annotations.errors import UserError
@@ -150,9 +151,9 @@ def _class_name(feature: Feature) -> str | None:
     if found is None:
         found = feature.classification
     if isinstance(found, Classification):
-        if found.name:
-            return found.name
-        return (found.names if isinstance(found.names, str) else ": ".join(found.names or ())) or None
+        return found.name or joined(found.names)
+    if found is not None:
+        found = class_of(found)
     if found is None and properties is not None and properties.type is not None:
         # TIAToolbox keeps the class of a nucleus in `type`; QuPath's word for the object's type is no class.
         alias = properties.type.lower()
