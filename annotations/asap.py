@@ -7,9 +7,10 @@ from xml.etree.ElementTree import Element
 from annotations.build import Shapes, kind_of
 from annotations.frame import SlideFrame
 from annotations.table import CELL, TISSUE, ObjectTable
-from annotations.xmltree import number, position
+from annotations.xmltree import number, position, refuse_foreign
 
 ROOT = "ASAP_Annotations"
+EMPTY = frozenset({"Annotations", "Annotation", "Coordinates", "AnnotationGroups", "Group", "Attributes", "Attribute"})
 _POINTS = frozenset({"dot", "pointset"})
 _LINES = frozenset({"measurement", "polyline"})
 
@@ -21,8 +22,9 @@ def read_asap(
 
     Coordinates are level-0 pixels, put in order by their Order; decimal commas are read. The class is PartOfGroup, unless
     it is None; the id is Name where it is unique, else the number of the annotation. Holes are objects of their own there
-    (CAMELYON names their group _2 or Exclusion) and stay so.
+    (CAMELYON names their group _2 or Exclusion) and stay so. Raises UserError where positions are written in another way.
     """
+    refuse_foreign(root, source, ("Coordinate",), EMPTY)
     items = root.findall(".//Annotation")
     names = [item.get("Name") or "" for item in items]
     unique = len(set(names)) == len(names) and all(names)

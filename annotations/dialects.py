@@ -8,7 +8,7 @@ from annotations import asap, imagescope, ndpa
 from annotations.errors import UserError
 from annotations.frame import SlideFrame
 from annotations.table import ObjectTable
-from annotations.xmltree import parse_xml
+from annotations.xmltree import READ, REMEDY, parse_xml
 
 _XML = {
     asap.ROOT: asap.read_asap,
@@ -48,6 +48,5 @@ def _read_xml(data: bytes, source: str, kind: str, point_size_l0: float | None, 
         raise UserError(f"{source}: XML of boxes on one image (VOC): read with odis-path import --boxes, not as annotations")
     read = _XML.get(root.tag)
     if read is None:
-        known = "ASAP, ImageScope and NDP.view are read"
-        raise UserError(f"{source}: XML of an unknown kind, <{root.tag[:60]}> ({known}): export the annotations as GeoJSON")
+        raise UserError(f"{source}: XML of an unknown kind, <{root.tag[:60]}> ({READ}): {REMEDY}")
     return read(root, source, kind=kind, point_size_l0=point_size_l0, scale=scale, frame=frame)

@@ -1,4 +1,4 @@
-"""Aperio ImageScope's XML -> table: one object a Region, cut by the negative regions of its layer."""
+"""XML of Aperio ImageScope and of HALO -> table: one object a Region, cut by the negative regions of its layer."""
 
 from __future__ import annotations
 
@@ -14,10 +14,14 @@ from annotations.errors import UserError
 from annotations.frame import SlideFrame
 from annotations.rings import polygon_parts
 from annotations.table import CELL, TISSUE, ObjectTable
-from annotations.xmltree import position
+from annotations.xmltree import REMEDY, position, refuse_foreign
 
 ROOT = "Annotations"
-RECTANGLE, ELLIPSE, LINES, COUNTER = "1", "2", ("3", "4"), "5"  # Region/@Type; 0 is a polygon
+POSITIONS = ("Vertex", "V")  # ImageScope's, HALO's
+EMPTY = frozenset({"Annotation", "Attributes", "Attribute", "Regions", "RegionAttributeHeaders", "AttributeHeader", "Region"})
+EMPTY |= {"Vertices", "Comments", "Comment", "Plots"}  # all that a file without a position may hold
+RECTANGLES, ELLIPSES = ("1", "rectangle"), ("2", "ellipse")  # Region/@Type, a number in ImageScope, a word in HALO
+LINES, POINTS = ("3", "4", "line", "polyline", "ruler", "arrow"), ("5", "counter", "pin", "point")
 ELLIPSE_CORNERS = 64
 
 
@@ -26,20 +30,24 @@ def read_imagescope(
 ) -> ObjectTable:
     """Every Region of every Annotation (a layer), level-0 pixels.
 
-    The class is the layer's Name, or what the region's Text says; the id layer:region by their Id. A Region with
-    NegativeROA="1" is no object: it is cut out of those of its layer ("holes"; "holes_dropped" where it meets none).
-    An ellipse is stored as the corners around it. Rulers and arrows are lines, counters points.
-    Raises UserError where there is no layer, so that it is no file of ImageScope's.
+    The class is the layer's Name, or what the region's Text says; the id layer:region by their Id, or numbers. A Region with
+    NegativeROA="1" is no object: it is cut out of those of its layer ("holes"; "holes_dropped" where it meets none); in a
+    file of HALO those that lie within it stay, as islands in the hole. Rectangles and ellipses may be two corners; an
+    ellipse is stored as corners along it. Rulers, arrows and polylines are lines, counters and pins points; a shape of any
+    other name is taken for a polygon.
+    Raises UserError where the file has no word of the two programs for a layer or for a position.
     """
     layers = root.findall("Annotation")
     if not layers and root.get("MicronsPerPixel") is None:
-        raise UserError(f"{source}: XML <{ROOT}> without an <Annotation>: neither ImageScope's nor ASAP's: export as GeoJSON")
+        raise UserError(f"{source}: XML <{ROOT}> without an <Annotation>: neither ImageScope's nor ASAP's nor HALO's: {REMEDY}")
+    refuse_foreign(root, source, POSITIONS, EMPTY)
+    is_halo = next(root.iter("V"), None) is not None
     counts = {"features": 0}
     regions, holes = Shapes(), Shapes()
     layer_of: tuple[list[int], list[int]] = ([], [])
     for number, layer in enumerate(layers):
         for region in layer.iter("Region"):
-            is_hole = (region.get("NegativeROA") or "0").strip() == "1"
+            is_hole = (region.get("NegativeROA") or "").strip().lower() in ("1", "true")
             shapes = holes if is_hole else regions
             _add_region(shapes, layer, region, kind, counts)
             layer_of[is_hole].append(number)
@@ -51,25 +59,26 @@ def read_imagescope(
     add(counts, "repaired", cut_counts.get("repaired", 0))
     add(counts, "vertices_dropped", cut_counts.get("vertices_dropped", 0))
     add(counts, "holes_dropped", len(holes) - len(cuts))
-    return _cut_out(table, np.array(layer_of[0])[rows], cuts.geometry, np.array(layer_of[1])[cut_rows])
+    layer, cut_layer = np.array(layer_of[0], dtype=np.int64)[rows], np.array(layer_of[1])[cut_rows]
+    return _cut_out(table, layer, cuts.geometry, cut_layer, islands=is_halo)
 
 
 def _add_region(shapes: Shapes, layer: Element, region: Element, kind: str, counts: dict[str, int]) -> None:
-    form = (region.get("Type") or "0").strip()
-    xy = [position(vertex) for vertex in region.iter("Vertex")]
+    form = (region.get("Type") or "").strip().lower()
+    xy = [position(vertex) for vertex in region.iter() if vertex.tag in POSITIONS]
     name = (layer.get("Name") or "").strip() or (region.get("Text") or "").strip()
     number = region.get("Id") or str(counts["features"])
-    row = shapes.add(f"{layer.get('Id') or ''}:{number}", name, kind_of(kind, CELL if form == COUNTER else TISSUE))
+    row = shapes.add(f"{layer.get('Id') or ''}:{number}", name, kind_of(kind, CELL if form in POINTS else TISSUE))
     counts["features"] += 1
     if not xy:
         shapes.lose(row, "empty", counts)
     elif form in LINES:
         shapes.lose(row, "lines_skipped", counts)
-    elif form == COUNTER:
+    elif form in POINTS:
         shapes.add_points(row, xy)
-    elif form == ELLIPSE and len(xy) <= 4:
+    elif form in ELLIPSES and len(xy) <= 4:
         shapes.add_ring(row, _ellipse(xy))
-    elif form == RECTANGLE and len(xy) == 2:
+    elif form in RECTANGLES and len(xy) == 2:
         (x0, y0), (x1, y1) = xy
         shapes.add_ring(row, [(x0, y0), (x1, y0), (x1, y1), (x0, y1)])
     else:
@@ -85,11 +94,16 @@ def _ellipse(corners: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return [(float(x), float(y)) for x, y in ring]
 
 
-def _cut_out(table: ObjectTable, layer: np.ndarray, cuts: np.ndarray, cut_layer: np.ndarray) -> ObjectTable:
-    """The objects less the cuts of their layer; those of which nothing is left are counted as "zero_area"."""
+def _cut_out(table: ObjectTable, layer: np.ndarray, cuts: np.ndarray, cut_layer: np.ndarray, *, islands: bool) -> ObjectTable:
+    """The objects less the cuts of their layer; those of which nothing is left are counted as "zero_area".
+
+    islands: an object that lies within a cut is not cut by it.
+    """
     counts, geometry = table.counts, table.geometry.copy()
     cut, row = shapely.STRtree(geometry).query(cuts, predicate="intersects")
     same = cut_layer[cut] == layer[row]
+    if islands:
+        same &= ~(shapely.covers(cuts[cut], geometry[row]) & ~shapely.covers(geometry[row], cuts[cut]))
     cut, row = cut[same], row[same]
     add(counts, "holes", len(np.unique(cut)))
     add(counts, "holes_dropped", len(cuts) - len(np.unique(cut)))

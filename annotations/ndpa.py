@@ -9,7 +9,7 @@ from annotations.build import Shapes, kind_of
 from annotations.errors import UserError
 from annotations.frame import SlideFrame
 from annotations.table import CELL, TISSUE, ObjectTable
-from annotations.xmltree import number
+from annotations.xmltree import number, refuse_foreign
 
 ROOT = "annotations"
 CIRCLE_CORNERS = 64
@@ -22,8 +22,9 @@ def read_ndpa(
 
     A position in nanometres from the centre of the glass lies at (position - offset of the slide's centre) / (1000 * mpp)
     + half the slide's size, in level-0 pixels; with coordformat "pixels" positions are taken as they stand.
-    Raises UserError where the slide's size, mpp or offset are needed and not known.
+    Raises UserError where the slide's size, mpp or offset are needed and not known, and where there is no ndpviewstate.
     """
+    refuse_foreign(root, source, ("ndpviewstate",), ())
     views = root.findall("ndpviewstate")
     counts = {"features": len(views)}
     shapes = Shapes()

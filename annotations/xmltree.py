@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from xml.etree import ElementTree
 from xml.parsers import expat
 
 from annotations.errors import UserError
+
+READ = "ASAP, ImageScope, HALO and NDP.view are read"
+REMEDY = "export the annotations as GeoJSON"
 
 
 def parse_xml(data: bytes, source: str, remedy: str = "export the annotations again") -> ElementTree.Element:
@@ -30,6 +34,19 @@ def parse_xml(data: bytes, source: str, remedy: str = "export the annotations ag
         return builder.close()
     except (expat.ExpatError, ValueError, LookupError) as error:
         raise UserError(f"{source}: not XML ({error}): {remedy}") from None
+
+
+def refuse_foreign(root: ElementTree.Element, source: str, positions: Collection[str], empty: Collection[str]) -> None:
+    """Raises UserError where a file has none of the elements that hold positions, and others than one without any may have.
+
+    Its root is that of a program we read, what is in it is not.
+    """
+    tags = dict.fromkeys(element.tag for element in root.iter())
+    del tags[root.tag]
+    foreign = [tag for tag in tags if tag not in empty]
+    if foreign and not any(tag in tags for tag in positions):
+        what = f"XML <{root.tag[:60]}> with <{foreign[-1][:60]}>"
+        raise UserError(f"{source}: {what}, of no known program ({READ}): {REMEDY}")
 
 
 def number(text: str | None) -> float:

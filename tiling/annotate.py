@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from annotations.stream import Clipped, Grid
     from annotations.table import ObjectTable
 
-METHOD_VERSION = 3  # raise it when reading or clipping changes, so that old boxes are made anew
+METHOD_VERSION = 4  # raise it when reading or clipping changes, so that old boxes are made anew
 HASH_ATTR, RECORD_ATTR = "annotation_sha256", "annotation_parameters"
 LEFT_OUT = ("points_skipped", "lines_skipped", "empty", "malformed", "ignored", "invalid_dropped", "zero_area")
 POINT_SIZE = re.compile(r"^\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*(um|µm|μm|px|)\s*$")

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 SUFFIXES = (
     ".geojson.gz", ".geojson.zip", ".json.gz", ".json.zip", ".geojson", ".json", ".zip",
-    ".xml", ".xml.gz", ".ndpa", ".parquet", ".geoparquet",
+    ".xml", ".xml.gz", ".annotations", ".ndpa", ".parquet", ".geoparquet",
 )  # fmt: skip
 MASK_SUFFIXES = (".png", ".tif", ".tiff")  # looked for in folders that hold nothing else: pictures abound
 SIDECAR = ".classes.json"

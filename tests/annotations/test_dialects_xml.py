@@ -1,4 +1,4 @@
-"""ASAP, ImageScope and NDP.view: XML as they write it, holes, decimal commas, nanometres, and what is refused."""
+"""ASAP, ImageScope, HALO and NDP.view: XML as they write it, holes, decimal commas, nanometres, and what is refused."""
 
 from __future__ import annotations
 
@@ -144,6 +144,81 @@ def test_imagescope_shapes(read) -> None:
     assert table.remarks.repaired == {"a": 1}
 
 
+def halo(*layers: str) -> str:
+    return f"<Annotations>{''.join(layers)}</Annotations>"
+
+
+def halo_layer(name: str, *regions: str) -> str:
+    return f'<Annotation LineColor="65280" Name="{name}" Visible="True"><Regions>{"".join(regions)}</Regions></Annotation>'
+
+
+def halo_region(form: str, *xy: tuple[float, float], negative: str = "0") -> str:
+    corners = "".join(f'<V X="{x}" Y="{y}" />' for x, y in xy)
+    attributes = f'Type="{form}" HasEndcaps="0" NegativeROA="{negative}"'
+    return f"<Region {attributes}><Vertices>{corners}</Vertices><Comments><Comment>seen</Comment></Comments></Region>"
+
+
+def test_halo_shapes_are_told_by_words(read) -> None:
+    table = read(
+        halo(
+            halo_layer(
+                "Tumor",
+                halo_region("Polygon", (50, 50), (150, 50), (150, 150)),
+                halo_region("Rectangle", (350, 350), (250, 250)),
+                halo_region("Ellipse", (450, 250), (550, 350)),
+                halo_region("Polyline", (0, 0), (9, 0), (9, 9)),
+                halo_region("Ruler", (0, 0), (9, 0)),
+                halo_region("Polygon"),
+                halo_region("Polygon", (1, 1), (2, 2)),
+                halo_region("Rectangle", (5, 5), (5, 9)),
+            ),
+            halo_layer("Mitosis", halo_region("Pin", (40, 60))),
+            halo_layer("", halo_region("Freehand", *ring(0, 0, 10, 10))),
+        ),
+        point_size_l0=2,
+    )
+    assert same(table.geometry[[0, 1, 3, 4]], [
+        shapely.Polygon([(50, 50), (150, 50), (150, 150)]), shapely.box(250, 250, 350, 350), shapely.box(39, 59, 41, 61),
+        shapely.box(0, 0, 10, 10),
+    ])  # fmt: skip
+    assert table.geometry[2].bounds == (450, 250, 550, 350)
+    assert table.geometry[2].area == pytest.approx(3.14159 * 50 * 50, rel=2e-3)
+    assert labels(table) == ["Tumor"] * 3 + ["Mitosis", None]
+    assert table.kind.tolist() == [TISSUE] * 3 + [CELL, TISSUE]
+    assert len(set(table.id)) == 5
+    assert table.remarks.skipped == {
+        ("Tumor", "lines_skipped"): 2, ("Tumor", "empty"): 1, ("Tumor", "invalid_dropped"): 1, ("Tumor", "zero_area"): 1,
+    }  # fmt: skip
+    assert table.counts["features"] == len(table) + sum(table.remarks.skipped.values())
+
+
+def test_halo_negative_regions_are_holes_of_the_regions_around_them(read) -> None:
+    table = read(
+        halo(
+            halo_layer(
+                "Tumor",
+                halo_region("Polygon", *ring(20, 20, 60, 60), negative="1"),
+                halo_region("Polygon", *ring(0, 0, 100, 100)),
+                halo_region("Polygon", *ring(30, 30, 40, 40)),
+                halo_region("Ellipse", (200, 200), (300, 300)),
+                halo_region("Rectangle", (240, 240), (260, 260), negative="true"),
+                halo_region("Rectangle", (900, 900), (910, 910), negative="1"),
+            ),
+            halo_layer("Stroma", halo_region("Polygon", *ring(0, 0, 80, 80))),
+        )
+    )
+    around = shapely.box(0, 0, 100, 100).difference(shapely.box(20, 20, 60, 60))
+    assert same(table.geometry[[0, 1, 3]], [around, shapely.box(30, 30, 40, 40), shapely.box(0, 0, 80, 80)])
+    assert len(table.geometry[2].interiors) == 1
+    assert labels(table) == ["Tumor"] * 3 + ["Stroma"]
+    assert table.counts == {"features": 7, "holes": 2, "holes_dropped": 1}
+
+
+def test_halo_with_no_region_at_all_is_read_as_empty(read) -> None:
+    assert len(read(halo(halo_layer("Tumor")))) == 0
+
+
+CVAT = '<annotations><version>1.1</version><image name="a.png"><polygon points="1,1;2,2;3,1"/></image></annotations>'
 NDPA = """<?xml version="1.0" encoding="utf-8" standalone="yes"?><annotations>
 <ndpviewstate id="1"><title>Tumor</title><coordformat>nanometers</coordformat><x>1</x><y>2</y>
 <annotation type="freehand" displayname="AnnotateFreehand" color="#000000"><closed>1</closed>
@@ -184,6 +259,11 @@ def test_ndpa_counts_from_the_centre_of_the_glass(read) -> None:
         ("<html><body/></html>", "unknown kind, <html>"),
         ("<annotation><object/></annotation>", "import --boxes"),
         ("<Annotations/>", "neither ImageScope's nor ASAP's"),
+        (CVAT, r"<annotations> with <polygon>, of no known program"),
+        (halo(halo_layer("a", "<Region><Points><Point X='1' Y='1'/></Points></Region>")), "<Annotations> with <Point>"),
+        ("<ASAP_Annotations><Annotation><XY>1 2</XY></Annotation></ASAP_Annotations>", "<ASAP_Annotations> with <XY>"),
+        ("<object_annotation_list><Object/></object_annotation_list>", "unknown kind, <object_annotation_list>"),
+        ("<Session><Graphic type='polygon'/></Session>", "unknown kind, <Session>"),
     ],
 )
 def test_refused(read, text: str, said: str) -> None:
