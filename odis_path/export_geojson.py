@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +13,7 @@ import numpy as np
 
 from annotations.errors import UserError
 from tiling.cohort import Outcome, run_cohort
+from tiling.csvfile import number_in, read_csv_file, whole_number_in
 from tiling.slidefile import SlideFile, list_slide_files
 
 PARTS = ("tissue", "tiles", "boxes", "labels")
@@ -226,19 +226,12 @@ def slide_files(folder: Path) -> list[Path]:
 
 def read_predictions(path: Path) -> dict[str, Predicted]:
     """slide_id -> its rows of a predictions.csv that odis-path evaluate wrote. Raises UserError for any other file."""
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            needed = {"slide_id", "x", "y", "object", "label", "predicted"}
-            if missing := sorted(needed - set(reader.fieldnames or ())):
-                raise UserError(f"{path}: lacks the columns {', '.join(missing)}: give evaluate's predictions.csv")
-            rows = list(reader)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}: check --predictions") from None
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a CSV: {error}: give evaluate's predictions.csv") from None
+    needed = ("slide_id", "x", "y", "object", "label", "predicted")
+    found = read_csv_file(path, needed, "no such file: give evaluate's predictions.csv")
+    if missing := sorted(set(needed) - set(found.columns)):
+        raise UserError(f"{path}: lacks the columns {', '.join(missing)}: give evaluate's predictions.csv")
     by_slide: dict[str, list[dict[str, str]]] = {}
-    for row in rows:
+    for _, row in found.rows:
         by_slide.setdefault(row["slide_id"], []).append(row)
     try:
         return {slide_id: _predicted(own) for slide_id, own in by_slide.items()}
@@ -247,11 +240,11 @@ def read_predictions(path: Path) -> dict[str, Predicted]:
 
 
 def _predicted(rows: Sequence[Mapping[str, str]]) -> Predicted:
-    xy = np.array([(int(row["x"]), int(row["y"])) for row in rows], dtype=np.int64)
-    numbers = np.array([int(row["object"]) for row in rows], dtype=np.int64)
+    xy = np.array([(whole_number_in(row["x"]), whole_number_in(row["y"])) for row in rows], dtype=np.int64)
+    numbers = np.array([whole_number_in(row["object"]) for row in rows], dtype=np.int64)
     if (xy < 0).all() and (numbers < 0).all():
         raise ValueError("predictions of whole slides have no place on them")
-    scores = [{key: float(value) for key, value in row.items() if key and key.startswith(SCORE) and value} for row in rows]
+    scores = [{key: number_in(value) for key, value in row.items() if key and key.startswith(SCORE) and value} for row in rows]
     return Predicted(xy, numbers, [row["predicted"] for row in rows], [row["label"] for row in rows], scores)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from annotations.errors import UserError
+from tiling.csvfile import number_in, read_csv_file
 from tiling.manifest import patient_of
 from tiling.mpp import check_mpp
 from tiling.slide import slide_stem
@@ -189,17 +189,13 @@ def _manifest_rows(manifest: Path) -> dict[str, dict[str, str]]:
     """Value of column `image` -> its row, stripped."""
     if not manifest.is_file():
         raise UserError(f"{manifest}: no such manifest: a CSV with the columns image and patient_id")
-    try:
-        with manifest.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            heads = [head.strip() for head in reader.fieldnames or []]
-            lines = [{(key or "").strip(): str(text or "").strip() for key, text in row.items()} for row in reader]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{manifest}: not a CSV in UTF-8 ({error}): save it as one") from None
-    if "image" not in heads:
-        raise UserError(f"{manifest}: has no column image (found: {', '.join(heads) or 'nothing'}): name the image files in it")
+    found = read_csv_file(manifest, ("image",))
+    if "image" not in found.columns:
+        heads = ", ".join(found.columns) or "nothing"
+        raise UserError(f"{manifest}: has no column image (found: {heads}): name the image files in it")
     rows: dict[str, dict[str, str]] = {}
-    for number, row in enumerate(lines, 2):
+    for number, raw in found.rows:
+        row = {name: text.strip() for name, text in raw.items()}
         if not row["image"]:
             raise UserError(f"{manifest}: line {number}: column image is empty")
         if rows.setdefault(row["image"], row) != row:
@@ -215,7 +211,7 @@ def _mpp_of_row(manifest: Path, row: Mapping[str, str]) -> float | None:
         return None
     where = f"{manifest}: {row['image']}: column mpp"
     try:
-        return check_mpp(float(text), where)
+        return check_mpp(number_in(text), where)
     except ValueError:
         raise UserError(f"{where}: {text}: not a number") from None
 

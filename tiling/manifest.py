@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import os
 import re
 from collections.abc import Mapping
@@ -12,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from annotations.errors import UserError
+from tiling.csvfile import CsvFile, number_in, read_csv_file
 from tiling.mpp import check_mpp
 from tiling.slide import slide_stem
 from tiling.urls import absolute, path_of, printable, shown, url_of
@@ -41,7 +40,7 @@ def read_manifest(path: Path) -> list[SlideItem]:
     a slide_id that no file can have, or one that stands for two slides or two mpps.
     """
     items: dict[str, tuple[int, SlideItem]] = {}
-    for number, row in manifest_rows(path)[1]:
+    for number, row in manifest_rows(path).rows:
         item = _item(path, number, row)
         line, first = items.setdefault(item.slide_id, (number, item))
         if first.path != item.path:
@@ -55,43 +54,14 @@ def read_manifest(path: Path) -> list[SlideItem]:
     return [item for _, item in items.values()]
 
 
-def manifest_rows(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
-    """The columns of a manifest and its rows, each with the number of its line; rows of blanks, as Excel leaves them, are none.
-
-    Raises UserError for a file that is missing or no CSV in UTF-8, without the column path or with one twice, and for a row
-    with more values than columns, which a decimal comma makes.
-    """
-    reader = csv.reader(io.StringIO(_text(path), newline=""))
-    rows: list[tuple[int, dict[str, str]]] = []
-    line = 0
-    try:
-        columns, line = _columns(path, next(reader, [])), reader.line_num
-        for values in reader:
-            line = reader.line_num
-            if not values or (len(values) > 1 and not any(value.strip() for value in values)):
-                continue
-            if any(value.strip() for value in values[len(columns) :]):
-                said = (
-                    f"has {len(values)} values for {len(columns)} columns: is there a decimal comma, or a comma without quotes?"
-                )
-                raise UserError(f"{path}: line {line}: {said}")
-            row = dict(zip(columns, values + [""] * len(columns), strict=False))
-            rows.append((line, {name: value for name, value in row.items() if name}))
-    except csv.Error as error:
-        raise UserError(f"{path}: after line {line}: {error}: is a quote left open? Save it as CSV UTF-8") from None
-    return [name for name in columns if name], rows
-
-
-def _columns(path: Path, header: list[str]) -> list[str]:
-    """The names in a header, without the nameless ones at its end."""
-    columns = [name.strip() for name in header]
-    while columns and not columns[-1]:
-        columns.pop()
-    if "path" not in columns:
-        raise UserError(f"{path}: has no column path (found: {', '.join(columns) or 'nothing'}): make it with odis-path scan")
-    if twice := [name for i, name in enumerate(columns) if name and name in columns[:i]]:
-        raise UserError(f"{path}: has the column {twice[0]} twice: rename or remove one")
-    return columns
+def manifest_rows(path: Path) -> CsvFile:
+    """The columns and rows of a manifest. Raises UserError as `read_csv_file` does, and where there is no column path."""
+    found = read_csv_file(path, ("path",), "no such manifest: make it with odis-path scan")
+    if "path" not in found.columns:
+        raise UserError(
+            f"{path}: has no column path (found: {', '.join(found.columns) or 'nothing'}): make it with odis-path scan"
+        )
+    return found
 
 
 def slide_of(manifest: Path, row: Mapping[str, str]) -> Path:
@@ -109,7 +79,7 @@ def mpp_in(manifest: Path, line: int, row: Mapping[str, str]) -> float | None:
     """The mpp of a row, None where it has none. Raises UserError for what is no number above 0."""
     text, where = row.get("mpp", "").strip(), f"{manifest}: line {line}: column mpp"
     try:
-        return check_mpp(float(text), where) if text else None
+        return check_mpp(number_in(text), where) if text else None
     except ValueError:
         raise UserError(f"{where}: {text}: not a number") from None
 
@@ -154,21 +124,6 @@ def patient_of(name: str) -> str:
     """TCGA-XX-XXXX out of a TCGA barcode, else an empty string."""
     match = TCGA_PATIENT.match(name)
     return match.group(0) if match else ""
-
-
-def _text(path: Path) -> str:
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such manifest: make it with odis-path scan") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}: make it with odis-path scan") from None
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise UserError(f"{path}: line {line}: is not UTF-8: save it as CSV UTF-8") from None
-    if "\0" in text:
-        raise UserError(f"{path}: line {text[: text.index(chr(0))].count(chr(10)) + 1}: holds a NUL: save it as CSV UTF-8")
-    return text
 
 
 def _item(manifest: Path, line: int, row: dict[str, str]) -> SlideItem:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from annotations.errors import UserError
 from tiling.atomic import atomic_path
+from tiling.csvfile import number_in
 from tiling.manifest import SlideItem, id_problem, manifest_rows, mpp_in, slide_of
 from tiling.urls import place
 
@@ -45,22 +46,22 @@ def manifest_before(out: Path) -> Before:
     if not out.exists() or not out.stat().st_size:
         return Before()
     try:
-        columns, rows = manifest_rows(out)
+        manifest = manifest_rows(out)
         by_place: dict[str, tuple[int, dict[str, str]]] = {}
-        for line, row in rows:
+        for line, row in manifest.rows:
             if row["path"].strip():
                 by_place.setdefault(place(slide_of(out, row)), (line, row))
         mpps = {at: _given(out, line, row) for at, (line, row) in by_place.items()}
     except UserError as error:
         raise UserError(f"{error}; scan does not write over it: put it right, or give another --out") from None
-    return Before(tuple(columns), {at: row for at, (_, row) in by_place.items()}, mpps, len(rows))
+    return Before(tuple(manifest.columns), {at: row for at, (_, row) in by_place.items()}, mpps, len(manifest.rows))
 
 
 def _given(out: Path, line: int, row: dict[str, str]) -> float | None:
     """The mpp of a row where it is not the one that scan wrote there: slides may be replaced, and say another then."""
     given = mpp_in(out, line, row)
     try:
-        written = float(row.get("mpp_headers") or "nan")
+        written = number_in(row.get("mpp_headers") or "nan")
     except ValueError:
         written = math.nan
     return given if by_hand(given, None if math.isnan(written) else written) else None

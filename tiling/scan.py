@@ -14,6 +14,7 @@ import numpy as np
 from annotations.errors import UserError
 from tiling.atomic import atomic_path, check_writable
 from tiling.cohort import Outcome, run_cohort
+from tiling.csvfile import SUFFIXES
 from tiling.find import find_slides
 from tiling.grid import FINEST_SHARE
 from tiling.manifest import SlideItem, path_from, read_manifest
@@ -135,9 +136,9 @@ def cut_off(path: Path) -> str:
 
 
 def slide_items(inputs: Sequence[Path | str]) -> list[SlideItem]:
-    """The work list of a cohort: one manifest (a .csv file), or slides as files, folders and globs."""
+    """The work list of a cohort: one manifest (a .csv or .tsv file), or slides as files, folders and globs."""
     paths = [Path(value) for value in inputs]
-    manifests = [path for path in paths if path.suffix.lower() == ".csv"]
+    manifests = [path for path in paths if path.suffix.lower() in SUFFIXES]
     if not manifests:
         return find_slides(inputs)
     if len(paths) > 1:

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from annotations.errors import UserError
-from odis_path.evaluate.splits import read_csv, shorten
+from odis_path.evaluate.splits import numbered_rows, shorten
 from odis_path.features import FeatureSet, levels_in
+from tiling.csvfile import whole_number_in
 
 ANNOTATIONS = "annotations"
 LEVELS = ("tile", "object", "slide")
@@ -36,17 +37,17 @@ def read_labels(labels: Path | str) -> Labels:
     if str(labels) == ANNOTATIONS:
         return Labels(ANNOTATIONS)
     path = Path(labels)
-    rows = read_csv(path)
-    columns = set(rows[0])
+    rows = numbered_rows(path)
+    columns = set(rows[0][1])
     for name in ("slide_id", "label"):
         if name not in columns:
-            raise UserError(f"{path}: no column {name}; its columns are {', '.join(rows[0])}: slide_id and label are needed")
+            raise UserError(f"{path}: no column {name}; its columns are {', '.join(rows[0][1])}: slide_id and label are needed")
     if len(columns & {"x", "y"}) == 1:
         raise UserError(f"{path}: one of the columns x and y without the other: tile labels need both")
     kind = "object" if "object" in columns else "tile" if "x" in columns else "slide"
     found = Labels(str(path), kind)
     blank = 0
-    for number, row in enumerate(rows, 2):
+    for number, row in rows:
         if not row["label"]:
             blank += 1
             continue
@@ -72,12 +73,9 @@ def _key(path: Path, number: int, row: dict[str, str], kind: str) -> tuple[str |
     numbers = []
     for name in names:
         try:
-            value = float(row[name])
-            numbers.append(int(value))
+            numbers.append(whole_number_in(row[name]))
         except (ValueError, OverflowError):
             raise UserError(f"{path}: line {number}: {name} {row[name]!r} is not a whole number") from None
-        if value != int(value):
-            raise UserError(f"{path}: line {number}: {name} {row[name]!r} is not a whole number")
     return (row["slide_id"], *numbers)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from annotations.errors import UserError
+from tiling.csvfile import read_csv_file
 
 GROUPS = ("patient_id", "slide_id", "none")
 SIDES = ("train", "val", "test")
@@ -232,18 +231,13 @@ def check_plan(plan: Plan, group: np.ndarray) -> None:
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """Rows of a CSV (comma, semicolon or tab) with a header, every value stripped. Raises UserError where it cannot be read."""
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not readable as a UTF-8 CSV ({' '.join(str(error).split())})") from None
-    delimiter = max(",;\t", key=text.partition("\n")[0].count)
-    rows = [
-        {str(k).strip(): (v or "").strip() for k, v in row.items() if k is not None}
-        for row in csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
-    ]
+    """Rows of a CSV with a header, every value stripped. Raises UserError where it cannot be read."""
+    return [row for _, row in numbered_rows(path)]
+
+
+def numbered_rows(path: Path) -> list[tuple[int, dict[str, str]]]:
+    """The same with the line of each row (`tiling.csvfile`)."""
+    rows = [(line, {name: text.strip() for name, text in row.items()}) for line, row in read_csv_file(Path(path)).rows]
     if not rows:
         raise UserError(f"{path}: holds no rows: a header line and one line per item are needed")
     return rows
