@@ -147,8 +147,11 @@ def pen_shares(overview: Overview, plan: GridPlan) -> np.ndarray:
     return tissue_fractions(plan.coords, plan.size_l0, overview.pen, overview.downsample)
 
 
-def remarks(overview: Overview, plan: GridPlan) -> Iterator[str]:
-    """A line where the picture is black, where most tissue came into no tile, where ink makes up most of what is not glass."""
+def remarks(overview: Overview, plan: GridPlan, *, ink_dropped: bool) -> Iterator[str]:
+    """A line where the picture is black, where most tissue came into no tile, where ink makes up most of what is not glass.
+
+    ink_dropped: tissue was looked for, and what has the colours of ink was not taken for it.
+    """
     if is_black(overview.thumb):
         yield f"warning: {BLACK_OVERVIEW}"
     wanted = overview.mask
@@ -160,13 +163,17 @@ def remarks(overview: Overview, plan: GridPlan) -> Iterator[str]:
     if total and kept < MOST:
         excluded = int((found & ~wanted).sum()) / total
         small = max(0.0, 1 - kept - excluded)
+        whole = "tissue" if overview.tissue is not None else "slide"
         yield (
-            f"warning: {kept:.0%} of the tissue is in tiles: {excluded:.0%} is under --exclude, {small:.0%} in tiles below "
+            f"warning: {kept:.0%} of the {whole} is in tiles: {excluded:.0%} is under --exclude, {small:.0%} in tiles below "
             "--min-tissue or at the border"
         )
-    marked = int((overview.pen & ~found).sum())
-    if marked > MOST * (total + marked):
-        share = marked / (total + marked)
+    if not ink_dropped:
+        return
+    excluded_too = overview.excluded if overview.excluded is not None else np.zeros_like(wanted)
+    marked, other = int((overview.pen & ~found & ~excluded_too).sum()), int(wanted.sum())
+    if marked > MOST * (other + marked):
+        share = marked / (other + marked)
         yield f"warning: {share:.0%} of what is not glass has the colours of pen ink and was left out: --pen keep takes it in"
 
 

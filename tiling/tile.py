@@ -176,7 +176,7 @@ def _tiled(slide: Slide, task: Task, threads: int, mpp: Mpp, now: Stamp) -> dict
     said = [
         mpp.note if mpp.source != "--assume-mpp" else "",
         _why_empty(plan, info, overview),
-        *remarks(overview, plan),
+        *remarks(overview, plan, ink_dropped=settings.tissue == "auto" and settings.pen == "drop"),
         *_about_pixels(slide, plan, settings, bad),
         twin,
         "its boxes are gone with the old tiles: run annotate again" if had_boxes else "",

@@ -294,6 +294,38 @@ def test_a_stain_in_the_colours_of_ink_is_a_warning(
     assert tiled(slide, tmp_path / "b", mpp=4.0, pen="keep").info["tiles"] > 20
 
 
+def test_ink_that_was_not_left_out_is_no_warning(make_slide: Callable[..., Path], picture: np.ndarray, tmp_path: Path) -> None:
+    """Of a slide stained in the colours of ink nothing is left out for it but where tissue is sought with --pen drop."""
+    green = picture[..., [0, 2, 1]].copy()
+    green[picture[..., 1] < 200] = (60, 150, 90)
+    slide = make_slide(tmp_path / "s.svs", green, mpp=4.0)
+    height, width = green.shape[:2]
+    ring = [[0, 0], [width, 0], [width, height], [0, height], [0, 0]]
+    glass = [[x * 0.05, y * 0.05] for x, y in ring]
+    for name, outline in (("all", ring), ("corner", glass)):
+        (tmp_path / name).mkdir()
+        shape = {"type": "Polygon", "coordinates": [outline]}
+        feature = {"type": "Feature", "properties": {}, "geometry": shape}
+        (tmp_path / name / "s.geojson").write_text(json.dumps(feature))
+    anywhere = {"pixels": False, "mpp": 4.0, "min_tissue": 0.5}
+    ways = {
+        "keep": {"pen": "keep"},
+        "drawn": {"tissue": str(tmp_path / "corner")},
+        "drawn, keep": {"tissue": str(tmp_path / "corner"), "pen": "keep"},
+        "none": {"tissue": "none"},
+        "none, excluded": {"tissue": "none", "exclude": str(tmp_path / "all")},
+        "all excluded": {"exclude": str(tmp_path / "all")},
+    }
+    for name, way in ways.items():
+        assert "ink" not in tiled(slide, tmp_path / "out" / name, **(anywhere | way)).message, name
+    assert (
+        "of the slide is in tiles: 100% is under --exclude"
+        in tiled(slide, tmp_path / "out" / "x", **(anywhere | ways["none, excluded"])).message
+    )
+    dropped = tiled(slide, tmp_path / "out" / "d", **anywhere, exclude=str(tmp_path / "corner"))
+    assert "pen ink and was left out" in dropped.message
+
+
 def test_too_few_grey_levels_are_one_line(make_slide: Callable[..., Path], picture: np.ndarray, tmp_path: Path) -> None:
     slide = make_slide(tmp_path / "s.svs", picture // 26)
     (outcome,) = tile_cohort([slide], tmp_path / "a", 1.0, 64, workers=1)
