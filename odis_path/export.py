@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -155,11 +156,11 @@ def _tiles_trained_on(folder: str) -> tuple[float | None, int | None]:
     """mpp and side of the tiles of a folder of slide files; None where it is gone."""
     from tiling.slidefile import SlideFile, list_slide_files
 
-    try:
-        with SlideFile(list_slide_files(folder)[0]) as file:
-            return file.mpp, file.patch_size
-    except (UserError, OSError, KeyError):
-        return None, None
+    with suppress(UserError):
+        for path in list_slide_files(folder):
+            with suppress(UserError, OSError, KeyError), SlideFile(path) as file:
+                return file.mpp, file.patch_size
+    return None, None
 
 
 def _verify(written: Path, encoder: ObjViT, result: TimmExport) -> None:

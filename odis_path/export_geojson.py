@@ -14,7 +14,7 @@ import numpy as np
 from annotations.errors import UserError
 from tiling.cohort import Outcome, run_cohort
 from tiling.csvfile import number_in, read_csv_file, whole_number_in
-from tiling.slidefile import SlideFile, list_slide_files
+from tiling.slidefile import SlideFile, h5_files, list_slide_files
 
 PARTS = ("tissue", "tiles", "boxes", "labels")
 TISSUE_CLASS = "Tissue"
@@ -207,21 +207,25 @@ def _features(
 
 def slide_files(folder: Path) -> list[Path]:
     """The slide files of a folder, or those that the feature files of a folder were made of. Raises UserError."""
+    paths = h5_files(folder) if folder.is_dir() else []
+    sources = [_source(path) or path for path in paths]  # what is no feature file among them is a failure, by its own name
+    if sources == paths:
+        return list_slide_files(folder)
+    behind = [path for path in sources if path not in paths]
+    if not any(path.is_file() for path in behind):
+        raise UserError(f"{folder}: the slide file {behind[0]} behind its features is gone: give the folder of slide files")
+    return sources
+
+
+def _source(path: Path) -> Path | None:
+    """The slide file that a feature file was made of; None for any other file."""
     from odis_path.featurefile import FORMAT
 
-    sources = []
-    for path in sorted(folder.glob("*.h5")) if folder.is_dir() else []:
-        try:
-            with h5py.File(path, "r", locking=False) as file:
-                if file.attrs.get("format") == FORMAT:
-                    sources.append(Path(str(file.attrs["source"])))
-        except (OSError, KeyError):
-            continue
-    if not sources:
-        return list_slide_files(folder)
-    if gone := [path for path in sources if not path.is_file()]:
-        raise UserError(f"{folder}: the slide file {gone[0]} behind its features is gone: give the folder of slide files")
-    return sources
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            return Path(str(file.attrs["source"])) if file.attrs.get("format") == FORMAT else None
+    except (OSError, KeyError):
+        return None
 
 
 def read_predictions(path: Path) -> dict[str, Predicted]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from odis_path.featurefile import (
     write_features,
     write_slides_parquet,
 )
+from tiling.slidefile import h5_files
 
 __all__ = [
     "FeatureSet",
@@ -116,7 +118,7 @@ def feature_paths(folder: Path) -> list[Path]:
     """The .h5 files of a folder sorted by name, or the one file given. Raises UserError where there are none."""
     if folder.is_file():
         return [folder]
-    paths = sorted(p for p in folder.glob("*.h5") if not p.name.startswith(".")) if folder.is_dir() else []
+    paths = h5_files(folder) if folder.is_dir() else []
     if not paths:
         what = "holds no feature file" if folder.is_dir() else "no such folder"
         raise UserError(f"{folder}: {what}: give the folder that odis-path embed wrote")
@@ -126,7 +128,7 @@ def feature_paths(folder: Path) -> list[Path]:
 def levels_in(folder: Path) -> list[str]:
     """The levels a folder has embeddings of, in the order tile, object, slide."""
     found = set()
-    for path in sorted(folder.glob("*.h5")) if folder.is_dir() else [folder]:
+    for path in h5_files(folder) if folder.is_dir() else [folder]:
         try:
             with h5py.File(path, "r", locking=False) as file:
                 found |= {level for level, name in DATASETS.items() if name in file}
@@ -292,8 +294,8 @@ def read_slides_parquet(path: Path) -> FeatureSet:
 
 def _sources_beside(folder: Path) -> dict[str, Path]:
     sources = {}
-    for path in sorted(folder.glob("*.h5")):
-        with h5py.File(path, "r", locking=False) as file:
+    for path in h5_files(folder):
+        with suppress(OSError), h5py.File(path, "r", locking=False) as file:
             if file.attrs.get("format") == FORMAT:
                 sources[str(file.attrs["slide_id"])] = Path(str(file.attrs["source"]))
     return sources

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
@@ -16,14 +17,13 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import numpy as np
 
 from annotations.errors import UserError
-from tiling.annotate_files import MASK_SUFFIXES, SUFFIXES, files_below, frame_of, stamp
+from tiling.annotate_files import annotation_files, frame_of, match_files, owner_of, stamp
 from tiling.annotate_report import CHANGED, RESULT_ATTR, by_label, message, placement
 from tiling.append import PARTS_ATTR, appended, new_files, parts_of, read_groups
 from tiling.claim import changes, claim, same_settings
 from tiling.cohort import Outcome, available_cpus, run_cohort
 from tiling.slidefile import SlideFile, list_slide_files
 from tiling.slidewrite import parameters_hash, replace_groups
-from tiling.urls import from_home
 
 if TYPE_CHECKING:
     from annotations.classmap import ClassMap
@@ -120,6 +120,8 @@ def annotate_cohort(
     slides = {path.stem: path.absolute() for path in list_slide_files(folder)}
     files = annotation_files(annotations)
     matched = match_files(list(slides), files)
+    if not any(matched.values()) and len(files) == 1:  # what is no slide file is no second slide
+        matched |= match_files([slide_id for slide_id, path in slides.items() if _opens(path)], files)
     if not any(matched.values()):
         first = f"first slide {next(iter(slides))}, first file {files[0].name}"
         raise UserError(f"{folder}: no annotation file is named after a slide ({first}): name them <slide_id>.geojson")
@@ -132,10 +134,29 @@ def annotate_cohort(
     how: dict[str, Any] = {"workers": workers, "scheduler": scheduler, "timeout": timeout, "folder": folder, "wrote": _file_of}
     with same_settings(folder, "annotate", {**asdict(settings), "append": append, "annotations": _in_short(sorted(used))}):
         outcomes = run_cohort(items, work, title="annotate", name=_name, **how)
-    for (_, own), outcome in zip(items, outcomes, strict=True):
-        if not own and unused:
-            outcome.message += f" ({len(unused)} annotation files belong to no slide, for instance {unused[0]})"
+    _tell_names(items, outcomes, unused)
     return outcomes
+
+
+def _tell_names(items: Sequence[Work], outcomes: Sequence[Outcome], unused: Sequence[str]) -> None:
+    """Say in the outcomes which file was taken although it is named after no slide, and that others were not."""
+    left = f"{len(unused)} annotation files belong to no slide, for instance {unused[0]}" if unused else ""
+    for (path, own), outcome in zip(items, outcomes, strict=True):
+        if own and owner_of({path.stem: None}, own[0].name) is None:
+            only = f"{own[0].name} is not named after it, and was taken as the only file for the only slide"
+            outcome.message += f"; {only}" if outcome.message else only
+        elif not own and left and outcome.ok:
+            outcome.message += f" ({left})"
+    if left and all(own for _, own in items):
+        print(f"annotate: {left}", file=sys.stderr, flush=True)
+
+
+def _opens(path: Path) -> bool:
+    try:
+        with SlideFile(path):
+            return True
+    except UserError:
+        return False
 
 
 def annotate_slide(
@@ -147,6 +168,7 @@ def annotate_slide(
     """
     path, files = item
     if not files:
+        SlideFile(path).close()  # one that cannot be read is a failure all the same
         return {"objects": 0, "boxes": 0, "message": "no annotations"}
     how = Reading(settings, stream, processes)
     with claim(path):
@@ -234,46 +256,6 @@ def parse_point_size(value: str | float | None) -> tuple[float | None, str]:
     if match is None or not (math.isfinite(number) and number > 0):
         raise UserError(f"--point-size {value}: give a number above 0 with its unit, 12um or 24px (of level 0)")
     return number, "px" if match.group(2) == "px" else "um"
-
-
-def annotation_files(annotations: Path | str | Sequence[Path | str]) -> list[Path]:
-    """Annotation files among files and folders (searched recursively by extension), absolute, each once, in order."""
-    inputs = [annotations] if isinstance(annotations, str | Path) else list(annotations)
-    found: dict[Path, None] = {}
-    for value in inputs:
-        path = from_home(value)
-        if path.is_file():
-            found[path.absolute()] = None
-            continue
-        if not path.is_dir():
-            raise UserError(f"{path}: no such file or folder of annotations")
-        below = files_below(path)
-        if not below:
-            looked = " ".join((*SUFFIXES, *MASK_SUFFIXES))
-            raise UserError(f"{path}: holds no annotations (looked for {looked}, in its folders too)")
-        found |= dict.fromkeys(each.absolute() for each in below)
-    if not found:
-        raise UserError("no annotations given: name GeoJSON files or their folder")
-    return list(found)
-
-
-def match_files(slide_ids: Sequence[str], files: Sequence[Path]) -> dict[str, tuple[Path, ...]]:
-    """slide_id -> its annotation files, in order; the longest slide_id that a file's name is or begins with has it."""
-    matched: dict[str, list[Path]] = {slide_id: [] for slide_id in slide_ids}
-    for path in files:
-        if (owner := _owner(matched, path.name)) is not None:
-            matched[owner].append(path)
-    if len(slide_ids) == len(files) == 1:
-        matched[slide_ids[0]] = list(files)
-    return {slide_id: tuple(paths) for slide_id, paths in matched.items()}
-
-
-def _owner(slide_ids: Mapping[str, object], name: str) -> str | None:
-    """Try the name cut at each separator from its end: quick for many slides, and the longest slide_id comes first."""
-    for end in range(len(name), 0, -1):
-        if (end == len(name) or name[end] in "._-") and name[:end] in slide_ids:
-            return name[:end]
-    return None
 
 
 def _read(path: Path, **options: Any) -> ObjectTable:

@@ -1,13 +1,15 @@
-"""Annotation files of a slide: which files they are, and what their readers need to know of it."""
+"""Annotation files of slides: which files they are, whose they are, and what their readers need to know of it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from annotations.errors import UserError
 from tiling.slidefile import SlideFile
 from tiling.slidewrite import source_stamp
+from tiling.urls import from_home
 
 if TYPE_CHECKING:
     from annotations.frame import SlideFrame
@@ -57,3 +59,43 @@ def _offset_nm(source: Path) -> tuple[float, float] | None:
     except (openslide.OpenSlideError, OSError, KeyError, ValueError):
         return None
     return x, y
+
+
+def annotation_files(annotations: Path | str | Sequence[Path | str]) -> list[Path]:
+    """Annotation files among files and folders (searched recursively by extension), absolute, each once, in order."""
+    inputs = [annotations] if isinstance(annotations, str | Path) else list(annotations)
+    found: dict[Path, None] = {}
+    for value in inputs:
+        path = from_home(value)
+        if path.is_file():
+            found[path.absolute()] = None
+            continue
+        if not path.is_dir():
+            raise UserError(f"{path}: no such file or folder of annotations")
+        below = files_below(path)
+        if not below:
+            looked = " ".join((*SUFFIXES, *MASK_SUFFIXES))
+            raise UserError(f"{path}: holds no annotations (looked for {looked}, in its folders too)")
+        found |= dict.fromkeys(each.absolute() for each in below)
+    if not found:
+        raise UserError("no annotations given: name GeoJSON files or their folder")
+    return list(found)
+
+
+def match_files(slide_ids: Sequence[str], files: Sequence[Path]) -> dict[str, tuple[Path, ...]]:
+    """slide_id -> its annotation files, in order; the longest slide_id that a file's name is or begins with has it."""
+    matched: dict[str, list[Path]] = {slide_id: [] for slide_id in slide_ids}
+    for path in files:
+        if (owner := owner_of(matched, path.name)) is not None:
+            matched[owner].append(path)
+    if len(slide_ids) == len(files) == 1:
+        matched[slide_ids[0]] = list(files)
+    return {slide_id: tuple(paths) for slide_id, paths in matched.items()}
+
+
+def owner_of(slide_ids: Mapping[str, object], name: str) -> str | None:
+    """Try the name cut at each separator from its end: quick for many slides, and the longest slide_id comes first."""
+    for end in range(len(name), 0, -1):
+        if (end == len(name) or name[end] in "._-") and name[:end] in slide_ids:
+            return name[:end]
+    return None

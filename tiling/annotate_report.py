@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import sys
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from annotations.errors import UserError
 from tiling.cohort import Outcome
 from tiling.slidefile import SlideFile
 
@@ -170,11 +172,12 @@ def results_of(folder: Path, outcomes: Iterable[Outcome]) -> dict[str, dict[str,
     found = {}
     for outcome in outcomes:
         path = folder / f"{outcome.item}.h5"
+        text = None
         if outcome.ok and path.is_file():
-            with SlideFile(path) as file:
+            with contextlib.suppress(UserError), SlideFile(path) as file:  # it may be another run's by now
                 text = file.group_attrs("objects").get(RESULT_ATTR)
-            if text is not None:
-                found[outcome.item] = json.loads(text)
+        if text is not None:
+            found[outcome.item] = json.loads(text)
     return found
 
 

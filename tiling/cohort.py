@@ -186,10 +186,13 @@ class _Progress:
         return f"ETA {each * (self.total - self.count):.0f} s"
 
 
-def finish(outcomes: Sequence[Outcome], title: str, out: Path | str, columns: Sequence[str] = ()) -> int:
+def finish(
+    outcomes: Sequence[Outcome], title: str, out: Path | str, columns: Sequence[str] = (), wall_s: float | None = None
+) -> int:
     """Print a summary, a table of failures and where the output is; return the exit code (1 where an item failed).
 
-    columns: keys of `Outcome.info`, numbers to be summed over the items. Off a terminal a failure stays on one line.
+    columns: keys of `Outcome.info`, numbers to be summed over the items. wall_s: seconds by the clock on the wall, which
+    several workers share; theirs are summed in a column of their own. Off a terminal a failure stays on one line.
     """
     from rich.console import Console
     from rich.table import Table
@@ -207,12 +210,12 @@ def finish(outcomes: Sequence[Outcome], title: str, out: Path | str, columns: Se
     if untried:
         values["not tried"] = len(untried)
     sums = {key: sum(outcome.info.get(key, 0) for outcome in outcomes) for key in columns}
-    for head in [*values, *sums, "seconds"]:
+    times = {} if wall_s is None else {"seconds": float(wall_s)}
+    times["worker seconds"] = float(sum(outcome.seconds for outcome in outcomes))
+    shown = {**values, **sums, **times}
+    for head in shown:
         summary.add_column(head, justify="right")
-    seconds = sum(outcome.seconds for outcome in outcomes)
-    numbers = [*values.values(), *sums.values()]
-    shown = [f"{value:,}" if isinstance(value, int) else f"{value:,.1f}" for value in numbers]
-    summary.add_row(*shown, f"{seconds:.1f}")
+    summary.add_row(*(f"{value:,}" if isinstance(value, int) else f"{value:,.1f}" for value in shown.values()))
     for line in _notes(outcomes):  # before the rest: there may be thousands
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     console.print(summary)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -48,8 +50,13 @@ class SlideFile:
             self._file = h5py.File(self.path, "r", locking=False, rdcc_nbytes=0)
         except FileNotFoundError:
             raise UserError(f"{self.path}: no such slide file: make it with odis-path tile") from None
+        except PermissionError as error:
+            why = os.strerror(error.errno or errno.EACCES)
+            raise UserError(f"{self.path}: cannot be read: {why}: ask for the right to read it") from None
         except OSError as error:
-            raise UserError(f"{self.path}: not a readable HDF5 file ({error}): tile the slide again") from None
+            why = os.strerror(error.errno) if error.errno else str(error)
+            way_out = "tile the slide again, or take the file away"
+            raise UserError(f"{self.path}: not a readable HDF5 file ({why}): {way_out}") from None
         found = self._file.attrs.get("format")
         version = int(self._file.attrs.get("format_version", 0))
         if found != FORMAT or version > FORMAT_VERSION:
@@ -360,23 +367,31 @@ class SlideFile:
 
 
 def list_slide_files(folder: Path | str) -> list[Path]:
-    """The slide files of a folder, sorted by name. Raises UserError where it is missing or holds none."""
+    """The .h5 files of a folder of slide files, sorted by name; those that are none or damaged too: who opens one is told.
+
+    Raises UserError where it is missing or holds no slide file.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         what = "a file, not a folder" if folder.is_file() else "no such folder"
         raise UserError(f"{folder}: {what}: give the folder that odis-path tile or import wrote")
-    found = [path for path in sorted(folder.glob("*.h5")) if not path.name.startswith(".") and is_slide_file(path)]
-    if not found:
+    paths = h5_files(folder)
+    if not any(is_slide_file(path) for path in paths):
         raise UserError(f"{folder}: holds no slide file: give the folder that odis-path tile or import wrote")
-    return found
+    return paths
+
+
+def h5_files(folder: Path) -> list[Path]:
+    """The files of a folder named *.h5, sorted by name; hidden ones, which others leave beside them, are none."""
+    return [path for path in sorted(folder.glob("*.h5")) if not path.name.startswith(".")]
 
 
 def is_slide_file(path: Path) -> bool:
-    """True where the file is HDF5 and says format odis-path, and where it cannot be read: a torn file is met, not skipped."""
+    """True where the file is HDF5 and says format odis-path, and where it cannot be read: it may have been one."""
     try:
         with h5py.File(path, "r", locking=False) as file:
             return file.attrs.get("format") == FORMAT
-    except OSError:
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError):
         return True
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from time import perf_counter
 from typing import Annotated
 
 import typer
@@ -43,8 +44,10 @@ def export(
         from tiling.cohort import finish
 
         parts = None if what is None else [part.strip() for part in what.split(",") if part.strip()]
+        begun = perf_counter()
         outcomes = export_geojson(source, out, parts, predictions, origin, workers)
-        raise typer.Exit(finish(outcomes, "export", out, parts or ("tissue", "tiles", "boxes", "labels")))
+        columns = parts or ("tissue", "tiles", "boxes", "labels")
+        raise typer.Exit(finish(outcomes, "export", out, columns, perf_counter() - begun))
     if what is not None or predictions is not None:
         raise UserError(f"--to {to}: takes no --what and no --predictions, which go with --to geojson")
     from odis_path.export import export as run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from time import perf_counter
 from typing import Annotated
 
 import typer
@@ -50,11 +51,13 @@ def embed(
     from odis_path.embed import embed_cohort
     from tiling.cohort import finish
 
+    begun = perf_counter()
     outcomes = embed_cohort(
         folder, checkpoint, out, level=level, mode=mode, kinds=kinds, batch=batch, dtype=dtype,
         random_weights=random_weights, device=device, scheduler=scheduler,
     )  # fmt: skip
-    raise typer.Exit(finish(outcomes, "embed", out, ("objects",) if level == "object" else ("tiles",)))
+    columns = ("objects",) if level == "object" else ("tiles",)
+    raise typer.Exit(finish(outcomes, "embed", out, columns, perf_counter() - begun))
 
 
 def doctor() -> None:

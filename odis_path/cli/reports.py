@@ -18,7 +18,10 @@ def report(
     out: Annotated[Path | None, typer.Option(help="The HTML file; default: report.html in DIR.")] = None,
 ) -> None:
     """Write one self-contained HTML page about everything found in a folder."""
-    from odis_path.report import write_report
+    from odis_path.report.build import build_report
 
-    path = write_report(folder, out)
-    typer.echo(f"report: {path}")
+    made = build_report(folder, out)
+    for problem in made.problems:
+        typer.echo(f"problem: {problem}")
+    typer.echo(f"report: {made.page}")
+    raise typer.Exit(1 if made.found.problems or made.cohort.problems else 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -58,10 +59,10 @@ def _with_encoding(args: list[str]) -> list[str]:
     return words
 
 
-def _end(outcomes: list[Outcome], title: str, out: Path, columns: tuple[str, ...] = ()) -> None:
+def _end(outcomes: list[Outcome], title: str, out: Path, columns: tuple[str, ...], begun: float) -> None:
     from tiling.cohort import finish
 
-    raise typer.Exit(finish(outcomes, title, out, columns))
+    raise typer.Exit(finish(outcomes, title, out, columns, perf_counter() - begun))
 
 
 def scan(
@@ -75,7 +76,9 @@ def scan(
     """List slides with size, levels, mpp and vendor, and which will fail and why: the work list of a cohort."""
     from tiling.scan import scan_slides
 
-    _end(scan_slides(slides, out, mpp, assume_mpp, workers, timeout), "scan", out, ("no_mpp", "will_fail"))
+    begun = perf_counter()
+    outcomes = scan_slides(slides, out, mpp, assume_mpp, workers, timeout)
+    _end(outcomes, "scan", out, ("no_mpp", "will_fail"), begun)
 
 
 def tile(
@@ -132,11 +135,12 @@ def tile(
         raise UserError(f"--pixels {encoding}: may be followed by copy or jpeg: leave it out, or take --no-pixels")
     stored = ("copy" if encoding == "copy" else True) if pixels else False
     wanted_mpp = mpp if mpp is not None else 10 / (mag or 1)
+    begun = perf_counter()
     outcomes = tile_cohort(
         inputs, out, wanted_mpp, size, overlap, min_tissue, tissue, stored, assume_mpp, workers, scheduler, quality,
         reader=reader, resample=resample, exclude=exclude, pen=pen, tissue_out=tissue_out, timeout=timeout,
     )  # fmt: skip
-    _end(outcomes, "tile", out, ("tiles", "bad_tiles", "megapixels"))
+    _end(outcomes, "tile", out, ("tiles", "bad_tiles", "megapixels"), begun)
 
 
 def import_(
@@ -157,11 +161,12 @@ def import_(
     """Turn a class-folder tile set, or images with boxes, into the same files that tile writes."""
     from tiling.importer import import_images
 
+    begun = perf_counter()
     outcomes = import_images(
         images, out, coco=coco, mpp=mpp, size_px=size, manifest=manifest, workers=workers, fit=fit, boxes=boxes,
         no_mpp=no_mpp, shard=shard,
     )  # fmt: skip
-    _end(outcomes, "import", out, ("tiles", "boxes"))
+    _end(outcomes, "import", out, ("tiles", "boxes"), begun)
 
 
 def annotate(
@@ -196,6 +201,7 @@ def annotate(
     from tiling.annotate_report import print_labels, told_once
     from tiling.cohort import finish
 
+    begun = perf_counter()
     outcomes = annotate_cohort(
         folder,
         [*annotations, *(more or [])],
@@ -214,7 +220,8 @@ def annotate(
         timeout=timeout,
     )
     of_many = told_once(outcomes)
-    code = finish(outcomes, "annotate", folder, ("objects", "boxes", "repaired", "left_out", "outside"))
+    columns = ("objects", "boxes", "repaired", "left_out", "outside")
+    code = finish(outcomes, "annotate", folder, columns, perf_counter() - begun)
     print_labels(folder, outcomes, of_many, verbose=verbose)
     raise typer.Exit(code)
 
@@ -232,8 +239,9 @@ def propose(
     """Propose class-agnostic boxes (nuclei, glands) where there are no annotations."""
     from tiling.propose import propose_cohort
 
+    begun = perf_counter()
     outcomes = propose_cohort(
         folder, workers=workers, scheduler=scheduler, replace=replace, timeout=timeout, from_cells=from_cells
     )
     columns = ("clusters", "parts") if from_cells else ("nuclei", "clusters", "glands", "vessels", "nests")
-    _end(outcomes, "propose", folder, columns)
+    _end(outcomes, "propose", folder, columns, begun)

@@ -14,4 +14,4 @@ def write_report(folder: Path | str, out: Path | str | None = None) -> Path:
     """
     from odis_path.report.build import build_report
 
-    return build_report(Path(folder), None if out is None else Path(out))
+    return build_report(Path(folder), None if out is None else Path(out)).page

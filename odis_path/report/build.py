@@ -90,6 +90,7 @@ class Report:
     cohort: Cohort
     evaluations: list[Evaluation]
     files: Path
+    page: Path
     problems: list[str] = field(default_factory=list)
     numbers: dict[str, Any] = field(default_factory=dict)
     _used: set[str] = field(default_factory=set)
@@ -132,8 +133,8 @@ class Report:
         return style.class_colors(self.class_names)
 
 
-def build_report(folder: Path, out: Path | None) -> Path:
-    """Write the page and the files beside it; see `odis_path.report.write_report`."""
+def build_report(folder: Path, out: Path | None) -> Report:
+    """Write the page and the files beside it (`odis_path.report.write_report`); its `problems` say what could not be shown."""
     from odis_path.report import sections
 
     out = folder / "report.html" if out is None else out
@@ -145,11 +146,11 @@ def build_report(folder: Path, out: Path | None) -> Path:
     if (files / "report.json").is_file():  # an earlier report's files; nobody else's are touched
         for old in (*files.glob("*.png"), *files.glob("*.csv")):
             old.unlink()
-    report = Report(found, cohort, evaluations, files, problems=[*found.problems, *cohort.problems])
+    report = Report(found, cohort, evaluations, files, out, problems=[*found.problems, *cohort.problems])
     parts = [section for make in sections.ORDER if (section := make(report)) is not None and section.items]
     write_numbers(report)
-    write_page(report, parts, out)
-    return out
+    write_page(report, parts)
+    return report
 
 
 def write_numbers(report: Report) -> None:
@@ -160,7 +161,7 @@ def write_numbers(report: Report) -> None:
         temporary.write_text(json.dumps(report.numbers, indent=1, default=str), encoding="utf-8")
 
 
-def write_page(report: Report, parts: list[Section], out: Path) -> None:
+def write_page(report: Report, parts: list[Section]) -> None:
     """Render the template to one HTML file that needs nothing else."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -182,5 +183,5 @@ def write_page(report: Report, parts: list[Section], out: Path) -> None:
         all_synthetic=len(synthetic) == len(report.cohort.rows),
         files=report.files.name,
     )
-    with atomic_path(out) as temporary:
+    with atomic_path(report.page) as temporary:
         temporary.write_text(page, encoding="utf-8")

@@ -81,7 +81,7 @@ def read_cohort(paths: list[Path]) -> Cohort:
     for path in paths:
         try:
             row = read_row(path)
-        except (UserError, OSError, KeyError, ValueError) as error:
+        except (UserError, OSError, KeyError, ValueError, RuntimeError, TypeError, IndexError) as error:
             cohort.problems.append(f"{path.name}: {' '.join(str(error).split())}")
             continue
         key = (row.slide_id, row.tile_px, row.mpp)

@@ -12,7 +12,8 @@ import pytest
 
 from annotations.errors import UserError
 from tiling import SlideFile, SlideMeta, annotate_cohort, import_images, replace_groups, write_slide_file
-from tiling.annotate import match_files, parse_point_size
+from tiling.annotate import parse_point_size
+from tiling.annotate_files import match_files
 
 
 def slide_file(folder: Path, slide_id: str, *, bounds: tuple[int, int] = (0, 0), mpp: float = 0.5, offset: int = 0) -> Path:
@@ -118,6 +119,30 @@ def test_several_files_of_one_slide_and_slides_without(tmp_path: Path) -> None:
         assert sorted(file.objects_table()["labels"]) == ["lymphocyte", "stroma"]
     with SlideFile(tmp_path / "s" / "b.h5") as file:
         assert not file.has_boxes
+
+
+def test_the_only_file_under_any_other_name_is_taken_with_a_note(tmp_path: Path) -> None:
+    slide_file(tmp_path / "s", "a")
+    other = save(tmp_path / "slide 7.geojson", rectangle(0, 0, 100, 100))
+    note = "slide 7.geojson is not named after it, and was taken as the only file for the only slide"
+    for skipped in (False, True):
+        (outcome,) = annotate_cohort(tmp_path / "s", other)
+        assert (outcome.ok, outcome.skipped, outcome.info["objects"], outcome.message) == (True, skipped, 1, note)
+    off = save(tmp_path / "slide 7.geojson", rectangle(9000, 9000, 9100, 9100))
+    (failed,) = annotate_cohort(tmp_path / "s", off)
+    assert not failed.ok
+    assert failed.message.endswith(f"; {note}")
+    named = save(tmp_path / "a_cells.geojson", rectangle(0, 0, 100, 100))
+    assert "named after" not in annotate_cohort(tmp_path / "s", named)[0].message
+
+
+def test_files_of_no_slide_are_told_where_every_slide_has_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    slide_file(tmp_path / "s", "a")
+    save(tmp_path / "g" / "a.geojson", rectangle(0, 0, 100, 100))
+    save(tmp_path / "g" / "b.geojson", rectangle(0, 0, 100, 100))
+    (outcome,) = annotate_cohort(tmp_path / "s", tmp_path / "g")
+    assert (outcome.ok, outcome.message) == (True, "")
+    assert capsys.readouterr().err == "annotate: 1 annotation files belong to no slide, for instance b.geojson\n"
 
 
 def test_nothing_matches(tmp_path: Path) -> None:

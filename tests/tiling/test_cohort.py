@@ -179,6 +179,15 @@ def test_finish_sums_columns_lists_failures_and_gives_the_exit_code(capsys: pyte
     assert finish([outcome for outcome in outcomes if outcome.ok], "tile", Path("out")) == 0
 
 
+def test_seconds_are_those_of_the_run_and_those_of_workers_are_summed_beside(capsys: pytest.CaptureFixture[str]) -> None:
+    outcomes = [Outcome(f"S{i}", ok=True, seconds=100.0) for i in range(40)]
+    finish(outcomes, "tile", Path("out"), wall_s=1012.34)
+    lines = capsys.readouterr().out.splitlines()
+    heads, cells = ([cell.strip() for cell in lines[i].replace("│", "┃").split("┃")] for i in (2, 4))
+    row = dict(zip(heads, cells, strict=True))
+    assert (row["seconds"], row["worker seconds"]) == ("1,012.3", "4,000.0")
+
+
 def test_a_failure_stays_on_one_line_however_long(capsys: pytest.CaptureFixture[str]) -> None:
     long = [Outcome("a slide of a very long name" * 3, ok=False, message="short"), Outcome("b", ok=False, message="why " * 99)]
     finish(long, "tile", Path("out"))

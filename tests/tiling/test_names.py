@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from annotations.errors import UserError
-from tiling.annotate import annotation_files
+from tiling.annotate_files import annotation_files
 from tiling.find import find_slides
 from tiling.imagelist import find_images
 from tiling.manifest import LONGEST_ID, SlideItem, id_of, read_manifest, safe_id

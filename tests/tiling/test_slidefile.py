@@ -222,6 +222,15 @@ def test_too_few_pixels_and_coords_out_of_order_are_refused(tmp_path: Path) -> N
         write_slide_file(tmp_path / "a.h5", meta=meta(tmp_path), coords=grid(2, 2)[::-1])
 
 
+def test_a_file_that_may_not_be_read_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Unable to synchronously open file (unable to open file: name = 'a.h5', errno = 13)")
+
+    monkeypatch.setattr(h5py, "File", forbidden)
+    with pytest.raises(UserError, match=r"a\.h5: cannot be read: Permission denied: ask for the right to read it$"):
+        SlideFile(tmp_path / "a.h5")
+
+
 def test_files_that_are_not_ours_are_named(tmp_path: Path) -> None:
     (tmp_path / "text.h5").write_text("no HDF5")
     with h5py.File(tmp_path / "other.h5", "w") as file:
@@ -238,5 +247,6 @@ def test_files_that_are_not_ours_are_named(tmp_path: Path) -> None:
         list_slide_files(tmp_path / "nowhere")
     write_slide_file(tmp_path / "mine.h5", meta=meta(tmp_path), coords=grid(1, 1))
     (tmp_path / "torn.h5").write_bytes((tmp_path / "mine.h5").read_bytes()[:500])
-    # A torn file is listed, so that whoever opens it reports it; another program's file is not.
-    assert [path.name for path in list_slide_files(tmp_path)] == ["mine.h5", "torn.h5"]
+    # A torn file is listed, so that whoever opens it reports it, and so is another program's; what is hidden is not.
+    (tmp_path / "._mine.h5").write_text("what macOS leaves on other file systems")
+    assert [path.name for path in list_slide_files(tmp_path)] == ["mine.h5", "other.h5", "torn.h5"]
