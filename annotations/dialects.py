@@ -18,7 +18,14 @@ _XML = {
 
 
 def read_dialect(
-    form: str, data: bytes, path: Path, kind: str, point_size_l0: float | None, scale: float | None, frame: SlideFrame
+    form: str,
+    data: bytes,
+    path: Path,
+    kind: str,
+    point_size_l0: float | None,
+    scale: float | None,
+    frame: SlideFrame,
+    split_values: bool = False,
 ) -> ObjectTable:
     """The table of a file whose dialect annotations.content.dialect has told; arguments as in read_annotations."""
     source = str(path)
@@ -39,7 +46,7 @@ def read_dialect(
         return read_geoparquet(data, source, kind=kind, point_size_l0=point_size_l0, scale=scale or 1.0)
     from annotations.labelmask import read_labelmask
 
-    return read_labelmask(data, path, kind=kind, scale=scale, frame=frame)
+    return read_labelmask(data, path, kind=kind, scale=scale, frame=frame, split_values=split_values)
 
 
 def _read_xml(data: bytes, source: str, kind: str, point_size_l0: float | None, scale: float, frame: SlideFrame) -> ObjectTable:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,16 +11,14 @@ import numpy as np
 import shapely
 
 from annotations.build import Objects, kind_of, table_of_outlines
-from annotations.content import PNG
 from annotations.errors import UserError
 from annotations.frame import SlideFrame
+from annotations.maskimage import decoded
 from annotations.table import CELL, ObjectTable
 from annotations.trace import trace
 
 SIDECAR = ".classes.json"
-MAX_PIXELS = 1 << 29  # a slide of 100,000 x 80,000 at a quarter of its resolution; tracing takes some 15 bytes a pixel
-ALWAYS_FINE = 1 << 26  # pixels below which nothing is suspicious
-MAX_RATIO = 20_000  # pixels a byte of the file: nothing packs an image that far, damage and bombs claim to
+SHOWN = 3  # values that lie in several pieces are named
 
 
 class _Sidecar(msgspec.Struct, gc=False):
@@ -29,13 +26,16 @@ class _Sidecar(msgspec.Struct, gc=False):
     mpp: float | None = None
 
 
-def read_labelmask(data: bytes, path: Path, *, kind: str, scale: float | None, frame: SlideFrame) -> ObjectTable:
+def read_labelmask(
+    data: bytes, path: Path, *, kind: str, scale: float | None, frame: SlideFrame, split_values: bool = False
+) -> ObjectTable:
     """One object a value above 0 of an image of whole numbers; its id is the value.
 
     Pixel (column, row) covers the square from (column, row) to (column + 1, row + 1), times the scale: `scale`, else the
     sidecar's mpp, else the slide's size over the image's, which must agree in width and height. A value in several
-    patches is one MultiPolygon. Classes come from a JSON file beside it, `<name>.classes.json`: {"1": "tumour", ...}, or
-    {"classes": {"1": "tumour", ...}, "mpp": 1.0}; a value without one is unclassified.
+    pieces, which share no side of a pixel (4-connected), is one MultiPolygon, which a note tells; split_values makes each
+    piece an object, 7 becoming 7/0, 7/1, ... Classes come from a JSON file beside it, `<name>.classes.json`:
+    {"1": "tumour", ...}, or {"classes": {"1": "tumour", ...}, "mpp": 1.0}; a value without one is unclassified.
     Raises UserError for colour images, fractions, and where the scale cannot be known.
     """
     source = str(path)
@@ -49,50 +49,33 @@ def read_labelmask(data: bytes, path: Path, *, kind: str, scale: float | None, f
         scale = frame.scale_of_image(width, height, source)
         notes.append(f"label image of {width} x {height} taken as the whole slide: scaled by {scale:g}")
     values, outlines = trace(mask)
+    pieces = shapely.get_num_geometries(outlines)
+    notes += _pieces_note(values, pieces, split_values)
     rows = np.arange(len(values))
+    of_row = np.repeat(rows, pieces) if split_values else rows
+    outlines = shapely.get_parts(outlines) if split_values else outlines
     names = [None if (name := sidecar.classes.get(str(value))) is None else str(name) or None for value in values.tolist()]
     objects = Objects([str(value) for value in values.tolist()], names, [kind_of(kind, CELL)] * len(values))
     outlines = shapely.transform(outlines, lambda xy: xy * scale) if len(outlines) and scale != 1 else outlines
     none = np.zeros((0, 2)), np.zeros(0, np.int64)
     counts = {"features": len(values)}
-    table, _ = table_of_outlines(objects, np.asarray(outlines, dtype=object), rows, rows, none, counts, None, 1.0, source)
+    table, _ = table_of_outlines(objects, np.asarray(outlines, dtype=object), of_row, rows, none, counts, None, 1.0, source)
     return replace(table, remarks=table.remarks.noted(*notes))
 
 
-def decoded(data: bytes, source: str) -> np.ndarray:
-    """An image of whole numbers, (height, width). Raises UserError for any other."""
-    import imagecodecs
-    import tifffile
-
-    try:
-        if data.startswith(PNG):
-            width, height = struct.unpack(">II", data[16:24])
-            _refuse_size(width * height, len(data), source)
-            image: Any = imagecodecs.png_decode(data)
-        else:
-            import io
-            import logging
-
-            logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it says of a damaged file, we say in a line
-            with tifffile.TiffFile(io.BytesIO(data)) as file:
-                _refuse_size(int(np.prod(file.series[0].shape[-3:], dtype=float)), len(data), source)
-                image = file.series[0].asarray()
-    except UserError:
-        raise
-    except Exception as error:  # the decoders raise whatever comes to them
-        raise UserError(f"{source}: not a readable image: {' '.join(str(error).split())[:200]}: save the mask again") from None
-    image = np.squeeze(image)
-    if image.ndim != 2 or image.dtype.kind not in "iub":
-        what = f"{' x '.join(map(str, image.shape))} of {image.dtype}"
-        raise UserError(f"{source}: {what} is no label image: save one channel of whole numbers, 0 for background")
-    return image.astype(np.uint8) if image.dtype.kind == "b" else image
-
-
-def _refuse_size(pixels: int, size: int, source: str) -> None:
-    if not pixels > 0 or pixels > max(ALWAYS_FINE, MAX_RATIO * size):
-        raise UserError(f"{source}: says it has {pixels} pixels in {size} bytes: damaged: save the mask again")
-    if pixels > MAX_PIXELS:
-        raise UserError(f"{source}: {pixels / 1e6:.0f} megapixels, {MAX_PIXELS / 1e6:.0f} at most: save it reduced")
+def _pieces_note(values: np.ndarray, pieces: np.ndarray, split: bool) -> list[str]:
+    """What to say of values that lie in several pieces: a mask of one value for all, or instances torn apart."""
+    several = np.flatnonzero(pieces > 1)
+    if not len(several):
+        return []
+    if len(several) == 1:
+        what = ", each an object" if split else " and is one object: --split-values makes each piece one"
+        return [f"value {values[several[0]]} lies in {pieces[several[0]]} pieces{what}"]
+    first = several[np.argsort(-pieces[several], kind="stable")][:SHOWN]
+    named = ", ".join(f"{values[i]} in {pieces[i]}" for i in first.tolist())
+    more = ", ..." if len(several) > SHOWN else ""
+    what = ", each piece an object" if split else " and each value is one object: --split-values makes each piece one"
+    return [f"{len(several)} of {len(values)} mask values lie in several pieces ({named}{more}){what}"]
 
 
 def _sidecar(path: Path) -> _Sidecar:

@@ -64,6 +64,7 @@ def read_annotations(
     frame: SlideFrame | None = None,
     measurements: bool = False,
     nuclei: bool = False,
+    split_values: bool = False,
 ) -> ObjectTable:
     """Every object of an annotation file, in file order, level-0 pixels.
 
@@ -76,6 +77,7 @@ def read_annotations(
     scale: level-0 pixels per unit of the file's coordinates; None goes by what the dialect says, which is 1 for most.
     frame: the slide, for the dialects that do not count level-0 pixels or hold several slides.
     measurements: read those of GeoJSON too (GeoParquet's always are). nuclei: take the nucleus of a QuPath cell for it.
+    split_values: each connected piece of a value of a label image is an object, not the value.
     The table's counts: "features" read; "exploded" rows gained from MultiPolygons and MultiPoints; "ignored",
         "points_skipped", "lines_skipped", "empty", "malformed" features left out; "vertices_dropped" positions that
         are not finite; "repaired" invalid outlines; "invalid_dropped" outlines of too few points and "zero_area"
@@ -99,7 +101,7 @@ def read_annotations(
             )
             table = table.scaled(scale or 1)
         else:
-            table = read_dialect(form, data, path, kind, point_size_l0, scale, frame or SlideFrame())
+            table = read_dialect(form, data, path, kind, point_size_l0, scale, frame or SlideFrame(), split_values)
     return replace(table, source=np.full(len(table), path.name, dtype=object))
 
 

@@ -46,7 +46,7 @@ class AnnotateSettings:
 
     polygons: store the clipped outlines too, as /boxes/polygon. classes: what classes are called here; None: as they are.
     annotation_mpp: micrometres per unit of the annotations' coordinates; None: what their dialect says, level 0 for most.
-    nuclei: take the nucleus of a QuPath cell for it.
+    nuclei: take the nucleus of a QuPath cell for it. split_values: a piece of a value of a mask is an object, not the value.
     """
 
     origin: Origin = "auto"
@@ -57,6 +57,7 @@ class AnnotateSettings:
     classes: ClassMap | None = None
     annotation_mpp: float | None = None
     nuclei: bool = False
+    split_values: bool = False
 
     def point_size_l0(self, mpp_level0: float) -> float | None:
         """The side in level-0 pixels."""
@@ -90,6 +91,7 @@ def annotate_cohort(
     strict_classes: bool = False,
     annotation_mpp: float | None = None,
     nuclei: bool = False,
+    split_values: bool = False,
 ) -> list[Outcome]:
     """Clip annotations to the tiles of every slide file of a folder and store them as /objects and /boxes.
 
@@ -103,6 +105,7 @@ def annotate_cohort(
     are left out. stream: bound memory at some cost in time. classes: YAML that says what classes are called here
     (annotations.read_classmap); strict_classes: one it does not name fails the slide. annotation_mpp: micrometres per unit of
     the annotations' coordinates, where they are not of level 0. nuclei: take the nucleus of a QuPath cell for it.
+    split_values: each connected piece (4-connected) of a value of a mask is an object, as in a mask of 0 and 255.
 
     Each outcome's info has objects, boxes, repaired, left_out, outside. A slide without annotations is fine and says so;
     one with the same boxes already is skipped. timeout: seconds after which a slide is given up. Raises UserError for
@@ -115,7 +118,7 @@ def annotate_cohort(
         raise UserError(f"--kind {kind}: is one of auto, tissue, cell")
     settings = AnnotateSettings(
         cast("Origin", origin), cast("Kind", kind), *parse_point_size(point_size), polygons,
-        _class_map(classes, strict_classes), _checked_mpp(annotation_mpp), nuclei,
+        _class_map(classes, strict_classes), _checked_mpp(annotation_mpp), nuclei, split_values,
     )  # fmt: skip
     slides = {path.stem: path.absolute() for path in list_slide_files(folder)}
     files = annotation_files(annotations)
@@ -272,7 +275,8 @@ def _clipped(file: SlideFile, path: Path, grid: Grid, how: Reading) -> Clipped:
     scale = None if settings.annotation_mpp is None else settings.annotation_mpp / file.mpp_level0
     options: dict[str, Any] = {"kind": settings.kind, "point_size_l0": settings.point_size_l0(file.mpp_level0)}
     options |= {"scale": scale, "nuclei": settings.nuclei}
-    text, whole = partial(read_part, **options), partial(_read, frame=frame_of(file, [path]), **options)
+    text = partial(read_part, **options)
+    whole = partial(_read, frame=frame_of(file, [path]), split_values=settings.split_values, **options)
     return clip_file(path, grid, read=whole, read_text=text, processes=how.processes, stream=how.stream)
 
 

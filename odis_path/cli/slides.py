@@ -189,6 +189,9 @@ def annotate(
         float | None, typer.Option(help="Micrometres per pixel of the annotations, where not of level 0.", show_default=False)
     ] = None,
     nuclei: Annotated[bool, typer.Option("--nuclei", help="Take the nuclei of QuPath's cells.")] = False,
+    split_values: Annotated[
+        bool, typer.Option("--split-values", help="Of masks: each connected piece of a value is an object.")
+    ] = False,
     append: Annotated[bool, typer.Option("--append", help="Add to what is annotated already.")] = False,
     stream: Annotated[bool, typer.Option("--stream", help="Little memory, for files of a million cells.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="List the outlines that were repaired.")] = False,
@@ -209,6 +212,7 @@ def annotate(
         strict_classes=strict_classes,
         annotation_mpp=annotation_mpp,
         nuclei=nuclei,
+        split_values=split_values,
         append=append,
         stream=stream,
         origin=origin,

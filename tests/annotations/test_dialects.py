@@ -328,7 +328,7 @@ def test_label_image(tmp_path: Path, mask: np.ndarray, name: str) -> None:
 def test_images_that_are_no_labels(tmp_path: Path, mask: np.ndarray) -> None:
     imagecodecs = pytest.importorskip("imagecodecs")
     path = tmp_path / "a.png"
-    path.write_bytes(imagecodecs.png_encode(np.zeros((4, 4, 3), np.uint8)))
+    path.write_bytes(imagecodecs.png_encode(np.arange(48, dtype=np.uint8).reshape(4, 4, 3)))
     with pytest.raises(UserError, match="no label image"):
         read_annotations(path, scale=1)
     path.write_bytes(imagecodecs.png_encode(mask))

@@ -145,6 +145,26 @@ def test_files_of_no_slide_are_told_where_every_slide_has_its_own(tmp_path: Path
     assert capsys.readouterr().err == "annotate: 1 annotation files belong to no slide, for instance b.geojson\n"
 
 
+def test_a_mask_of_one_value_is_told_and_split_where_that_is_asked_for(tmp_path: Path) -> None:
+    from PIL import Image
+
+    path = slide_file(tmp_path / "s", "a")
+    mask = np.zeros((150, 200), np.uint8)
+    for x in (0, 10, 20):
+        mask[2:8, x + 2 : x + 8] = 255
+    (tmp_path / "g").mkdir()
+    Image.fromarray(mask).save(tmp_path / "g" / "a.png")
+    (whole,) = annotate_cohort(tmp_path / "s", tmp_path / "g")
+    assert whole.info["objects"] == 1
+    assert "value 255 lies in 3 pieces and is one object: --split-values makes each piece one" in whole.message
+    assert annotate_cohort(tmp_path / "s", tmp_path / "g")[0].skipped
+    (split,) = annotate_cohort(tmp_path / "s", tmp_path / "g", split_values=True)
+    assert (split.skipped, split.info["objects"], split.info["redone"]) == (False, 3, "split_values False, now True")
+    with SlideFile(path) as file:
+        assert file.objects_table()["id"].tolist() == ["255/0", "255/1", "255/2"]
+        assert file.boxes(0)[0].tolist() == [20, 20, 80, 80]
+
+
 def test_nothing_matches(tmp_path: Path) -> None:
     for name in ("a", "b"):
         slide_file(tmp_path / "s", name)
