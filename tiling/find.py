@@ -18,7 +18,11 @@ from tiling.urls import file_name, path_of, place, printable, shown, url_of, url
 SLIDE_EXTENSIONS = frozenset(
     [".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide", ".dcm", ".qptiff", ".btf"]
 )
-IMAGE_EXTENSIONS = frozenset([".png", ".jpg", ".jpeg", ".bmp"])  # slides only where they are named
+# Slides only where they are named; odis-path import takes them for tiles.
+IMAGE_EXTENSIONS = frozenset(
+    [".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib", ".webp", ".avif", ".gif", ".jp2", ".j2k", ".j2c", ".jpc",
+     ".jpf", ".jpx", ".pbm", ".pgm", ".ppm", ".pnm", ".tga"]
+)  # fmt: skip
 
 
 def find_slides(inputs: Iterable[Path | str], known: Mapping[str, str] | None = None) -> list[SlideItem]:

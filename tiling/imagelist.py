@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from annotations.errors import UserError
+from tiling import find
 from tiling.csvfile import number_in, read_csv_file
 from tiling.manifest import patient_of
 from tiling.mpp import check_mpp
 from tiling.slide import slide_stem
 from tiling.urls import from_home
 
-IMAGE_EXTENSIONS = frozenset([".png", ".jpg", ".jpeg", ".tif", ".tiff"])
-TIFF_EXTENSIONS = frozenset([".tif", ".tiff"])
+TIFF_EXTENSIONS = frozenset([".tif", ".tiff", ".btf"])
+IMAGE_EXTENSIONS = find.IMAGE_EXTENSIONS | TIFF_EXTENSIONS
+# What lies beside images without being one: boxes, tables, notes, what systems leave. It is left out without a word.
+BESIDE = frozenset(
+    ["", ".xml", ".json", ".geojson", ".csv", ".tsv", ".txt", ".md", ".yaml", ".yml", ".html", ".h5", ".db", ".ini"]
+)
 JOINT = "__"  # between folder and name where the name alone is not unique
 SPLITS = ("train", "val", "test")  # a folder of this name around the class folders tells the side of a given split
 
@@ -53,7 +59,9 @@ class ImageItem:
 
 
 def find_images(images: Path | str | Sequence[Path | str]) -> list[ImageItem]:
-    """PNG, JPEG and TIFF images of folders (searched recursively) and single files, in order of their paths.
+    """Images (IMAGE_EXTENSIONS) of folders, searched recursively, and single files, in order of their paths.
+
+    A line on stderr counts other pictures and slides that are left out.
 
     Images exactly one level below one given folder, in at least two folders, get their folder as `label`; so do those in
     class folders below `train`, `val` and `test`, which become their `split` (as does the given folder of such a name).
@@ -148,21 +156,37 @@ def _expanded(path: Path) -> list[tuple[Path, str]]:
     """(image, its path below `path`), sorted."""
     if path.is_file():
         if path.suffix.lower() not in IMAGE_EXTENSIONS:
-            raise UserError(f"{path}: not a PNG, JPEG or TIFF image: give images, or a folder of them")
+            raise UserError(
+                f"{path}: not a PNG, JPEG, TIFF or other image that is read ({_looked_for()}): give images, or a folder of them"
+            )
         return [(path, path.name)]
     if not path.is_dir():
         raise UserError(f"{path}: no such file or folder")
     images = []
+    others: Counter[str] = Counter()
     for folder, below, names in os.walk(path):  # scandir behind it: a million files in seconds
         below[:] = [name for name in below if not name.startswith(".")]
         for name in names:
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS:
+            suffix = os.path.splitext(name)[1].lower()
+            if not name.startswith(".") and suffix in IMAGE_EXTENSIONS:
                 each = Path(folder, name)
                 images.append((each, each.relative_to(path).as_posix()))
+            elif not name.startswith(".") and suffix not in BESIDE:
+                others[suffix] += 1
     images = sorted((each, key) for each, key in images if each.is_file())
+    left_out = f"left out: {', '.join(f'{count} {suffix}' for suffix, count in sorted(others.items()))}"
+    if others.keys() & find.SLIDE_EXTENSIONS:
+        left_out += " (slides are cut by odis-path tile)"
     if not images:
-        raise UserError(f"{path}: holds no image (looked for {' '.join(sorted(IMAGE_EXTENSIONS))}, in its folders too)")
+        what = f"; {left_out}" if others else ""
+        raise UserError(f"{path}: holds no image (looked for {_looked_for()}, in its folders too){what}")
+    if others:
+        print(f"{path}: {left_out}", file=sys.stderr, flush=True)
     return images
+
+
+def _looked_for() -> str:
+    return " ".join(sorted(IMAGE_EXTENSIONS))
 
 
 def _unique_stems(keys: Mapping[Path, str]) -> dict[Path, str]:

@@ -6,7 +6,7 @@ import csv
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,13 +16,14 @@ import numpy as np
 from annotations.errors import UserError
 from tiling import codec
 from tiling.atomic import atomic_path
+from tiling.claim import claim, same_settings
 from tiling.cohort import Outcome, available_cpus, one_line, run_cohort
 from tiling.fit import FITS, QUALITY
 from tiling.grid import plan_grid
 from tiling.imagelist import TIFF_EXTENSIONS, ImageItem, apply_manifest, box_file, find_images, match_names
 from tiling.mpp import Mpp, check_mpp, mpp_of
 from tiling.readers import MAX_IMAGE_PIXELS, ImageReader
-from tiling.resume import has_boxes
+from tiling.resume import has_boxes, refuse_other
 from tiling.shards import NOMINAL_MPP, Boxes, ShardSettings, import_shards
 from tiling.slide import Slide, SlideInfo
 from tiling.slidefile import SlideFile
@@ -77,8 +78,9 @@ def import_images(
     boxes: Path | str | None = None,
     no_mpp: bool = False,
     shard: int | None = None,
+    scheduler: str | None = None,
 ) -> list[Outcome]:
-    """Write slide files for PNG, JPEG and TIFF images; one outcome per slide file, and one per image that failed alone.
+    """Write slide files for images (IMAGE_EXTENSIONS); one outcome per slide file, and one per image that failed alone.
 
     images: a folder (searched recursively) or files. fit "tiles": each image is a slide file `<out>/<slide_id>.h5`, cut into
     whole tiles of `size_px` from its top-left corner, at its own resolution; size_px None: the images' side where all are
@@ -91,26 +93,37 @@ def import_images(
     PASCAL VOC style `<stem>.xml`; the objects go through the same map as the pixels and are clipped to the tiles.
     Class folders one level below `images` are also written as labels, `<out>/labels.csv`.
     workers None: one per CPU. A file that is there with the same parameters and sources is skipped. Raises UserError
-    for inputs that cannot be; a bad image is a failed outcome.
+    for inputs that cannot be, and where another run imports into `out` with other settings; a bad image is a failed outcome.
     """
     _check_options(mpp, size_px, fit, coco, boxes, no_mpp, shard)
-    items = find_images(images)
+    items = [replace(item, path=item.path.absolute()) for item in find_images(images)]  # workers may run elsewhere
     if manifest is not None:
         items = apply_manifest(items, Path(manifest))
     tables, digest = _coco_tables(items, Path(coco)) if coco is not None else ({}, "")
     folder = _box_folder(items, Path(boxes)) if boxes is not None else None
     if workers is None:
         workers = 1 if len(items) < POOL_FROM else available_cpus()
+    settings: ImportSettings | ShardSettings
     if fit == "tiles":
         mpp = NOMINAL_MPP if no_mpp else mpp
         size_px = size_px or default_size_px([item.path for item in items])
         settings = ImportSettings(mpp, size_px, digest, folder, no_mpp)
-        outcomes, rows = _import_each(items, tables, _made(Path(out)), settings, workers)
     else:
-        fitted = ShardSettings(fit, size_px or DEFAULT_SIZE_PX, folder, digest, mpp, no_mpp)
-        outcomes, rows = import_shards(items, tables, _made(Path(out)), fitted, shard or DEFAULT_SHARD, workers)
-    if any(item.label for item in items):
-        _write_labels(Path(out) / "labels.csv", rows)
+        settings = ShardSettings(fit, size_px or DEFAULT_SIZE_PX, folder, digest, mpp, no_mpp)
+    out = _made(Path(out))
+    labelled = any(item.label for item in items)
+    asked = {"fit": fit, **asdict(settings), "manifest": manifest and _sha256(Path(manifest))}
+    if labelled or fit != "tiles":  # labels.csv and the numbers of shards tell of all images of a run
+        several = [images] if isinstance(images, Path | str) else images
+        asked |= {"images": ", ".join(str(from_home(each).absolute()) for each in several), "shard": shard}
+    how: dict[str, Any] = {"title": "import", "workers": workers, "scheduler": scheduler, "folder": out}
+    with same_settings(out, "import", asked):
+        if isinstance(settings, ImportSettings):
+            outcomes, rows = _import_each(items, tables, out, settings, how)
+        else:
+            outcomes, rows = import_shards(items, tables, out, settings, shard or DEFAULT_SHARD, how)
+        if labelled:
+            _write_labels(out / "labels.csv", rows)
     return outcomes
 
 
@@ -133,12 +146,12 @@ def _check_options(
 
 
 def _import_each(
-    items: Sequence[ImageItem], tables: dict[Path, Boxes], out: Path, settings: ImportSettings, workers: int
+    items: Sequence[ImageItem], tables: dict[Path, Boxes], out: Path, settings: ImportSettings, how: dict[str, Any]
 ) -> tuple[list[Outcome], list[LabelRow]]:
     """A slide file per image; outcomes and the place of every tile."""
     work = partial(import_image, out=out, settings=settings)
     pairs: list[Work] = [(item, tables[item.path][0] if item.path in tables else None) for item in items]
-    outcomes = run_cohort(pairs, work, title="import", workers=workers, name=_name)
+    outcomes = run_cohort(pairs, work, name=_name, wrote=partial(_file_of, out=out), **how)
     rows = []
     for item, outcome in zip(items, outcomes, strict=True):
         rows += [(item, item.slide_id, x, y) for x, y in outcome.info.pop("coords", ())]
@@ -147,8 +160,12 @@ def _import_each(
 
 def import_image(pair: Work, out: Path, settings: ImportSettings) -> dict[str, Any]:
     """Import one image; returns tiles, boxes, coords (of an image with a class), `message` and `skipped`."""
-    item, table = pair
-    path = out / f"{item.slide_id}.h5"
+    path = _file_of(pair, out)
+    with claim(path):
+        return _imported(*pair, path, settings)
+
+
+def _imported(item: ImageItem, table: ObjectTable | None, path: Path, settings: ImportSettings) -> dict[str, Any]:
     xml = box_file(settings.boxes, item) if settings.boxes is not None else None
     stamp = source_stamp(item.path)  # before the image is opened: it may be replaced meanwhile
     found = _known_mpp(item, settings)
@@ -284,13 +301,13 @@ def _parameters(settings: ImportSettings, mpp: float | None, xml: Path | None) -
 def _done(path: Path, parameters: dict[str, Any], item: ImageItem) -> dict[str, Any] | None:
     """What an up-to-date file holds (its patient_id is brought up to date), None where it must be made.
 
-    Raises UserError where it is no slide file, and is not to be replaced.
+    Raises UserError where it is no slide file, or another image's that is still there, and is not to be replaced.
     """
     if not path.exists():
         return None
     try:
         with SlideFile(path) as file:
-            attrs, patient_id = file.attrs, file.patient_id
+            attrs, patient_id, source = file.attrs, file.patient_id, file.source
             done: dict[str, Any] = {"tiles": len(file), "boxes": len(file.boxes_table()["object"])}
             if item.label:
                 done["coords"] = file.coords.tolist()
@@ -299,7 +316,9 @@ def _done(path: Path, parameters: dict[str, Any], item: ImageItem) -> dict[str, 
     except (UserError, OSError, KeyError, RuntimeError):
         check_ours(path)
         return None  # damaged: made anew
-    if not same or stamp != source_stamp(item.path):
+    now = source_stamp(item.path)
+    refuse_other(path, source, stamp, item.path, now)
+    if not same or stamp != now:
         return None
     if item.patient_id and item.patient_id != patient_id:
         replace_groups(path, {}, root_attrs={"patient_id": item.patient_id})
@@ -320,6 +339,8 @@ def _plain_jpeg(path: Path) -> bytes | None:
     """The bytes of a JPEG in colour or grey; None for other formats and colour spaces."""
     from PIL import Image
 
+    if path.suffix.lower() in TIFF_EXTENSIONS:  # which Pillow does not always read
+        return None
     with Image.open(path) as image:
         plain = image.format == "JPEG" and image.mode in ("RGB", "L")
     return path.read_bytes() if plain else None
@@ -336,8 +357,12 @@ def _coco_tables(items: Sequence[ImageItem], coco: Path) -> tuple[dict[Path, Box
     if not name_of:
         first = next(iter(tables), "no image at all")
         raise UserError(f"{coco}: names none of the images (first: {first}): are they its images?")
-    digest = hashlib.sha256(coco.read_bytes()).hexdigest()
+    digest = _sha256(coco)
     return {path: (tables[name], sizes.get(name)) for path, name in name_of.items()}, digest
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _box_folder(items: Sequence[ImageItem], folder: Path) -> Path:
@@ -382,6 +407,10 @@ def _write_labels(path: Path, rows: Sequence[LabelRow]) -> None:
         for item, slide_id, x, y in rows:
             row = (slide_id, x, y, item.label, item.patient_id, item.key)
             writer.writerow((*row, item.split) if split else row)
+
+
+def _file_of(pair: Work, out: Path) -> Path:
+    return out / f"{pair[0].slide_id}.h5"
 
 
 def _name(pair: Work) -> str:

@@ -67,20 +67,21 @@ def has_boxes(path: Path) -> bool:
         return False
 
 
-def refuse_other(path: Path, found: Found, slide: Path, now: Stamp) -> None:
-    """Raises UserError where a slide file holds the tiles of another slide, which is still there. now: stamp of `slide`.
+def refuse_other(path: Path, source: Path, stamp: Stamp, slide: Path, now: Stamp) -> None:
+    """Raises UserError where a slide file holds the tiles of another slide, which is still there.
 
-    One file may have many URLs (signed ones change by the hour), so behind them only another size tells another slide.
+    source, stamp: what the file says of the slide that it was made of. now: stamp of `slide`. One file may have many URLs
+    (signed ones change by the hour), so behind them only another size tells another slide.
     """
-    if now[0] == -1 or place(found.source) == place(slide):
+    if now[0] == -1 or place(source) == place(slide):
         return
-    there = source_stamp(found.source)
-    unchanged = there == found.stamp and not url_of(found.source) and not url_of(slide)
+    there = source_stamp(source)
+    unchanged = there == stamp and not url_of(source) and not url_of(slide)
     # Of a slide that is up to date, and has another place now, a stub may be left at the old one.
-    other = there[0] != -1 and (unchanged or (found.stamp != now and there[0] != now[0]))
-    if other and not _same(found.source, slide):
+    other = there[0] != -1 and (unchanged or (stamp != now and there[0] != now[0]))
+    if other and not _same(source, slide):
         raise UserError(
-            f"{slide}: {path} holds the tiles of another slide of this name, {found.source}: give one of them another slide_id "
+            f"{slide}: {path} holds the tiles of another slide of this name, {source}: give one of them another slide_id "
             "in a manifest, or give another --out"
         )
 

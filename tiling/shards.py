@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from annotations.errors import UserError
+from tiling.claim import claim
 from tiling.cohort import Outcome, one_line, run_cohort
 from tiling.fit import QUALITY, FitMap, Fitted, fit_map, probe_image, read_fitted, upright_xy
 from tiling.imagelist import ImageItem, box_file
@@ -89,14 +90,17 @@ def import_shards(
     out: Path,
     settings: ShardSettings,
     per_shard: int,
-    workers: int,
+    how: dict[str, Any],
 ) -> tuple[list[Outcome], list[tuple[ImageItem, str, int, int]]]:
-    """A slide file per shard; outcomes (shards, then failed images), and image, slide_id, x, y of every tile."""
+    """A slide file per shard; outcomes (shards, then failed images), and image, slide_id, x, y of every tile.
+
+    how: of `run_cohort`.
+    """
     mpps, failed = (None, []) if settings.nominal else fitted_mpps(items, settings)
     shards = plan_shards(items, coco, mpps, per_shard)
     refuse_leftovers(out, shards)
     work = partial(import_shard, out=out, settings=settings)
-    outcomes = run_cohort(shards, work, title="import", workers=workers, name=Shard.__str__)
+    outcomes = run_cohort(shards, work, name=Shard.__str__, wrote=partial(_file_of, out=out), **how)
     rows = []
     for shard, outcome in zip(shards, outcomes, strict=True):
         coords = shard.coords(settings.size_px).tolist()
@@ -170,7 +174,16 @@ def import_shard(shard: Shard, out: Path, settings: ShardSettings) -> dict[str, 
 
     A shard is done when its file has the same parameters, images and boxes (by size and time) and no image failed.
     """
-    path = out / f"{shard.slide_id}.h5"
+    path = _file_of(shard, out)
+    with claim(path):
+        return _imported(shard, path, settings)
+
+
+def _file_of(shard: Shard, out: Path) -> Path:
+    return out / f"{shard.slide_id}.h5"
+
+
+def _imported(shard: Shard, path: Path, settings: ShardSettings) -> dict[str, Any]:
     parameters = _parameters(shard, settings)
     if (done := _done(path, parameters)) is not None:
         return {"skipped": True, **done, "present": list(range(len(shard.items)))}

@@ -143,7 +143,7 @@ def _task(item: SlideItem, path: Path, settings: TileSettings) -> tuple[Task, St
     damaged = there is None and path.exists()
     now = source_stamp(item.path) if there is not None or not is_url else (-1, -1)
     if there is not None:
-        refuse_other(path, there, item.path, now)
+        refuse_other(path, there.source, there.stamp, item.path, now)
     return Task(item, path, settings, outlines, exclude, None if is_url else now, there, damaged), now
 
 

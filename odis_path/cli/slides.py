@@ -157,6 +157,7 @@ def import_(
     no_mpp: Annotated[bool, typer.Option("--no-mpp", help="The images have no scale, such as photographs.")] = False,
     shard: Annotated[int | None, typer.Option(help="Images to a file, with --fit crop or squash; 1000.")] = None,
     workers: Workers = None,
+    scheduler: Scheduler = None,
 ) -> None:
     """Turn a class-folder tile set, or images with boxes, into the same files that tile writes."""
     from tiling.importer import import_images
@@ -164,7 +165,7 @@ def import_(
     begun = perf_counter()
     outcomes = import_images(
         images, out, coco=coco, mpp=mpp, size_px=size, manifest=manifest, workers=workers, fit=fit, boxes=boxes,
-        no_mpp=no_mpp, shard=shard,
+        no_mpp=no_mpp, shard=shard, scheduler=scheduler,
     )  # fmt: skip
     _end(outcomes, "import", out, ("tiles", "boxes"), begun)
 
