@@ -1,63 +1,53 @@
-"""COCO json, what detectors export to -> one table per image."""
+"""COCO json, what detectors export to -> one table per image, and what became of every annotation."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
-from typing import Any
 
-import msgspec
 import numpy as np
 
-from annotations.build import mended, remarks_of
+from annotations.cocofile import Annotation, Category, CocoDocument, Image, decode_coco, key_of, name_of
+from annotations.cocoshapes import Outlined, Size, outlined
 from annotations.errors import UserError
-from annotations.positions import rings_from_lists
-from annotations.remarks import Remarks
-from annotations.rings import polygons_from_rings, usable
-from annotations.table import CELL, UNCLASSIFIED, ObjectTable, empty_table
+from annotations.remarks import SHOWN_IDS, SHOWN_REPAIRS, Remarks
+from annotations.table import CELL, MAX_LABELS, UNCLASSIFIED, ObjectTable
+
+FAR_PX = 1e9  # no image is as wide
 
 
-class _Image(msgspec.Struct, gc=False):
-    id: int | str
-    file_name: str
-    width: float | None = None
-    height: float | None = None
+@dataclass(frozen=True)
+class CocoTables:
+    """tables: `file_name` of each image -> its objects; sizes: -> its width and height where they are known.
 
+    unlisted: what is left out because the file does not list its image, by class ("unlisted_image").
+    """
 
-class _Category(msgspec.Struct, gc=False):
-    id: int | str
-    name: str
-
-
-class _Annotation(msgspec.Struct, gc=False):
-    image_id: int | str
-    id: int | str | None = None
-    category_id: int | str | None = None
-    bbox: list[float] | None = None
-    segmentation: list[list[float]] | dict[str, Any] | None = None
-    score: float | None = None
-
-
-class CocoDocument(msgspec.Struct):
-    images: list[_Image]
-    annotations: list[_Annotation]
-    categories: list[_Category] = []
+    tables: dict[str, ObjectTable]
+    sizes: dict[str, Size]
+    unlisted: Remarks
 
 
 def read_coco(path: Path) -> dict[str, ObjectTable]:
     """`file_name` of each image -> its objects (kind CELL), in pixels of that image; images without objects as well.
 
-    A segmentation given as polygons is the outline; without one, or with a run-length mask, the bounding box
-    (x, y, width, height) is. All tables share `labels`, the category names in the file's order.
-    The tables' counts: "features"; "masks_as_boxes"; "empty" ones with neither outline nor box; "zero_area",
-        "invalid_dropped", "repaired", "vertices_dropped" as in read_annotations; "unknown_category".
-    Raises UserError where the file is missing, not COCO json, or names an image it does not list.
+    The outline is that of the segmentation, polygons or a run-length mask; the bounding box (x, y, width, height) where there
+    is none, or none that can be used. All tables share `labels`, the category names in the file's order.
+    The tables' counts: "features"; left out are "empty" ones with neither outline nor box, "malformed" and "zero_area" ones,
+        "invalid_dropped" of fewer than three corners, "repeated" ones, given twice with one id; "masks_as_boxes" and
+        "outlines_as_boxes" whose segmentation is of no use, "unknown_category" of a category that the file does not list,
+        "crowds" (iscrowd), "shared_ids" of different annotations, "repaired", "vertices_dropped", "parts_dropped".
+    Raises UserError where the file is missing, not COCO json, where ids mean two images or two classes, and where it lists
+    none of the images that its annotations are of.
     """
-    return read_coco_images(path)[0]
+    return read_coco_images(path).tables
 
 
-def read_coco_images(path: Path) -> tuple[dict[str, ObjectTable], dict[str, tuple[int, int]]]:
-    """`file_name` of each image -> its objects, as read_coco gives them, and -> its width and height where they are stated."""
+def read_coco_images(path: Path) -> CocoTables:
+    """The same with the size of each image, and what is of no image of the file."""
     path = Path(path)
     try:
         data = path.read_bytes()
@@ -66,143 +56,169 @@ def read_coco_images(path: Path) -> tuple[dict[str, ObjectTable], dict[str, tupl
     return coco_tables(decode_coco(data, str(path)), str(path))
 
 
-def decode_coco(data: bytes, source: str) -> CocoDocument:
-    """A COCO json. Raises UserError where it is none."""
-    try:
-        return msgspec.json.decode(data, type=CocoDocument)
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-        raise UserError(f"{source}: not COCO json: {error}: it needs images, annotations and categories") from None
-
-
-def decode_detections(data: bytes, source: str) -> CocoDocument:
-    """A bare list of detections, each with its image_id, as a document whose names are the ids as text."""
-    try:
-        found = msgspec.json.decode(data, type=list[_Annotation])
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-        raise UserError(f"{source}: not a list of COCO detections: {error}: give image_id, category_id and bbox") from None
-    images = dict.fromkeys(item.image_id for item in found)
-    categories = dict.fromkeys(item.category_id for item in found if item.category_id is not None)
-    return CocoDocument([_Image(i, str(i)) for i in images], found, [_Category(i, str(i)) for i in categories])
-
-
-def coco_tables(document: CocoDocument, path: str) -> tuple[dict[str, ObjectTable], dict[str, tuple[int, int]]]:
+def coco_tables(document: CocoDocument, path: str) -> CocoTables:
     """What read_coco_images returns, of a document; path: what errors call it."""
-    position = {image.id: i for i, image in enumerate(document.images)}
-    names = [image.file_name for image in document.images]
-    if len(position) < len(names) or len(set(names)) < len(names):
-        raise UserError(f"{path}: two images share an id or a file_name: make them unique")
-    groups: list[list[tuple[int, _Annotation]]] = [[] for _ in names]
-    for row, item in enumerate(document.annotations):
-        if item.image_id not in position:
-            raise UserError(f"{path}: annotation {row} names image {item.image_id}, which is not under images: add it")
-        groups[position[item.image_id]].append((row, item))
-    labels = tuple(dict.fromkeys(category.name for category in document.categories))
-    label_of = {category.id: labels.index(category.name) for category in document.categories}
-    sizes = {
-        image.file_name: (round(image.width), round(image.height)) for image in document.images if image.width and image.height
-    }
-    plain = _plain_tables(groups, labels, label_of)
-    tables = (plain.get(i) or _table(group, labels, label_of) for i, group in enumerate(groups))
-    return dict(zip(names, tables, strict=True)), sizes
+    position = _positions(document.images, path)
+    names = list(dict.fromkeys(image.file_name for image in document.images))
+    labels, label_of = _classes(document.categories, path)
+    image = np.array([position.get(key_of(item.image_id), -1) for item in document.annotations], dtype=np.int64)
+    if len(image) and (image < 0).all():
+        first = document.annotations[0]
+        where = "which is not under images, and so with all others: add them"
+        raise UserError(f"{path}: annotation {name_of(first, 0)} names image {first.image_id}, {where}")
+    order = np.argsort(image, kind="stable")
+    ends = np.searchsorted(image[order], np.arange(-1, len(names)), side="right")
+    unlisted, listed = order[: ends[0]], order[ends[0] :]
+    lost = _Rows(document.annotations, unlisted, labels, label_of)
+    rows = _Rows(document.annotations, listed, labels, label_of)
+    done = outlined(rows.items, image[listed].tolist(), _sizes(document.images, position))
+    objects = _Objects(rows, done, image[listed].tolist())
+    ends -= ends[0]
+    tables = {name: objects.table(ends[i], ends[i + 1]) for i, name in enumerate(names)}
+    return CocoTables(tables, {names[i]: size for i, size in done.sizes.items()}, lost.left_out("unlisted_image"))
 
 
-def _plain_tables(
-    groups: list[list[tuple[int, _Annotation]]], labels: tuple[str, ...], label_of: dict
-) -> dict[int, ObjectTable]:
-    """The tables of the images whose annotations are all good boxes, made in bulk (a million images take a minute)."""
-    import shapely
-
-    where = [i for i, group in enumerate(groups) if group and all(_is_box(item, label_of) for _, item in group)]
-    if not where:
-        return {}
-    flat = [pair for i in where for pair in groups[i]]
-    xywh = np.array([item.bbox for _, item in flat], dtype=np.float64)
-    good = usable(xywh) & (xywh[:, 2:] > 0).all(axis=1)
-    geometry = np.asarray(shapely.box(*xywh[:, :2].T, *(xywh[:, :2] + xywh[:, 2:]).T), dtype=object)
-    label = np.array([label_of.get(item.category_id, UNCLASSIFIED) for _, item in flat], dtype=np.int16)
-    ids = np.empty(len(flat), dtype=object)
-    ids[:] = [str(row if item.id is None else item.id) for row, item in flat]
-    kind = np.full(len(flat), CELL, np.uint8)
-    ends = np.cumsum([len(groups[i]) for i in where]).tolist()
-    tables = {}
-    for i, start, stop in zip(where, [0, *ends], ends, strict=False):
-        if good[start:stop].all():
-            rows = slice(start, stop)
-            counts = {"features": stop - start}
-            scores = _scores([item for _, item in flat[rows]])
-            tables[i] = ObjectTable(geometry[rows], ids[rows], label[rows], kind[rows], labels, counts, confidence=scores)
-    return tables
+def _positions(images: Sequence[Image], path: str) -> dict[str, int]:
+    """The id of each image -> its number among the different ones. UserError where an id or a file_name means two of them."""
+    number: dict[str, int] = {}
+    known: dict[str, Image] = {}
+    owner: dict[str, str] = {}
+    for image in images:
+        key = key_of(image.id)
+        same = known.setdefault(key, image)
+        if (same.file_name, same.width, same.height) != (image.file_name, image.width, image.height):
+            raise UserError(f"{path}: two images share the id {key}, {same.file_name} and {image.file_name}: make it unique")
+        if owner.setdefault(image.file_name, key) != key:
+            raise UserError(
+                f"{path}: two images share the file_name {image.file_name}, of the ids {owner[image.file_name]} and {key}: "
+                "make it unique"
+            )
+        number.setdefault(key, len(number))
+    return number
 
 
-def _is_box(item: _Annotation, label_of: dict) -> bool:
-    known = item.category_id is None or item.category_id in label_of
-    return known and not item.segmentation and item.bbox is not None and len(item.bbox) == 4
+def _classes(categories: Sequence[Category], path: str) -> tuple[tuple[str, ...], dict[str, int]]:
+    """Class names, and the id of each category -> its class. UserError where an id means two of them."""
+    name_of_id: dict[str, str] = {}
+    for category in categories:
+        if (name := name_of_id.setdefault(key_of(category.id), category.name)) != category.name:
+            raise UserError(f"{path}: category {category.id} is called both {name} and {category.name}: make its id unique")
+    labels = {name: i for i, name in enumerate(dict.fromkeys(name for name in name_of_id.values() if name))}
+    if len(labels) > MAX_LABELS:
+        raise UserError(f"{path}: {len(labels)} categories, {MAX_LABELS} at most: are object names stored as categories?")
+    return tuple(labels), {key: labels.get(name, UNCLASSIFIED) for key, name in name_of_id.items()}
 
 
-def _table(group: list[tuple[int, _Annotation]], labels: tuple[str, ...], label_of: dict) -> ObjectTable:
-    counts: dict[str, int] = {"features": len(group)}
-    polygons: list[list] = []
-    polygon_row: list[int] = []
-    boxes: list[list[float]] = []
-    box_row: list[int] = []
-    for i, (_, item) in enumerate(group):
-        if isinstance(item.segmentation, list) and item.segmentation:
-            polygons.extend([list(zip(flat[::2], flat[1::2], strict=False))] for flat in item.segmentation)
-            polygon_row.extend([i] * len(item.segmentation))
-        elif item.bbox is not None and len(item.bbox) == 4:
-            boxes.append(item.bbox)
-            box_row.append(i)
-            if item.segmentation:
-                _add(counts, "masks_as_boxes", 1)
+def _sizes(images: Sequence[Image], position: Mapping[str, int]) -> dict[int, Size]:
+    """Width and height of the images that state both."""
+    sizes = {}
+    for image in images:
+        width, height = (value if value and isfinite(value) else 0 for value in (image.width, image.height))
+        if 0 < width < FAR_PX and 0 < height < FAR_PX:
+            sizes[position[key_of(image.id)]] = (round(width), round(height))
+    return sizes
+
+
+class _Rows:
+    """Some annotations of a file: what they are, what they are called, and the class of each."""
+
+    def __init__(
+        self, items: Sequence[Annotation], rows: np.ndarray, labels: tuple[str, ...], label_of: Mapping[str, int]
+    ) -> None:
+        self.items = [items[row] for row in rows.tolist()]
+        self.labels = labels
+        self.ids = np.empty(len(rows), dtype=object)
+        self.ids[:] = [name_of(items[row], row) for row in rows.tolist()]
+        keys = [None if item.category_id is None else key_of(item.category_id) for item in self.items]
+        self.label = np.array([UNCLASSIFIED if k is None else label_of.get(k, UNCLASSIFIED) for k in keys], dtype=np.int16)
+        self.unknown = [row for row, key in enumerate(keys) if key is not None and key not in label_of]
+
+    def class_of(self, row: int) -> str:
+        return (*self.labels, "")[self.label[row]]  # -1, unclassified, is the last
+
+    def left_out(self, reason: str) -> Remarks:
+        """Remarks that all of them are left out."""
+        if not self.items:
+            return Remarks()
+        skipped = Counter((self.class_of(row), reason) for row in range(len(self.items)))
+        return Remarks(skipped=dict(skipped), ids={reason: tuple(self.ids[:SHOWN_IDS])})
+
+
+class _Objects:
+    """Annotations sorted by their image, with the outlines of them and what was done to each."""
+
+    def __init__(self, rows: _Rows, done: Outlined, image: Sequence[int]) -> None:
+        self.rows, self.geometry, self.repaired = rows, done.geometry, done.repaired
+        self.reason = done.reason | dict.fromkeys(_repeated(rows, image, done.changed), "repeated")
+        done.changed.update((row, "unknown_category") for row in rows.unknown)
+        done.changed.update((row, "crowds") for row, item in enumerate(rows.items) if item.iscrowd)
+        done.changed.update((row, "repaired") for row in done.repaired)
+        self.told: dict[int, list[tuple[str, int]]] = {row: [(why, 1)] for row, why in self.reason.items()}
+        for (row, what), n in done.changed.items():
+            if row not in self.reason:
+                self.told.setdefault(row, []).append((what, n))
+        self.plain = np.ones(len(rows.items), dtype=bool)
+        self.plain[list(self.told)] = False
+
+    def table(self, start: int, stop: int) -> ObjectTable:
+        """The objects of one image, which are rows start:stop."""
+        use: slice | list[int] = slice(start, stop)
+        counts: Counter[str] = Counter()
+        remarks = Remarks()
+        if not self.plain[start:stop].all():
+            use = [row for row in range(start, stop) if row not in self.reason]
+            ids: dict[str, list[str]] = {}
+            for row in range(start, stop):
+                for what, n in self.told.get(row, ()):
+                    counts[what] += n
+                    ids.setdefault(what, []).append(self.rows.ids[row])
+            remarks = self._remarks(range(start, stop), {what: tuple(names[:SHOWN_IDS]) for what, names in ids.items()})
+        items = self.rows.items[use] if isinstance(use, slice) else [self.rows.items[row] for row in use]
+        return ObjectTable(
+            self.geometry[use],
+            self.rows.ids[use],
+            self.rows.label[use],
+            np.full(len(items), CELL, np.uint8),
+            self.rows.labels,
+            {"features": int(stop - start), **dict(sorted(counts.items()))},
+            confidence=_scores(items),
+            remarks=remarks,
+        )
+
+    def _remarks(self, rows: range, ids: dict[str, tuple[str, ...]]) -> Remarks:
+        class_of, reason = self.rows.class_of, self.reason
+        bad = [row for row in rows if row in self.repaired and row not in reason]
+        return Remarks(
+            repaired=dict(Counter(class_of(row) for row in bad)),
+            skipped=dict(Counter((class_of(row), reason[row]) for row in rows if row in reason)),
+            repairs=tuple(f"{self.rows.ids[row]}: {why}" for row in bad if (why := self.repaired[row]))[:SHOWN_REPAIRS],
+            ids=ids,
+        )
+
+
+def _repeated(rows: _Rows, image: Sequence[int], changed: Counter[tuple[int, str]]) -> list[int]:
+    """What comes again with the same id; what shares its id with something else is counted."""
+    first: dict[str, int] = {}
+    again = []
+    for row, item in enumerate(rows.items):
+        if item.id is None or (before := first.setdefault(rows.ids[row], row)) == row:
+            continue
+        if image[before] == image[row] and _same(rows.items[before], item):
+            again.append(row)
         else:
-            _add(counts, "empty", 1)
-    outlines, of_outline = polygons_from_rings(*rings_from_lists(polygons), np.array(polygon_row, dtype=np.int64), counts)
-    outlines, kept, was_bad, reasons = mended(outlines, counts)
-    rectangles, of_box = _rectangles(boxes, counts)
-    rows = np.concatenate([of_outline[kept], np.array(box_row, dtype=np.int64)[of_box]])
-    label = np.array([label_of.get(item.category_id, UNCLASSIFIED) for _, item in group], dtype=np.int16)
-    reason = dict.fromkeys(range(len(group)), "empty") | dict.fromkeys(polygon_row, "invalid_dropped")
-    reason |= dict.fromkeys([*of_outline.tolist(), *box_row], "zero_area")
-    names = (*labels, "")  # -1, unclassified, is the last
-    skipped = Counter((names[label[i]], reason[i]) for i in sorted(reason.keys() - set(rows.tolist())))
-    if not len(rows):
-        return empty_table(counts, labels, Remarks(skipped=dict(skipped)))
-    order = np.argsort(rows, kind="stable")
-    rows = rows[order]
-    _add(
-        counts, "unknown_category", sum(item.category_id is not None and item.category_id not in label_of for _, item in group)
-    )
-    ids = np.empty(len(group), dtype=object)
-    ids[:] = [str(row if item.id is None else item.id) for row, item in group]
-    geometry = np.concatenate([outlines, rectangles])[order]
-    scores = _scores([group[i][1] for i in rows.tolist()])
-    kind = np.full(len(rows), CELL, np.uint8)
-    flags = np.concatenate([was_bad, np.zeros(len(rectangles), dtype=bool)])[order]
-    remarks = remarks_of(ids[rows], label[rows], labels, flags, reasons, dict(skipped))
-    return ObjectTable(geometry, ids[rows], label[rows], kind, labels, counts, confidence=scores, remarks=remarks)
+            changed[row, "shared_ids"] += 1
+    return again
 
 
-def _scores(items: list[_Annotation]) -> np.ndarray | None:
+def _same(one: Annotation, other: Annotation) -> bool:
+    """Whether two annotations of one id and image are the same object."""
+    names = ("category_id", "bbox", "segmentation")
+    return all(getattr(one, name) == getattr(other, name) for name in names)
+
+
+def _scores(items: list[Annotation]) -> np.ndarray | None:
     """float32 (n,), NaN where a detector gave none; None where it gave none at all."""
     if all(item.score is None for item in items):
         return None
     with np.errstate(over="ignore"):
         return np.array([np.nan if item.score is None else item.score for item in items]).astype(np.float32)
-
-
-def _rectangles(boxes: list[list[float]], counts: dict[str, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Rectangles with area, and which of the boxes (x, y, width, height) each is."""
-    import shapely
-
-    xywh = np.array(boxes, dtype=np.float64).reshape(-1, 4)
-    width, height = xywh[:, 2], xywh[:, 3]
-    good = usable(xywh) & (width > 0) & (height > 0)
-    _add(counts, "zero_area", int((~good).sum()))
-    xywh = xywh[good]
-    corners = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
-    return np.asarray(shapely.box(*corners.T), dtype=object).reshape(-1), np.flatnonzero(good)
-
-
-def _add(counts: dict[str, int], name: str, n: int) -> None:
-    if n:
-        counts[name] = counts.get(name, 0) + n

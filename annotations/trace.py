@@ -21,11 +21,23 @@ def trace(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     patch, start, stop, direction = _sides(patches)
     if not len(patch):
         return np.zeros(0, dtype=mask.dtype), np.zeros(0, dtype=object)
-    ring, order = _rings(_following(patch, start, stop, direction, patches.shape))
+    polygons, number = polygons_of_sides(patch, start, stop, direction, patches.shape)
+    return by_value(polygons, _value_of_patches(mask, patch, start, direction)[number])
+
+
+def polygons_of_sides(
+    patch: np.ndarray, start: np.ndarray, stop: np.ndarray, direction: np.ndarray, shape: tuple[int, ...]
+) -> tuple[np.ndarray, np.ndarray]:
+    """A polygon for each patch, object (n,), and the patch of each, from all straight pieces of their outlines.
+
+    patch (S,): whole numbers above 0, one for pixels that hang together by their sides; start, stop (S, 2): where each piece
+    begins and ends, x and y of corners of pixels; direction (S,): the way it goes, its patch to the right, as far as it goes
+    straight; shape: height and width, in pixels, that all of them lie in.
+    """
+    ring, order = _rings(_following(patch, start, stop, direction, shape))
     xy, ring, patch_of = start[order].astype(np.float64), ring[order], patch[order]
     first = np.flatnonzero(np.append(True, ring[1:] != ring[:-1]))
-    polygons, number = _polygons(xy, first, patch_of[first])
-    return _by_value(polygons, _value_of_patches(mask, patch, start, direction)[number])
+    return _polygons(xy, first, patch_of[first])
 
 
 def _sides(patches: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -130,7 +142,8 @@ def _value_of_patches(mask: np.ndarray, patch: np.ndarray, start: np.ndarray, di
     return values
 
 
-def _by_value(polygons: np.ndarray, value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def by_value(polygons: np.ndarray, value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Values (n,), ascending, and the polygons of each as one outline, (n,)."""
     order = np.argsort(value, kind="stable")
     polygons, value = polygons[order], value[order]
     values, row, count = np.unique(value, return_inverse=True, return_counts=True)

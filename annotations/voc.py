@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -9,6 +10,7 @@ import numpy as np
 import shapely
 
 from annotations.errors import UserError
+from annotations.remarks import SHOWN_IDS, Remarks
 from annotations.rings import usable
 from annotations.table import CELL, UNCLASSIFIED, ObjectTable, empty_table
 from annotations.xmltree import parse_xml
@@ -30,26 +32,36 @@ def read_voc(path: Path) -> tuple[ObjectTable, tuple[int, int] | None]:
     counts = {"features": len(objects)}
     names = tuple(dict.fromkeys(name for item in objects if (name := _text(item, "name"))))
     corners, row = [], []
+    lost: dict[int, str] = {}
     for i, item in enumerate(objects):
         box = item.find("bndbox")
         if box is None:
-            counts["empty"] = counts.get("empty", 0) + 1
+            lost[i] = "empty"
             continue
         corners.append([_number(path, i, corner, _text(box, corner)) for corner in CORNERS])
         row.append(i)
     xyxy = np.array(corners, dtype=np.float64).reshape(-1, 4)
     good = usable(xyxy) & (xyxy[:, 2] > xyxy[:, 0]) & (xyxy[:, 3] > xyxy[:, 1])
-    if not good.all():
-        counts["zero_area"] = int((~good).sum())
+    lost |= {row[i]: "zero_area" for i in np.flatnonzero(~good).tolist()}
+    counts |= Counter(lost.values())
+    remarks = _remarks(lost, [_text(item, "name") for item in objects], path.stem)
     size = _size(root)
     if not good.any():
-        return empty_table(counts, names), size
+        return empty_table(counts, names, remarks), size
     rows = np.array(row, dtype=np.int64)[good]
     label = [names.index(name) if (name := _text(objects[i], "name")) else UNCLASSIFIED for i in rows.tolist()]
     ids = np.empty(len(rows), dtype=object)
     ids[:] = [f"{path.stem}:{i}" for i in rows.tolist()]
     geometry = np.asarray(shapely.box(*xyxy[good].T), dtype=object).reshape(-1)
-    return ObjectTable(geometry, ids, np.array(label, np.int16), np.full(len(rows), CELL, np.uint8), names, counts), size
+    kind = np.full(len(rows), CELL, np.uint8)
+    return ObjectTable(geometry, ids, np.array(label, np.int16), kind, names, counts, remarks=remarks), size
+
+
+def _remarks(lost: dict[int, str], names: list[str], stem: str) -> Remarks:
+    """Remarks on objects that are left out, number -> why."""
+    skipped = Counter((names[i], why) for i, why in lost.items())
+    ids = {why: tuple(f"{stem}:{i}" for i, other in lost.items() if other == why)[:SHOWN_IDS] for why in set(lost.values())}
+    return Remarks(skipped=dict(skipped), ids=ids)
 
 
 def _parsed(path: Path) -> ElementTree.Element:

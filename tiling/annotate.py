@@ -32,7 +32,10 @@ if TYPE_CHECKING:
 
 METHOD_VERSION = 4  # raise it when reading or clipping changes, so that old boxes are made anew
 HASH_ATTR, RECORD_ATTR = "annotation_sha256", "annotation_parameters"
-LEFT_OUT = ("points_skipped", "lines_skipped", "empty", "malformed", "ignored", "invalid_dropped", "zero_area")
+LEFT_OUT = (
+    "points_skipped", "lines_skipped", "empty", "malformed", "ignored", "invalid_dropped", "zero_area", "tangled", "repeated",
+    "unlisted_image",
+)  # fmt: skip
 POINT_SIZE = re.compile(r"^\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*(um|µm|μm|px|)\s*$")
 
 Origin = Literal["auto", "level0", "bounds"]
@@ -319,6 +322,7 @@ def _groups(file: SlideFile, files: Sequence[Path], how: Reading) -> tuple[dict[
         "repairs": [line.replace("\0", "#") for line in table.remarks.repairs],
         "notes": list(table.remarks.notes),
         "unknown_classes": list(unknown),
+        "ids": table.remarks.ids,
         "changed": {name: n for name in CHANGED if (n := int(counts.get(name, 0)))},
         **placement(clipped, grid, which),
     }

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from annotations.table import ObjectTable
 
 RESULT_ATTR = "annotation_result"
-_NUMBER = re.compile(r"(?:(\d+) )?(.*)", re.DOTALL)
+_REMARK = re.compile(r"(?:(\d+) )?(.*?)(?: \(annotation ([^()]*)\))?", re.DOTALL)  # a number, what it is of, and their ids
+SHOWN_IDS = 5  # annotations that a line calls by their ids
 # Shares of the objects' area on tiles below which a warning is due: where they miss tiles, and where each touches one at least.
 LITTLE_INSIDE, LEAST_INSIDE = 0.5, 0.25
 FEW_OUTSIDE = 0.1  # of the objects
@@ -37,6 +38,9 @@ WORDS = {
     "zero_area": "no area",
     "tangled": "crossing themselves too often to be repaired",
     "outside": "on no tile",
+    "repeated": "given twice",
+    "unlisted_image": "of an image that the file does not list",
+    "no_image": "of an image that is not here",
 }
 
 # What else reading changed or read as something else, by its name among the counts of a table.
@@ -45,8 +49,12 @@ CHANGED = {
     "vertices_dropped": "positions left out that are no numbers, or beyond any slide",
     "holes_dropped": "holes left out that are no rings, or in no region",
     "boxes": "cells without an outline taken as their bounding boxes",
-    "masks_as_boxes": "run-length masks taken as their boxes",
-    "unknown_category": "objects of a category that the file does not list",
+    "parts_dropped": "parts of outlines left out that have fewer than 3 corners",
+    "masks_as_boxes": "run-length masks that are empty, damaged or of another size than their image, taken as their boxes",
+    "outlines_as_boxes": "outlines that cannot be used, taken as their boxes",
+    "unknown_category": "objects of a category that the file does not list, taken without a class",
+    "crowds": "crowds (iscrowd), each taken as one object",
+    "shared_ids": "objects that share their id with another",
 }
 WIDTH = 160  # of what is not a terminal
 SLIDES_EACH = 3  # what is said of more slides is said once
@@ -110,7 +118,7 @@ def message(result: Mapping[str, Any]) -> str:
     remarks += _origin(result)
     if result["points_skipped"]:
         remarks.append(f"{result['points_skipped']} points skipped: give them an extent with --point-size 12um")
-    remarks += [f"{n} {CHANGED[name]}" for name, n in result.get("changed", {}).items()]
+    remarks += changed_lines(result.get("changed", {}), result.get("ids", {}))
     if unknown := result.get("unknown_classes"):
         remarks.append(f"classes that --classes does not name: {', '.join(unknown)}")
     if result.get("off_slide"):
@@ -125,25 +133,45 @@ def message(result: Mapping[str, Any]) -> str:
     return "; ".join(remarks)
 
 
+def changed_lines(counts: Mapping[str, int], ids: Mapping[str, Sequence[str]]) -> list[str]:
+    """What reading changed, of the counts of a table, with the ids of the objects where they are known."""
+    return [f"{counts[name]} {what}{_called(ids.get(name, ()))}" for name, what in CHANGED.items() if counts.get(name)]
+
+
+def left_out(skipped: Mapping[tuple[str, str], int], ids: Mapping[str, Sequence[str]]) -> list[str]:
+    """What was left out, of all classes: a remark for each reason, with the ids of the objects."""
+    total: Counter[str] = Counter()
+    for (_, reason), n in skipped.items():
+        total[reason] += n
+    return [f"{n} left out, {WORDS.get(reason, reason)}{_called(ids.get(reason, ()))}" for reason, n in total.items() if n]
+
+
+def _called(ids: Sequence[str]) -> str:
+    """Ids in brackets, as _REMARK takes them apart again."""
+    names = [re.sub("[();]", "_", name) for name in ids[:SHOWN_IDS]]
+    return f" (annotation {', '.join(names)}{', ...' if len(ids) > SHOWN_IDS else ''})" if ids else ""
+
+
 def told_once(outcomes: Sequence[Outcome]) -> list[str]:
-    """Take what is said of more than SLIDES_EACH slides out of their messages, numbers at its beginning aside; returns it as a
-    line each, the numbers summed.
+    """Take what is said of more than SLIDES_EACH slides out of their messages, numbers at its beginning and ids at its end
+    aside; returns it as a line each, the numbers summed.
     """
-    said: dict[str, list[tuple[Outcome, int]]] = {}
+    remarks: dict[str, list[tuple[Outcome, str, int, str]]] = {}
     for outcome in outcomes:
         for remark in outcome.message.split("; ") if outcome.ok and outcome.message else ():
-            number, rest = _NUMBER.fullmatch(remark).groups()  # type: ignore[union-attr]
-            said.setdefault(rest, []).append((outcome, int(number or 0)))
+            number, rest, ids = _REMARK.fullmatch(remark).groups()  # type: ignore[union-attr]
+            remarks.setdefault(rest, []).append((outcome, remark, int(number or 0), ids or ""))
     lines = []
-    for rest, where in said.items():
+    for rest, where in remarks.items():
         if len(where) > SLIDES_EACH:
-            total = sum(number for _, number in where)
+            total = sum(number for _, _, number, _ in where)
             who = f"{where[0][0].item} and {len(where) - 1} more"  # as finish says what whole messages share
-            lines.append(f"note: {who}: {f'{total} ' if total else ''}{rest}")
-            for outcome, number in where:
-                remarks = outcome.message.split("; ")
-                remarks.remove(f"{number} {rest}" if number else rest)
-                outcome.message = "; ".join(remarks)
+            names = [name for _, _, _, ids in where[: SHOWN_IDS + 1] if ids for name in ids.split(", ")]
+            lines.append(f"note: {who}: {f'{total} ' if total else ''}{rest}{_called(names)}")
+            for outcome, remark, _, _ in where:
+                others = outcome.message.split("; ")
+                others.remove(remark)
+                outcome.message = "; ".join(others)
     return lines
 
 
@@ -199,8 +227,15 @@ def label_rows(results: Iterable[Mapping[str, Any]]) -> list[tuple[str, int, int
 
 def print_labels(folder: Path, outcomes: Sequence[Outcome], lines: Sequence[str] = (), *, verbose: bool = False) -> None:
     """The table of classes on stdout, behind some lines; verbose: the outlines that were repaired, too (the first 200 of a
-    slide).
+    slide), and what was left out, where it is known by its id.
     """
+    results = results_of(Path(folder), outcomes)
+    more = [line for slide_id, result in results.items() for line in _details(slide_id, result)] if verbose else []
+    print_classes(results.values(), [*lines, *more])
+
+
+def print_classes(results: Iterable[Mapping[str, Any]], lines: Sequence[str] = ()) -> None:
+    """Some lines, then the table of the classes of all results, where there are any."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -208,8 +243,7 @@ def print_labels(folder: Path, outcomes: Sequence[Outcome], lines: Sequence[str]
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-    results = results_of(Path(folder), outcomes)
-    rows = label_rows(results.values())
+    rows = label_rows(results)
     if not rows:
         return
     table = Table(title="annotated, by class", title_justify="left")
@@ -217,9 +251,14 @@ def print_labels(folder: Path, outcomes: Sequence[Outcome], lines: Sequence[str]
         table.add_column(name, justify="left" if name in ("class", "why") else "right")
     for label, *numbers, why in rows:
         table.add_row(Text(label), *(f"{number:,}" for number in numbers), Text(str(why)))
-    for slide_id, result in results.items() if verbose else ():
-        for line in result.get("repairs", ()):
-            console.print(f"repaired: {slide_id}: {line}", markup=False, highlight=False, soft_wrap=True)
-        if more := result["repaired"] - len(result.get("repairs", ())):
-            console.print(f"repaired: {slide_id}: and {more} more", markup=False, highlight=False)
     console.print(table)
+
+
+def _details(slide_id: str, result: Mapping[str, Any]) -> list[str]:
+    """A line for each outline that was repaired, and for each reason why objects of known ids were left out."""
+    repairs = result.get("repairs", ())
+    lines = [f"repaired: {slide_id}: {line}" for line in repairs]
+    if more := result["repaired"] - len(repairs):
+        lines.append(f"repaired: {slide_id}: and {more} more")
+    ids = {reason: names for reason, names in result.get("ids", {}).items() if reason in WORDS}
+    return lines + [f"left out: {slide_id}: {WORDS[reason]}: annotation {', '.join(names)}" for reason, names in ids.items()]

@@ -7,6 +7,8 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
+from math import inf
 from pathlib import Path
 
 from annotations.errors import UserError
@@ -126,21 +128,19 @@ def apply_manifest(items: Sequence[ImageItem], manifest: Path) -> list[ImageItem
 def match_names(items: Sequence[ImageItem], names: Iterable[str], where: object) -> dict[Path, str]:
     """Which of `names` (as a manifest or a COCO file writes them) means which image: image path -> name.
 
-    A name is a path that ends like the image's, or the bare file name, with or without its extension. Raises UserError
-    naming `where` for a name that means two images.
+    A name is a path that ends like the image's, or the bare file name, with or without its extension; of several that could
+    mean an image, the one with most folders in common does. Raises UserError naming `where` for a name that means two
+    images, and for two names that mean one image equally well.
     """
     by_key = {item.key: item for item in items}
     by_name: dict[str, list[ImageItem]] = {}
     for item in items:
         for name in {item.path.name, item.path.stem}:
             by_name.setdefault(name, []).append(item)
-    found: dict[Path, str] = {}
+    best: dict[Path, tuple[float, str]] = {}
     for name in names:
         clean = name.replace("\\", "/").removeprefix("./")
-        if clean in by_key:
-            found[by_key[clean].path] = name
-            continue
-        candidates = by_name.get(clean.rsplit("/", 1)[-1], [])
+        candidates = [by_key[clean]] if clean in by_key else by_name.get(clean.rsplit("/", 1)[-1], [])
         if len(candidates) > 1:
             exact = [item for item in candidates if f"/{item.path.absolute().as_posix()}".endswith(f"/{clean}")]
             if len(exact) != 1:
@@ -148,8 +148,19 @@ def match_names(items: Sequence[ImageItem], names: Iterable[str], where: object)
                 raise UserError(f"{where}: {name} means both {first.path} and {second.path}: write the folder in front")
             candidates = exact
         for item in candidates:
-            found.setdefault(item.path, name)
-    return found
+            common = inf if clean in by_key else _common_folders(clean, item.path)
+            before, other = best.get(item.path, (-1, ""))
+            if common == before:
+                raise UserError(f"{where}: {other} and {name} both mean {item.path}: write its folders in front, or keep one")
+            if common > before:
+                best[item.path] = (common, name)
+    return {path: name for path, (_, name) in best.items()}
+
+
+def _common_folders(name: str, path: Path) -> int:
+    """How many folders before the file name a name shares with a path."""
+    pairs = zip(reversed(name.split("/")[:-1]), reversed(path.absolute().parts[:-1]), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _expanded(path: Path) -> list[tuple[Path, str]]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -20,11 +20,23 @@ from tiling.claim import claim, same_settings
 from tiling.cohort import Outcome, available_cpus, one_line, run_cohort
 from tiling.fit import FITS, QUALITY
 from tiling.grid import plan_grid
-from tiling.imagelist import TIFF_EXTENSIONS, ImageItem, apply_manifest, box_file, find_images, match_names
+from tiling.imagelist import TIFF_EXTENSIONS, ImageItem, apply_manifest, box_file, find_images
+from tiling.import_boxes import (
+    BoxReport,
+    Drawn,
+    box_folder,
+    box_groups,
+    clipped,
+    coco_boxes,
+    placed,
+    result_of,
+    tell,
+    xml_boxes,
+)
 from tiling.mpp import Mpp, check_mpp, mpp_of
 from tiling.readers import MAX_IMAGE_PIXELS, ImageReader
 from tiling.resume import has_boxes, refuse_other
-from tiling.shards import NOMINAL_MPP, Boxes, ShardSettings, import_shards
+from tiling.shards import NOMINAL_MPP, ShardSettings, import_shards
 from tiling.slide import Slide, SlideInfo
 from tiling.slidefile import SlideFile
 from tiling.slidewrite import (
@@ -40,15 +52,12 @@ from tiling.slidewrite import (
 from tiling.tile import THUMBNAIL_SIDE_PX, _made, _overview
 from tiling.urls import from_home
 
-if TYPE_CHECKING:
-    from annotations.table import ObjectTable
-
 DEFAULT_SIZE_PX = 224
 LARGEST_TILE_PX = 1024  # images of one square size up to this are taken to be tiles
 DEFAULT_SHARD = 1000
 POOL_FROM = 200  # an image takes milliseconds: fewer are not worth starting processes for, unless asked
 LABEL_COLUMNS = ("slide_id", "x", "y", "label", "patient_id", "image")
-Work = tuple[ImageItem, "ObjectTable | None"]
+Work = tuple[ImageItem, Drawn | None]
 LabelRow = tuple[ImageItem, str, int, int]  # image, slide_id, x, y
 
 
@@ -56,7 +65,7 @@ LabelRow = tuple[ImageItem, str, int, int]  # image, slide_id, x, y
 class ImportSettings:
     """mpp: micrometres per pixel of every image, None to look further. size_px: side of a tile. coco: hash of the boxes.
 
-    boxes: folder of XML files. nominal: the images have no scale, mpp is a stand-in.
+    boxes: folder of XML files. nominal: the images have no scale, mpp is a stand-in. polygons: keep the outlines.
     """
 
     mpp: float | None
@@ -64,6 +73,7 @@ class ImportSettings:
     coco: str = ""
     boxes: Path | None = None
     nominal: bool = False
+    polygons: bool = False
 
 
 def import_images(
@@ -79,6 +89,8 @@ def import_images(
     no_mpp: bool = False,
     shard: int | None = None,
     scheduler: str | None = None,
+    polygons: bool = False,
+    report: BoxReport | None = None,
 ) -> list[Outcome]:
     """Write slide files for images (IMAGE_EXTENSIONS); one outcome per slide file, and one per image that failed alone.
 
@@ -90,26 +102,30 @@ def import_images(
     mpp: micrometres per pixel of the images, before the manifest's and the files' own; the tiles of fit "crop" have it times
     the factor they are resized by. no_mpp: the images have no scale; the files say mpp 1 and that it is nominal.
     manifest: a CSV with the column image and any of patient_id, slide_id, mpp. coco: a COCO file, or boxes: a folder of
-    PASCAL VOC style `<stem>.xml`; the objects go through the same map as the pixels and are clipped to the tiles.
+    PASCAL VOC style `<stem>.xml`; the objects go through the same map as the pixels and are clipped to the tiles. Where the
+    COCO file states another size of an image, its objects are scaled, a box file is refused then. polygons: store the
+    clipped outlines too (/boxes/polygon). report: gets what became of the boxes by class, and notes on those of no image
+    here, which are printed where there is none.
     Class folders one level below `images` are also written as labels, `<out>/labels.csv`.
     workers None: one per CPU. A file that is there with the same parameters and sources is skipped. Raises UserError
     for inputs that cannot be, and where another run imports into `out` with other settings; a bad image is a failed outcome.
     """
-    _check_options(mpp, size_px, fit, coco, boxes, no_mpp, shard)
+    _check_options(mpp, size_px, fit, coco, boxes, no_mpp, shard, polygons)
     items = [replace(item, path=item.path.absolute()) for item in find_images(images)]  # workers may run elsewhere
     if manifest is not None:
         items = apply_manifest(items, Path(manifest))
-    tables, digest = _coco_tables(items, Path(coco)) if coco is not None else ({}, "")
-    folder = _box_folder(items, Path(boxes)) if boxes is not None else None
+    told = BoxReport()
+    drawn, digest = coco_boxes(items, Path(coco), told) if coco is not None else ({}, "")
+    folder = box_folder(items, Path(boxes)) if boxes is not None else None
     if workers is None:
         workers = 1 if len(items) < POOL_FROM else available_cpus()
     settings: ImportSettings | ShardSettings
     if fit == "tiles":
         mpp = NOMINAL_MPP if no_mpp else mpp
         size_px = size_px or default_size_px([item.path for item in items])
-        settings = ImportSettings(mpp, size_px, digest, folder, no_mpp)
+        settings = ImportSettings(mpp, size_px, digest, folder, no_mpp, polygons)
     else:
-        settings = ShardSettings(fit, size_px or DEFAULT_SIZE_PX, folder, digest, mpp, no_mpp)
+        settings = ShardSettings(fit, size_px or DEFAULT_SIZE_PX, folder, digest, mpp, no_mpp, polygons)
     out = _made(Path(out))
     labelled = any(item.label for item in items)
     asked = {"fit": fit, **asdict(settings), "manifest": manifest and _sha256(Path(manifest))}
@@ -119,16 +135,28 @@ def import_images(
     how: dict[str, Any] = {"title": "import", "workers": workers, "scheduler": scheduler, "folder": out}
     with same_settings(out, "import", asked):
         if isinstance(settings, ImportSettings):
-            outcomes, rows = _import_each(items, tables, out, settings, how)
+            outcomes, rows = _import_each(items, drawn, out, settings, how)
         else:
-            outcomes, rows = import_shards(items, tables, out, settings, shard or DEFAULT_SHARD, how)
+            outcomes, rows = import_shards(items, drawn, out, settings, shard or DEFAULT_SHARD, how)
         if labelled:
             _write_labels(out / "labels.csv", rows)
+    told.results += [result for outcome in outcomes if (result := outcome.info.pop("result", None)) is not None]
+    if report is None:
+        tell(told.notes)
+    else:
+        report.results, report.notes = report.results + told.results, report.notes + told.notes
     return outcomes
 
 
 def _check_options(
-    mpp: float | None, size_px: int | None, fit: str, coco: object, boxes: object, no_mpp: bool, shard: int | None
+    mpp: float | None,
+    size_px: int | None,
+    fit: str,
+    coco: object,
+    boxes: object,
+    no_mpp: bool,
+    shard: int | None,
+    polygons: bool,
 ) -> None:
     """Raises UserError for values that cannot be, alone or together."""
     check_mpp(mpp, "--mpp")
@@ -143,14 +171,16 @@ def _check_options(
         raise UserError(f"--no-mpp and --mpp {mpp:g}: the images have a scale or they have none: give one of the two")
     if coco is not None and boxes is not None:
         raise UserError(f"--coco {coco} and --boxes {boxes}: give one of the two")
+    if polygons and coco is None and boxes is None:
+        raise UserError("--polygons: needs the boxes whose outlines to store: give --coco or --boxes")
 
 
 def _import_each(
-    items: Sequence[ImageItem], tables: dict[Path, Boxes], out: Path, settings: ImportSettings, how: dict[str, Any]
+    items: Sequence[ImageItem], drawn: dict[Path, Drawn], out: Path, settings: ImportSettings, how: dict[str, Any]
 ) -> tuple[list[Outcome], list[LabelRow]]:
     """A slide file per image; outcomes and the place of every tile."""
     work = partial(import_image, out=out, settings=settings)
-    pairs: list[Work] = [(item, tables[item.path][0] if item.path in tables else None) for item in items]
+    pairs: list[Work] = [(item, drawn.get(item.path)) for item in items]
     outcomes = run_cohort(pairs, work, name=_name, wrote=partial(_file_of, out=out), **how)
     rows = []
     for item, outcome in zip(items, outcomes, strict=True):
@@ -159,13 +189,13 @@ def _import_each(
 
 
 def import_image(pair: Work, out: Path, settings: ImportSettings) -> dict[str, Any]:
-    """Import one image; returns tiles, boxes, coords (of an image with a class), `message` and `skipped`."""
+    """Import one image; returns tiles, boxes, coords (of an image with a class), result, `message`, `skipped`."""
     path = _file_of(pair, out)
     with claim(path):
         return _imported(*pair, path, settings)
 
 
-def _imported(item: ImageItem, table: ObjectTable | None, path: Path, settings: ImportSettings) -> dict[str, Any]:
+def _imported(item: ImageItem, drawn: Drawn | None, path: Path, settings: ImportSettings) -> dict[str, Any]:
     xml = box_file(settings.boxes, item) if settings.boxes is not None else None
     stamp = source_stamp(item.path)  # before the image is opened: it may be replaced meanwhile
     found = _known_mpp(item, settings)
@@ -184,12 +214,14 @@ def _imported(item: ImageItem, table: ObjectTable | None, path: Path, settings: 
         plan = plan_grid(info.width_l0, info.height_l0, mpp, mpp, settings.size_px)
         thumb = slide.thumbnail(THUMBNAIL_SIDE_PX)
         groups: dict[str, GroupContent] = {"thumbnail": _overview(thumb, None, info.width_l0 / thumb.shape[1])}
-        counts = {"boxes": 0}
-        if xml is not None:
-            table = _xml_table(xml, (info.width_l0, info.height_l0))
-        if table is not None:
-            boxes, counts = _boxes(table, plan.coords, settings.size_px, mpp)
-            groups |= boxes
+        counts: dict[str, Any] = {"boxes": 0}
+        told: list[str] = []
+        drawn = xml_boxes(xml) if xml is not None else drawn
+        if drawn is not None:
+            table, scaled = placed(drawn, item.path, (info.width_l0, info.height_l0))
+            boxes = clipped(table, plan.coords, settings.size_px, settings.polygons)
+            more, counts, told = box_groups(table, boxes, mpp, scaled)
+            groups |= more
         had_boxes = has_boxes(path)
         meta = SlideMeta(
             slide_id=item.slide_id,
@@ -205,10 +237,10 @@ def _imported(item: ImageItem, table: ObjectTable | None, path: Path, settings: 
         )
         write_slide_file(path, meta=meta, coords=plan.coords, pixels=_encoded(slide, plan.coords, settings), groups=groups)
     remarks = ["" if item.listed else "not in the manifest", slide.info.mpp_note if found is None else ""]
-    remarks.append("not in the COCO file: no boxes" if settings.coco and table is None else "")
-    remarks.append("no box file" if settings.boxes is not None and table is None else "")
-    remarks.append("its boxes are gone with the old tiles: run annotate again" if had_boxes and table is None else "")
-    message = "; ".join(remark for remark in remarks if remark)
+    remarks.append("not in the COCO file: no boxes" if settings.coco and drawn is None else "")
+    remarks.append("no box file" if settings.boxes is not None and drawn is None else "")
+    remarks.append("its boxes are gone with the old tiles: run annotate again" if had_boxes and drawn is None else "")
+    message = "; ".join(remark for remark in (*remarks, *told) if remark)
     coords = {"coords": plan.coords.tolist()} if item.label else {}
     return {"tiles": len(plan.coords), **counts, **coords, "message": message}
 
@@ -286,6 +318,8 @@ def _own_mpp(path: Path, found: Mpp) -> Mpp:
 def _parameters(settings: ImportSettings, mpp: float | None, xml: Path | None) -> dict[str, Any]:
     """All that changes the result; the hash of it tells whether a file is up to date."""
     more: dict[str, Any] = {"mpp_nominal": True} if settings.nominal else {}
+    if settings.polygons:
+        more["polygons"] = True
     if xml is not None:
         more["box_file"] = list(source_stamp(xml))
     return more | {
@@ -308,7 +342,7 @@ def _done(path: Path, parameters: dict[str, Any], item: ImageItem) -> dict[str, 
     try:
         with SlideFile(path) as file:
             attrs, patient_id, source = file.attrs, file.patient_id, file.source
-            done: dict[str, Any] = {"tiles": len(file), "boxes": len(file.boxes_table()["object"])}
+            done: dict[str, Any] = {"tiles": len(file), "boxes": len(file.boxes_table()["object"]), **result_of(file)}
             if item.label:
                 done["coords"] = file.coords.tolist()
         stamp = (int(attrs["source_size"]), int(attrs["source_mtime_ns"]))
@@ -346,56 +380,8 @@ def _plain_jpeg(path: Path) -> bytes | None:
     return path.read_bytes() if plain else None
 
 
-def _coco_tables(items: Sequence[ImageItem], coco: Path) -> tuple[dict[Path, Boxes], str]:
-    """The objects of each image a COCO file names, with the size it states, and the sha256 of the file."""
-    from annotations.coco import read_coco_images
-
-    if not coco.is_file():
-        raise UserError(f"{coco}: no such COCO file")
-    tables, sizes = read_coco_images(coco)
-    name_of = match_names(items, tables, coco)
-    if not name_of:
-        first = next(iter(tables), "no image at all")
-        raise UserError(f"{coco}: names none of the images (first: {first}): are they its images?")
-    digest = _sha256(coco)
-    return {path: (tables[name], sizes.get(name)) for path, name in name_of.items()}, digest
-
-
 def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _box_folder(items: Sequence[ImageItem], folder: Path) -> Path:
-    """The folder, absolute. Raises UserError where it is missing or holds the box file of no image."""
-    folder = from_home(folder).absolute()
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder of box files")
-    if not any(box_file(folder, item) is not None for item in items):
-        first = Path(items[0].key).with_suffix(".xml")
-        raise UserError(f"{folder}: holds the box file of no image (looked for {first} and {first.name}): are they its images?")
-    return folder
-
-
-def _xml_table(xml: Path, size: tuple[int, int]) -> ObjectTable:
-    """The objects of a box file. Raises UserError where it says another size of the image than it has."""
-    from annotations.voc import read_voc
-
-    table, stated = read_voc(xml)
-    if stated not in (None, size):
-        raise UserError(f"{xml}: of an image of {stated} pixels, the image has {size}: give the box file of this image")
-    return table
-
-
-def _boxes(
-    table: ObjectTable, coords: np.ndarray, size_px: int, mpp: float
-) -> tuple[dict[str, dict[str, Any]], dict[str, int]]:
-    """Groups /objects and /boxes, and counts of objects, boxes and objects outside every tile."""
-    from annotations.clip import clip_to_tiles
-    from annotations.group import annotation_groups
-
-    boxes = clip_to_tiles(table.geometry, coords, float(size_px), size_px)
-    counts = {"objects": len(table), "boxes": len(boxes.object), "outside": int(boxes.counts.get("outside", 0))}
-    return annotation_groups(table, boxes, mpp), counts
 
 
 def _write_labels(path: Path, rows: Sequence[LabelRow]) -> None:

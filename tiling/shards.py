@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from math import ceil, sqrt
 from pathlib import Path
@@ -22,8 +22,9 @@ import numpy as np
 from annotations.errors import UserError
 from tiling.claim import claim
 from tiling.cohort import Outcome, one_line, run_cohort
-from tiling.fit import QUALITY, FitMap, Fitted, fit_map, probe_image, read_fitted, upright_xy
+from tiling.fit import QUALITY, FitMap, Fitted, fit_map, probe_image, read_fitted
 from tiling.imagelist import ImageItem, box_file
+from tiling.import_boxes import Drawn, box_groups, clipped, joined, moved, placed, result_of, xml_boxes
 from tiling.resume import has_boxes
 from tiling.slidefile import SlideFile
 from tiling.slidewrite import FORMAT_VERSION, GroupContent, SlideMeta, parameters_hash, source_stamp, write_slide_file
@@ -34,14 +35,14 @@ if TYPE_CHECKING:
     from annotations.table import ObjectTable
 
 NOMINAL_MPP = 1.0  # what a file says where there is no scale; its parameters and /images say so too
-Boxes = tuple["ObjectTable", "tuple[int, int] | None"]  # objects of an image, and the width and height they were drawn on
 
 
 @dataclass(frozen=True)
 class ShardSettings:
     """fit: crop or squash. boxes: folder of XML files. coco: sha256 of the COCO file, empty without one.
 
-    mpp: micrometres per pixel of every image, None to look further. nominal: the images have no scale.
+    mpp: micrometres per pixel of every image, None to look further. nominal: the images have no scale. polygons: keep the
+    outlines of the boxes.
     """
 
     fit: str
@@ -50,6 +51,7 @@ class ShardSettings:
     coco: str = ""
     mpp: float | None = None
     nominal: bool = False
+    polygons: bool = False
 
     @property
     def boxed(self) -> bool:
@@ -64,7 +66,7 @@ class Shard:
     source: Path
     mpp: float | None
     items: tuple[ImageItem, ...]
-    coco: tuple[Boxes | None, ...]
+    coco: tuple[Drawn | None, ...]
 
     def __str__(self) -> str:
         return self.slide_id
@@ -86,7 +88,7 @@ class Shard:
 
 def import_shards(
     items: Sequence[ImageItem],
-    coco: Mapping[Path, Boxes],
+    coco: Mapping[Path, Drawn],
     out: Path,
     settings: ShardSettings,
     per_shard: int,
@@ -109,7 +111,7 @@ def import_shards(
 
 
 def plan_shards(
-    items: Sequence[ImageItem], coco: Mapping[Path, Boxes], mpps: Mapping[Path, float] | None, per_shard: int
+    items: Sequence[ImageItem], coco: Mapping[Path, Drawn], mpps: Mapping[Path, float] | None, per_shard: int
 ) -> list[Shard]:
     """Shards of at most `per_shard` images of one folder, one patient and one mpp, named `<folder>-<number>`.
 
@@ -170,7 +172,8 @@ def refuse_leftovers(out: Path, shards: Sequence[Shard]) -> None:
 
 
 def import_shard(shard: Shard, out: Path, settings: ShardSettings) -> dict[str, Any]:
-    """Write one slide file; returns tiles, objects, boxes, outside, present (rows of its images), bad (image, why), `message`.
+    """Write one slide file; returns tiles, objects, boxes, outside, result, present (rows of its images), bad (image, why),
+    `message`.
 
     A shard is done when its file has the same parameters, images and boxes (by size and time) and no image failed.
     """
@@ -189,23 +192,28 @@ def _imported(shard: Shard, path: Path, settings: ShardSettings) -> dict[str, An
         return {"skipped": True, **done, "present": list(range(len(shard.items)))}
     tiles: list[Fitted] = []
     objects: list[tuple[ObjectTable, TileBoxes] | None] = []
-    present, bad = [], []
+    present, bad, scaled = [], [], 0
     for i, item in enumerate(shard.items):
         try:
             tile = read_fitted(item.path, settings.fit, settings.size_px)
-            boxes = shard.coco[i] or _box_file(item, settings)
-            objects.append(None if boxes is None else _placed(item, boxes, tile, settings))
+            drawn = shard.coco[i] or _box_file(item, settings)
+            table, boxes, remark = (None, None, "") if drawn is None else _placed(drawn, item, tile, settings)
+            objects.append(None if table is None or boxes is None else (table, boxes))
+            scaled += bool(remark)
         except Exception as error:  # one bad image must not stop its shard
             bad.append((item.key, one_line(error)))
             continue
         tiles.append(tile)
         present.append(i)
-    counts = {"tiles": len(tiles), "boxes": 0, "objects": 0, "outside": 0}
+    counts: dict[str, Any] = {"tiles": len(tiles), "boxes": 0, "objects": 0, "outside": 0}
     remarks = _remarks(shard, settings, objects)
     if not settings.boxed and has_boxes(path):
         remarks.append("its boxes are gone with the old tiles: run annotate or propose again")
     if tiles:
-        counts |= _write(path, shard, settings, parameters, present, tiles, objects, len(bad))
+        resized = f"{scaled} images are of another size than their boxes were drawn on, which were scaled" if scaled else ""
+        more, told = _write(path, shard, settings, parameters, present, tiles, objects, len(bad), resized)
+        counts |= more
+        remarks += told
     return {**counts, "present": present, "bad": bad, "message": "; ".join(remarks)}
 
 
@@ -222,7 +230,8 @@ def _parameters(shard: Shard, settings: ShardSettings) -> dict[str, Any]:
         xml = box_file(settings.boxes, item) if settings.boxes is not None else None
         stamps = (*source_stamp(item.path), *(source_stamp(xml) if xml is not None else ()))
         digest.update(f"{item.key}\0{stamps}\n".encode())
-    return {
+    more = {"polygons": True} if settings.polygons else {}
+    return more | {
         "format_version": FORMAT_VERSION,
         "import": 1,
         "fit": settings.fit,
@@ -237,48 +246,29 @@ def _parameters(shard: Shard, settings: ShardSettings) -> dict[str, Any]:
     }
 
 
-def _done(path: Path, parameters: dict[str, Any]) -> dict[str, int] | None:
+def _done(path: Path, parameters: dict[str, Any]) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
         with SlideFile(path) as file:
             if file.attrs["parameters_sha256"] != parameters_hash(parameters)[1] or int(file.group_attrs("images")["failed"]):
                 return None
-            return {"tiles": len(file), "boxes": len(file.boxes_table()["object"])}
+            return {"tiles": len(file), "boxes": len(file.boxes_table()["object"]), **result_of(file)}
     except (UserError, OSError, KeyError, RuntimeError):
         return None  # damaged, or not ours: made anew
 
 
-def _box_file(item: ImageItem, settings: ShardSettings) -> Boxes | None:
-    from annotations.voc import read_voc
-
+def _box_file(item: ImageItem, settings: ShardSettings) -> Drawn | None:
     path = box_file(settings.boxes, item) if settings.boxes is not None else None
-    return None if path is None else read_voc(path)
+    return None if path is None else xml_boxes(path)
 
 
-def _placed(item: ImageItem, boxes: Boxes, tile: Fitted, settings: ShardSettings) -> tuple[ObjectTable, TileBoxes]:
-    """The objects of an image in pixels of its tile, whole, and their boxes, clipped."""
-    import shapely
-
-    from annotations.clip import clip_to_tiles
-
-    table, stated = boxes
-    if stated is not None and stated not in (tile.size, tile.stored):
-        drawn, here = (f"{width} x {height}" for width, height in (stated, tile.size))
-        raise UserError(
-            f"{item.path}: its boxes are of an image of {drawn} pixels, it has {here}: give the boxes of this image"
-        )
+def _placed(drawn: Drawn, item: ImageItem, tile: Fitted, settings: ShardSettings) -> tuple[ObjectTable, TileBoxes, str]:
+    """The objects of an image in pixels of its tile, whole; their boxes, clipped; and a remark where they were scaled."""
+    table, scaled = placed(drawn, item.path, tile.size)
     part: FitMap = fit_map(tile.size, settings.fit, settings.size_px)
-    # Boxes drawn on the picture as stored are turned with it; where the sizes cannot tell, they are taken to be upright.
-    turned = stated == tile.stored != tile.size
-
-    def to_tile(xy: np.ndarray) -> np.ndarray:
-        return part.to_tile(upright_xy(xy, tile.orientation, tile.stored) if turned else xy)
-
-    if len(table):
-        geometry = np.asarray(shapely.transform(table.geometry, to_tile), dtype=object).reshape(len(table))
-        table = replace(table, geometry=geometry)
-    return table, clip_to_tiles(table.geometry, np.zeros((1, 2)), float(settings.size_px), settings.size_px)
+    table = moved(table, part.to_tile)
+    return table, clipped(table, np.zeros((1, 2)), settings.size_px, settings.polygons), scaled
 
 
 def _write(
@@ -290,8 +280,9 @@ def _write(
     tiles: list[Fitted],
     objects: list[tuple[ObjectTable, TileBoxes] | None],
     failed: int,
-) -> dict[str, int]:
-    """The slide file; returns counts of objects, boxes and objects outside the crop."""
+    resized: str,
+) -> tuple[dict[str, Any], list[str]]:
+    """The slide file; returns what box_groups tells of its boxes: counts, result, remarks."""
     size, mpp = settings.size_px, float(parameters["mpp"])
     groups: dict[str, GroupContent] = {
         "thumbnail": _mosaic(shard, settings, present, tiles),
@@ -301,10 +292,11 @@ def _write(
             "attrs": {"fit": settings.fit, "mpp_nominal": shard.mpp is None, "failed": failed},
         },
     }
-    counts: dict[str, int] = {}
+    counts: dict[str, Any] = {}
+    remarks: list[str] = []
     if settings.boxed:
-        found, counts = _box_groups(objects, mpp)
-        groups |= found
+        boxes, counts, remarks = box_groups(*joined(objects), mpp, resized)
+        groups |= boxes
     meta = SlideMeta(
         slide_id=shard.slide_id,
         source=shard.source,
@@ -317,32 +309,7 @@ def _write(
         parameters=parameters,
     )
     write_slide_file(path, meta=meta, coords=shard.coords(size)[present], pixels=(tile.jpeg for tile in tiles), groups=groups)
-    return counts
-
-
-def _box_groups(
-    objects: list[tuple[ObjectTable, TileBoxes] | None], mpp: float
-) -> tuple[dict[str, GroupContent], dict[str, int]]:
-    """/objects and /boxes of all tiles of a shard; a tile without objects has no rows."""
-    from annotations.clip import TileBoxes
-    from annotations.group import annotation_groups
-    from annotations.table import concatenate
-
-    some = [pair for pair in objects if pair is not None]
-    table = concatenate([table for table, _ in some])
-    first = np.cumsum([0, *(len(table) for table, _ in some)])[:-1]
-    per_tile = [0 if pair is None else len(pair[1].object) for pair in objects]
-    boxes = TileBoxes(
-        xyxy=np.concatenate([np.zeros((0, 4), np.float32), *(boxes.xyxy for _, boxes in some)]),
-        offsets=np.concatenate([[0], np.cumsum(per_tile)]).astype(np.int64),
-        object=np.concatenate(
-            [np.zeros(0, np.int32), *(boxes.object + start for (_, boxes), start in zip(some, first, strict=True))]
-        ).astype(np.int32),
-        visible=np.concatenate([np.zeros(0, np.float32), *(boxes.visible for _, boxes in some)]),
-    )
-    outside = sum(int(boxes.counts.get("outside", 0)) for _, boxes in some)
-    counts = {"objects": len(table), "boxes": len(boxes.object), "outside": outside}
-    return dict(annotation_groups(table, boxes, mpp)), counts
+    return counts, remarks
 
 
 def _mosaic(shard: Shard, settings: ShardSettings, present: list[int], tiles: list[Fitted]) -> dict[str, GroupContent]:

@@ -156,18 +156,25 @@ def import_(
     boxes: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of VOC-style <stem>.xml with boxes.")] = None,
     no_mpp: Annotated[bool, typer.Option("--no-mpp", help="The images have no scale, such as photographs.")] = False,
     shard: Annotated[int | None, typer.Option(help="Images to a file, with --fit crop or squash; 1000.")] = None,
+    polygons: Annotated[bool, typer.Option("--polygons", help="Store the clipped outlines too, for polygon masks.")] = False,
     workers: Workers = None,
     scheduler: Scheduler = None,
 ) -> None:
     """Turn a class-folder tile set, or images with boxes, into the same files that tile writes."""
+    from tiling.annotate_report import print_classes, told_once
+    from tiling.cohort import finish
+    from tiling.import_boxes import BoxReport
     from tiling.importer import import_images
 
-    begun = perf_counter()
+    begun, report = perf_counter(), BoxReport()
     outcomes = import_images(
         images, out, coco=coco, mpp=mpp, size_px=size, manifest=manifest, workers=workers, fit=fit, boxes=boxes,
-        no_mpp=no_mpp, shard=shard, scheduler=scheduler,
+        no_mpp=no_mpp, shard=shard, scheduler=scheduler, polygons=polygons, report=report,
     )  # fmt: skip
-    _end(outcomes, "import", out, ("tiles", "boxes"), begun)
+    lines = [*told_once(outcomes), *(f"note: {line}" for line in report.notes)]
+    code = finish(outcomes, "import", out, ("tiles", "boxes"), perf_counter() - begun)
+    print_classes(report.results, lines)
+    raise typer.Exit(code)
 
 
 def annotate(
