@@ -94,8 +94,11 @@ def _named(problem: str, data: bytes) -> str:
     if place is None:
         return problem
     part, row = place[1], int(place[2])
-    document = json.loads(data)
-    item = (document[part] if part else document)[row]
+    try:
+        document = json.loads(data)
+        item = (document[part] if part else document)[row]
+    except (ValueError, RecursionError):  # damaged further on
+        item = None
     known = item.get("id") if isinstance(item, dict) else None
     name = f"{_ONE_OF[part]} {known}" if known is not None else f"{_ONE_OF[part]} without an id, number {row + 1}"
     return f"{name}: {problem.partition(' - at ')[0]}{_field(problem[place.end() :])}"

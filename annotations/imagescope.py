@@ -54,6 +54,7 @@ def read_imagescope(
     table, rows = regions.build(counts, point_size_l0=point_size_l0, scale=scale, source=source)
     if not len(holes):
         return table
+    counts = table.counts  # of an empty table it is a copy
     cut_counts: dict[str, int] = {}
     cuts, cut_rows = holes.build(cut_counts, point_size_l0=None, scale=scale, source=source)
     add(counts, "repaired", cut_counts.get("repaired", 0))

@@ -54,6 +54,11 @@ LOSSES = (
     "invalid_dropped",
     "zero_area",
     "vertices_dropped",
+    "tangled",
+    "repeated",
+    "unlisted_image",
+    "holes",
+    "holes_dropped",
 )
 GRID = stream.Grid(np.array([[x, y] for y in (0, 40, 80) for x in (0, 40, 80)]), 50.0, 32, (200.0, 200.0), polygons=True)
 TOKENS = (
@@ -90,7 +95,11 @@ def seeds() -> list[bytes]:
     cells = [{"bbox": [[5, 5], [25, 25]], "contour": polygon(5, 5)["coordinates"][0], "type": 1, "type_prob": 0.9}]
     nuc = {"1": {"bbox": [[5, 5], [25, 25]], "centroid": [15, 15], "contour": [[5, 5], [25, 5], [25, 25]], "type": 1}}
     boxes = [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [5, 5, 20, 20], "segmentation": [[5, 5, 25, 5, 25, 25]]}]
-    coco = {"images": [{"id": 1, "file_name": "s.svs", "width": 200, "height": 200}], "annotations": boxes}
+    runs = {"size": [200, 200], "counts": [2010, *[20, 180] * 20, 20, 200 * 200 - 2010 - 200 * 20 - 20]}
+    masks = [{**boxes[0], "id": 2, "segmentation": runs}]
+    masks.append({**masks[0], "id": 3, "segmentation": {"size": [20, 20], "counts": "T23a0"}})
+    masks.append({"id": 4, "image_id": 9, "iscrowd": 1})
+    coco = {"images": [{"id": 1, "file_name": "s.svs", "width": 200, "height": 200}], "annotations": boxes + masks}
     documents: list[Any] = [
         {"type": "FeatureCollection", "features": plain}, plain, {"type": "FeatureCollection", "features": mixed}, mixed,
         parent, {"type": "FeatureCollection", "features": [parent, *plain]}, nested,
@@ -104,6 +113,9 @@ def seeds() -> list[bytes]:
     sure[0]["properties"] |= {"measurements": {"Area": 7.5, "Detection probability": 0.8}}
     sure[1]["properties"] |= {"measurements": [{"name": "Score", "value": "NaN"}], "prob": 0.5}
     sure[2]["properties"] |= {"score": 0.25}
+    packed_class = feature(polygon(5, 5))
+    packed_class["properties"] |= {"classification": '{ "name": "Tumor", "color": [ 1, 2, 3 ] }', "measurements": '{"Area": 7}'}
+    documents += [{"type": "FeatureCollection", "features": [packed_class] * 3}]
     documents += [sets, sure, [{"image_id": 1, "category_id": 2, "bbox": [5, 5, 20, 20], "score": 0.5}]]
     text = [json.dumps(document).encode() for document in documents]
     text += [json.dumps(documents[0], indent=1).encode(), json.dumps(documents[0], separators=(",", ":")).encode()]
@@ -113,6 +125,10 @@ def seeds() -> list[bytes]:
     corners = "".join(f'<Vertex X="{x}" Y="{y}"/>' for x, y in [(5, 5), (50, 5), (50, 50)])
     scope = f'<Annotations><Annotation Name="Tumor"><Regions><Region NegativeROA="0"><Vertices>{corners}</Vertices></Region>'
     text.append(f"{scope}</Regions></Annotation></Annotations>".encode())
+    corners = '<V X="5" Y="5"/><V X="50" Y="50"/>'
+    halo = f'<Annotations><Annotation Name="Tumor"><Regions><Region Type="Ellipse"><Vertices>{corners}</Vertices></Region>'
+    halo += f'<Region Type="Rectangle" NegativeROA="1"><Vertices>{corners}</Vertices></Region>'
+    text.append(f"{halo}</Regions></Annotation></Annotations>".encode())
     corners = "".join(f"<point><x>{x}</x><y>{y}</y></point>" for x, y in [(5, 5), (50, 5), (50, 50)])
     ndpa = f'<annotation type="freehand"><pointlist>{corners}</pointlist></annotation>'
     ndpa = f'<ndpviewstate id="1"><title>Tumor</title><coordformat>pixels</coordformat>{ndpa}</ndpviewstate>'

@@ -215,3 +215,10 @@ def test_rows_that_come_twice_with_the_same_content_do_no_harm(tmp_path: Path) -
     categories = [{"id": 7, "name": "gland"}, {"id": 7, "name": "gland"}, {"id": 8, "name": "gland"}]
     table = read(tmp_path, one(category_id=8, bbox=[0, 0, 4, 4]), images=IMAGES * 2, categories=categories)
     assert (table.labels, table.class_names()) == (("gland",), ["gland"])
+
+
+def test_a_file_damaged_further_on_is_refused_too(tmp_path: Path) -> None:
+    path = tmp_path / "coco.json"
+    path.write_text('{"images": [], "annotations": [{"id": 101, "image_id": [], "bbox": [}')
+    with pytest.raises(UserError, match="not COCO json"):
+        read_coco(path)

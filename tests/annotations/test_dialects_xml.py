@@ -214,6 +214,12 @@ def test_halo_negative_regions_are_holes_of_the_regions_around_them(read) -> Non
     assert table.counts == {"features": 7, "holes": 2, "holes_dropped": 1}
 
 
+def test_holes_without_a_region_are_counted(read) -> None:
+    lines = halo_region("Polygon", (1, 1), (2, 2)), halo_region("Rectangle", (5, 5), (5, 9), negative="1")
+    table = read(halo(halo_layer("Tumor", *lines, halo_region("Polygon", *ring(0, 0, 9, 9), negative="1"))))
+    assert table.counts == {"features": 3, "invalid_dropped": 1, "holes_dropped": 2}
+
+
 def test_halo_with_no_region_at_all_is_read_as_empty(read) -> None:
     assert len(read(halo(halo_layer("Tumor")))) == 0
 
