@@ -101,8 +101,9 @@ def dialect(data: bytes, source: str) -> str:
 def _json_dialect(data: bytes) -> str:
     head = data[:4096].removeprefix(b"\xef\xbb\xbf").lstrip()
     if head[:1] == b"[":
-        first = head[: head.find(b"}") + 1 or None]
-        return "detections" if b'"image_id"' in first and b'"geometry"' not in first else "geojson"
+        first = head[: head.find(b"}") + 1 or None]  # a run-length mask is an object within the first
+        is_coco = b'"image_id"' in first or b'"segmentation"' in first
+        return "detections" if is_coco and b'"geometry"' not in first else "geojson"
     if _PLAIN_START.match(head) or head[:1] != b"{":
         return "geojson"
     keys = _keys(data)

@@ -307,7 +307,7 @@ class SlideFile:
     @cached_property
     def _polygon(self) -> tuple[h5py.Dataset, h5py.Dataset, h5py.Dataset]:
         if not self.has_polygons:
-            raise UserError(f"{self.path}: holds no polygons: run odis-path annotate with --polygons")
+            raise UserError(f"{self.path}: holds no polygons: run odis-path annotate with --polygons (or import)")
         group = self._file["boxes/polygon"]
         return group["offsets"], group["ring_offsets"], group["xy"]
 

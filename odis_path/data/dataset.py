@@ -111,7 +111,9 @@ def index_tiles(folder: str | Path, *, need_boxes: np.ndarray | None = None, nee
             if need_boxes is not None and len(tiles):
                 tiles = tiles[_has_kind(file, need_boxes)]
             if need_polygons and not file.has_polygons and len(file.boxes_table()["object"]):
-                raise UserError(f"{path}: holds no polygons, which target.geometry=polygon needs: run annotate with --polygons")
+                raise UserError(
+                    f"{path}: holds no polygons, which target.geometry=polygon needs: annotate with --polygons (or import)"
+                )
             tiles = np.setdiff1d(tiles, file.bad_tiles).astype(np.int32)
             slides.append(np.full(len(tiles), number, np.int32))
             rows.append(tiles)

@@ -225,6 +225,15 @@ def test_bare_detections(tmp_path: Path) -> None:
     assert (labels(table), table.kind.tolist(), table.confidence.tolist()) == (["1"], [TISSUE], [0.5])
 
 
+def test_bare_detections_with_their_mask_first(tmp_path: Path) -> None:
+    runs = {"size": [75, 100], "counts": [10 * 75 + 10, *[20, 55] * 19, 20, 75 * 100 - 10 * 75 - 10 - 19 * 75 - 20]}
+    items = [{"segmentation": runs, "bbox": [1, 1, 2, 2], "image_id": 3, "category_id": 1, "score": 0.5}]
+    table = read_annotations(save(tmp_path / "a.json", items), frame=SlideFrame("a", (200, 150), 0.25))
+    assert same(table.geometry, [shapely.box(20, 20, 60, 60)])
+    with pytest.raises(UserError, match="annotation without an id, number 1: .*image_id"):
+        read_annotations(save(tmp_path / "a.json", [{"segmentation": runs}]))
+
+
 # --- GeoParquet and GeoDataFrame
 
 

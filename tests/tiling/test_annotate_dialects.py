@@ -97,6 +97,32 @@ def test_the_command_ends_with_a_table_of_classes(tmp_path: Path) -> None:
         assert "repaired: a: bow: Self-intersection" in result.output
 
 
+def test_coco_losses_are_in_the_table_and_named_by_their_ids(tmp_path: Path) -> None:
+    path = slide_file(tmp_path / "s")
+    runs = {"size": [150, 200], "counts": [0, 10 * 150, 190 * 150]}
+    items = [
+        {"id": 101, "image_id": 1, "category_id": 7, "segmentation": runs},
+        {"id": 102, "image_id": 1, "category_id": 99, "bbox": [0, 0, 5, 5], "iscrowd": 1},
+        {"id": 103, "image_id": 40, "category_id": 7, "bbox": [0, 0, 5, 5]},
+        {"id": 104, "image_id": 1, "category_id": 7, "bbox": [5, 5, 0, 0]},
+        {"id": 105, "image_id": 1, "category_id": 7, "bbox": [150, 140, 5, 5]},
+    ]
+    images = [{"id": 1, "file_name": "a.svs", "width": 200, "height": 150}]
+    document = {"images": images, "annotations": items, "categories": [{"id": 7, "name": "Tumor"}]}
+    command = ["annotate", str(tmp_path / "s"), "--annotations", str(save(tmp_path / "a.json", document)), "--polygons"]
+    result = CliRunner().invoke(app, [*command, "--verbose"], env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    for line in (
+        "scaled by 10", "that the file does not list, taken without a class (annotation 102)", "(iscrowd)",
+        "left out: a: no area: annotation 104", "of an image that the file does not list: annotation 103",
+        "1 of an image that the file does not list, 1 on no tile, 1 no area",
+    ):  # fmt: skip
+        assert line in result.output.replace("\n", " "), line
+    with SlideFile(path) as file:
+        assert file.boxes(0).tolist() == [[0, 0, 100, 100], [0, 0, 50, 50]]
+        assert file.has_polygons
+
+
 def test_what_is_said_of_many_slides_is_said_once(tmp_path: Path) -> None:
     classes = save(tmp_path / "map.yaml", MAP)
     for name in "abcd":
