@@ -49,7 +49,7 @@ MEMORY_LIMIT_MB = 600
 
 
 def write_slide(path: Path, width: int, height: int) -> Path:
-    """A pyramid of encoded tiles, drawn in a few fields and dealt out over the slide; every tile is stored anew."""
+    """A pyramid of encoded tiles, drawn in a few fields and dealt out over level 0; every tile is stored anew."""
     import simplejpeg
     import tifffile
     from PIL import Image
@@ -59,15 +59,19 @@ def write_slide(path: Path, width: int, height: int) -> Path:
     encode = partial(simplejpeg.encode_jpeg, quality=QUALITY, colorspace="RGB", colorsubsampling="422")
     fields = [draw_slide(np.random.default_rng(seed), FIELD_PX, MPP).pixels for seed in range(FIELDS)]
     temporary = path.with_suffix(".part")
+    stock = [tile for field in fields for tile in _tiles(field)]
+    rows, columns = (-(-side // TILE_PX) for side in (height, width))
+    order = np.random.default_rng(1).integers(0, len(stock), (rows, columns))
     with tifffile.TiffWriter(temporary, bigtiff=True) as file:
         for downsample in (1, 4, 16):
             w, h = width // downsample, height // downsample
-            pictures = [np.asarray(Image.fromarray(field).reduce(downsample)) for field in fields]
-            stock = [tile for picture in pictures for tile in _encoded_tiles(picture, encode)]
-            order = np.random.default_rng(downsample).integers(0, len(stock), -(-w // TILE_PX) * -(-h // TILE_PX))
             size = f"{width}x{height} [0,0 {width}x{height}] ({TILE_PX}x{TILE_PX})"
             text = f"Aperio Image Library v11.2.1\r\n{size} JPEG/RGB Q={QUALITY}|AppMag = 40|MPP = {MPP}"
-            tiles: Iterator[bytes] = (stock[i] for i in order)
+            small = [np.asarray(Image.fromarray(tile).reduce(downsample)) for tile in stock]
+            tiles: Iterator[bytes] = map(encode, _put_together(small, order, downsample))
+            if downsample == 1:
+                encoded = [encode(tile) for tile in stock]
+                tiles = (encoded[i] for i in order.ravel())
             file.write(
                 tiles, shape=(h, w, 3), dtype=np.uint8, tile=(TILE_PX, TILE_PX), photometric="ycbcr", subsampling=(2, 1),
                 compression="jpeg", subfiletype=1 if downsample > 1 else 0, description=text, metadata=None,
@@ -76,13 +80,23 @@ def write_slide(path: Path, width: int, height: int) -> Path:
     return path
 
 
-def _encoded_tiles(picture: np.ndarray, encode: Callable[[np.ndarray], bytes]) -> list[bytes]:
-    """The picture's whole tiles; a picture smaller than a tile is repeated to fill one."""
-    repeats = [-(-TILE_PX // side) for side in picture.shape[:2]]
-    picture = np.tile(picture, (*repeats, 1))
+def _tiles(picture: np.ndarray) -> list[np.ndarray]:
+    """The picture's whole tiles."""
     rows, columns = picture.shape[0] // TILE_PX, picture.shape[1] // TILE_PX
     corners = [(y * TILE_PX, x * TILE_PX) for y in range(rows) for x in range(columns)]
-    return [encode(np.ascontiguousarray(picture[y : y + TILE_PX, x : x + TILE_PX])) for y, x in corners]
+    return [np.ascontiguousarray(picture[y : y + TILE_PX, x : x + TILE_PX]) for y, x in corners]
+
+
+def _put_together(small: list[np.ndarray], order: np.ndarray, count: int) -> Iterator[np.ndarray]:
+    """Tiles of a level: each holds count x count tiles of level 0, made small; what lies beyond the slide is white."""
+    rows, columns = order.shape
+    side = TILE_PX // count
+    for top in range(0, rows, count):
+        for left in range(0, columns, count):
+            tile = np.full((TILE_PX, TILE_PX, 3), 255, np.uint8)
+            for (row, column), i in np.ndenumerate(order[top : top + count, left : left + count]):
+                tile[row * side : (row + 1) * side, column * side : (column + 1) * side] = small[i]
+            yield tile
 
 
 def grid(width: int, height: int) -> tuple[np.ndarray, float]:

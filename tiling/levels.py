@@ -77,9 +77,9 @@ def scale_is_average(reader: DirectReader, level: int, scale: int) -> bool:
 
 def _read(slide: Slide, level: int, box_l0: Box, side: int) -> np.ndarray | None:
     """uint8 (side, side, 3): a level-0 box from the whole pixels of a level; None where they cannot be decoded."""
-    from tiling.slide import View, cover
+    from tiling.slide import cover
 
-    view = View(level, 1, slide.info.level_downsamples[level], *slide.info.level_dimensions[level])
+    view = slide.whole(level)
     (edges,) = cover(view, np.array([box_l0])).tolist()
     try:
         return slide.cut(view, edges, slide.block(view, edges), box_l0, side, side)

@@ -9,7 +9,7 @@ import numpy as np
 from annotations.errors import UserError
 from tiling.overview import Overview
 from tiling.quality import pen_mask
-from tiling.slide import SMALLEST_PART_L0, Slide, View
+from tiling.slide import SMALLEST_PART_L0, Slide
 from tiling.tissue import is_dark, tissue_mask
 
 MOST_MENDED = 0.25  # of the picture, for one part: the surroundings of a larger one say little of it
@@ -54,14 +54,13 @@ def filled(thumb: np.ndarray, lost: np.ndarray) -> np.ndarray:
 
 def _decodes(slide: Slide, x: int, y: int, downsample: float) -> bool:
     """Whether the surroundings of a pixel of the overview can be read, as far as one lost part reaches at the most."""
-    level = slide.best_level(downsample)
-    own, (width, height) = slide.info.level_downsamples[level], slide.info.level_dimensions[level]
+    view = slide.whole(slide.best_level(downsample))
     reach = max(4, SMALLEST_PART_L0 / downsample)
-    step = downsample / own
+    step = downsample / view.downsample
     left, top = (int(max(0, at - reach) * step) for at in (x, y))
-    right, bottom = (min(int((at + reach + 1) * step), most) for at, most in ((x, width), (y, height)))
+    right, bottom = (min(int((at + reach + 1) * step), most) for at, most in ((x, view.width), (y, view.height)))
     try:
-        slide.read(View(level, 1, own, width, height), left, top, max(1, right - left), max(1, bottom - top))
+        slide.read(view, left, top, max(1, right - left), max(1, bottom - top))
     except UserError:
         slide.reopen()
         return False

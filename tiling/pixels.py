@@ -62,11 +62,11 @@ def stored_level(slide: Slide, plan: GridPlan) -> int | None:
     reader = slide.reader
     if not isinstance(reader, DirectReader) or not len(plan.coords):
         return None
-    for level, own in enumerate(reader.level_downsamples):
-        page = reader.pages[level]
-        if page.codec != "jpeg":
+    for level, page in enumerate(reader.pages):
+        if page.codec != "jpeg" or (page.tile_w, page.tile_h) != (plan.patch_px, plan.patch_px):
             continue
-        if (page.tile_w, page.tile_h) != (plan.patch_px, plan.patch_px) or own * plan.patch_px != plan.size_l0:
+        own = slide.downsample(level)
+        if own is None or own * plan.patch_px != plan.size_l0:
             continue
         whole = (plan.coords + plan.size_l0 <= np.array([page.width, page.height]) * own).all()
         if not whole or (plan.coords % plan.size_l0).any():

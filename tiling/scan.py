@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from annotations.errors import UserError
+from tiling.alignment import about_levels
 from tiling.atomic import atomic_path, check_writable
 from tiling.cohort import Outcome, run_cohort
 from tiling.csvfile import SUFFIXES
@@ -87,6 +88,7 @@ def header_row(item: SlideItem, mpp: float | None = None, assume_mpp: float | No
         raise UserError(f"{item.path}: is a link to {printable(os.readlink(item.path))}, which leads to no file: mend the link")
     with Slide.open(item.path) as slide:
         info = slide.info
+        levels = about_levels(slide, odd=True)
     if cut := cut_off(item.path):
         raise UserError(f"{item.path}: {cut}: copy it again")
     given = by_hand(item.mpp, info.mpp)
@@ -95,7 +97,7 @@ def header_row(item: SlideItem, mpp: float | None = None, assume_mpp: float | No
     doubt = info.mpp_note
     if given:
         doubt = "" if info.mpp is None else f"mpp {item.mpp:g} is the manifest's: the slide itself says {info.mpp:g}"
-    problem, will_fail = "; ".join(note for note in (doubt, info.note) if note), True
+    problem, will_fail = "; ".join(note for note in (doubt, info.note, levels) if note), True
     if own is None:
         problem = missing_mpp(info.mpp_found)
     elif mpp is not None and mpp < own * FINEST_SHARE:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from annotations.errors import UserError
+from tiling.alignment import Placement, busy_places, placement_of
 from tiling.direct import DirectReader
 from tiling.levels import is_average, scale_is_average
 from tiling.mpp import Mpp, mpp_of
@@ -47,6 +50,10 @@ class SlideInfo:
     note: str = ""
 
     @property
+    def size_l0(self) -> tuple[int, int]:
+        return self.width_l0, self.height_l0
+
+    @property
     def mpp_found(self) -> Mpp:
         return Mpp(self.mpp, self.mpp_source, self.mpp_note)
 
@@ -71,6 +78,7 @@ class Slide:
         self.exact = resample == "exact"
         self.undecoded = 0.0
         self.left_out: set[int] = set()  # levels that would have done, were they averages of level 0
+        self.placements: dict[int, Placement] = {}  # of the levels looked at: how they lie on level 0
         self._chosen: dict[float, int] = {}
         self._scales: dict[tuple[int, int], bool] = {}
         self._any_level = resample == "pyramid"
@@ -101,24 +109,54 @@ class Slide:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
+    @cached_property
+    def busy_places(self) -> np.ndarray:
+        """As `tiling.alignment.busy_places` finds them."""
+        return busy_places(self)
+
+    def downsample(self, level: int) -> float | None:
+        """Level-0 pixels per pixel of a level, held against level 0; None where the level is not to be used."""
+        if level == 0:
+            return self.info.level_downsamples[0]
+        if level not in self.placements:
+            self.placements[level] = placement_of(self, level)
+        return self.placements[level].downsample
+
+    def whole(self, level: int) -> View:
+        """A level as it is stored, without what it is padded with. Only of a level that is to be used."""
+        own = self.downsample(level)
+        assert own is not None
+        width, height = self.info.level_dimensions[level]
+        if own != self.info.level_downsamples[level]:
+            width, height = (
+                min(size, math.ceil(l0 / own)) for size, l0 in zip((width, height), self.info.size_l0, strict=True)
+            )
+        return View(level, 1, own, width, height)
+
+    def fitting(self, downsample: float) -> Iterator[int]:
+        """Levels at least as fine as `downsample` (level-0 pixels per wanted pixel), the coarsest first, level 0 at the end."""
+        most = downsample * LEVEL_TOLERANCE
+        sizes = self.info.level_downsamples
+        for level in sorted(range(1, len(sizes)), key=lambda i: -sizes[i]):
+            if sizes[0] < sizes[level] <= most and (own := self.downsample(level)) is not None and own <= most:
+                yield level
+        yield 0
+
     def best_level(self, downsample: float) -> int:
-        """The coarsest level that is at least as fine as `downsample` (level-0 pixels per wanted pixel)."""
-        fitting = [i for i, value in enumerate(self.info.level_downsamples) if value <= downsample * LEVEL_TOLERANCE]
-        return max(fitting, key=lambda i: self.info.level_downsamples[i], default=0)
+        """The coarsest level that lies right and is at least as fine as `downsample` (level-0 pixels per wanted pixel)."""
+        return next(self.fitting(downsample))
 
     def true_level(self, downsample: float) -> int:
         """The coarsest fine enough level that looks like an average of level 0 (see tiling.levels)."""
-        level = self.best_level(downsample)
-        if self._any_level or level == 0:
-            return level
+        if self._any_level:
+            return self.best_level(downsample)
         key = round(downsample, 2)
         if key not in self._chosen:
-            finer = [i for i, own in enumerate(self.info.level_downsamples) if own <= self.info.level_downsamples[level]]
-            for each in sorted(finer, key=lambda i: -self.info.level_downsamples[i]):
-                if each == 0 or is_average(self, each, downsample):
-                    self._chosen[key] = each
+            for level in self.fitting(downsample):
+                if level == 0 or is_average(self, level, downsample):
+                    self._chosen[key] = level
                     break
-                self.left_out.add(each)
+                self.left_out.add(level)
         return self._chosen[key]
 
     def true_scale(self, level: int, scale: int) -> bool:
@@ -137,18 +175,17 @@ class Slide:
         whole pixels of it, and elsewhere only with `PIXELS_TO_SHARE` or more of them an output.
         """
         if self.exact:
-            return View(0, 1, self.info.level_downsamples[0], *self.info.level_dimensions[0])
-        level = self.true_level(downsample)
-        own = self.info.level_downsamples[level]
+            return self.whole(0)
+        whole = self.whole(self.true_level(downsample))
+        level, own = whole.level, whole.downsample
 
         def right(scale: int) -> bool:
             rest = downsample / (own * scale)
-            whole = rest >= 1 and rest.is_integer() and not (boxes_l0 % (own * scale)).any()
-            return scale == 1 or whole or rest >= PIXELS_TO_SHARE
+            fits = rest >= 1 and rest.is_integer() and not (boxes_l0 % (own * scale)).any()
+            return scale == 1 or fits or rest >= PIXELS_TO_SHARE
 
         scale = next(each for each in sorted(self.reader.scales, reverse=True) if right(each) and self.true_scale(level, each))
-        width, height = self.info.level_dimensions[level]
-        return View(level, scale, own * scale, -(-width // scale), -(-height // scale))
+        return View(level, scale, own * scale, -(-whole.width // scale), -(-whole.height // scale))
 
     def read_region(self, x_l0: float, y_l0: float, w_l0: float, h_l0: float, out_w: int, out_h: int) -> np.ndarray:
         """uint8 (out_h, out_w, 3): the area x, y, w, h in level-0 pixels, area-averaged from the best level.

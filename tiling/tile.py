@@ -13,6 +13,7 @@ import numpy as np
 
 from annotations.errors import UserError
 from tiling import codec
+from tiling.alignment import about_levels
 from tiling.claim import claim, same_settings
 from tiling.cohort import Outcome, available_cpus, run_cohort
 from tiling.grid import GridPlan, plan_grid
@@ -39,7 +40,7 @@ from tiling.tissueout import clear_tissue, write_tissue
 from tiling.urls import absolute, place, shown, url_of
 
 THUMBNAIL_SIDE_PX = 1024
-TISSUE_METHOD = 2  # raised whenever --tissue auto finds other tissue than before
+TISSUE_METHOD = 3  # raised whenever --tissue auto finds other tissue than before
 
 
 def tile_cohort(
@@ -320,7 +321,7 @@ def _pixels(
 
 def _about_pixels(slide: Slide, plan: GridPlan, settings: TileSettings, bad: dict[int, str]) -> list[str]:
     """What there is to say of the pixels."""
-    said = [slide.info.note]
+    said = [slide.info.note, about_levels(slide)]
     if bad:
         row, problem = next(iter(bad.items()))
         said.append(f"{len(bad)} tiles cannot be decoded and are marked in /bad_tiles (the first, row {row}: {problem})")
@@ -328,7 +329,7 @@ def _about_pixels(slide: Slide, plan: GridPlan, settings: TileSettings, bad: dic
     if count := unscanned(slide, plan):
         said.append(f"{count} tiles reach into what was not scanned: background colour there")
     if slide.left_out:
-        sizes = ", ".join(f"1/{slide.info.level_downsamples[level]:.0f}" for level in sorted(slide.left_out))
+        sizes = ", ".join(f"1/{slide.downsample(level):.0f}" for level in sorted(slide.left_out))
         said.append(f"its level of {sizes} is no average of level 0, so a finer one is read")
     if settings.pixels and settings.copy and len(plan.coords) and stored_level(slide, plan) is None:
         said.append(f"recoded at quality {settings.quality}: its stored tiles are not the tiles wanted")
