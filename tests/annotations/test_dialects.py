@@ -230,7 +230,7 @@ def test_bare_detections_with_their_mask_first(tmp_path: Path) -> None:
     items = [{"segmentation": runs, "bbox": [1, 1, 2, 2], "image_id": 3, "category_id": 1, "score": 0.5}]
     table = read_annotations(save(tmp_path / "a.json", items), frame=SlideFrame("a", (200, 150), 0.25))
     assert same(table.geometry, [shapely.box(20, 20, 60, 60)])
-    with pytest.raises(UserError, match="annotation without an id, number 1: .*image_id"):
+    with pytest.raises(UserError, match=r"annotation without an id, number 1: .*image_id"):
         read_annotations(save(tmp_path / "a.json", [{"segmentation": runs}]))
 
 
