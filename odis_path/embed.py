@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from threading import Lock
@@ -14,45 +14,19 @@ import h5py
 import numpy as np
 
 from annotations.errors import UserError
-from odis_path.data.dataset import KINDS
-from odis_path.encode import FrozenEncoder, Mode, encode, encode_objects, is_checkpoint, load_encoder, refuse_modes
+from odis_path.baselines import KINDS
+from odis_path.embed_job import EmbedJob, check_options, parse_kinds
+from odis_path.encode import FrozenEncoder, encode, encode_objects, load_encoder
 from odis_path.featurefile import DATASETS, SLIDES_FILE, refuse_other_encoder
 from odis_path.features import embedded_already, read_features, write_features, write_slides_parquet
+from odis_path.model.source import fingerprint, is_checkpoint, settled_source
 from tiling.atomic import check_writable
 from tiling.claim import claim, same_settings
 from tiling.cohort import Outcome, one_line, run_cohort
 from tiling.slidefile import SlideFile, list_slide_files
 
-LEVELS = ("tile", "object", "slide")
 MOST_TORN = 0.5  # share of tiles that cannot be read; a slide with more of them fails
-OBJECTS_A_PASS = 64  # read-only objects that share one pass over the patches of a tile
-
-
-@dataclass(frozen=True)
-class EmbedJob:
-    """What is asked of every slide of a cohort; picklable, so that a cluster's workers can do it."""
-
-    checkpoint: str  # absolute path of a file, or a timm name
-    out: Path
-    level: str
-    mode: Mode
-    kinds: tuple[str, ...] | None  # None: all
-    batch: int
-    dtype: str
-    random_weights: bool
-    device: str
-    stamp: str  # changes when the checkpoint does
-
-    def parameters(self) -> dict[str, Any]:
-        """What decides the result, for the feature file's `parameters` attribute."""
-        return {
-            "checkpoint": self.stamp, "level": "tile" if self.level == "slide" else self.level, "mode": self.mode,
-            "kinds": list(self.kinds) if self.kinds else "all", "dtype": self.dtype, "random_weights": self.random_weights,
-        }  # fmt: skip
-
-    def settings(self) -> dict[str, Any]:
-        """The same for runs at once: a long path is cut where it is shown, so what tells two of them apart comes first."""
-        return {"model": "/".join(Path(self.checkpoint).parts[-2:]), **self.parameters()}
+OBJECTS_A_PASS = 64  # objects that share one pass over the patches of a tile
 
 
 def embed_cohort(
@@ -68,26 +42,28 @@ def embed_cohort(
     random_weights: bool = False,
     device: str = "auto",
     scheduler: str | None = None,
+    pool: str | None = None,
+    resize: int | None = None,
 ) -> list[Outcome]:
     """Write `<out>/<slide_id>.h5` (level tile, object) or `<out>/slides.parquet` (level slide: the mean over tiles).
 
-    checkpoint: a checkpoint file, a run folder (its newest checkpoint as the run begins), or a timm model name. Raises
-    UserError for a wrong option or encoder before any slide is opened, and where another run embeds into `out` with other
-    settings; what fails on a slide is that slide's outcome.
+    checkpoint: a checkpoint file, a run folder (its newest checkpoint as the run begins), a timm model name, or a folder in the
+    form of the hub. pool: cls, mean or cls+mean; None: as the model was trained. resize: side in px that tiles are resized to.
+    Raises UserError for a wrong option or encoder before any slide is opened, and where another run embeds into `out` with
+    other settings; what fails on a slide is that slide's outcome.
     """
-    if level not in LEVELS:
-        raise UserError(f"--level {level}: no such level; take one of {', '.join(LEVELS)}")
-    if dtype not in ("float16", "float32"):
-        raise UserError(f"--dtype {dtype}: take float16 or float32")
-    refuse_modes(mode)
-    chosen = parse_kinds(kinds)
+    check_options(checkpoint, level=level, mode=mode, kinds=kinds, dtype=dtype, pool=pool, resize=resize)
     files, out = [path.absolute() for path in list_slide_files(folder)], Path(out).absolute()  # workers may run elsewhere
     source = checkpoint_file(checkpoint)
     job = EmbedJob(
-        source, out, level, mode, chosen, batch, dtype, random_weights, device, checkpoint_stamp(source)  # type: ignore[arg-type]
+        source, out, level, mode, parse_kinds(kinds), batch, dtype, random_weights, device,  # type: ignore[arg-type]
+        checkpoint_stamp(source), pool, resize,
     )  # fmt: skip
-    if scheduler is None:
-        shared_encoder(source, job.stamp, device, random_weights)  # a wrong checkpoint is one error, not one a slide
+    encoder = None
+    if scheduler is None:  # a wrong checkpoint is one error, not one a slide
+        encoder = shared_encoder(source, job.stamp, device, random_weights, pool, resize)
+    if encoder is not None:
+        tell_size(encoder, files)
     if level == "slide":
         check_writable(out / SLIDES_FILE)
     with same_settings(out, "embed", job.settings()):
@@ -100,23 +76,28 @@ def embed_cohort(
     return outcomes
 
 
-def parse_kinds(kinds: str) -> tuple[str, ...] | None:
-    """ "all", or a comma-separated choice of tissue, cell, proposal."""
-    if kinds == "all":
-        return None
-    names = tuple(name.strip() for name in kinds.split(",") if name.strip())
-    wrong = [name for name in names if name not in KINDS]
-    if wrong or not names:
-        raise UserError(f"--kinds {kinds}: no such kind {', '.join(wrong)}; take all, or some of {', '.join(KINDS)}")
-    return names
+def tell_size(encoder: FrozenEncoder, files: list[Path]) -> None:
+    """Print how the encoder pools, and the size it sees tiles at against the size it was trained at; once a size of tile."""
+    sizes = set()
+    for path in files:
+        try:
+            with h5py.File(path, "r", locking=False) as file:
+                sizes.add(int(file["coords"].attrs["patch_size"]))
+        except (OSError, KeyError):  # the slide's own failure, told with it
+            continue
+    for size in sorted(sizes):
+        print(f"embed: {encoder.about(size)}", file=sys.stderr)
 
 
 def checkpoint_file(source: str) -> str:
-    """The absolute path of a checkpoint, of a run folder its newest; a timm name as it is. UserError where there is none."""
+    """The absolute path of a checkpoint, of a run folder its newest, of a folder in the form of the hub as `local-dir:PATH`.
+
+    A timm name as it is. UserError where there is none.
+    """
     from odis_path.train.checkpoint import latest_checkpoint, load_checkpoint
 
     if not is_checkpoint(source):
-        return source
+        return settled_source(source)
     path = Path(source).absolute()
     found = latest_checkpoint(path) if path.is_dir() else path
     if found is None or not found.exists():
@@ -125,40 +106,40 @@ def checkpoint_file(source: str) -> str:
 
 
 def checkpoint_stamp(checkpoint: str) -> str:
-    """Name, size and time of a checkpoint file (the name alone for a timm model): another file means embed again."""
-    path = Path(checkpoint)
-    return f"{path.resolve()}:{_size_and_time(path)}" if path.is_file() else checkpoint
+    """Name, sizes and times of the files of a checkpoint or model (the name alone without any): others mean embed again."""
+    state, path = fingerprint(checkpoint), Path(checkpoint)
+    name = str(path.resolve()) if path.is_file() else checkpoint
+    return f"{name}:{state}" if state else checkpoint
 
 
-def _size_and_time(path: Path) -> str:
-    state = path.stat()
-    return f"{state.st_size}:{state.st_mtime_ns}"
-
-
-def shared_encoder(checkpoint: str, stamp: str, device: str, random_weights: bool) -> FrozenEncoder:
+def shared_encoder(
+    checkpoint: str, stamp: str, device: str, random_weights: bool, pool: str | None = None, resize: int | None = None
+) -> FrozenEncoder:
     """The encoder, loaded once a process and again when its stamp is another; by one thread, as its seed is the process's.
 
     Raises UserError where the checkpoint is not that of the stamp.
     """
     with _loading:
-        return _loaded(checkpoint, stamp, device, random_weights)
+        return _loaded(checkpoint, stamp, device, random_weights, pool, resize)
 
 
 _loading = Lock()
 
 
 @lru_cache(maxsize=1)
-def _loaded(checkpoint: str, stamp: str, device: str, random_weights: bool) -> FrozenEncoder:
+def _loaded(
+    checkpoint: str, stamp: str, device: str, random_weights: bool, pool: str | None, resize: int | None
+) -> FrozenEncoder:
     _refuse_another(checkpoint, stamp)
-    encoder = load_encoder(checkpoint, device=device, random_weights=random_weights)
+    encoder = load_encoder(checkpoint, device=device, random_weights=random_weights, pool=pool, resize=resize)
     _refuse_another(checkpoint, stamp)  # it may have been replaced meanwhile
     return encoder
 
 
 def _refuse_another(checkpoint: str, stamp: str) -> None:
     """UserError where what has this name here is not what the stamp is of: it was replaced, or is of another machine."""
-    path = Path(checkpoint)
-    if path.exists() and not stamp.endswith(f":{_size_and_time(path)}"):
+    state = fingerprint(checkpoint)
+    if state and not stamp.endswith(f":{state}"):
         raise UserError(f"{checkpoint}: is not the file that this run began with (changed since?): run the same command again")
 
 
@@ -180,7 +161,7 @@ def _embedded(job: EmbedJob, path: Path, target: Path) -> dict[str, Any]:
     if embedded_already(target, level, path, job.parameters()):
         return {"skipped": True, counted: had}
     check_writable(target)
-    encoder = shared_encoder(job.checkpoint, job.stamp, job.device, job.random_weights)
+    encoder = shared_encoder(job.checkpoint, job.stamp, job.device, job.random_weights, job.pool, job.resize)
     file = TornSlideFile(path)
     with file:
         if target.exists():
@@ -193,11 +174,16 @@ def _embedded(job: EmbedJob, path: Path, target: Path) -> dict[str, Any]:
             features = embed_tiles(encoder, file, job)
         write_features(
             target, level=level, features=features, slide_file=file, encoder=encoder.name, mode=job.mode, dtype=job.dtype,
-            parameters=job.parameters(), box_rows=rows if job.kinds else None,
+            parameters=job.parameters(), box_rows=rows if job.kinds else None, seen=seen_as(encoder, file.patch_size),
         )  # fmt: skip
     redone = "the tiles, their boxes or what is asked changed" if had is not None else ""
     torn = f"{len(file.torn)} tiles cannot be read from its slide (the first, row {min(file.torn)}): black" if file.torn else ""
     return {counted: len(features), "redone": redone, "message": torn}
+
+
+def seen_as(encoder: FrozenEncoder, tile_px: int) -> dict[str, Any]:
+    """Attributes of the features: how they are pooled, the side that tiles were seen at, the side trained at (0: not known)."""
+    return {"pool": encoder.pool, "size_px": encoder.size_px(tile_px), "trained_px": encoder.trained_px or 0}
 
 
 class TornSlideFile(SlideFile):
@@ -276,7 +262,7 @@ def encode_rows(
 ) -> np.ndarray:
     """Embed tile tile_of[i] (with boxes[i]) for every i: float32 (n, D). Tiles of the next batch are read meanwhile."""
     features = np.zeros((len(tile_of), encoder.dim), dtype=np.float32)
-    if boxes is not None and job.mode == "masked" and encoder.module.read_only:
+    if boxes is not None and job.mode == "masked" and encoder.module.shares_passes:
         for rows, tiles in shared_passes(file, tile_of, job.batch):
             features[np.concatenate(rows)] = encode_objects(encoder, tiles, [boxes[some] for some in rows])
         return features

@@ -3,15 +3,17 @@
 full: [OBJ] of the whole tile. masked: masked attention, [OBJ] pools from the box alone (best for ODIS). crop: the box cut
 out and resized to a tile. blackout: patches outside the box painted black (worse for every model in the post, kept so
 that it can be shown).
+
+A model that was trained to be averaged is averaged, in the same modes: masked is the mean over the patches in the box, of a
+pass that sees the whole tile; crop and blackout average all patches of the picture that is cut out or painted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
-from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,30 +22,59 @@ import torch.nn.functional as F
 from annotations.errors import UserError
 from odis_path.data.crops import View, patch_mask
 from odis_path.data.views import normalise
-from odis_path.model.names import is_model_name
-from odis_path.model.vit import ObjViT, build_encoder
+from odis_path.embed_job import MODES, Mode
+from odis_path.model.create import POOL_WORDS, WORDS_OF_POOL, create_vit, embedding_pool
+from odis_path.model.source import is_checkpoint, settled_source
+from odis_path.model.vit import ObjViT, wrapped
 
-Mode = Literal["full", "masked", "crop", "blackout"]
-MODES = ("full", "masked", "crop", "blackout")
+__all__ = ["MODES", "FrozenEncoder", "Mode", "encode", "encode_objects", "load_encoder"]
 
 
 @dataclass(frozen=True)
 class FrozenEncoder:
-    """An encoder ready for inference: eval mode, on its device, with the normalisation it was trained with."""
+    """An encoder ready for inference: eval mode, on its device, with the normalisation it was trained with.
+
+    trained_px: side of the images it was trained on, None where nothing says it. resize_px: side that tiles are resized to
+    before they are seen, None for their own (or the nearest multiple of the patch). how: what settled the pooling, for people.
+    """
 
     module: ObjViT
     name: str
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     device: torch.device
+    trained_px: int | None = None
+    resize_px: int | None = None
+    how: str = ""
 
     @property
     def dim(self) -> int:
-        return self.module.embed_dim
+        return self.module.out_dim
+
+    @property
+    def pool(self) -> str:
+        """cls, mean, cls+mean, or attention: the model's own attention pooling."""
+        return WORDS_OF_POOL[self.module.pool]
 
     def grid(self, tile_px: int) -> int:
         """Patches along a side of a tile; a tile that is no multiple of the patch is resized to the nearest one."""
-        return max(1, round(tile_px / self.module.patch_px))
+        return max(1, round((self.resize_px or tile_px) / self.module.patch_px))
+
+    def size_px(self, tile_px: int) -> int:
+        """Side at which a tile is seen."""
+        return self.grid(tile_px) * self.module.patch_px
+
+    def about(self, tile_px: int) -> str:
+        """How it pools, and the size it sees of tiles of this side against the one it was trained at: one line."""
+        size = self.size_px(tile_px)
+        line = f"{self.name}: pooling {self.pool} ({self.how}); tiles of {tile_px} px are seen at {size} px"
+        if self.trained_px is None:
+            return f"{line}; the size trained at is not known"
+        if size == self.trained_px:
+            return f"{line}, as trained"
+        return (
+            f"{line}, trained at {self.trained_px} px: positions are interpolated; --resize {self.trained_px} for its own size"
+        )
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -53,42 +84,75 @@ def pick_device(name: str = "auto") -> torch.device:
     return torch.device(name)
 
 
-def is_checkpoint(source: str) -> bool:
-    """Whether a checkpoint file or a run folder is meant, and no timm model."""
-    path = Path(source)
-    return path.exists() or (not is_model_name(source) and (path.suffix in (".pt", ".pth") or len(path.parts) > 1))
-
-
-def load_encoder(source: str, *, device: str = "auto", random_weights: bool = False, seed: int = 0) -> FrozenEncoder:
-    """A checkpoint file, a run folder, or a timm model name.
+def load_encoder(
+    source: str,
+    *,
+    device: str = "auto",
+    random_weights: bool = False,
+    seed: int = 0,
+    pool: str | None = None,
+    resize: int | None = None,
+) -> FrozenEncoder:
+    """A checkpoint file, a run folder, a timm model name, or a folder in the form of the hub.
 
     random_weights: the same architecture, untrained (the baseline): drawn from `seed`, with torch's own generator left as it
-    was; no other thread may draw from it meanwhile. Raises UserError where `source` is neither.
+    was; no other thread may draw from it meanwhile. pool: cls, mean or cls+mean; None: as the model was trained. resize: side
+    in px that tiles are resized to. Raises UserError where `source` is none of these, where its weights lack a token, norm or
+    positions, and for what pool or resize cannot be.
     """
-    where = pick_device(device)
+    where, source = pick_device(device), settled_source(source)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if is_checkpoint(source):
-            return _from_checkpoint(Path(source), where, random_weights=random_weights)
-        module = build_encoder(source, weights=None if random_weights else "timm")
-    cfg: Any = module.vit.pretrained_cfg
+            encoder = _from_checkpoint(Path(source), where, random_weights, pool)
+        else:
+            encoder = _from_timm(source, where, random_weights, pool)
+    patch = encoder.module.patch_px
+    if resize is not None and resize % patch:
+        near = sorted({max(1, resize // patch) * patch, -(-resize // patch) * patch})
+        raise UserError(
+            f"--resize {resize}: no multiple of the patch of {source}, {patch} px; take {' or '.join(map(str, near))}"
+        )
+    asked = [f"pool {pool}"] if pool is not None else []
+    asked += [f"{resize} px"] if resize is not None else []
+    name = f"{encoder.name} ({', '.join(asked)})" if asked else encoder.name
+    return replace(encoder, resize_px=resize, name=name)
+
+
+def _from_timm(source: str, where: torch.device, random_weights: bool, pool: str | None) -> FrozenEncoder:
+    start = create_vit(source, weights=None if random_weights else "timm", native=True)
+    how = "as asked" if pool else f"as {start.published.name} is used" if start.published else "as trained"
+    if pool is None and start.pool == "":
+        how = "its config names none"
+    module = wrapped(start, embedding_pool(start, source, pool), where=source)
+    assert start.norm is not None
+    mean, std = start.norm
     name = f"random:{source}" if random_weights else source
-    return FrozenEncoder(module.eval().to(where), name, tuple(cfg["mean"]), tuple(cfg["std"]), where)
+    return FrozenEncoder(module.eval().to(where), name, mean, std, where, start.trained_px, how=how)
 
 
-def _from_checkpoint(path: Path, where: torch.device, *, random_weights: bool) -> FrozenEncoder:
+def _from_checkpoint(path: Path, where: torch.device, random_weights: bool, pool: str | None) -> FrozenEncoder:
     from odis_path.train.checkpoint import load_checkpoint, load_into
     from odis_path.train.step import build_network
 
     checkpoint = load_checkpoint(path)
-    network = build_network(checkpoint.config, student=False)
+    state = checkpoint.state["teacher"]
+    network = build_network(checkpoint.config, student=False, like=state)
     name = f"{checkpoint.config.name}:{checkpoint.config.model.name}@{checkpoint.step}"
     if random_weights:
         name = f"random:{checkpoint.config.model.name}"
     else:
-        load_into(network, checkpoint.state["teacher"], checkpoint.path, "teacher")
-    data = checkpoint.config.data
-    return FrozenEncoder(network.encoder.eval().to(where), name, data.mean, data.std, where)
+        load_into(network, state, checkpoint.path, "teacher")
+    module = network.encoder
+    if pool is not None:
+        if "cls" in pool and not module.has_obj:
+            raise UserError(f"--pool {pool}: {path} has no [OBJ]: take --pool mean")
+        if pool == "mean" and module.more_obj is not None:
+            raise UserError(f"--pool mean: the patches of {path} see several [OBJ] tokens: take cls or cls+mean")
+        module.pool = POOL_WORDS[pool]
+    data, size = checkpoint.config.data, checkpoint.config.views.global_size
+    how = "as asked" if pool else "as trained"
+    return FrozenEncoder(module.eval().to(where), name, data.mean, data.std, where, size, how=how)
 
 
 @torch.inference_mode()
@@ -174,9 +238,3 @@ def batches(count: int, size: int) -> Iterator[slice]:
     """Slices that cover range(count)."""
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))
-
-
-def refuse_modes(mode: str) -> None:
-    """UserError for a mode that does not exist."""
-    if mode not in MODES:
-        raise UserError(f"--mode {mode}: no such mode; take one of {', '.join(MODES)}")

@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from annotations.errors import UserError
 from odis_path import __version__
+from odis_path.model.create import tokens_and_norm
 from odis_path.model.names import BASE_KWARGS, find_layer, resolve_model
+from odis_path.model.published import published
 from odis_path.model.vit import ObjViT
+from odis_path.model.weights import is_gated
 from odis_path.tensorfile import state_crc32
 from odis_path.train.checkpoint import Checkpoint, load_checkpoint
 from odis_path.train.config import PretrainConfig
@@ -103,7 +107,7 @@ def _teacher(loaded: Checkpoint) -> ObjViT:
     from odis_path.train.step import build_network
 
     model = loaded.config.model.model_copy(update={"weights": None, "compile_blocks": False})
-    network = build_network(loaded.config.model_copy(update={"model": model}), student=False)
+    network = build_network(loaded.config.model_copy(update={"model": model}), student=False, like=loaded.state["teacher"])
     load_into(network, loaded.state["teacher"], loaded.path, "teacher")
     encoder = network.encoder.eval()
     several = "it has several [OBJ] tokens (or one of the whole image beside it)"
@@ -119,12 +123,15 @@ def _architecture(encoder: ObjViT, config: PretrainConfig) -> tuple[str, dict[st
     name, _ = resolve_model(config.model.name, {})
     kwargs: dict[str, Any] = {**BASE_KWARGS, **config.model.kwargs}
     if ":" in name:  # from a hub or a folder: what its config said is written out, nothing is asked for again
-        kwargs = {**vit.pretrained_model_args, **kwargs}
+        known = published(name)
+        layers = known.layers if known is not None and is_gated(vit.state_dict()) else {}
+        kwargs = {**(known.kwargs if known is not None else {}), **layers, **vit.pretrained_model_args, **kwargs}
         name = vit.pretrained_cfg["architecture"]
+    norm_after_pool = not isinstance(vit.fc_norm, nn.Identity)
+    if encoder.pool == "linear" or norm_after_pool or ":" in config.model.name:
+        kwargs |= tokens_and_norm(vit, encoder.has_obj, norm_after_pool)
     if encoder.pool == "linear":
-        from timm.models.eva import Eva
-
-        kwargs |= {"global_pool": "avg", "use_fc_norm" if isinstance(vit, Eva) else "fc_norm": False}
+        kwargs["global_pool"] = "avg"
     return name, {key: value for key, value in kwargs.items() if value is not None}
 
 

@@ -40,13 +40,14 @@ def write_features(
     dtype: str = "float16",
     parameters: Mapping[str, Any] | None = None,
     box_rows: np.ndarray | None = None,
+    seen: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the embeddings of one slide, or add them to its feature file; crash-safe.
 
     level "tile": features (N, D) in the order of /coords. level "object": features (M, D) in the order of the slide
-    file's /boxes, or of its rows `box_rows` (ascending). What the file holds at the other level stays when it is of
-    the same tiles and boxes, and goes when it is not. Raises UserError where it is of another encoder or mode, and
-    ValueError where the number of rows is wrong.
+    file's /boxes, or of its rows `box_rows` (ascending). seen: further attributes, of how the encoder saw the tiles. What the
+    file holds at the other level stays when it is of the same tiles and boxes, and goes when it is not. Raises UserError where
+    it is of another encoder or mode, and ValueError where the number of rows is wrong.
     """
     path, features = Path(path), np.asarray(features)
     boxes = slide_file.boxes_table()
@@ -60,7 +61,10 @@ def write_features(
         what = "larger than float16 can hold: say --dtype float32" if np.isfinite(features).all() else "NaN or infinite"
         raise UserError(f"{path}: embeddings of encoder {encoder} are {what}")
     text, digest = parameters_hash(parameters or {})
-    attrs = {"encoder": encoder, "name": slide_file.slide_id, "mode": mode, "parameters": text, "parameters_sha256": digest}
+    attrs = {
+        "encoder": encoder, "name": slide_file.slide_id, "mode": mode, **(seen or {}), "parameters": text,
+        "parameters_sha256": digest,
+    }  # fmt: skip
     content: dict[str, GroupContent] = {"coords": (slide_file.coords, slide_file.coords_attrs)}
     content[DATASETS[level]] = (stored, attrs)
     content["tile_label"] = _tile_label(slide_file)

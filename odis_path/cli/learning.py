@@ -24,9 +24,12 @@ def pretrain(
     overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value, for example data.tiles=tiles.")] = None,
 ) -> None:
     """Train a model from a configuration; the same command under torchrun trains on any number of ranks."""
+    from odis_path.model.source import check_start
     from odis_path.train.config import load_config
 
     settings = load_config(config, overrides)
+    goes_on = any(Path(settings.run.out).glob("checkpoint-*.pt"))
+    check_start(settings.model.name, None if goes_on else settings.model.weights)
     from odis_path.train.loop import pretrain as run
     from odis_path.train.report_run import print_run
 
@@ -36,25 +39,32 @@ def pretrain(
 
 def embed(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of slide files.")],
-    checkpoint: Annotated[str, typer.Option(help="Checkpoint, run folder, or timm model name.")],
+    checkpoint: Annotated[str, typer.Option(help="Checkpoint, run folder, timm model name, or a folder with config.json.")],
     out: Annotated[Path, typer.Option(help="Folder for the feature files.")],
     level: Annotated[str, typer.Option(help="tile, object or slide.")] = "tile",
     mode: Annotated[str, typer.Option(help="full, masked, crop or blackout.")] = "full",
     kinds: Annotated[str, typer.Option(help="Objects to embed: tissue, cell, proposal, comma-separated.")] = "all",
     batch: Annotated[int, typer.Option(min=1, help="Tiles a forward pass.")] = 64,
     dtype: Annotated[str, typer.Option(help="float16 or float32.")] = "float16",
+    pool: Annotated[str | None, typer.Option(help="cls, mean or cls+mean; default: as the model was trained.")] = None,
+    resize: Annotated[int | None, typer.Option(min=1, help="Resize tiles to this side in px before the model.")] = None,
     random_weights: Annotated[bool, typer.Option("--random-weights", help="Same architecture, untrained (baseline).")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     scheduler: Scheduler = None,
 ) -> None:
     """Write tile, object or slide embeddings of every slide."""
+    from odis_path.embed_job import check_options
+    from tiling.slidefile import list_slide_files
+
+    check_options(checkpoint, level=level, mode=mode, kinds=kinds, dtype=dtype, pool=pool, resize=resize)
+    list_slide_files(folder)
     from odis_path.embed import embed_cohort
     from tiling.cohort import finish
 
     begun = perf_counter()
     outcomes = embed_cohort(
         folder, checkpoint, out, level=level, mode=mode, kinds=kinds, batch=batch, dtype=dtype,
-        random_weights=random_weights, device=device, scheduler=scheduler,
+        random_weights=random_weights, device=device, scheduler=scheduler, pool=pool, resize=resize,
     )  # fmt: skip
     columns = ("objects",) if level == "object" else ("tiles",)
     raise typer.Exit(finish(outcomes, "embed", out, columns, perf_counter() - begun))

@@ -7,10 +7,14 @@ image); an [OBJ] whose object is the whole image does, so that a full mask is ex
 Several [OBJ] tokens share one pass over the patches. They never see each other. In the paper's form each is a learned
 token of its own and patches see them all; read-only ones are one learned token asked K times, and nothing sees them, so
 that K objects in one pass are exactly K passes.
+
+A model that was trained to be averaged is pooled by the mean of the in-box patches of an unmasked pass, and has no [OBJ] unless
+it has a class token. Its last norm may come after pooling (timm's fc_norm), and then does so here.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -18,13 +22,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from annotations.errors import UserError
+from odis_path.model.create import EncoderPool, Start, create_vit, start_pool
 from odis_path.model.layers import additive, attention_kernels, embed_patches, replace_drop_paths
-from odis_path.model.names import BASE_KWARGS, resolve_model
-from odis_path.model.weights import load_weights
+from odis_path.model.published import RGB
+from odis_path.model.weights import LoadReport
 
 
 class Tokens(NamedTuple):
-    """What the encoder returns after the last norm: obj (B, D), or (B, K, D) for K masks an image, and patches (B, N, D)."""
+    """What the encoder returns after the last norm: obj (B, D), or (B, K, D) for K masks an image, and patches (B, N, D).
+
+    obj has 2 D columns where the encoder puts the mean of patches beside [OBJ].
+    """
 
     obj: Tensor
     patches: Tensor
@@ -52,7 +60,8 @@ def attention_mask(obj_mask: Tensor, registers: int, *, read_only: bool = False)
 class ObjViT(nn.Module):
     """Wrap a timm VisionTransformer or Eva (rope): [OBJ] for [CLS], masked attention, masked-image token.
 
-    pool "obj": the token; "linear": the mean of in-box patch embeddings of an unmasked pass (the post's failed variant).
+    pool "obj": the token; "linear": the mean of in-box patch embeddings of an unmasked pass (the post's failed variant);
+    "obj+linear": both side by side, of the one pass of [OBJ]; "map": the model's own attention pooling, over in-box patches.
     tokens: learned [OBJ] tokens (the post's failed 2 and 4); read_only: patches do not see [OBJ], any number of objects a pass.
     image_token: the last of the tokens is that of the image-level term, which always sees the whole image.
     """
@@ -61,7 +70,7 @@ class ObjViT(nn.Module):
         self,
         vit: nn.Module,
         *,
-        pool: Literal["obj", "linear"] = "obj",
+        pool: EncoderPool = "obj",
         tokens: int = 1,
         read_only: bool = False,
         image_token: bool = False,
@@ -70,6 +79,8 @@ class ObjViT(nn.Module):
         super().__init__()
         if read_only and tokens != 1:
             raise ValueError("a read-only [OBJ] is one learned token, asked for each object")
+        if vit.cls_token is None and "obj" in pool:
+            raise ValueError("a model without a class token has no [OBJ]")
         self.vit = vit
         self.pool = pool
         self.tokens = tokens
@@ -77,11 +88,43 @@ class ObjViT(nn.Module):
         self.image_token = image_token and tokens > 1
         self.checkpoint_blocks = checkpoint_blocks
         self.embed_dim: int = vit.embed_dim  # type: ignore[assignment]
-        self.registers: int = vit.num_prefix_tokens - 1  # type: ignore[operator,assignment]
+        self.has_obj = vit.cls_token is not None
+        self.registers: int = vit.num_prefix_tokens - self.has_obj  # type: ignore[operator,assignment]
         self.patch_px: int = vit.patch_embed.patch_size[0]  # type: ignore[union-attr,index,assignment]
         self.mask_token = nn.Parameter(torch.zeros(1, 1, self.embed_dim))
+        self.trained_px: int | None = None  # side of the images that its weights were trained on, where something says it
+        self.norm: tuple[RGB, RGB] | None = None  # mean and std of pixels that its weights want, where something says it
+        self.loaded: LoadReport | None = None
         # What tells the further [OBJ] tokens from the first; drawn apart, or they would never part.
         self.more_obj = nn.Parameter(0.02 * torch.randn(tokens - 1, self.embed_dim)) if tokens > 1 else None
+
+    @property
+    def out_dim(self) -> int:
+        """Columns of `Tokens.obj`."""
+        return self.embed_dim * (2 if self.pool == "obj+linear" else 1)
+
+    @property
+    def has_positions(self) -> bool:
+        """Whether it has learned positions, which other sizes of image interpolate."""
+        return self.vit.pos_embed is not None
+
+    def adapted(self) -> str:
+        """What of its weights was resampled when they were loaded, as the end of a line; empty where nothing was."""
+        grid: Any = self.vit.patch_embed.grid_size  # type: ignore[union-attr]
+        if self.loaded is None or not self.loaded.resampled:
+            return ""
+        patches = f"{grid[0]} x {grid[1]} patches of {self.patch_px} px"
+        return f"; its weights, of another grid or patch, are resampled to {patches}"
+
+    @property
+    def masks_attention(self) -> bool:
+        """Whether a box restricts the attention of [OBJ]; else it restricts what is pooled after a pass that is plain."""
+        return "obj" in self.pool
+
+    @property
+    def shares_passes(self) -> bool:
+        """Whether any number of objects of an image take one pass, and come out as they would alone."""
+        return self.read_only or not self.masks_attention
 
     def forward(self, images: Tensor, obj_mask: Tensor | None = None, hidden: Tensor | None = None) -> Tokens:
         """Encode a batch.
@@ -92,7 +135,7 @@ class ObjViT(nn.Module):
         """
         if obj_mask is not None and obj_mask.ndim == 3:
             return self._encode(images, obj_mask, hidden)
-        if self.pool == "linear" or (self.tokens == 1 and not self.read_only):
+        if not self.masks_attention or (self.tokens == 1 and not self.read_only):
             tokens = self._encode(images, None if obj_mask is None else obj_mask[:, None], hidden)
         else:
             if obj_mask is None:
@@ -108,21 +151,35 @@ class ObjViT(nn.Module):
     def _encode(self, images: Tensor, obj_mask: Tensor | None, hidden: Tensor | None) -> Tokens:
         """One pass with masks (B, K, N), or None: plain attention with one [OBJ]."""
         vit: Any = self.vit
-        objects = 1 if obj_mask is None or self.pool == "linear" else obj_mask.shape[1]
+        objects = obj_mask.shape[1] if obj_mask is not None and self.masks_attention else int(self.has_obj)
         x, rope = self._embed(images, objects, hidden)
         mask = None
-        if obj_mask is not None and self.pool == "obj":
+        if obj_mask is not None and self.masks_attention:
             mask = additive(attention_mask(obj_mask, self.registers, read_only=self.read_only), x)
         for i, block in enumerate(vit.blocks):
             x = self._block(block, x, mask, rope[i] if getattr(vit, "rope_mixed", False) and rope is not None else rope)
         x = vit.norm(x)
+        obj = self._pooled(x, objects, obj_mask)
         patches = x[:, objects + self.registers :]
-        if self.pool == "linear":
-            return Tokens(mean_in_box(patches, obj_mask), patches)
-        return Tokens(x[:, :objects], patches)
+        # Where the last norm comes after pooling, the loss on patches takes each of them through it as well.
+        return Tokens(obj, vit.fc_norm(patches) if isinstance(vit.norm, nn.Identity) else patches)
+
+    def _pooled(self, x: Tensor, objects: int, obj_mask: Tensor | None) -> Tensor:
+        """Embeddings (B, K, D) of tokens (B, T, D) after the last block, of which the first `objects` are [OBJ]."""
+        vit: Any = self.vit
+        patches = x[:, objects + self.registers :]
+        if self.pool == "map":
+            return attention_pooled(vit, x, objects + self.registers, obj_mask)
+        parts = [x[:, :objects]] if self.masks_attention else []
+        if "linear" in self.pool:
+            parts.append(mean_in_box(patches, obj_mask).expand(-1, objects if parts else -1, -1))
+        return torch.cat([vit.fc_norm(part) for part in parts], dim=-1)
 
     def _embed(self, images: Tensor, objects: int, hidden: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Tokens (B, objects + registers + N, D) before the first block, and the rotary position embedding if there is one."""
+        """Tokens (B, objects + registers + N, D) before the first block, and the rotary position embedding if there is one.
+
+        objects: 0 for a model without a class token.
+        """
         vit: Any = self.vit
         # (B, h, w, D): the model is built with dynamic_img_size
         x = embed_patches(vit.patch_embed, images) if images.is_cuda else vit.patch_embed(images)
@@ -158,8 +215,15 @@ class ObjViT(nn.Module):
         return masked(x)
 
     def obj_attention(self, images: Tensor, obj_mask: Tensor | None = None) -> Tensor:
-        """Attention of the (first) [OBJ] over patches in the last layer, mean over heads: float (B, N), rows sum to <= 1."""
+        """Attention of the (first) [OBJ] over patches in the last layer, mean over heads: float (B, N), rows sum to <= 1.
+
+        Of a model without one: the weight of each patch in the mean.
+        """
         vit: Any = self.vit
+        if not self.has_obj:
+            patches = images.shape[-2] // self.patch_px * (images.shape[-1] // self.patch_px)
+            weight = images.new_ones(len(images), patches) if obj_mask is None else obj_mask.to(images.dtype)
+            return weight / weight.sum(1, keepdim=True).clamp_min(1)
         kept: list[Tensor] = []
         attention = vit.blocks[-1].attn
         handle = attention.attn_drop.register_forward_pre_hook(lambda _module, args: kept.append(args[0]))
@@ -180,61 +244,66 @@ def mean_in_box(patches: Tensor, obj_mask: Tensor | None) -> Tensor:
     return torch.einsum("bkn,bnd->bkd", weight, patches) / weight.sum(2, keepdim=True).clamp_min(1)
 
 
+def attention_pooled(vit: Any, x: Tensor, prefix: int, obj_mask: Tensor | None) -> Tensor:
+    """timm's attention pooling of tokens (B, T, D) over the in-box patches of masks (B, K, N): (B, K, D); None: all, K = 1.
+
+    A pooling that takes in the prefix tokens does so for a whole image alone, as they are of the whole image.
+    """
+    from timm.models.eva import Eva
+
+    if not (isinstance(vit, Eva) or vit.pool_include_prefix):
+        x, prefix = x[:, prefix:], 0
+    if obj_mask is None:
+        return vit.fc_norm(vit.attn_pool(x))[:, None]
+    objects = obj_mask.shape[1]
+    allowed = torch.cat([obj_mask.all(2, keepdim=True).expand(-1, -1, prefix), obj_mask], dim=2).flatten(0, 1)[:, None, None]
+    pooled = vit.attn_pool(x.repeat_interleave(objects, 0), attn_mask=additive(allowed, x))
+    return vit.fc_norm(pooled).unflatten(0, (-1, objects))
+
+
 def build_encoder(
     name: str,
     kwargs: dict[str, Any] | None = None,
     *,
     weights: str | None = None,
     drop_path: float = 0.0,
-    pool: Literal["obj", "linear"] = "obj",
+    pool: Literal["auto", "obj", "linear"] = "obj",
     tokens: int = 1,
     read_only: bool = False,
     image_token: bool = False,
     checkpoint_blocks: bool = False,
+    like: Mapping[str, Tensor] | None = None,
 ) -> ObjViT:
-    """An [OBJ] ViT from a timm name, or a short one such as S/16.
+    """An [OBJ] ViT from a timm name, or a short one such as S/16, to be trained or to take the weights of a checkpoint.
 
-    weights: None (random), "timm" (the published weights), or a local file (see `odis_path.model.weights`).
-    Raises UserError where timm has no such model, it is no plain ViT, or the weights do not fit.
+    weights: None (random), "timm" (the published weights), or a local file (see `odis_path.model.weights`). pool "auto": as the
+    weights were trained. tokens: of "linear" pooling one, whatever is given. like: as in `create_vit`.
+    Raises UserError where timm has no such model, it is no plain ViT, or the weights do not fit or have no class token.
     """
-    import timm
+    start = create_vit(name, kwargs, weights=weights, drop_path=drop_path, like=like)
+    if pool == "auto":
+        pool = start_pool(start, name)
+    if pool == "obj" and start.vit.cls_token is None:
+        raise UserError(f"model.name={name}: has no class token that [OBJ] could go on from: set model.pool=linear (or auto)")
+    one = pool == "linear"
+    form: dict[str, Any] = {"tokens": 1 if one else tokens, "read_only": read_only, "image_token": image_token}
+    return wrapped(start, pool, where=weights or name, checkpoint_blocks=checkpoint_blocks, **form)
 
-    for key, value in (kwargs or {}).items():
-        if value != BASE_KWARGS.get(key, value) or (key == "patch_drop_rate" and value):
-            raise UserError(f"model.kwargs.{key}={value} cannot be set: odis-path needs {BASE_KWARGS.get(key, 0)} there")
-    name, resolved = resolve_model(name, kwargs or {})
-    options: dict[str, Any] = {**BASE_KWARGS, "drop_path_rate": drop_path, **resolved, "pretrained": weights == "timm"}
-    try:
-        vit = timm.create_model(name, **options)
-    except UserError:
-        raise
-    except Exception as error:  # timm raises whatever its constructors raise; the user needs one line
-        line = " ".join(str(error).split())[:300]
-        raise UserError(f"model {name}: timm cannot build it with {options}: {line}") from None
-    if not _is_plain(vit):
-        raise UserError(
-            f"model {name}: not a plain vision transformer with a class token; take a vit_* or eva02_* name of timm"
-        )
-    replace_drop_paths(vit)
-    form: dict[str, Any] = {"pool": pool, "tokens": tokens, "read_only": read_only, "image_token": image_token}
-    encoder = ObjViT(vit, **form, checkpoint_blocks=checkpoint_blocks)
-    if weights is not None and weights != "timm":
-        found = load_weights(vit, weights)
-        if found.mask_token is not None:
-            encoder.mask_token.data.copy_(found.mask_token)
-        if found.more_obj is not None and encoder.more_obj is not None:
-            if found.more_obj.shape != encoder.more_obj.shape:
-                raise UserError(
-                    f"{weights}: has {1 + len(found.more_obj)} [OBJ] tokens, the model {tokens}; set target.objects as there"
-                )
-            encoder.more_obj.data.copy_(found.more_obj)
+
+def wrapped(start: Start, pool: EncoderPool, *, where: str, tokens: int = 1, **form: Any) -> ObjViT:
+    """The encoder of a vision transformer, with what its weights have beside it: the mask token, further [OBJ] tokens."""
+    if pool != "map":
+        start.vit.attn_pool = None
+    replace_drop_paths(start.vit)
+    encoder = ObjViT(start.vit, pool=pool, tokens=tokens, **form)
+    report = start.report
+    if report is not None and report.mask_token is not None:
+        encoder.mask_token.data.copy_(report.mask_token)
+    if report is not None and report.more_obj is not None and encoder.more_obj is not None:
+        if report.more_obj.shape != encoder.more_obj.shape:
+            raise UserError(
+                f"{where}: has {1 + len(report.more_obj)} [OBJ] tokens, the model {tokens}; set target.objects as there"
+            )
+        encoder.more_obj.data.copy_(report.more_obj)
+    encoder.trained_px, encoder.norm, encoder.loaded = start.trained_px, start.norm, report
     return encoder
-
-
-def _is_plain(vit: Any) -> bool:
-    """Whether a timm model is what `ObjViT` wraps: patches cut by one convolution, a class token and no second one, blocks."""
-    from timm.layers import PatchEmbed
-
-    if not hasattr(vit, "blocks") or not hasattr(vit, "_pos_embed") or getattr(vit, "cls_token", None) is None:
-        return False
-    return isinstance(vit.patch_embed, PatchEmbed) and getattr(vit, "dist_token", None) is None

@@ -130,7 +130,11 @@ class ModelConfig(_Section):
     kwargs: dict[str, Any] = Field({}, description="further arguments of timm.create_model, for example depth")
     weights: str | None = Field(None, description="'timm' for the published weights, or a local file")
     drop_path: float = Field(0.1, ge=0, lt=1)
-    pool: Literal["obj", "linear"] = Field("obj", description="linear: mean of in-box patch embeddings (a documented failure)")
+    pool: Literal["auto", "obj", "linear"] = Field(
+        "auto",
+        description="linear: mean of in-box patch embeddings (a documented failure); auto: obj, but linear for weights that "
+        "were trained by averaging patches",
+    )
     read_only: bool = Field(False, description="patches do not see [OBJ]: any number of objects in one pass")
     checkpoint_blocks: bool = Field(False, description="activation checkpointing: less memory, more time")
     compile_blocks: Literal[True, False, "auto"] = Field(

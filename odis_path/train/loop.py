@@ -37,10 +37,12 @@ from odis_path.train.step import (
     Criterion,
     Network,
     build_network,
+    build_student,
     clip_gradients,
     make_views,
     parameter_groups,
     set_schedule,
+    start_line,
     update_teacher,
 )
 from odis_path.train.tracking import open_trackers
@@ -116,10 +118,15 @@ def prepare(config: PretrainConfig, ranks: Ranks) -> Run:
         )
     torch.manual_seed(config.run.seed)
     found = latest_checkpoint(folder)
-    student = build_network(config, student=True, weights=found is None).to(ranks.device)
+    checkpoint = None if found is None else load_checkpoint(found)
+    config, student = build_student(config, checkpoint)
+    student.to(ranks.device)
     check_views(config, student.encoder.patch_px)
-    teacher = build_network(config, student=False).to(ranks.device)
-    teacher.load_state_dict(student.state_dict())
+    if ranks.first and student.encoder.loaded is not None:
+        print(start_line(config, student.encoder), file=sys.stderr)
+    state = student.state_dict()
+    teacher = build_network(config, student=False, like=state).to(ranks.device)
+    teacher.load_state_dict(state)
     teacher.requires_grad_(False).eval()
     student.train()
     compiled = compiles(config, ranks)
@@ -136,8 +143,8 @@ def prepare(config: PretrainConfig, ranks: Ranks) -> Run:
         config, ranks, folder, train_tiles, held_out, student, wrapped, teacher, criterion, optimizer, compiled,
         data_facts(index, away), steps_per_epoch, total,
     )  # fmt: skip
-    if found is not None:
-        resume(run, load_checkpoint(found))
+    if checkpoint is not None:
+        resume(run, checkpoint)
     elif ranks.first:
         write_run_files(run, sorted(away))
     return run

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from math import sqrt
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ from odis_path.losses import Center, cross_view_loss, entropy, masked_patch_loss
 from odis_path.model.head import DinoHead
 from odis_path.model.vit import ObjViT, build_encoder
 from odis_path.spread import kde, koleo
+from odis_path.train.checkpoint import Checkpoint
 from odis_path.train.config import PretrainConfig
 from odis_path.train.schedule import StepValues
 
@@ -82,13 +83,22 @@ def obj_tokens(config: PretrainConfig) -> int:
     )
 
 
-def build_network(config: PretrainConfig, *, student: bool, weights: bool = False) -> Network:
-    """Student (drop path on) or teacher of a configuration; weights: load those the configuration starts from."""
+def build_network(
+    config: PretrainConfig, *, student: bool, weights: bool = False, like: Mapping[str, Tensor] | None = None
+) -> Network:
+    """Student (drop path on) or teacher of a configuration.
+
+    weights: load those the configuration starts from. like: a state dict of such a network that it is to take; with neither,
+    the network is that of an [OBJ] model.
+    """
     m, h = config.model, config.head
+    prefix = "encoder.vit."
     encoder = build_encoder(
-        m.name, m.kwargs, weights=m.weights if weights else None, drop_path=m.drop_path if student else 0.0, pool=m.pool,
+        m.name, m.kwargs, weights=m.weights if weights else None, drop_path=m.drop_path if student else 0.0,
+        pool=m.pool if weights or m.pool == "linear" else "obj",
         tokens=obj_tokens(config), read_only=m.read_only, image_token=config.loss.image_weight > 0,
         checkpoint_blocks=m.checkpoint_blocks and student,
+        like=None if like is None else {key[len(prefix) :]: like[key] for key in like if key.startswith(prefix)},
     )  # fmt: skip
 
     def head() -> DinoHead:
@@ -101,6 +111,43 @@ def build_network(config: PretrainConfig, *, student: bool, weights: bool = Fals
     if not config.loss.patch_weight:
         network.encoder.mask_token.requires_grad_(False)  # unused in a step, it would stop DistributedDataParallel
     return network
+
+
+def build_student(config: PretrainConfig, checkpoint: Checkpoint | None) -> tuple[PretrainConfig, Network]:
+    """The student, with the weights it starts from, or shaped as in the checkpoint that it is to take; and how it pools.
+
+    The configuration comes back with model.pool settled: `auto` is what the weights, or the checkpoint, were trained with.
+    """
+    if checkpoint is None:
+        student = build_network(config, student=True, weights=True)
+    else:
+        if config.model.pool == "auto":
+            config = with_pool(config, checkpoint.config.model.pool)
+        student = build_network(config, student=True, like=checkpoint.state["student"])
+    return with_pool(config, student.encoder.pool), student
+
+
+def with_pool(config: PretrainConfig, pool: str) -> PretrainConfig:
+    """The configuration with this model.pool."""
+    return config.model_copy(update={"model": config.model.model_copy(update={"pool": pool})})
+
+
+def start_line(config: PretrainConfig, encoder: ObjViT) -> str:
+    """What a run starts from, in a line: the layout of its weights, how they pool, the size they were trained at."""
+    loaded, m = encoder.loaded, config.model
+    assert loaded is not None
+    obj = encoder.pool == "obj"
+    parts = [f"{loaded.layout} layout, {loaded.loaded} tensors"]
+    parts.append("[OBJ] goes on from the class token" if obj else "pooled by the mean of in-box patches (model.pool=linear)")
+    size, other = config.views.global_size, ", positions are interpolated" if encoder.has_positions else ""
+    if encoder.trained_px is not None:
+        same = size == encoder.trained_px
+        parts.append(f"views.global_size={size}, " + ("as trained" if same else f"trained at {encoder.trained_px} px{other}"))
+    if encoder.norm is not None and encoder.norm != (config.data.mean, config.data.std):
+        mean, std = (list(values) for values in encoder.norm)
+        parts.append(f"trained with another mean and std: set data.mean={mean} data.std={std}")
+    source = m.name if m.weights == "timm" else m.weights
+    return f"start weights {source}: {'; '.join(parts)}{encoder.adapted()}"
 
 
 def make_views(
