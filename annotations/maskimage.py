@@ -16,6 +16,7 @@ MAX_PIXELS = 1 << 29  # a slide of 100,000 x 80,000 at a quarter of its resoluti
 ALWAYS_FINE = 1 << 26  # pixels below which nothing is suspicious
 MAX_RATIO = 20_000  # pixels a byte of the file: nothing packs an image that far, damage and bombs claim to
 REMEDY = "save one channel of whole numbers, 0 for background"
+ORIENTATION = 274  # TIFF tag
 _GREY, _PALETTE = 0, 3  # colour types of PNG
 
 
@@ -66,8 +67,10 @@ def _tiff(data: bytes, source: str) -> np.ndarray:
     with tifffile.TiffFile(io.BytesIO(data)) as file:
         series: Any = file.series[0]
         _refuse_size(int(np.prod(series.shape[-3:], dtype=float)), len(data), source)
-        image = series.asarray()
         page = series.keyframe
+        if page.tags.valueof(ORIENTATION, 1) in range(2, 9):
+            raise UserError(f"{source}: is stored turned (its tag Orientation is not 1): save the mask upright")
+        image = series.asarray()
         # Whether white is 0 (photometric) does not matter: tifffile and ImageJ store masks so, and mean the numbers.
         if page.photometric == tifffile.PHOTOMETRIC.PALETTE and page.colormap is not None:
             image = _upright_palette(image, (page.colormap.T >> 8).astype(np.uint8))

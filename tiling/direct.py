@@ -70,11 +70,11 @@ class DirectReader:
 
     name = "direct"
     threadsafe = True
-    note = ""
     _fd = -1
 
     def __init__(self, path: Path) -> None:
-        from tiling.readers import OpenSlideReader, Reader, TiffSlideReader
+        from tiling.readers import OpenSlideReader, Reader
+        from tiling.tiffslides import TiffSlideReader
 
         stat = path.stat()
         pages = stored_pages(path, stat.st_size, stat.st_mtime_ns)
@@ -87,6 +87,7 @@ class DirectReader:
             self.vendor = header.vendor
             self.properties: Mapping[str, Any] = header.properties
             self.tags_only = header.tags_only
+            self.orientation, self.note = header.orientation, header.note
             self.level_dimensions: tuple[tuple[int, int], ...] = header.level_dimensions
             self.level_downsamples: tuple[float, ...] = header.level_downsamples
             if header.name == "openslide" and self.vendor not in VENDORS:

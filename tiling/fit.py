@@ -16,11 +16,12 @@ from tiling.imagelist import TIFF_EXTENSIONS
 from tiling.mpp import Mpp, mpp_of
 from tiling.readers import MAX_IMAGE_PIXELS, _flattened, as_rgb
 from tiling.slide import Slide
+from tiling.tiffpage import ORIENTATION
+from tiling.upright import TURNS
 
 Fit = Literal["tiles", "crop", "squash"]
 FITS = ("tiles", "crop", "squash")
 QUALITY = 95
-ORIENTATION_TAG = 0x0112  # of EXIF: how the stored picture must be turned to stand upright
 SPARE = 2  # a JPEG is decoded at no less than this many times the wanted size, so that the rest is a true resampling
 
 
@@ -41,12 +42,11 @@ class FitMap:
 
 @dataclass(frozen=True)
 class Fitted:
-    """jpeg: the tile. size: width and height of the upright image; stored: in the file. orientation: EXIF's, 1 to 8."""
+    """jpeg: the tile. size: width and height of the upright image. note: what of the file is not shown."""
 
     jpeg: bytes
     size: tuple[int, int]
-    stored: tuple[int, int]
-    orientation: int = 1
+    note: str = ""
 
 
 def fit_map(size: tuple[int, int], fit: str, size_px: int) -> FitMap:
@@ -69,7 +69,7 @@ def read_fitted(path: Path, fit: str, size_px: int) -> Fitted:
             size = (slide.info.width_l0, slide.info.height_l0)
             part = fit_map(size, fit, size_px)
             rgb = slide.read_region(part.x0, part.y0, part.width, part.height, size_px, size_px)
-        return Fitted(codec.encode_jpeg(rgb, QUALITY), size, size)
+        return Fitted(codec.encode_jpeg(rgb, QUALITY), size, slide.info.note)
     try:
         return _fitted(path.read_bytes(), fit, size_px)
     except Exception as error:  # pillow has many
@@ -83,21 +83,19 @@ def _fitted(data: bytes, fit: str, size_px: int) -> Fitted:
     Image.MAX_IMAGE_PIXELS = MAX_IMAGE_PIXELS
     with Image.open(io.BytesIO(data)) as image:
         stored = image.size
-        orientation = _orientation(image)
+        orientation = exif_orientation(image)
         plain = image.format == "JPEG" and image.mode in ("RGB", "L")
         part = fit_map(stored, fit, size_px)  # centred, so that turning the tile is turning the image
         rgb, shrunk = _decoded_jpeg(data, part, stored) if plain else (None, 1)
         plain = rgb is not None
         if rgb is None:
             rgb = as_rgb(np.asarray(_flattened(image)))
-    upright = stored if orientation < 5 else (stored[1], stored[0])
     if plain and orientation == 1 and stored == (size_px, size_px):
-        return Fitted(data, stored, stored)
+        return Fitted(data, stored)
     box = (part.x0 / shrunk, part.y0 / shrunk, (part.x0 + part.width) / shrunk, (part.y0 + part.height) / shrunk)
     tile = Image.fromarray(rgb).resize((size_px, size_px), Image.Resampling.BICUBIC, box=box)
-    if orientation != 1:
-        tile = tile.transpose(_turns()[orientation])
-    return Fitted(codec.encode_jpeg(np.asarray(tile), QUALITY), upright, stored, orientation)
+    turned = np.ascontiguousarray(TURNS[orientation].array(np.asarray(tile)))
+    return Fitted(codec.encode_jpeg(turned, QUALITY), TURNS[orientation].size(*stored))
 
 
 def _decoded_jpeg(data: bytes, part: FitMap, stored: tuple[int, int]) -> tuple[np.ndarray | None, int]:
@@ -115,26 +113,21 @@ def _decoded_jpeg(data: bytes, part: FitMap, stored: tuple[int, int]) -> tuple[n
     return (rgb, shrunk) if rgb.shape[:2] == (height, width) else (None, 1)
 
 
-def _orientation(image: Any) -> int:
-    value = image.getexif().get(ORIENTATION_TAG, 1)
+def exif_orientation(image: Any) -> int:
+    """How an image of Pillow's is to be turned to stand upright, 1 to 8; 1 of a TIFF, which Pillow turns itself."""
+    value = image.getexif().get(ORIENTATION, 1) if image.format != "TIFF" else 1
     return value if value in range(1, 9) else 1
 
 
-def _turns() -> dict[int, Any]:
-    """What sets a picture of each EXIF orientation upright."""
-    from PIL.Image import Transpose as To
+def plain_jpeg(path: Path) -> bytes | None:
+    """The bytes of a JPEG in colour or grey that stands upright; None for other formats and colour spaces."""
+    from PIL import Image
 
-    turns = (To.FLIP_LEFT_RIGHT, To.ROTATE_180, To.FLIP_TOP_BOTTOM, To.TRANSPOSE, To.ROTATE_270, To.TRANSVERSE, To.ROTATE_90)
-    return dict(enumerate(turns, 2))
-
-
-def upright_xy(xy: np.ndarray, orientation: int, stored: tuple[int, int]) -> np.ndarray:
-    """Positions float (V, 2) in the picture as stored -> in the upright one."""
-    width, height = stored
-    x, y = xy.T
-    far_x, far_y = width - x, height - y
-    pairs = ((x, y), (far_x, y), (far_x, far_y), (x, far_y), (y, x), (far_y, x), (far_y, far_x), (y, far_x))
-    return np.stack(pairs[orientation - 1], axis=1)
+    if path.suffix.lower() in TIFF_EXTENSIONS:  # which Pillow does not always read
+        return None
+    with Image.open(path) as image:
+        plain = image.format == "JPEG" and image.mode in ("RGB", "L") and exif_orientation(image) == 1
+    return path.read_bytes() if plain else None
 
 
 def probe_image(path: Path) -> tuple[tuple[int, int], Mpp]:
@@ -147,10 +140,9 @@ def probe_image(path: Path) -> tuple[tuple[int, int], Mpp]:
     Image.MAX_IMAGE_PIXELS = MAX_IMAGE_PIXELS
     try:
         with Image.open(path) as image:
-            size, dpi = image.size, image.info.get("dpi")
-            turned = _orientation(image) >= 5
+            size, dpi = TURNS[exif_orientation(image)].size(*image.size), image.info.get("dpi")
     except Exception as error:  # pillow has many
         what = one_line(error).replace(f" {str(path)!r}", "")
         raise UserError(f"{path}: not a readable image ({what}): copy it again or leave it out") from None
     tags = {"tiff.ResolutionUnit": "inch", "tiff.XResolution": dpi[0], "tiff.YResolution": dpi[1]} if dpi else {}
-    return ((size[1], size[0]) if turned else size), mpp_of(tags, tags_only=True)
+    return size, mpp_of(tags, tags_only=True)

@@ -15,9 +15,10 @@ import numpy as np
 
 from annotations.errors import UserError
 from tiling.annotate_report import RESULT_ATTR, by_label, changed_lines, left_out
-from tiling.fit import ORIENTATION_TAG, upright_xy
 from tiling.imagelist import ImageItem, box_file, match_names
 from tiling.slidefile import SlideFile
+from tiling.tiffpage import ORIENTATION
+from tiling.upright import TURNS
 from tiling.urls import from_home
 
 if TYPE_CHECKING:
@@ -144,7 +145,7 @@ def placed(drawn: Drawn, image: Path, size: Size) -> tuple[ObjectTable, str]:
             continue
         table = drawn.table.scaled(factor)
         if turned:
-            table = moved(table, partial(upright_xy, orientation=orientation, stored=stored))
+            table = moved(table, partial(TURNS[orientation].xy, stored=stored))
         return table, "" if factor == 1 else f"boxes drawn on an image of another size, scaled by {factor:g}"
     was, here = (f"{width} x {height}" for width, height in (stated, size))
     swapped = ", the other way round" if stated == (size[1], size[0]) else ""
@@ -170,7 +171,7 @@ def _orientation(image: Path) -> int:
 
     try:
         with Image.open(image) as file:
-            value = file.getexif().get(ORIENTATION_TAG, 1)
+            value = file.getexif().get(ORIENTATION, 1)
     except Exception:  # pillow has many, and does not read every TIFF
         return 1
     return value if value in range(1, 9) else 1

@@ -18,7 +18,7 @@ from tiling import codec
 from tiling.atomic import atomic_path
 from tiling.claim import claim, same_settings
 from tiling.cohort import Outcome, available_cpus, one_line, run_cohort
-from tiling.fit import FITS, QUALITY
+from tiling.fit import FITS, QUALITY, plain_jpeg
 from tiling.grid import plan_grid
 from tiling.imagelist import TIFF_EXTENSIONS, ImageItem, apply_manifest, box_file, find_images
 from tiling.import_boxes import (
@@ -56,6 +56,7 @@ DEFAULT_SIZE_PX = 224
 LARGEST_TILE_PX = 1024  # images of one square size up to this are taken to be tiles
 DEFAULT_SHARD = 1000
 POOL_FROM = 200  # an image takes milliseconds: fewer are not worth starting processes for, unless asked
+SUB_IFDS = 330  # TIFF tag: pages beneath one
 LABEL_COLUMNS = ("slide_id", "x", "y", "label", "patient_id", "image")
 Work = tuple[ImageItem, Drawn | None]
 LabelRow = tuple[ImageItem, str, int, int]  # image, slide_id, x, y
@@ -236,7 +237,7 @@ def _imported(item: ImageItem, drawn: Drawn | None, path: Path, settings: Import
             stamp=stamp,
         )
         write_slide_file(path, meta=meta, coords=plan.coords, pixels=_encoded(slide, plan.coords, settings), groups=groups)
-    remarks = ["" if item.listed else "not in the manifest", slide.info.mpp_note if found is None else ""]
+    remarks = ["" if item.listed else "not in the manifest", slide.info.mpp_note if found is None else "", slide.info.note]
     remarks.append("not in the COCO file: no boxes" if settings.coco and drawn is None else "")
     remarks.append("no box file" if settings.boxes is not None and drawn is None else "")
     remarks.append("its boxes are gone with the old tiles: run annotate again" if had_boxes and drawn is None else "")
@@ -259,11 +260,13 @@ def default_size_px(paths: Sequence[Path]) -> int:
 def _header_size(path: Path) -> tuple[int, int] | None:
     """Width and height from the header; None where it cannot be read (the import of that image says why)."""
     from PIL import Image
+    from PIL.TiffImagePlugin import TiffImageFile
 
     Image.MAX_IMAGE_PIXELS = MAX_IMAGE_PIXELS
     try:
         with Image.open(path) as image:
-            return image.size
+            if not isinstance(image, TiffImageFile) or (image.n_frames == 1 and SUB_IFDS not in image.tag_v2):
+                return image.size
     except Exception:  # pillow does not read every TIFF that a slide library does
         if path.suffix.lower() not in TIFF_EXTENSIONS:
             return None
@@ -297,6 +300,7 @@ def _open_image(path: Path) -> Slide:
         vendor=reader.vendor,
         reader=reader.name,
         mpp_note=found.note,
+        note=reader.note,
     )
     return Slide(info, reader)
 
@@ -362,22 +366,11 @@ def _done(path: Path, parameters: dict[str, Any], item: ImageItem) -> dict[str, 
 def _encoded(slide: Slide, coords: np.ndarray, settings: ImportSettings) -> Iterator[bytes]:
     """The tiles as JPEG: the image's own bytes where it is one tile and a plain JPEG, else quality 95."""
     info, size = slide.info, settings.size_px
-    if (info.width_l0, info.height_l0) == (size, size) and (data := _plain_jpeg(info.path)) is not None:
+    if (info.width_l0, info.height_l0) == (size, size) and (data := plain_jpeg(info.path)) is not None:
         yield data
         return
     for tile in slide.read_tiles(coords, size, size):
         yield codec.encode_jpeg(tile, QUALITY)
-
-
-def _plain_jpeg(path: Path) -> bytes | None:
-    """The bytes of a JPEG in colour or grey; None for other formats and colour spaces."""
-    from PIL import Image
-
-    if path.suffix.lower() in TIFF_EXTENSIONS:  # which Pillow does not always read
-        return None
-    with Image.open(path) as image:
-        plain = image.format == "JPEG" and image.mode in ("RGB", "L")
-    return path.read_bytes() if plain else None
 
 
 def _sha256(path: Path) -> str:

@@ -114,6 +114,13 @@ def _ome(texts: Mapping[str, str]) -> Found:
     return None, 1.0
 
 
+def pixels_of(text: str, size: tuple[int, int]) -> str:
+    """Of the images an OME description tells of, the one of this width and height: its element Pixels; else empty."""
+    of_size = [rf'Size{axis}\s*=\s*"{side}"' for axis, side in zip("XY", size, strict=True)]
+    elements = re.findall(r"<(?:\w+:)?Pixels\b[^>]*>", text)
+    return next((each for each in elements if all(re.search(side, each) for side in of_size)), "")
+
+
 def _physical_size(text: str, axis: str) -> float | None:
     size = re.search(rf'PhysicalSize{axis}\s*=\s*"([^"]+)"', text)
     unit = re.search(rf'PhysicalSize{axis}Unit\s*=\s*"([^"]*)"', text)

@@ -107,11 +107,12 @@ def read_outlines(
 
 def read_mask(path: Path, info: SlideInfo, shape: tuple[int, int]) -> np.ndarray:
     """An image of the whole slide, not 0 where a pixel is marked -> bool `shape`. Raises UserError for other proportions."""
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     Image.MAX_IMAGE_PIXELS = MAX_IMAGE_PIXELS
     try:
         with Image.open(path) as image:
+            ImageOps.exif_transpose(image, in_place=True)
             marked = np.asarray(image if image.mode in ("1", "L", "P", "I", "I;16", "F") else image.convert("RGB")) != 0
     except Image.DecompressionBombError:
         most = f"{2 * MAX_IMAGE_PIXELS:,} pixels"  # up to which Pillow warns

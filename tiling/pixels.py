@@ -89,6 +89,7 @@ def unscanned(slide: Slide, plan: GridPlan) -> int:
     tile = np.array([found.tile_w, found.tile_h, found.tile_w, found.tile_h]) // view.scale
     edges = cover(view, boxes)
     edges[:, 2:] = np.minimum(edges[:, 2:], (view.width, view.height))
+    edges += (found.cut_x, found.cut_y) * 2
     left, top, right, bottom = ((edges - (0, 0, 1, 1)) // tile + (0, 0, 1, 1)).T
     return int((empty[bottom, right] - empty[top, right] - empty[bottom, left] + empty[top, left] > 0).sum())
 

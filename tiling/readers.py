@@ -5,9 +5,7 @@ Which of them reads a file is tried out in that order (`open_reader`), or forced
 
 from __future__ import annotations
 
-import math
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,32 +20,29 @@ from tiling.tiffpage import (
     colours_of,
     empty_tiles,
     extras_of,
-    first_stored,
+    main_page,
+    not_shown,
+    orientation_of,
     pages_of,
-    says_rgb,
     size_of,
-)  # fmt: skip
+)
+from tiling.upright import UprightReader
 from tiling.urls import shown, url_of
 
 CACHE_BYTES = 192 << 20  # decoded tiles OpenSlide keeps: some tile rows of a wide slide, so that none is decoded twice
 PROBES = (0.5, 0.0, 0.3, 0.8)  # of a slide's width and height
 MAX_IMAGE_PIXELS = 1_000_000_000
 DEPTHS_READ = "8 and 16 bits unsigned are read, so convert it to 8 bits"
-JPEG, J2K_YCBCR = 7, 33003  # TIFF compressions whose colours tifffile turns into RGB, and does not
 GREY = ("MINISBLACK", "MINISWHITE")
-PHOTOMETRIC, ORIENTATION, MINISWHITE = 262, 274, 0  # TIFF tags, and a value of the first
+PHOTOMETRIC, MINISWHITE = 262, 0  # a TIFF tag and a value of it
 BITS, COMPRESSION, PLANES = 258, 259, 284
-TURNED_BACK = {  # Pillow's names of what undoes its turning of a TIFF with such an orientation
-    2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_90", 7: "TRANSVERSE",
-    8: "ROTATE_270",
-}  # fmt: skip
 
 
 class Reader(Protocol):
     """What tiling.slide needs from a library.
 
     Regions are in pixels of their level, divided by scale, and lie inside it. scales: what a level may be divided by while
-    it is decoded. threadsafe: whether `read` may run in several threads.
+    it is decoded. threadsafe: whether `read` may run in several threads. orientation: 1 where what it reads stands upright.
     """
 
     name: str
@@ -58,6 +53,7 @@ class Reader(Protocol):
     tags_only: bool  # its mpp, if any, comes from bare resolution tags
     scales: tuple[int, ...]
     threadsafe: bool
+    orientation: int
     note: str  # what of the file is not shown
 
     def read(self, level: int, x: int, y: int, w: int, h: int, scale: int = 1) -> np.ndarray: ...
@@ -75,19 +71,20 @@ class OpenSlideReader:
     name = "openslide"
     scales: tuple[int, ...] = (1,)
     threadsafe = True
+    orientation = 1
 
     def __init__(self, path: Path) -> None:
         import openslide
 
         self._path = path
-        self._slide = _probed(lambda: openslide.OpenSlide(str(path)), lambda slide, at: slide.read_region(at, 0, (1, 1)))
+        self._slide = probed(lambda: openslide.OpenSlide(str(path)), lambda slide, at: slide.read_region(at, 0, (1, 1)))
         self.properties: Mapping[str, Any] = dict(self._slide.properties)
         self.vendor = self.properties.get("openslide.vendor", "")
         self.tags_only = self.vendor == "generic-tiff"
-        self.note = hidden_channels(path) if self.tags_only else ""
         self.level_dimensions: tuple[tuple[int, int], ...] = tuple(self._slide.level_dimensions)
         self.level_downsamples: tuple[float, ...] = tuple(float(value) for value in self._slide.level_downsamples)
-        if mistake := _mistake(path, self.level_dimensions):
+        self.note = not_shown(path, self.level_dimensions) if self.tags_only else ""
+        if mistake := _mistake(pages_of(path), self.level_dimensions, is_plain=self.tags_only):
             self._slide.close()
             raise ValueError(mistake)
         colour = self.properties.get("openslide.background-color", "FFFFFF")
@@ -129,73 +126,21 @@ def _common_cache() -> Any:
     return openslide.OpenSlideCache(CACHE_BYTES // 4)
 
 
-class TiffSlideReader:
-    """TIFFs that OpenSlide leaves: not tiled, OME with sub-resolutions, odd compressions; and what fsspec opens by URL."""
-
-    name = "tiffslide"
-    scales: tuple[int, ...] = (1,)
-    threadsafe = False
-
-    def __init__(self, path: Path) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            # Pages that open and cannot be decoded are found out here.
-            self._slide = _probed(
-                lambda: _opened_tiff(url_of(path) or str(path)),
-                lambda slide, at: as_rgb(np.asarray(slide.read_region(at, 0, (1, 1), as_array=True))),
-            )
-            self.properties: Mapping[str, Any] = {str(key): value for key, value in self._slide.properties.items()}
-            series = _series_of(self._slide)
-            self.level_dimensions: tuple[tuple[int, int], ...] = tuple(
-                (int(w), int(h)) for w, h in self._slide.level_dimensions
-            )
-            pages = [level[0] for level in series.levels]
-            self._empty = {
-                size: empty_tiles(page)
-                for page in pages
-                if page is not None and (size := size_of(page)) in self.level_dimensions
-            }
-        channels = {axis: size for axis, size in zip(series.axes, series.shape, strict=True) if axis in "CS"}
-        is_three_channels = series.axes in ("CYX", "YXS") and 3 in channels.values()  # shown as red, green and blue
-        self.note = "" if is_three_channels else _not_shown(series)
-        self._channels = slice(3 if colours_of(series.keyframe) == "RGB" else None)
-        self.vendor = str(self.properties.get("tiffslide.vendor") or "")
-        self.tags_only = self.vendor in ("", "generic-tiff")
-        self.level_downsamples: tuple[float, ...] = tuple(float(value) for value in self._slide.level_downsamples)
-
-    def expect_strips(self) -> None:
-        """Nothing to prepare."""
-
-    def read(self, level: int, x: int, y: int, w: int, h: int, scale: int = 1) -> np.ndarray:
-        """uint8 (h, w, 3); what was not scanned is white, as is what lies beyond the slide."""
-        downsample = self.level_downsamples[level]
-        at = (math.ceil(x * downsample), math.ceil(y * downsample))  # tiffslide rounds down to pixels of the level
-        pixels = as_rgb(np.asarray(self._slide.read_region(at, level, (w, h), as_array=True))[..., self._channels])
-        if empty := self.empty(level):
-            empty.paint(pixels, x, y)
-        return pixels
-
-    def empty(self, level: int) -> Empty | None:
-        """What of a level was not scanned; None where nothing is known to be missing."""
-        return self._empty.get(self.level_dimensions[level])
-
-    def close(self) -> None:
-        self._slide.close()
-
-
 class ImageReader:
-    """A PNG, JPEG or TIFF held in memory as one level, as it is stored: an orientation it may state is left to viewers."""
+    """A PNG, JPEG or TIFF held in memory as one level, upright; of a TIFF its largest page."""
 
     name = "image"
     scales: tuple[int, ...] = (1,)
     threadsafe = True
+    orientation = 1
 
     def __init__(self, path: Path) -> None:
-        from PIL import Image
+        from PIL import Image, ImageOps
 
         Image.MAX_IMAGE_PIXELS = MAX_IMAGE_PIXELS
         self.properties: Mapping[str, Any] = {}
         with Image.open(path) as image:
+            _seek_main(image, path)
             self.vendor = str(image.format or "image").lower()
             resolution = image.info.get("dpi")
             if resolution:
@@ -204,16 +149,13 @@ class ImageReader:
             tags = getattr(image, "tag_v2", {}) if image.format == "TIFF" else {}
             if tags.get(PLANES, 1) == 2 and tags.get(COMPRESSION) == 1 and max(tags.get(BITS, (8,))) > 8:
                 raise ValueError(f"Pillow mixes up channels of 16 bits stored apart and not compressed: {DEPTHS_READ}")
-            turn_back, photometric = TURNED_BACK.get(tags.get(ORIENTATION, 1)), tags.get(PHOTOMETRIC)
-            flat = _flattened(image)
-            if turn_back:
-                image.load()  # turns it and forgets the tag
-                flat = flat.transpose(Image.Transpose[turn_back])
-            pixels = np.asarray(flat)
+            photometric = tags.get(PHOTOMETRIC)
+            ImageOps.exif_transpose(image, in_place=True)  # of a TIFF, to load it turns it already
+            pixels = np.asarray(_flattened(image))
             self._rgb = as_rgb(65535 - pixels if photometric == MINISWHITE and pixels.dtype.itemsize == 2 else pixels)
         self.tags_only = True  # of the dpi an image editor may have written
-        self.note = hidden_channels(path)
         self.level_dimensions: tuple[tuple[int, int], ...] = ((self._rgb.shape[1], self._rgb.shape[0]),)
+        self.note = not_shown(path, self.level_dimensions)
         self.level_downsamples: tuple[float, ...] = (1.0,)
 
     def expect_strips(self) -> None:
@@ -229,6 +171,19 @@ class ImageReader:
 
     def close(self) -> None:
         self._rgb = np.zeros((0, 0, 3), np.uint8)
+
+
+def _seek_main(image: Any, path: Path) -> None:
+    """Go to the largest page of an image of Pillow's that is a TIFF. Raises ValueError where that lies beneath another."""
+    if image.format != "TIFF":
+        return
+    page = main_page(pages_of(path))
+    if page is not None and len(page.treeindex) > 1:
+        raise ValueError("its largest page lies beneath another, and Pillow does not read those")
+    if page is not None and page.index:
+        image.info.pop("dpi", None)  # of the page before
+        image.seek(page.index)
+    image.info.pop("xmp", None)  # an orientation in it would turn the picture for this reader alone
 
 
 def _flattened(image: Any) -> Any:
@@ -264,32 +219,17 @@ def as_rgb(array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(array)
 
 
-def hidden_channels(path: Path) -> str:
-    """Of a TIFF with more channels or planes than one picture shows: how many there are; else an empty string."""
-    import tifffile
+def _mistake(pages: Sequence[Any], sizes: Sequence[tuple[int, int]], *, is_plain: bool) -> str:
+    """What OpenSlide (libtiff in it) would show wrongly of a TIFF's pages; empty where nothing.
 
-    try:
-        with tifffile.TiffFile(path) as file:
-            return _not_shown(file.series[0])
-    except Exception:  # tifffile has many errors of its own
-        return ""
-
-
-def _not_shown(series: Any) -> str:
-    """As `hidden_channels`, of a series of tifffile's."""
-    sizes = dict(zip(series.axes, series.shape, strict=True))
-    samples = sizes.pop("S", 1)
-    planes = int(np.prod([size for axis, size in sizes.items() if axis not in "YX"]))
-    shown = samples - extras_of(series.keyframe).count(UNSPECIFIED)
-    if planes == 1 and 1 < shown < samples:
-        return f"shows the first {shown} of its {samples} channels only"
-    count = planes * (1 if shown == samples else samples)
-    return f"shows the first of its {count} channels or planes only" if count > 1 else ""
-
-
-def _mistake(path: Path, sizes: tuple[tuple[int, int], ...]) -> str:
-    """What OpenSlide (libtiff in it) would show wrongly of a TIFF's tiled pages of these sizes; empty where nothing."""
-    for page in (page for page in pages_of(path) if page.is_tiled and size_of(page) in sizes):
+    sizes: of its levels. is_plain: the TIFF is of no scanner's own format.
+    """
+    if is_plain and pages and pages[0] is not main_page(pages):
+        return "it would show another page than the largest, or take the resolution of another"
+    levels = [page for page in pages if size_of(page) in sizes]
+    if turned := [orientation for page in levels if (orientation := orientation_of(page)) != 1]:
+        return f"it would leave pages of orientation {turned[0]} as they are stored, or turn each of their tiles in itself"
+    for page in (page for page in levels if page.is_tiled):
         colours, samples, extras = colours_of(page), page.samplesperpixel, extras_of(page)
         is_apart = samples > 1 and int(page.planarconfig) != 1
         bits = page.bitspersample * samples
@@ -300,40 +240,7 @@ def _mistake(path: Path, sizes: tuple[tuple[int, int], ...]) -> str:
     return ""
 
 
-def _series_of(slide: Any) -> Any:
-    """The series of tifffile's that a TiffSlide shows."""
-    return slide.ts_tifffile.series[slide.properties.get("tiffslide.series-index") or 0]
-
-
-def _opened_tiff(where: str) -> Any:
-    """A TiffSlide. Raises ValueError where what is stored are no colours: it would be shown as if it were."""
-    import tiffslide
-
-    slide = tiffslide.TiffSlide(where)
-    page = _series_of(slide).levels[0].keyframe
-    try:
-        _check_colours(page)
-    except ValueError:
-        slide.close()
-        raise
-    return slide
-
-
-def _check_colours(page: Any) -> None:
-    """Raises ValueError for a page whose samples tifffile does not turn into grey or RGB."""
-    colours, samples, is_jpeg = colours_of(page), page.samplesperpixel, page.compression == JPEG
-    compression = getattr(page.compression, "name", page.compression)
-    no_colours = set(extras_of(page)) == {UNSPECIFIED} and not is_jpeg
-    is_plain = colours in ("MINISBLACK", "RGB") and (samples in (1, 3) or no_colours) and page.compression != J2K_YCBCR
-    if not is_plain and (colours, is_jpeg) != ("YCBCR", True):
-        raise ValueError(f"its colours are {colours} in {samples} samples ({compression}), which it does not convert")
-    if page.bitspersample in range(2, 8):
-        raise ValueError(f"its pixels are of {page.bitspersample} bits: {DEPTHS_READ}")
-    if is_jpeg and ((colours == "RGB" and page.is_jfif) or (colours == "YCBCR" and says_rgb(first_stored(page)))):
-        raise ValueError(f"its colours are {colours}, which markers in its JPEG tiles contradict, and it would believe those")
-
-
-def _probed(opened: Callable[[], Any], read: Callable[[Any, tuple[int, int]], Any]) -> Any:
+def probed(opened: Callable[[], Any], read: Callable[[Any, tuple[int, int]], Any]) -> Any:
     """A slide that gives pixels: some open well and cannot be decoded, some are torn in one place only.
 
     opened: opens it, once more after each failure, since OpenSlide refuses all work after an error. read: one pixel of it, at
@@ -379,7 +286,7 @@ def open_reader(path: Path, wanted: str = "auto") -> tuple[Reader, str]:
         chosen = (
             "asked for" if wanted != "auto" else "a URL" if url_of(path) else f"its stored {stores} tiles are read directly"
         )
-        return reader, "; ".join(said) or chosen
+        return UprightReader(reader) if reader.orientation != 1 else reader, "; ".join(said) or chosen
     hint = "copy it again or convert it to a tiled TIFF" if wanted == "auto" else "leave out --reader to try the others"
     if url_of(path):
         hint = "is it there, and does its server give parts of files (ranges)? Else download it"
@@ -398,6 +305,8 @@ def _class_of(name: str) -> Callable[[Path], Reader]:
         from tiling.direct import DirectReader
 
         return DirectReader
-    if name == "openslide":
-        return OpenSlideReader
-    return TiffSlideReader if name == "tiffslide" else ImageReader
+    if name == "tiffslide":
+        from tiling.tiffslides import TiffSlideReader
+
+        return TiffSlideReader
+    return OpenSlideReader if name == "openslide" else ImageReader

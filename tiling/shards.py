@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -206,7 +207,7 @@ def _imported(shard: Shard, path: Path, settings: ShardSettings) -> dict[str, An
         tiles.append(tile)
         present.append(i)
     counts: dict[str, Any] = {"tiles": len(tiles), "boxes": 0, "objects": 0, "outside": 0}
-    remarks = _remarks(shard, settings, objects)
+    remarks = [*_remarks(shard, settings, objects), *_left_out(tiles)]
     if not settings.boxed and has_boxes(path):
         remarks.append("its boxes are gone with the old tiles: run annotate or propose again")
     if tiles:
@@ -325,6 +326,12 @@ def _mosaic(shard: Shard, settings: ShardSettings, present: list[int], tiles: li
         small = simplejpeg.decode_jpeg(tile.jpeg, colorspace="RGB", min_width=cell, min_height=cell, min_factor=2)
         picture[y : y + cell, x : x + cell] = np.asarray(Image.fromarray(small).resize((cell, cell), Image.Resampling.BOX))
     return dict(_overview(picture, None, settings.size_px / cell))
+
+
+def _left_out(tiles: Sequence[Fitted]) -> list[str]:
+    """What of its images is not shown: one remark, with how many it is true of, for each."""
+    notes = Counter(tile.note for tile in tiles if tile.note)
+    return [f"{note} ({count} images)" if count > 1 else note for note, count in notes.items()]
 
 
 def _remarks(shard: Shard, settings: ShardSettings, objects: Sequence[object]) -> list[str]:

@@ -246,14 +246,9 @@ class SlideFile:
     def _open_source(self) -> Any:
         """The slide, for pixels as `tile` would have stored them; its mpp was settled then."""
         if self._slide is None:
-            from tiling.slide import Slide
+            from tiling.sourceslide import open_source
 
-            self.check_source()
-            asked = self.parameters
-            resample, reader = str(asked.get("resample") or "fast"), str(asked.get("reader") or "auto")
-            self._slide = Slide.open(self.source, reader=reader, resample=resample)
-            if hasattr(self._slide.reader, "share_cache"):
-                self._slide.reader.share_cache()  # many slides stay open at a time
+            self._slide = open_source(self)
         return self._slide
 
     @cached_property

@@ -1,7 +1,9 @@
-"""The pages of a TIFF: how they are chained, which of their tiles hold nothing, and the colours that JPEG markers tell of."""
+"""The pages of a TIFF: how they are chained, which of them is the picture, which of their tiles hold nothing, and more."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,6 +16,9 @@ APP0, APP14 = 0xE0, 0xEE  # JPEG markers
 SAMPLES = {"MINISBLACK": 1, "MINISWHITE": 1, "PALETTE": 1, "SEPARATED": 4}  # of a colour; elsewhere 3
 UNSPECIFIED = 0  # of what a TIFF may say of its extra samples: neither of the two kinds of transparency
 FRAMES = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+ORIENTATION = 274  # TIFF tag
+MOST_NAMED = 4  # pages in one line
+REDUCED, MASK = 1, 4  # bits of a page's subfile type: a coarser copy of another page, and a transparency mask
 
 
 class LoopedTiffError(ValueError):
@@ -28,17 +33,24 @@ def tiff_pages(path: Path, size: int, mtime_ns: int) -> tuple[Any, ...]:
     """
     import tifffile
 
-    found: list[Any] = []
-    seen: set[int] = set()
     with tifffile.TiffFile(path) as file:
-        for page in file.pages:
-            if page.offset in seen:
-                raise LoopedTiffError("its directories form a loop")
-            seen.add(page.offset)
-            if isinstance(page, tifffile.TiffPage | tifffile.TiffFrame):
-                whole = page.aspage()
-                found += [whole, *([sub.aspage() for sub in whole.pages] if whole.subifds and whole.pages else [])]
-    return tuple(found)
+        return all_pages(file)
+
+
+def all_pages(file: Any) -> tuple[Any, ...]:
+    """The pages of an open TiffFile with those beneath them, in order. Raises LoopedTiffError."""
+    import tifffile
+
+    pages: list[Any] = []
+    seen: set[int] = set()
+    for page in file.pages:
+        if page.offset in seen:
+            raise LoopedTiffError("its directories form a loop")
+        seen.add(page.offset)
+        if isinstance(page, tifffile.TiffPage | tifffile.TiffFrame):
+            whole = page.aspage()
+            pages += [whole, *([sub.aspage() for sub in whole.pages] if whole.subifds and whole.pages else [])]
+    return tuple(pages)
 
 
 def pages_of(path: Path) -> tuple[Any, ...]:
@@ -69,13 +81,88 @@ def size_of(page: Any) -> tuple[int, int]:
     return page.keyframe.imagewidth, page.keyframe.imagelength
 
 
+def orientation_of(page: Any) -> int:
+    """How a page is to be turned to stand upright, 1 to 8 as in EXIF; 1 where its tag is missing or means nothing."""
+    value = page.keyframe.tags.valueof(ORIENTATION, 1)
+    return int(value) if value in range(1, 9) else 1
+
+
+def main_page(pages: Sequence[Any]) -> Any:
+    """The picture among the pages of a plain TIFF: the largest, and the first of those; None without any."""
+    return max((page for page in pages if not page.subfiletype & MASK), key=lambda page: math.prod(size_of(page)), default=None)
+
+
+def is_reduction(page: Any, whole: Any) -> bool:
+    """Whether a page may be a coarser level of another: one scale gives both sides, to a pixel, and both are turned alike."""
+    (width, height), (whole_w, whole_h) = size_of(page), size_of(whole)
+    if not (width < whole_w and height < whole_h) or page.subfiletype & MASK or orientation_of(page) != orientation_of(whole):
+        return False
+    return whole_w * (height - 1) < whole_h * (width + 1) and whole_h * (width - 1) < whole_w * (height + 1)
+
+
+def left_out(pages: Sequence[Any], series: Any, sizes: Sequence[tuple[int, int]]) -> str:
+    """Which pages are neither shown nor said to be reductions of what is; an empty string where there are none.
+
+    series: tifffile's that is shown, whose planes are told elsewhere. sizes: width and height of the levels that are read.
+    """
+    whole, shown = series.keyframe, {page.offset for page in series if page is not None}
+
+    def is_there(page: Any) -> bool:
+        is_level = size_of(page) in sizes[1:] and not page.subfiletype & MASK
+        is_said_reduced = page.subfiletype & REDUCED or len(page.treeindex) > 1
+        return is_level or page.offset in shown or (is_said_reduced and is_reduction(page, whole))
+
+    left = [size_of(page) for page in pages if not is_there(page)]
+    some = ", ".join(f"{width} x {height}" for width, height in left[:MOST_NAMED]) + (", ..." if left[MOST_NAMED:] else "")
+    return f"leaves out {len(left)} of its {len(pages)} pages ({some} pixels)" if left else ""
+
+
+def not_shown(path: Path, sizes: Sequence[tuple[int, int]]) -> str:
+    """Which channels, planes and pages of a TIFF one picture of its largest page leaves out; an empty string where none.
+
+    sizes: width and height of the levels that are read.
+    """
+    import tifffile
+
+    try:
+        with tifffile.TiffFile(path) as file:
+            pages = all_pages(file)
+            size = size_of(main_page(pages))
+            alike = (each for each in file.series if size_of(each.keyframe) == size and not each.keyframe.subfiletype & MASK)
+            series = next(alike, file.series[0])
+            return joined(planes(series), left_out(pages, series, sizes))
+    except Exception:  # tifffile has many errors of its own
+        return ""
+
+
+def joined(*notes: str) -> str:
+    return "; ".join(note for note in notes if note)
+
+
+def planes(series: Any) -> str:
+    """How many channels or planes a series of tifffile's has, where that is more than one picture shows."""
+    sizes = dict(zip(series.axes, series.shape, strict=True))
+    samples = sizes.pop("S", 1)
+    planes = int(np.prod([size for axis, size in sizes.items() if axis not in "YX"]))
+    shown = samples - extras_of(series.keyframe).count(UNSPECIFIED)
+    if planes == 1 and 1 < shown < samples:
+        return f"shows the first {shown} of its {samples} channels only"
+    count = planes * (1 if shown == samples else samples)
+    return f"shows the first of its {count} channels or planes only" if count > 1 else ""
+
+
 @dataclass(frozen=True)
 class Empty:
-    """Which stored tiles of a level hold nothing: bool (rows, columns). tile_w, tile_h: of one, in pixels of the level."""
+    """Which stored tiles of a level hold nothing: bool (rows, columns). tile_w, tile_h: of one, in pixels of the level.
+
+    cut_x, cut_y: by how many pixels the first column and row are smaller, in a level that is turned.
+    """
 
     tile_w: int
     tile_h: int
     missing: np.ndarray
+    cut_x: int = 0
+    cut_y: int = 0
 
     def paint(self, pixels: np.ndarray, x: int, y: int) -> None:
         """Make white what is missing, in place. pixels: uint8 (h, w, 3) of the level, read at x, y."""

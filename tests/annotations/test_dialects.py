@@ -334,6 +334,15 @@ def test_label_image(tmp_path: Path, mask: np.ndarray, name: str) -> None:
         read_annotations(tmp_path / name, frame=FRAME)
 
 
+def test_a_label_image_that_is_stored_turned_is_refused(tmp_path: Path, mask: np.ndarray) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    for orientation in (1, 6):
+        tifffile.imwrite(tmp_path / f"{orientation}.tif", mask, extratags=[(274, 3, 1, orientation, True)])
+    assert len(read_annotations(tmp_path / "1.tif", frame=FRAME)) == 3
+    with pytest.raises(UserError, match=r"6\.tif: is stored turned \(its tag Orientation is not 1\): save the mask upright"):
+        read_annotations(tmp_path / "6.tif", frame=FRAME)
+
+
 def test_images_that_are_no_labels(tmp_path: Path, mask: np.ndarray) -> None:
     imagecodecs = pytest.importorskip("imagecodecs")
     path = tmp_path / "a.png"

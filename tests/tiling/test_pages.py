@@ -260,16 +260,6 @@ def test_markers_that_agree_with_a_tiff_or_are_not_there_are_read(tmp_path: Path
     assert np.abs(shown(path, "tiffslide")[0].astype(int) - small).mean() < 2
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
-def test_a_tiff_is_not_turned(tmp_path: Path, small: np.ndarray, orientation: int, kind: Any) -> None:
-    pixels, photometric = (small, "rgb") if kind == np.uint8 else (deep(small[..., 1]), "minisblack")
-    path = write(tmp_path / "a.tif", pixels, photometric, extratags=[(274, 3, 1, orientation, True)], tile=None)
-    for reader in ("tiffslide", "image"):
-        found, *_ = shown(path, reader)
-        np.testing.assert_array_equal(found, small if kind == np.uint8 else np.repeat(small[..., 1:2], 3, axis=2))
-
-
 def test_grey_of_4_bits_is_not_shown_dark(tmp_path: Path) -> None:
     """Two pixels a byte: written as bytes, then told to be half as wide."""
     values = np.arange(16, dtype=np.uint8).repeat(4)[None].repeat(64, axis=0)
