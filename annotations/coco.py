@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from annotations.cocofile import Annotation, Category, CocoDocument, Image, decode_coco, key_of, name_of
+from annotations.cocofile import Annotation, Category, CocoDocument, Image, Keys, decode_coco, key_of, name_of
 from annotations.cocoshapes import Outlined, Size, outlined
 from annotations.errors import UserError
 from annotations.remarks import SHOWN_IDS, SHOWN_REPAIRS, Remarks
@@ -61,7 +61,8 @@ def coco_tables(document: CocoDocument, path: str) -> CocoTables:
     position = _positions(document.images, path)
     names = list(dict.fromkeys(image.file_name for image in document.images))
     labels, label_of = _classes(document.categories, path)
-    image = np.array([position.get(key_of(item.image_id), -1) for item in document.annotations], dtype=np.int64)
+    keys = Keys()
+    image = np.array([position.get(keys[item.image_id], -1) for item in document.annotations], dtype=np.int64)
     if len(image) and (image < 0).all():
         first = document.annotations[0]
         where = "which is not under images, and so with all others: add them"
@@ -129,7 +130,9 @@ class _Rows:
         self.labels = labels
         self.ids = np.empty(len(rows), dtype=object)
         self.ids[:] = [name_of(items[row], row) for row in rows.tolist()]
-        keys = [None if item.category_id is None else key_of(item.category_id) for item in self.items]
+        known = Keys()
+        stated = [item.category_id for item in self.items]
+        keys = [None if value is None or value != value else known[value] for value in stated]  # NaN, as pandas writes none
         self.label = np.array([UNCLASSIFIED if k is None else label_of.get(k, UNCLASSIFIED) for k in keys], dtype=np.int16)
         self.unknown = [row for row, key in enumerate(keys) if key is not None and key not in label_of]
 
@@ -157,6 +160,7 @@ class _Objects:
         for (row, what), n in done.changed.items():
             if row not in self.reason:
                 self.told.setdefault(row, []).append((what, n))
+        self.scored = any(item.score is not None for item in rows.items)
         self.plain = np.ones(len(rows.items), dtype=bool)
         self.plain[list(self.told)] = False
 
@@ -181,7 +185,7 @@ class _Objects:
             np.full(len(items), CELL, np.uint8),
             self.rows.labels,
             {"features": int(stop - start), **dict(sorted(counts.items()))},
-            confidence=_scores(items),
+            confidence=_scores(items) if self.scored else None,
             remarks=remarks,
         )
 
@@ -199,7 +203,9 @@ class _Objects:
 def _repeated(rows: _Rows, image: Sequence[int], changed: Counter[tuple[int, str]]) -> list[int]:
     """What comes again with the same id; what shares its id with something else is counted."""
     first: dict[str, int] = {}
-    again = []
+    again: list[int] = []
+    if len(set(rows.ids)) == len(rows.ids):
+        return again
     for row, item in enumerate(rows.items):
         if item.id is None or (before := first.setdefault(rows.ids[row], row)) == row:
             continue

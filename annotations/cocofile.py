@@ -51,6 +51,14 @@ def key_of(value: Id) -> str:
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
+class Keys(dict[Id, str]):
+    """Ids as text, each made once: image and category come again with every annotation."""
+
+    def __missing__(self, value: Id) -> str:
+        key = self[value] = key_of(value)
+        return key
+
+
 def name_of(item: Annotation, row: int) -> str:
     """What an annotation is called: its id, or its place among all where it has none."""
     return str(row) if item.id is None else key_of(item.id)

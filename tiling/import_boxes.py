@@ -72,8 +72,11 @@ def coco_boxes(items: Sequence[ImageItem], coco: Path, report: BoxReport) -> tup
     if skipped := listed.unlisted.skipped:
         report.results.append({"labels": _labels_of(skipped)})
         report.notes += [f"{coco}: {line}" for line in left_out(skipped, listed.unlisted.ids)]
-    digest = hashlib.sha256(b"%d" % METHOD_VERSION + data).hexdigest()
-    return {path: Drawn(listed.tables[name], listed.sizes.get(name), coco, True) for path, name in names.items()}, digest
+    digest = hashlib.sha256(b"%d" % METHOD_VERSION)
+    digest.update(data)
+    return {
+        path: Drawn(listed.tables[name], listed.sizes.get(name), coco, True) for path, name in names.items()
+    }, digest.hexdigest()
 
 
 def _report_missing(tables: dict[str, ObjectTable], total: int, coco: Path, report: BoxReport) -> None:

@@ -146,9 +146,10 @@ def test_ids_are_one_whether_numbers_or_text(tmp_path: Path) -> None:
 
 
 def test_a_category_that_is_not_listed_is_no_class_and_said(tmp_path: Path) -> None:
-    table = read(tmp_path, one(102, category_id=1234, bbox=[0, 0, 4, 4]), one(103, category_id=None, bbox=[0, 0, 4, 4]))
-    assert table.class_names() == [None, None]
-    assert table.counts == {"features": 2, "unknown_category": 1}
+    items = [one(102 + i, category_id=category, bbox=[0, 0, 4, 4]) for i, category in enumerate((1234, None, NAN))]
+    table = read(tmp_path, *items)
+    assert table.class_names() == [None] * 3
+    assert table.counts == {"features": 3, "unknown_category": 1}
     assert table.remarks.ids == {"unknown_category": ("102",)}
 
 
