@@ -213,12 +213,12 @@ def test_boxes_drawn_on_the_picture_as_it_is_stored_are_turned_with_it(tmp_path:
     exif = Image.Exif()
     exif[0x0112] = 6
     picture(tmp_path / "in" / "a.jpg", 64, 128, exif=exif)
-    coco(tmp_path / "c.json", [image(1, "a.jpg", 64, 128)], [box(1, 1, 0, 108, 10, 10)])
-    run(tmp_path, fit)
-    with SlideFile(tmp_path / "out" / f"{slide_file(fit)}.h5") as file:
-        upright = fit != "tiles" or file.dimensions_l0 == (128, 64)
-        expected = ([[10, 0, 20, 10]] if fit == "tiles" else []) if upright else [[0, 44, 10, 54]]
-    assert stored_boxes(tmp_path, slide_file(fit)) == expected
+    for width, height, scale in ((64, 128, 1), (32, 64, 2), (128, 64, 0)):
+        numbers = (40, 0, 10, 10) if not scale else [value / scale for value in (0, 78, 10, 10)]
+        coco(tmp_path / "c.json", [image(1, "a.jpg", width, height)], [box(1, 1, *numbers)])
+        run(tmp_path, fit)
+        left = 40 if fit == "tiles" else 8  # the middle 64 of 128 columns begin at 32
+        assert stored_boxes(tmp_path, slide_file(fit)) == [[left, 0, left + 10, 10]], (width, height)
 
 
 def test_the_file_name_with_most_folders_in_common_means_an_image(tmp_path: Path) -> None:
