@@ -8,7 +8,7 @@ Source: the ODIS authors' post (crops that contain the object, box to patch mask
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import ceil, floor, log, sqrt
 from typing import Literal
@@ -18,13 +18,17 @@ import numpy as np
 Containment = Literal["full", "fraction", "any"]
 MaskRule = Literal["any", "fraction", "centre"]
 
-# The share of the smaller of box and crop that must overlap where full containment is impossible.
+# The overlap asked for where no crop of the rule holds the box: this share of the largest that is possible.
 FALLBACK_FRACTION = 0.5
 # An output pixel was moved there by the turn; undone: from output axes to the axes of the unturned crop, for each turn.
 _QUARTERS = [np.eye(2), np.array([[0.0, -1.0], [1.0, 0.0]]), -np.eye(2), np.array([[0.0, 1.0], [-1.0, 0.0]])]
 _UNTURN = np.stack(_QUARTERS + [np.diag([-1.0, 1.0]) @ quarter for quarter in _QUARTERS])
 # An image-sized step (in px) by which "any" must overlap.
 ANY_PX = 1.0
+_REDRAWS = 20  # of a size that does not fit, before it is drawn from those that do
+_CELLS = 64  # aspects among which that draw chooses
+_MIDDLES = (np.arange(_CELLS) + 0.5) / _CELLS
+_CHUNK = 16  # free crops drawn at once for rejection
 
 
 @dataclass(frozen=True)
@@ -70,17 +74,55 @@ def draw_sizes(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Widths and heights in tile px, int64 (count,), of random resized crops of a (side_px, side_px) tile.
 
-    need: width and height that a crop has at least; sizes are drawn again until they do, at most rule.tries times, and
-    then the first is stretched to it.
+    need: width and height that a crop has at least. Area and aspect are uniform (the latter in its logarithm) over those of
+    the rule that leave such a crop inside the tile; sides are rounded to whole px. Where the rule has none (see
+    `aspects`), the nearest size is returned.
     """
-    area = side_px * side_px * rng.uniform(*rule.scale, size=(count, rule.tries))
-    root = np.exp(rng.uniform(0.5 * log(rule.ratio[0]), 0.5 * log(rule.ratio[1]), size=(count, rule.tries)))
+    tries = min(rule.tries, _REDRAWS)
+    area = side_px * side_px * rng.uniform(*rule.scale, size=(count, tries))
+    root = np.exp(rng.uniform(0.5 * log(rule.ratio[0]), 0.5 * log(rule.ratio[1]), size=(count, tries)))
     side = np.sqrt(area)
     w, h = np.rint(side * root), np.rint(side / root)
     good = (w >= need[0]) & (w <= side_px) & (h >= need[1]) & (h <= side_px)
     rows, first = np.arange(count), good.argmax(1)  # 0 where none is good
-    w, h = w[rows, first].clip(need[0], side_px), h[rows, first].clip(need[1], side_px)
-    return w.astype(np.int64), h.astype(np.int64)
+    w, h, good = w[rows, first], h[rows, first], good[rows, first]
+    if not good.all():
+        span = aspects(side_px, rule, need)
+        if span is not None:
+            w[~good], h[~good] = _sizes_within(rng, side_px, rule, int((~good).sum()), need, span)
+    return w.clip(need[0], side_px).astype(np.int64), h.clip(need[1], side_px).astype(np.int64)
+
+
+def aspects(side_px: int, rule: CropRule, need: tuple[int, int]) -> tuple[float, float] | None:
+    """Lowest and highest aspect w / h at which the rule has a crop of at least need px inside the tile; None: it has none.
+
+    Sides count as rounded to whole px.
+    """
+    least, most = (share * side_px * side_px for share in rule.scale)
+    w, h, end = need[0] - 0.5, need[1] - 0.5, side_px + 0.5
+    low = max(rule.ratio[0], w * w / most, w / end, least / end**2)
+    high = min(rule.ratio[1], most / (h * h), end / h, end**2 / least)
+    return (low, high) if low <= high else None
+
+
+def _sizes_within(
+    rng: np.random.Generator, side_px: int, rule: CropRule, count: int, need: tuple[int, int], span: tuple[float, float]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sizes as rejection would leave them, drawn directly: an aspect by how much area it leaves, then the area.
+
+    span: what `aspects` says; the aspect is one of `_CELLS` in it.
+    """
+    ratio = span[0] * (span[1] / span[0]) ** _MIDDLES
+    inverse = 1 / ratio
+    w, h, end = need[0] - 0.5, need[1] - 0.5, side_px + 0.5
+    least = np.maximum(np.maximum(w * w * inverse, h * h * ratio), rule.scale[0] * side_px * side_px)
+    most = np.minimum(end * end * np.minimum(ratio, inverse), rule.scale[1] * side_px * side_px)
+    room = np.maximum(most - least, 1e-9)  # never all 0, for a rule of one size
+    upto = room.cumsum()
+    where, within = rng.random((2, count))
+    cell = np.minimum(upto.searchsorted(where * upto[-1]), _CELLS - 1)
+    area = least[cell] + within * room[cell]
+    return np.rint(np.sqrt(area * ratio[cell])), np.rint(np.sqrt(area * inverse[cell]))
 
 
 def _offset_range(lo: float, hi: float, length: int, side_px: int, rule: CropRule) -> tuple[int, int]:
@@ -100,12 +142,6 @@ def _offset_range(lo: float, hi: float, length: int, side_px: int, rule: CropRul
     return first, last
 
 
-def fits(box: np.ndarray, w: int, h: int) -> bool:
-    """Whether some integer crop of w x h px contains the box whole."""
-    x0, y0, x1, y1 = (float(v) for v in box)
-    return ceil(x1) - floor(x0) <= w and ceil(y1) - floor(y0) <= h
-
-
 def sample_view(rng: np.random.Generator, side_px: int, box: np.ndarray | None, rule: CropRule) -> View:
     """One random view; see `sample_views`."""
     return sample_views(rng, side_px, box, rule, 1)[0]
@@ -114,18 +150,19 @@ def sample_view(rng: np.random.Generator, side_px: int, box: np.ndarray | None, 
 def sample_views(rng: np.random.Generator, side_px: int, box: np.ndarray | None, rule: CropRule, count: int) -> list[View]:
     """Random views of a tile that show the box.
 
-    box: (4,) x0, y0, x1, y1 in tile px, or None for free crops. With full containment a view contains the box whenever
-    a crop of the rule's largest area can; otherwise it overlaps by `FALLBACK_FRACTION` of the smaller of the two. Where
-    rejection fails and the rule's fallback is not to construct, the last free crop is returned: see `shows`.
+    box: (4,) x0, y0, x1, y1 in tile px, or None for free crops. Every view has scale and aspect of the rule. With full
+    containment it contains the box if a crop of the rule can; else it does so along the axes on which it is long enough, and
+    along the others it overlaps by the root of `FALLBACK_FRACTION` of its own side: half of the largest overlap that is
+    possible. Where rejection fails and the rule's fallback is not to construct, the last free crop is returned: see `shows`.
     """
     if not count:
         return []
     if box is not None and rule.sampler == "reject":
-        return [_by_rejection(rng, side_px, box, rule) for _ in range(count)]
+        return _by_rejection(rng, side_px, box, rule, count)
     turns = draw_turns(rng, rule.turns, count).tolist()
-    need = (1, 1)
-    if box is not None and rule.containment == "full" and _can_fit(box, side_px, rule):  # else overlap is all to be asked
-        need = (ceil(float(box[2])) - floor(float(box[0])), ceil(float(box[3])) - floor(float(box[1])))
+    need = (1, 1) if box is None or rule.containment != "full" else _whole_px(box)
+    if need != (1, 1) and aspects(side_px, rule, need) is None:
+        need = (1, 1)  # no crop of the rule holds the box: overlap is all to be asked
     sizes = draw_sizes(rng, side_px, rule, count, need)
     places = rng.random((count, 2)).tolist()
     x0, y0, x1, y1 = (0.0, 0.0, 0.0, 0.0) if box is None else (float(v) for v in box)
@@ -138,19 +175,38 @@ def sample_views(rng: np.random.Generator, side_px: int, box: np.ndarray | None,
     return views
 
 
-def _by_rejection(rng: np.random.Generator, side_px: int, box: np.ndarray, rule: CropRule) -> View:
-    """Free crops until one shows the box, as in the post; what follows the last try is the rule's fallback."""
-    for _ in range(rule.tries):
-        view = sample_view(rng, side_px, None, rule)
-        if shows(view, box, side_px, rule):
-            return view
-    return view if rule.fallback != "construct" else sample_view(rng, side_px, box, replace(rule, sampler="construct"))
+def _by_rejection(rng: np.random.Generator, side_px: int, box: np.ndarray, rule: CropRule, count: int) -> list[View]:
+    """For each view free crops until one shows the box, as in the post; what follows the last try is the rule's fallback."""
+    free = _free_views(rng, side_px, rule)
+    whole = rule.containment == "full" and _can_fit(box, side_px, rule)
+    views = []
+    for _ in range(count):
+        for _ in range(rule.tries):
+            view = next(free)
+            if contains(view, box) if whole else _overlaps(view, box, side_px, rule):
+                break
+        else:
+            if rule.fallback == "construct":
+                view = sample_view(rng, side_px, box, replace(rule, sampler="construct"))
+        views.append(view)
+    return views
+
+
+def _free_views(rng: np.random.Generator, side_px: int, rule: CropRule) -> Iterator[View]:
+    """Free crops without end, drawn some at a time."""
+    while True:
+        yield from sample_views(rng, side_px, None, rule, _CHUNK)
 
 
 def shows(view: View, box: np.ndarray, side_px: int, rule: CropRule) -> bool:
     """Whether a view overlaps the box as the rule asks; a box that some crop of the rule could contain must be contained."""
-    if rule.containment == "full" and not fits(box, view.w, view.h) and _can_fit(box, side_px, rule):
-        return False
+    if rule.containment == "full" and _can_fit(box, side_px, rule):
+        return contains(view, box)
+    return _overlaps(view, box, side_px, rule)
+
+
+def _overlaps(view: View, box: np.ndarray, side_px: int, rule: CropRule) -> bool:
+    """Whether a view of its size lies where it overlaps the box enough."""
     x_first, x_last = _offset_range(float(box[0]), float(box[2]), view.w, side_px, rule)
     y_first, y_last = _offset_range(float(box[1]), float(box[3]), view.h, side_px, rule)
     return x_first <= view.x <= x_last and y_first <= view.y <= y_last
@@ -164,9 +220,13 @@ def visible_share(view: View, boxes: np.ndarray) -> np.ndarray:
 
 
 def _can_fit(box: np.ndarray, side_px: int, rule: CropRule) -> bool:
-    """Whether a crop of the rule's largest area, of whatever aspect, holds the box."""
-    need_w, need_h = ceil(float(box[2])) - floor(float(box[0])), ceil(float(box[3])) - floor(float(box[1]))
-    return need_w * need_h <= rule.scale[1] * side_px * side_px
+    """Whether a crop of the rule, in scale and aspect, holds the box."""
+    return aspects(side_px, rule, _whole_px(box)) is not None
+
+
+def _whole_px(box: np.ndarray) -> tuple[int, int]:
+    """Width and height of the smallest integer rectangle around a box."""
+    return ceil(float(box[2])) - floor(float(box[0])), ceil(float(box[3])) - floor(float(box[1]))
 
 
 def contains(view: View, box: np.ndarray) -> bool:

@@ -7,7 +7,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from odis_path.data.crops import CropRule, View, contains, draw_sizes, fits, patch_mask, sample_view, turn_grid, view_matrices
+from odis_path.data.crops import (
+    CropRule,
+    View,
+    contains,
+    draw_sizes,
+    patch_mask,
+    sample_view,
+    sample_views,
+    shows,
+    turn_grid,
+    view_matrices,
+)
 from odis_path.data.views import cut_views
 
 SIDE = 64
@@ -68,17 +79,124 @@ def test_a_view_contains_the_box_whenever_it_fits(box: np.ndarray, seed: int, sa
     assert contains(view, box)  # scale reaches 1: every box fits
 
 
+SCALES = [(0.25, 1.0), (0.4, 1.0), (0.05, 0.25), (0.1, 0.3), (0.3, 0.3), (1.0, 1.0)]
+RATIOS = [(3 / 4, 4 / 3), (1.0, 1.0), (0.4, 0.5), (0.2, 5.0)]
+
+
+@st.composite
+def rules(draw: st.DrawFn) -> CropRule:
+    ratio = draw(st.sampled_from(RATIOS))
+    scale = draw(st.sampled_from([scale for scale in SCALES if scale[0] <= min(1, ratio[1], 1 / ratio[0])]))
+    return CropRule(
+        scale=scale, ratio=ratio, size_px=32, containment=draw(st.sampled_from(["full", "fraction", "any"])),
+        sampler=draw(st.sampled_from(["construct", "reject"])), fraction=draw(st.sampled_from([0.2, 0.5, 1.0])),
+        tries=draw(st.sampled_from([1, 5, 20])),
+    )  # fmt: skip
+
+
+@st.composite
+def boxes_of_any_shape(draw: st.DrawFn, side: int) -> np.ndarray:
+    """Thin either way, tiny, at a border, nearly the tile; on whole px or not."""
+    low, high = [], []
+    for _ in range(2):
+        length = draw(st.sampled_from([0.3, 1.0, 2.0, side / 9, side / 2, side - 1.5, float(side)]) | st.floats(0.1, side))
+        start = draw(st.sampled_from([0.0, side - length]) | st.floats(0, side - length))
+        if draw(st.booleans()):
+            start, length = float(np.floor(start)), float(np.ceil(length))
+        low.append(start)
+        high.append(min(start + length, float(side)))
+    return np.array(low + high)
+
+
+def sizes_of(rule: CropRule, side: int) -> np.ndarray:
+    """Sizes of a crop of the rule inside the tile, by its definition on a fine mesh, sides rounded to px: (n, 2)."""
+    area = side * side * np.linspace(*rule.scale, 300)[:, None]
+    ratio = np.exp(np.linspace(np.log(rule.ratio[0]), np.log(rule.ratio[1]), 301))[None]
+    sizes = np.rint(np.stack([np.sqrt(area * ratio), np.sqrt(area / ratio)], axis=2)).reshape(-1, 2)
+    return sizes[(sizes <= side).all(1)]
+
+
+def obeys(view: View, rule: CropRule, side: int) -> bool:
+    """Whether some size that rounds to the view's has area and aspect of the rule."""
+    w, h = view.w, view.h
+    inside = 0 <= view.x <= view.x + w <= side and 0 <= view.y <= view.y + h <= side
+    area = (
+        (w - 0.5) * (h - 0.5) <= rule.scale[1] * side * side + 1e-6,
+        (w + 0.5) * (h + 0.5) >= rule.scale[0] * side * side - 1e-6,
+    )
+    aspect = (w - 0.5) / (h + 0.5) <= rule.ratio[1] + 1e-9, (w + 0.5) / (h - 0.5) >= rule.ratio[0] - 1e-9
+    return inside and all(area) and all(aspect)
+
+
+@settings(max_examples=1500, deadline=None)
+@given(st.data(), st.sampled_from([37, 64, 256]), rules(), st.integers(0, 2**32 - 1))
+def test_a_view_obeys_its_rule_and_contains_the_box_or_overlaps_it_as_documented(
+    data: st.DataObject, side: int, rule: CropRule, seed: int
+) -> None:
+    box = data.draw(boxes_of_any_shape(side))
+    sizes = sizes_of(rule, side)
+    need = np.ceil(box[2:]) - np.floor(box[:2])
+    holdable = (sizes >= need).all(1).any()
+    for view in sample_views(np.random.default_rng(seed), side, box, rule, 3):
+        assert obeys(view, rule, side)
+        assert shows(view, box, side, rule)
+        if rule.containment == "full" and holdable:
+            assert contains(view, box)
+            continue
+        for low, high, start, length in ((box[0], box[2], view.x, view.w), (box[1], box[3], view.y, view.h)):
+            overlap, span = min(high, start + length) - max(low, start), high - low
+            asked = {"any": 1.0, "fraction": np.sqrt(rule.fraction) * min(span, length)}.get(rule.containment)
+            if asked is None:
+                asked = span if span <= length else np.sqrt(0.5) * length
+            assert overlap >= min(asked, span) - 1.0  # to the pixel
+
+
 @settings(max_examples=300, deadline=None)
-@given(integer_boxes(), st.integers(0, 2**32 - 1))
-def test_a_box_too_large_for_the_crop_is_overlapped_by_half(box: np.ndarray, seed: int) -> None:
-    rule = CropRule(scale=(0.05, 0.25), size_px=32)
-    view = sample_view(np.random.default_rng(seed), SIDE, box, rule)
-    wide = min(view.x + view.w, box[2]) - max(view.x, box[0])
-    high = min(view.y + view.h, box[3]) - max(view.y, box[1])
-    smaller = min(view.w, box[2] - box[0]) * min(view.h, box[3] - box[1])
-    assert wide * high >= 0.5 * smaller - 2 * (view.w + view.h)  # integer offsets: a pixel on each side
-    if (box[2] - box[0]) * (box[3] - box[1]) <= 0.25 * SIDE * SIDE:
-        assert contains(view, box)
+@given(rules(), st.sampled_from([37, 64, 256]), st.integers(0, 2**32 - 1))
+def test_a_free_view_obeys_its_rule(rule: CropRule, side: int, seed: int) -> None:
+    assert all(obeys(view, rule, side) for view in sample_views(np.random.default_rng(seed), side, None, rule, 5))
+
+
+def test_a_thin_box_does_not_stretch_small_crops() -> None:
+    """A strip across the tile: no small crop holds it, so each shows its full height and most of its own width of it."""
+    rule = CropRule(scale=(0.05, 0.25), size_px=96)
+    for box in (np.array([0.0, 100, 256, 120]), np.array([100.0, 0, 120, 256])):
+        views = sample_views(np.random.default_rng(0), 256, box, rule, 500)
+        assert max(max(v.w / v.h, v.h / v.w) for v in views) < 1.36
+        assert max(v.w * v.h for v in views) < 0.26 * 256 * 256
+        across, along = (1, 0) if box[2] == 256 else (0, 1)
+        for v in views:
+            start, length = (v.x, v.y), (v.w, v.h)
+            assert start[across] <= 100 < 120 <= start[across] + length[across]
+            assert 0 <= start[along] <= 256 - length[along]
+        assert len({(v.x, v.y, v.w, v.h) for v in views}) > 400
+
+
+def test_crops_around_a_strip_across_the_tile_differ_in_what_is_left_free() -> None:
+    """Width is the tile's; height is uniform from three quarters of it on, and views are rarely the same."""
+    rule = CropRule(scale=(0.25, 1.0), size_px=224)
+    views = sample_views(np.random.default_rng(1), 256, np.array([0.0, 100, 256, 120]), rule, 4000)
+    assert {v.w for v in views} == {256}
+    heights = np.array([v.h for v in views])
+    assert heights.min() == 192
+    assert abs(heights.mean() - 224) < 1.5
+    same = np.mean([(a.x, a.y, a.w, a.h) == (b.x, b.y, b.w, b.h) for a, b in zip(views[::2], views[1::2], strict=True)])
+    assert same < 0.02
+
+
+def test_sizes_around_a_large_box_have_the_law_that_rejection_leaves() -> None:
+    """Given width and height of the box, area and log aspect are uniform on what holds it: against plain rejection."""
+    rule = CropRule(scale=(0.25, 1.0), size_px=224)
+    rng = np.random.default_rng(2)
+    direct = np.stack(draw_sizes(rng, 256, CropRule(scale=(0.25, 1.0), size_px=224, tries=1), 40_000, (215, 226)), axis=1)
+    area, ratio = 256**2 * rng.uniform(*rule.scale, 4_000_000), np.exp(rng.uniform(*np.log(rule.ratio), 4_000_000))
+    drawn = np.rint(np.stack([np.sqrt(area * ratio), np.sqrt(area / ratio)], axis=1))
+    rejected = drawn[((drawn >= (215, 226)) & (drawn <= 256)).all(1)]
+    assert len(rejected) > 40_000
+    for of in (lambda s: s[:, 0], lambda s: s[:, 1], lambda s: s.prod(1), lambda s: s[:, 0] / s[:, 1]):
+        a, b = of(direct), of(rejected)
+        assert abs(a.mean() - b.mean()) < 0.05 * b.std()
+        assert abs(a.std() - b.std()) < 0.05 * b.std()
 
 
 def test_fractional_boxes_are_contained_too() -> None:
@@ -106,11 +224,6 @@ def test_both_samplers_agree_where_rejection_succeeds() -> None:
         assert counts.sum() == 2000
         expected = 2000 / len(legal)
         assert ((counts - expected) ** 2 / expected).sum() < 3 * len(legal)  # chi squared, far above its 99.9% quantile
-
-
-def test_fits_speaks_of_integer_crops() -> None:
-    assert fits(np.array([0.5, 0.0, 10.5, 10.0]), 11, 10)
-    assert not fits(np.array([0.5, 0.0, 10.5, 10.0]), 10, 10)
 
 
 def test_mask_rules_differ_as_named() -> None:
