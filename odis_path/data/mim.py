@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 from math import exp, log, sqrt
+from typing import Literal
 
 import numpy as np
+
+Blocks = Literal["ibot", "filled"]
+
+LEAST_FILLED = 4  # patches of a block of the filled kind
+ASPECT = (0.3, 1 / 0.3)
+TRIES = 10  # for one block
 
 
 def draw_ratio(rng: np.random.Generator, probability: float, ratio: tuple[float, float]) -> float:
@@ -12,39 +19,42 @@ def draw_ratio(rng: np.random.Generator, probability: float, ratio: tuple[float,
     return float(rng.uniform(*ratio)) if rng.random() < probability else 0.0
 
 
-def block_mask(
-    rng: np.random.Generator,
-    grid: int,
-    ratio: float,
-    *,
-    min_patches: int = 4,
-    aspect: tuple[float, float] = (0.3, 1 / 0.3),
-) -> np.ndarray:
-    """Rectangular blocks that together hide floor(ratio * grid^2) patches: bool (grid, grid)."""
+def block_mask(rng: np.random.Generator, grid: int, ratio: float, blocks: Blocks = "filled") -> np.ndarray:
+    """Rectangular blocks that hide patches of a view: bool (grid, grid).
+
+    ibot: an area between the square of a third of the side (16 of 14 x 14 patches) and what is left of ratio * grid^2, until
+    none fits in 10 tries: at most that many patches, mostly a few less, in one or two pieces. filled: blocks from 4 patches
+    on, and the rest patch by patch: exactly floor(ratio * grid^2).
+    """
     mask = np.zeros((grid, grid), dtype=bool)
-    total = int(ratio * grid * grid)
-    count = 0
-    while count < total:
-        added = _add_block(rng, mask, total - count, min_patches, aspect)
+    if blocks == "ibot":
+        left, least, longest = ratio * grid * grid, (grid // 3) ** 2, grid - 1
+    else:
+        left, least, longest = int(ratio * grid * grid), LEAST_FILLED, grid
+    while left > 0:
+        added = _add_block(rng, mask, left, least if blocks == "ibot" else min(least, left), longest)
         if added == 0:
             break
-        count += added
-    if count < total:  # what blocks could not reach is filled patch by patch
+        left -= added
+    if blocks == "filled" and left:
         free = np.flatnonzero(~mask)
-        mask.flat[rng.choice(free, total - count, replace=False)] = True
+        mask.flat[rng.choice(free, int(left), replace=False)] = True
     return mask
 
 
-def _add_block(rng: np.random.Generator, mask: np.ndarray, most: int, min_patches: int, aspect: tuple[float, float]) -> int:
-    """Hide one block of at most `most` new patches, in place; the number of patches it added (0: none found in 10 tries)."""
+def _add_block(rng: np.random.Generator, mask: np.ndarray, most: float, least: float, longest: int) -> int:
+    """Hide one block of at most `most` new patches and sides of at most `longest`, in place; how many it added (0: none found).
+
+    Its area is drawn between `least` and `most`, whichever is larger: near the end a block of `least` may overlap others.
+    """
     grid = len(mask)
-    for _ in range(10):
-        area = rng.uniform(min(min_patches, most), most)
-        ratio = exp(rng.uniform(log(aspect[0]), log(aspect[1])))
+    low, high = log(ASPECT[0]), log(ASPECT[1])
+    for size, shape, down, right in rng.random((TRIES, 4)).tolist():
+        area, ratio = least + (most - least) * size, exp(low + (high - low) * shape)
         h, w = round(sqrt(area * ratio)), round(sqrt(area / ratio))
-        if not (0 < h <= grid and 0 < w <= grid):
+        if not (0 < h <= longest and 0 < w <= longest):
             continue
-        top, left = int(rng.integers(grid - h + 1)), int(rng.integers(grid - w + 1))
+        top, left = int(down * (grid - h + 1)), int(right * (grid - w + 1))
         block = mask[top : top + h, left : left + w]
         new = int(block.size - block.sum())
         if 0 < new <= most:

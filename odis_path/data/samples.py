@@ -85,18 +85,21 @@ class TileSamples(torch.utils.data.Dataset[dict[str, np.ndarray]]):
             shared = np.minimum(*(crops.visible_share(view, boxes) for view in views[:2])) >= t.fraction
             large = (boxes[:, 2:] - boxes[:, :2]).prod(1) >= self._min_side_px**2
             objects += targets.more_boxes(rng, boxes, shared & large, t.objects - 1, chosen)
+        around = t.crop and not self._fills(chosen)  # whether the views were drawn around the object
         shapes: list[list[Rings]] = [[] for _ in objects]
         if t.geometry == "polygon":
             shapes = [[] if o is None else [file.polygon(int(at[i])) for i in o.rows] for o in objects]
         found = [
-            np.stack([self._masks(some, o, number, s, o is chosen) for o, s in zip(objects, shapes, strict=True)], axis=1)
+            np.stack(
+                [self._masks(some, o, number, s, around and o is chosen) for o, s in zip(objects, shapes, strict=True)], axis=1
+            )
             for number, some in enumerate((views[:2], views[2:]))
         ]  # globals bool (2, K, N), locals (L, K, N')
         seen = np.concatenate([masks.any(2) for masks in found])
         for masks in found:
             masks |= ~masks.any(2, keepdims=True)  # never an empty key set; `seen` keeps it out of loss and center
         grid, m = self.grids[0], self.config.mim
-        hidden = [mim.block_mask(rng, grid, mim.draw_ratio(rng, m.probability, m.ratio)) for _ in range(2)]
+        hidden = [mim.block_mask(rng, grid, mim.draw_ratio(rng, m.probability, m.ratio), m.blocks) for _ in range(2)]
         theta = crops.view_matrices(views, side)
         return {
             "theta_global": theta[:2],
@@ -137,22 +140,33 @@ class TileSamples(torch.utils.data.Dataset[dict[str, np.ndarray]]):
     def _compose(
         self, rng: np.random.Generator, boxes: np.ndarray, labels: np.ndarray | None
     ) -> tuple[Target, list[crops.View]]:
-        """The (first) target and the views of a sample, in the configured order: box first, or crops first."""
+        """The (first) target and the views of a sample, in the configured order: box first, or crops first.
+
+        A target that nearly fills the tile becomes the whole tile, with free views; with an outline in place of a box it stays
+        what it is, since an outline may leave out most of its box.
+        """
         side, t = self.index.tile_px, self.config.target
         whole = targets.whole_tile(side)
         if not (t.crop or t.mask):
             return whole, self._views(rng, None)
         to_whole = rng.random() < t.whole_tile_p
+        pair: list[crops.View] | None = None
+        chosen: Target | None = None
         if t.order == "crop_first" and not to_whole:
             pair = crops.sample_views(rng, side, None, self.rules[0], 2)
             shown = np.array([all(crops.shows(view, box, side, self.rules[0]) for view in pair) for box in boxes], dtype=bool)
             chosen = self._choose(rng, boxes, labels, shown)
-            if chosen is not None:
-                return chosen, self._views(rng, chosen.box, pair)
-        chosen = self._choose(rng, boxes, labels, np.ones(len(boxes), dtype=bool))
+        if chosen is None:
+            pair, chosen = None, self._choose(rng, boxes, labels, np.ones(len(boxes), dtype=bool))
         if chosen is None or to_whole:
             return whole, self._views(rng, None)
-        return chosen, self._views(rng, chosen.box)
+        if not self._fills(chosen):
+            return chosen, self._views(rng, chosen.box, pair)
+        return chosen if t.geometry == "polygon" else targets.whole_tile(side, chosen.rows), self._views(rng, None, pair)
+
+    def _fills(self, target: Target) -> bool:
+        """Whether a target is too large for crops around it to differ from the tile."""
+        return target.whole or targets.tile_share(target.box, self.index.tile_px) > self.config.target.whole_share
 
     def _choose(
         self, rng: np.random.Generator, boxes: np.ndarray, labels: np.ndarray | None, allowed: np.ndarray
@@ -181,7 +195,7 @@ class TileSamples(torch.utils.data.Dataset[dict[str, np.ndarray]]):
         """In-object patches of the global (number 0) or local (1) views, bool (views, N).
 
         None where there is no object, where its outline lies beside a view, or where rejection gave up on a view that was to
-        show it (sampled: the views were drawn for this object).
+        show it (sampled: the views were drawn around this object).
         """
         t, grid = self.config.target, self.grids[number]
         if target is None or not views:
@@ -192,7 +206,7 @@ class TileSamples(torch.utils.data.Dataset[dict[str, np.ndarray]]):
         masks = crops.patch_masks(views, target.box, grid, **rule)
         if shapes:
             masks = np.stack([self._outline(view, shapes, grid, rule) for view in views])
-        if sampled and t.crop and t.sampler == "reject" and t.fallback != "construct":
+        if sampled and t.sampler == "reject" and t.fallback != "construct":
             side, asked = self.index.tile_px, self.rules[number]
             masks[[not crops.shows(view, target.box, side, asked) for view in views]] = t.fallback == "full"
         return masks.reshape(len(views), -1)
@@ -228,7 +242,7 @@ def colour_rules(config: PretrainConfig) -> tuple[colour.ColourRule, ...]:
     first, second, local = (
         colour.ColourRule(
             v.brightness, v.contrast, v.saturation, v.hue, v.jitter_p, v.gray_p, v.blur_p[k], v.blur_sigma,
-            v.solarise_p if k == 1 else 0.0, v.stain_scale, v.stain_shift, v.stain_p,
+            v.solarise_p if k == 1 else 0.0, v.stain_scale, v.stain_shift, v.stain_p, v.hue_space,
         )
         for k in range(3)
     )  # fmt: skip

@@ -12,20 +12,22 @@ BoxChoice = Literal["uniform", "area", "label"]
 class Target(NamedTuple):
     """A target object: box float64 (4,) in tile px, and which of the tile's boxes it is made of, int64 (r,).
 
-    The whole tile is a target without rows.
+    whole: it is the whole tile, of which [OBJ] sees every patch.
     """
 
     box: np.ndarray
     rows: np.ndarray
-
-    @property
-    def whole(self) -> bool:
-        return len(self.rows) == 0
+    whole: bool = False
 
 
-def whole_tile(side_px: int) -> Target:
-    """The tile itself as target: [OBJ] sees every patch of every view."""
-    return Target(np.array([0.0, 0.0, side_px, side_px]), np.zeros(0, dtype=np.int64))
+def whole_tile(side_px: int, rows: np.ndarray | None = None) -> Target:
+    """The tile itself as target; rows: the boxes that nearly fill it, if it stands for those."""
+    return Target(np.array([0.0, 0.0, side_px, side_px]), np.zeros(0, dtype=np.int64) if rows is None else rows, True)
+
+
+def tile_share(box: np.ndarray, side_px: int) -> float:
+    """The share of a tile's area that a box (4,) covers."""
+    return float((box[2] - box[0]) * (box[3] - box[1])) / side_px**2
 
 
 def choose_box(

@@ -12,6 +12,7 @@ from torch import nn
 from annotations.errors import UserError
 from odis_path import __version__
 from odis_path.tensorfile import check_zip
+from odis_path.train.checks import with_old_values
 from odis_path.train.config import PretrainConfig, parse_config
 from tiling.atomic import atomic_path
 from tiling.checksums import DamagedError
@@ -72,7 +73,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise UserError(f"{path}: not a readable checkpoint ({' '.join(str(error).split())[:120]})") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path}: not an odis-path checkpoint; to start from other weights set model.weights={path}")
-    config = parse_config(content["config"], f"{path} (stored config)")
+    config = parse_config(with_old_values(content["config"]), f"{path} (stored config)")
     return Checkpoint(path, int(content["step"]), float(content["epoch"]), config, content)
 
 

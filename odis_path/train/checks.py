@@ -24,6 +24,31 @@ FREE = {
     "model.compile_blocks",
 }
 
+# Keys whose default is not what runs did before there were such keys; those runs keep to the old way.
+CAME_LATER: dict[str, dict[str, Any]] = {"target": {"whole_share": 1.0}}
+
+
+def with_old_values(stored: dict[str, Any]) -> dict[str, Any]:
+    """A stored configuration with what its run did in the place of keys that it lacks."""
+    filled = {section: {**keys, **_section(stored, section)} for section, keys in CAME_LATER.items()}
+    return {**stored, **filled}
+
+
+def _section(stored: dict[str, Any], name: str) -> dict[str, Any]:
+    part = stored.get(name)
+    return part if isinstance(part, dict) else {}
+
+
+def as_begun(config: PretrainConfig, stored: dict[str, Any]) -> tuple[PretrainConfig, list[str]]:
+    """A configuration under which a run that lacks some keys goes on as it began, and what was changed, as key=value."""
+    changed = []
+    for section, keys in CAME_LATER.items():
+        part = getattr(config, section)
+        old = {k: v for k, v in keys.items() if k not in _section(stored, section) and getattr(part, k) != v}
+        changed += [f"{section}.{key}={value:g}" for key, value in old.items()]
+        config = config.model_copy(update={section: part.model_copy(update=old)})
+    return config, changed
+
 
 def check_sizes(config: PretrainConfig, world: int) -> None:
     """UserError where batch and ranks do not divide."""

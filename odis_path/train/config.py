@@ -75,6 +75,9 @@ class TargetConfig(_Section):
     objects: int = Field(1, ge=1, description="objects a tile, each with an [OBJ] of its own")
     geometry: Literal["box", "polygon"] = Field("box", description="polygon: needs `annotate --polygons`")
     whole_tile_p: Share = Field(0.0, description="share of samples whose target is the whole tile")
+    whole_share: PositiveShare = Field(
+        0.8, description="a box of more than this share of the tile counts as the whole tile, with free crops; 1: none does"
+    )
     min_patches: float = Field(4.0, ge=1, description="a target spans at least this many patches of a mean global crop")
     containment: Literal["full", "fraction", "any"] = "full"
     fraction: PositiveShare = 0.5
@@ -106,6 +109,9 @@ class ViewConfig(_Section):
     contrast: Share = 0.4
     saturation: Share = 0.2
     hue: float = Field(0.1, ge=0, le=0.5, description="in turns; 0.5 is any hue")
+    hue_space: Literal["hsv", "yiq"] = Field(
+        "yiq", description="hsv: as torchvision, DINO and iBOT turn it; yiq: around the grey axis, 1.4 times as much on H&E"
+    )
     jitter_p: Share = 0.8
     gray_p: Share = 0.2
     blur_p: tuple[Share, Share, Share] = Field((1.0, 0.1, 0.5), description="first global, second global, locals")
@@ -115,12 +121,26 @@ class ViewConfig(_Section):
     stain_scale: float = Field(0.0, ge=0, lt=1, description="each stain's amount times 1 +- this")
     stain_shift: Share = Field(0.0, description="each stain's amount +- this, in optical density")
 
+    @model_validator(mode="after")
+    def _some_crop_fits(self) -> ViewConfig:
+        most = min(1.0, self.ratio[1], 1 / self.ratio[0])  # of the tile, by the squarest crop
+        for key in ("global_scale", "local_scale"):
+            if getattr(self, key)[0] > most:
+                raise ValueError(
+                    f"views.{key} begins at {getattr(self, key)[0]}, but no crop of views.ratio={list(self.ratio)} covers more "
+                    f"than {most:.2f} of a tile"
+                )
+        return self
+
 
 class MimConfig(_Section):
     """Which patches of the student's global views are hidden (iBOT)."""
 
     probability: Share = 0.5
     ratio: Annotated[tuple[Share, Share], Ordered] = (0.1, 0.5)
+    blocks: Literal["ibot", "filled"] = Field(
+        "filled", description="ibot: large blocks only, at most the ratio; filled: from 4 patches on, the rest patch by patch"
+    )
 
 
 class ModelConfig(_Section):
@@ -149,7 +169,10 @@ class HeadConfig(_Section):
     hidden_dim: int = Field(2048, ge=1)
     bottleneck_dim: int = Field(256, ge=1)
     layers: int = Field(3, ge=1)
-    norm_last_layer: bool = True
+    norm_last_layer: bool = Field(True, description="the gain of the prototypes stays 1; false: it is trained")
+    prototype_init: Literal["uniform", "normal"] = Field(
+        "normal", description="uniform: torch's Linear, rows of length 0.58 (DINO, iBOT); normal: of 0.02, rows of 0.32"
+    )
     shared: bool = Field(True, description="[OBJ] and patches share the head")
 
 
@@ -165,6 +188,9 @@ class LossConfig(_Section):
     teacher_temperature_epochs: NotNegative = 30
     centering: Literal["center", "sinkhorn"] = Field("center", description="sinkhorn: over one micro-batch of all ranks")
     center_momentum: Share = 0.9
+    patch_center: Literal["all", "hidden"] = Field(
+        "hidden", description="the center of patches is the mean of all patches of the globals (iBOT), or of hidden ones"
+    )
     sinkhorn_iterations: int = Field(3, ge=1)
     koleo_weight: NotNegative = Field(0.0, description="spreads the student's [OBJ] embeddings (DINOv2: 0.1)")
     kde_weight: NotNegative = Field(0.0, description="the same by a kernel density (Virchow2: 0.05)")
@@ -181,6 +207,7 @@ class OptimConfig(_Section):
     min_lr: NotNegative = 1e-6
     warmup_epochs: NotNegative = 10
     weight_decay: tuple[NotNegative, NotNegative] = (0.04, 0.4)
+    decay_gain: bool = Field(False, description="weight decay on the gain that head.norm_last_layer=false trains (DINO, iBOT)")
     clip: NotNegative = Field(3.0, description="0: off")
     clip_mode: Literal["per_parameter", "global"] = "per_parameter"
     freeze_last_layer_epochs: NotNegative = 1

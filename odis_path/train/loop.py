@@ -26,11 +26,11 @@ from odis_path.data.samples import TileSamples, kinds_of
 from odis_path.encode import FrozenEncoder
 from odis_path.losses import all_sum, counted_pairs
 from odis_path.train.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, load_into, save_checkpoint
-from odis_path.train.checks import check_sizes, check_views, config_difference, data_difference, data_facts
+from odis_path.train.checks import as_begun, check_sizes, check_views, config_difference, data_difference, data_facts
 from odis_path.train.compiling import compile_blocks, compiles
 from odis_path.train.config import PretrainConfig
 from odis_path.train.distributed import Ranks, any_rank, mean_of_ranks, start_ranks, stop_ranks
-from odis_path.train.monitor import KnnProbe
+from odis_path.train.monitor import IdentityWatch, KnnProbe, identity_pairs
 from odis_path.train.runlog import RunLog, record_start
 from odis_path.train.schedule import StepValues, step_values
 from odis_path.train.step import (
@@ -132,7 +132,8 @@ def prepare(config: PretrainConfig, ranks: Ranks) -> Run:
     compiled = compiles(config, ranks)
     if compiled:
         compile_blocks(student, teacher)
-    optimizer = torch.optim.AdamW(parameter_groups(student, config.optim.layer_decay), lr=0.0, fused=True)
+    groups = parameter_groups(student, config.optim.layer_decay, decay_gain=config.optim.decay_gain)
+    optimizer = torch.optim.AdamW(groups, lr=0.0, fused=True)
     wrapped: nn.Module = student
     if ranks.world > 1:
         ids = [ranks.device.index] if ranks.device.type == "cuda" else None
@@ -152,10 +153,12 @@ def prepare(config: PretrainConfig, ranks: Ranks) -> Run:
 
 def resume(run: Run, checkpoint: Checkpoint) -> None:
     """Put a checkpoint's state into a run. Raises UserError where it was made by another configuration, or on other tiles."""
+    run.config, kept = as_begun(run.config, checkpoint.state["config"])
     difference = config_difference(run.config, checkpoint.config)
     if difference:
         raise UserError(
-            f"{checkpoint.path}: was trained with {difference}; use the same configuration to go on, or another run.out"
+            f"{checkpoint.path}: was trained with {difference}; use the same configuration to go on (it lies in "
+            f"{run.folder / 'config.yaml'}), or another run.out"
         )
     if other := data_difference(run.data, checkpoint.state.get("data")):
         raise UserError(
@@ -167,7 +170,8 @@ def resume(run: Run, checkpoint: Checkpoint) -> None:
     run.optimizer.load_state_dict(checkpoint.state["optimizer"])
     run.step = checkpoint.step
     if run.ranks.first:
-        print(f"{run.folder}: going on from step {run.step} of {run.total_steps}", file=sys.stderr)
+        old = f", with {' '.join(kept)} as it began" if kept else ""
+        print(f"{run.folder}: going on from step {run.step} of {run.total_steps}{old}", file=sys.stderr)
 
 
 def write_run_files(run: Run, away: list[str]) -> None:
@@ -237,7 +241,7 @@ def steps(run: Run) -> Any:
         pin_memory=ranks.device.type == "cuda", worker_init_fn=one_thread,
     )  # fmt: skip
     batches = iter(loader)
-    since, waited, counted = time.perf_counter(), 0.0, 0
+    since, waited, counted, identical = time.perf_counter(), 0.0, 0, 0
     while run.step < run.total_steps:
         values = step_values(config, run.step, run.steps_per_epoch, run.total_steps)
         set_schedule(run.optimizer, values)
@@ -247,6 +251,7 @@ def steps(run: Run) -> Any:
         begin = time.perf_counter()
         micros = [next_batch(batches) for _ in range(o.accumulate)]
         waited += time.perf_counter() - begin
+        identical += sum(identity_pairs(batch["rects"]) for batch in micros)
         run.lost.update(i for batch in micros for i in batch["lost"].tolist() if i >= 0)
         pairs = pairs_of(micros, ranks) if len(micros) > 1 else None
         for number, batch in enumerate(micros, 1):
@@ -257,6 +262,7 @@ def steps(run: Run) -> Any:
         run.step += 1
         counted += 1
         if run.step % config.run.log_every_steps == 0 or run.step == run.total_steps:
+            sums["identity_pairs"] = torch.tensor(identical * ranks.world / (counted * o.batch_size), device=ranks.device)
             keys = sorted(sums)
             figures = mean_of_ranks(torch.stack([sums[key].float() for key in keys]), ranks).tolist()
             elapsed = time.perf_counter() - since
@@ -265,7 +271,7 @@ def steps(run: Run) -> Any:
                 "wd": values.weight_decay, "ema": values.ema, "teacher_temperature": values.teacher_temperature,
                 "images_per_s": counted * o.batch_size / elapsed, "data_wait_share": waited / elapsed,
             }  # fmt: skip
-            since, waited, counted = time.perf_counter(), 0.0, 0
+            since, waited, counted, identical = time.perf_counter(), 0.0, 0, 0
         else:
             yield None
 
@@ -282,6 +288,7 @@ def forward_backward(
     """Losses of one micro-batch and their gradients (reduced over ranks on the last one)."""
     config = run.config
     with_patches = config.loss.patch_weight > 0
+    patch_mean = config.loss.patch_center == "all" and config.loss.centering == "center"
     bf16 = config.optim.amp == "bf16" or (config.optim.amp == "auto" and run.ranks.device.type == "cuda")
     with torch.no_grad():
         views = make_views(batch, config, run.train.tile_px, run.ranks.device, compiled=run.compiled)
@@ -289,7 +296,7 @@ def forward_backward(
     with sync:
         with torch.autocast(run.ranks.device.type, torch.bfloat16, enabled=bf16):
             with torch.no_grad():
-                teacher = run.teacher(views, with_locals=False, hide=False, patches=with_patches)
+                teacher = run.teacher(views, with_locals=False, hide=False, patches=with_patches, mean=patch_mean)
             student = run.wrapped(views, with_locals=True, hide=with_patches, patches=with_patches)
         parts = run.criterion(teacher, student, views, values.teacher_temperature, pairs=pairs, last=last)
         (parts["loss"] / config.optim.accumulate).backward()
@@ -391,7 +398,7 @@ def open_log(run: Run) -> RunLog:
     return RunLog(
         run.folder, run.total_steps, active=ranks.first, first_step=run.step, title=f"pretraining {config.name}",
         prototypes=config.head.out_dim, warmup_steps=round(config.optim.warmup_epochs * run.steps_per_epoch),
-        trackers=open_trackers(config, run.step) if ranks.first else (),
+        trackers=open_trackers(config, run.step) if ranks.first else (), identity=IdentityWatch(config),
     )  # fmt: skip
 
 

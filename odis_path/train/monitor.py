@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
-from math import log
+from math import log, sqrt
 
 import numpy as np
+from torch import Tensor
 
 from annotations.errors import UserError
 from odis_path.data.dataset import TileIndex
 from odis_path.encode import FrozenEncoder, batches, encode
+from odis_path.train.config import PretrainConfig
 from tiling.slidefile import SlideFile, tile_labels
 
 _BATCH = 64
 COLLAPSE_SPREAD = 0.2  # of token_spread and embedding_spread: 1 spread over the sphere, 0 all equal
 ENTROPY_SHARES = (0.01, 0.99)  # of log K: below, the targets are single prototypes; above, they say nothing
 _CLEAR = 1.25  # a sign is over when its figure is this factor past the threshold: no flutter
+IDENTITY_SHARE = 0.05  # of pairs of global views that are one and the same crop
 _STRETCH = 0.1  # share of the run that a sign has to last before it is told ...
 _LONGEST_STRETCH = 2000  # ... but not more steps than this
 
@@ -142,3 +145,34 @@ class CollapseWatch:
     def _state(self, row: Mapping[str, float]) -> str:
         shown = ("token_spread", "embedding_spread", "teacher_entropy")
         return ", ".join(f"{key.replace('_', ' ')} {row[key]:.2f}" for key in shown if key in row)
+
+
+def identity_pairs(rects: Tensor) -> int:
+    """Samples whose two global views are the same rectangle of their tile, however turned and coloured: int (B, views, 6)."""
+    return int((rects[:, 0, :4] == rects[:, 1, :4]).all(1).sum())
+
+
+class IdentityWatch:
+    """Tells, once a run, when `identity_pairs` is above IDENTITY_SHARE over all steps so far, by more than chance explains."""
+
+    def __init__(self, config: PretrainConfig) -> None:
+        self.batch, self.share, self.scale = config.optim.batch_size, config.target.whole_share, config.views.global_scale
+        self.step = self.pairs = 0
+        self.identical = 0.0
+        self.told = False
+
+    def see(self, row: Mapping[str, float]) -> str | None:
+        """Look at a row of the log (it holds `step`); the line to show, or None."""
+        if "identity_pairs" not in row:
+            return None
+        pairs = (int(row["step"]) - self.step) * self.batch
+        self.step = int(row["step"])
+        self.pairs, self.identical = self.pairs + pairs, self.identical + row["identity_pairs"] * pairs
+        if self.told or self.identical - 2 * sqrt(self.identical) <= IDENTITY_SHARE * self.pairs:
+            return None
+        self.told = True
+        return (
+            f"step {self.step}: in {self.identical / self.pairs:.0%} of the samples so far both global views are the same crop "
+            f"of their tile: lower target.whole_share (now {self.share:g}), above which a box counts as the whole tile, or the "
+            f"start of views.global_scale (now {self.scale[0]:g} to {self.scale[1]:g})"
+        )

@@ -35,7 +35,8 @@ def print_run(checkpoint: Path) -> None:
     table.add_column("figure")
     table.add_column("last value", justify="right")
     parts = sorted(key for key in last if key.startswith("loss_"))
-    for key in ("step", "epoch", "loss", *parts, "knn_balanced_accuracy", "token_spread", "images_per_s", "data_wait_share"):
+    after = ("knn_balanced_accuracy", "token_spread", "identity_pairs", "images_per_s", "data_wait_share")
+    for key in ("step", "epoch", "loss", *parts, *after):
         if key in last:
             table.add_row(key.replace("_", " "), f"{last[key]:.4g}")
     console = Console()

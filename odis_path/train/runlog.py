@@ -14,7 +14,7 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from odis_path.train.monitor import COLLAPSE_SPREAD, CollapseWatch
+from odis_path.train.monitor import COLLAPSE_SPREAD, IDENTITY_SHARE, CollapseWatch, IdentityWatch
 from odis_path.train.tracking import Tracker
 from tiling.atomic import atomic_path
 
@@ -125,6 +125,8 @@ class Progress:
             parts.append(f"entropy {last['teacher_entropy']:.2f}" + (f" of {self.log_k:.2f}" if self.log_k else ""))
         if "token_spread" in last:
             parts.append(f"spread {last['token_spread']:.2f}")
+        if last.get("identity_pairs", 0.0) > IDENTITY_SHARE:
+            parts.append(f"identity pairs {last['identity_pairs']:.0%}")
         if "images_per_s" in last:
             parts.append(f"{last['images_per_s']:.0f} tiles/s")
         if "data_wait_share" in last:
@@ -143,6 +145,8 @@ class Progress:
         low = last.get("token_spread", 1.0) < COLLAPSE_SPREAD
         spread = f"LOW: below {COLLAPSE_SPREAD}" if low else f"low below {COLLAPSE_SPREAD}"
         found.append(("token spread", "token_spread", "{:.2f}", spread))
+        many = "MANY: see target.whole_share" if last.get("identity_pairs", 0.0) > IDENTITY_SHARE else ""
+        found.append(("identity pairs", "identity_pairs", "{:.1%}", many))
         found.append(("learning rate", "lr", "{:.2e}", ""))
         found.append(("tiles/s", "images_per_s", "{:.0f}", ""))
         much = last.get("data_wait_share", 0.0) > _MUCH_WAITING
@@ -216,22 +220,25 @@ class RunLog:
     """`train.jsonl` (one JSON object a line), what the user sees, and the trackers, on rank 0; other ranks stay silent.
 
     prototypes: K, size of the head's output; its log is the greatest teacher entropy. warmup_steps: no collapse is told before.
+    identity: watches for global views that are the same crop.
     """
 
     def __init__(
         self, folder: Path, total_steps: int, *, active: bool, first_step: int, title: str, prototypes: int = 0,
-        warmup_steps: int = 0, trackers: Sequence[Tracker] = (),
+        warmup_steps: int = 0, trackers: Sequence[Tracker] = (), identity: IdentityWatch | None = None,
     ) -> None:  # fmt: skip
         self.active = active
         if not active:
             return
         self._trackers = list(trackers)
-        self._watch = CollapseWatch(total_steps, warmup_steps=warmup_steps, prototypes=prototypes)
-        self.progress = Progress(total_steps, first_step, title, self._watch.log_k)
+        collapse = CollapseWatch(total_steps, warmup_steps=warmup_steps, prototypes=prototypes)
+        self._watches: list[CollapseWatch | IdentityWatch] = [collapse, identity] if identity else [collapse]
+        self.progress = Progress(total_steps, first_step, title, collapse.log_k)
         folder.mkdir(parents=True, exist_ok=True)
         for row in _forget_after(folder / "train.jsonl", first_step):
             self.progress.take(row, old=True)
-            self._watch.see(row)
+            for watch in self._watches:
+                watch.see(row)
         self._file = (folder / "train.jsonl").open("a", encoding="utf-8")
         self._lock = threading.RLock()
         self._printed: float | None = None
@@ -259,9 +266,9 @@ class RunLog:
             self._table = LiveTable(self.progress, self._lock)
         if not self._live and (self._printed is None or now - self._printed > _QUIET_SECONDS):
             self._say_line(now)
-        message = self._watch.see(row)
-        if message:
-            self.warn(message)
+        for watch in self._watches:
+            if message := watch.see(row):
+                self.warn(message)
 
     def warn(self, text: str) -> None:
         """One line to the user, above the table."""

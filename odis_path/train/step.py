@@ -39,12 +39,14 @@ class Views(NamedTuple):
 class Encoded(NamedTuple):
     """Head outputs: obj (V, B, K) [OBJ] logits, patches (n,) logits of the hidden patches (None without patch loss).
 
-    token: (2, B, D) embeddings of the first [OBJ] of the global views, before the head.
+    token: (2, B, D) embeddings of the first [OBJ] of the global views, before the head. patch_mean: (P,) mean logits of all
+    patches of the global views, where asked for.
     """
 
     obj: Tensor
     patches: Tensor | None
     token: Tensor
+    patch_mean: Tensor | None = None
 
 
 class Network(nn.Module):
@@ -56,8 +58,8 @@ class Network(nn.Module):
         self.head = head
         self.patch_head = patch_head  # None: shared with [OBJ]
 
-    def forward(self, views: Views, *, with_locals: bool, hide: bool, patches: bool) -> Encoded:
-        """hide: replace hidden patches by the mask token (the student); patches: project the hidden patches."""
+    def forward(self, views: Views, *, with_locals: bool, hide: bool, patches: bool, mean: bool = False) -> Encoded:
+        """hide: replace hidden patches by the mask token (the student); patches: project the hidden patches; mean: of all."""
         batch = views.seen.shape[1]
         tokens = self.encoder(views.globals_, views.mask_global, views.hidden if hide else None)
         objects = [by_object(tokens.obj)]
@@ -67,8 +69,14 @@ class Network(nn.Module):
         logits = self.head(every)
         if not patches:
             return Encoded(logits, None, every[:2, :, 0])
-        chosen = tokens.patches.flatten(0, 1)[views.hidden_rows]
-        return Encoded(logits, (self.patch_head or self.head)(chosen), every[:2, :, 0])
+        head, flat = self.patch_head or self.head, tokens.patches.flatten(0, 1)
+        if not mean:
+            return Encoded(logits, head(flat[views.hidden_rows]), every[:2, :, 0])
+        embedded = head.embed(flat)
+        hidden = head.last_layer(embedded[views.hidden_rows])
+        with torch.autocast(flat.device.type, enabled=False):  # the last layer is linear: the mean goes through it once
+            average = head.last_layer(embedded.to(head.last_layer.weight.dtype).mean(0))
+        return Encoded(logits, hidden, every[:2, :, 0], average)
 
 
 def by_object(obj: Tensor) -> Tensor:
@@ -104,7 +112,7 @@ def build_network(
     def head() -> DinoHead:
         return DinoHead(
             encoder.embed_dim, h.out_dim, hidden_dim=h.hidden_dim, bottleneck_dim=h.bottleneck_dim, layers=h.layers,
-            norm_last_layer=h.norm_last_layer,
+            norm_last_layer=h.norm_last_layer, prototype_init=h.prototype_init,
         )  # fmt: skip
 
     network = Network(encoder, head(), head() if config.loss.patch_weight and not h.shared else None)
@@ -223,7 +231,7 @@ class Criterion(nn.Module):
             loss = loss + c.image_weight * parts["image"]
         if c.centering == "center":
             self.obj_center.add(logits.flatten(0, 1), weight.flatten())
-        parts["patch"] = self.patch_loss(teacher.patches, student.patches, views, temperature, loss.new_zeros(()))
+        parts["patch"] = self.patch_loss(teacher, student.patches, views, temperature, loss.new_zeros(()))
         loss = loss + c.patch_weight * parts["patch"]
         spread = partial(self.spread, student.token, views.seen[:2, :, 0].to(seen.dtype))
         if c.koleo_weight:
@@ -252,10 +260,12 @@ class Criterion(nn.Module):
         views = zip(tokens, seen, strict=True)
         return torch.stack([measure(token, weight=weight, rows=len(token)) for token, weight in views]).mean()
 
-    def patch_loss(
-        self, teacher: Tensor | None, student: Tensor | None, views: Views, temperature: float, nothing: Tensor
-    ) -> Tensor:
-        """L_patch on hidden patches, or on those of them that lie in an object; `nothing` where it is off."""
+    def patch_loss(self, encoded: Encoded, student: Tensor | None, views: Views, temperature: float, nothing: Tensor) -> Tensor:
+        """L_patch on hidden patches, or on those of them that lie in an object; `nothing` where it is off.
+
+        encoded: what the teacher says.
+        """
+        teacher, mean = encoded.patches, encoded.patch_mean
         if teacher is None or student is None:
             return nothing
         images, patches = views.hidden.shape
@@ -267,8 +277,10 @@ class Criterion(nn.Module):
         target = self.targets(self.patch_center, teacher, temperature, keep)
         if keep is not None:
             target = target * keep[:, None].to(target.dtype)  # a zero target row adds nothing
-        if self.config.centering == "center":
+        if self.config.centering == "center" and mean is None:
             self.patch_center.add(teacher, keep)
+        elif mean is not None:
+            self.patch_center.add(mean[None])  # every rank and micro-batch has as many patches
         return self.masked_patch_loss(target, student, rows // patches, images, self.config.student_temperature, counted.sum(1))
 
 
@@ -281,8 +293,10 @@ def token_spread(obj: Tensor) -> Tensor:
     return unit.std(-2, unbiased=False).mean() * sqrt(unit.shape[-1])
 
 
-def parameter_groups(network: Network, layer_decay: float = 1.0) -> list[dict[str, Any]]:
+def parameter_groups(network: Network, layer_decay: float = 1.0, *, decay_gain: bool = False) -> list[dict[str, Any]]:
     """AdamW groups: no weight decay on biases and 1-D parameters as in iBOT; layer-wise learning rates as in BEiT.
+
+    decay_gain: the gain of the last layer decays too; iBOT's is a column, and so not 1-D.
 
     A block's rate is layer_decay times the next one's; heads, [OBJ] extras and the last norm have the full rate, tokens,
     position and patch embedding that of a block before the first.
@@ -291,7 +305,7 @@ def parameter_groups(network: Network, layer_decay: float = 1.0) -> list[dict[st
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:
-            decays = parameter.ndim > 1 and not name.endswith(".bias")
+            decays = (parameter.ndim > 1 and not name.endswith(".bias")) or (decay_gain and name.endswith("last_layer.gain"))
             groups.setdefault((decays, layer_decay ** (depth + 1 - layer_of(name, depth))), []).append(parameter)
     return [{"params": found, "decays": decays, "lr_scale": scale} for (decays, scale), found in groups.items()]
 

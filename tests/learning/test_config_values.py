@@ -34,6 +34,8 @@ WRONG = [
     "data.mean=[123,117,104]", "data.std=[58,57,57]", "target.mask_margin=1e20", "views.ratio=[0,1]", "views.hue=0.6",
     "views.stain_scale=1", "views.blur_p=[2,0,0]", "views.blur_p=[0,0,-1]", "mim.ratio=[0.5,2]", "optim.epochs=1e15",
     "loss.teacher_temperature=[0,0.07]", "loss.teacher_temperature=[-0.04,0.07]", "optim.lr=0", "optim.weight_decay=[-1,0]",
+    "target.whole_share=0", "target.whole_share=1.5", "mim.blocks=beit", "loss.patch_center=none", "head.prototype_init=zero",
+    "views.hue_space=lab", "optim.decay_gain=2",
     "optim.ema=[1.5,2]", "optim.ema=[0.9,-1]", "run.seed=18446744073709551616", "run.out=", "run.out=''",
 ]  # fmt: skip
 
@@ -58,6 +60,11 @@ def test_a_wrong_value_is_one_line_that_names_its_key(override: str) -> None:
         ("optim.epochs=.inf", "optim.epochs is inf: Input should be a finite number"),
         ("loss.patch_in_box_only=true target.mask=false", "loss.patch_in_box_only=true needs target.mask=true"),
         ("loss.obj_weight=0 loss.patch_weight=0", "nothing to train"),
+        (
+            "views.ratio=[2,3] views.global_scale=[0.9,1]",
+            "views.global_scale begins at 0.9, but no crop of views.ratio=[2.0, 3.0]",
+        ),
+        ("views.ratio=[0.2,0.3] views.local_scale=[0.5,1]", "covers more than 0.30 of a tile"),
         ("loss.obj_weight=0 mim.probability=0", "nothing to train"),
         ("loss.obj_weight=0 mim.ratio=[0,0]", "nothing to train"),
     ],
@@ -71,6 +78,7 @@ def test_the_line_says_which_value_and_what_would_be_right(overrides: str, words
     [
         "views.ratio=[1,1]", "views.blur_sigma=[0,0]", "views.hue=0.5", "views.brightness=1", "mim.ratio=[0,1]",
         "data.std=[1,1,1]", "data.mean=[0,0,0]", "data.workers=0", "optim.ema=[1,1]", "optim.weight_decay=[0.4,0.04]",
+        "target.whole_share=1", "views.local_scale=[1,1]",
         "optim.clip=0", "optim.min_lr=0", "views.local_count=0", "loss.patch_in_box_only=true",
     ],
 )  # fmt: skip

@@ -96,6 +96,7 @@ def forward_in_double(run: loop.Run, batch: dict[str, Any], scheduled: Any) -> d
     ("objects", "loss", "steps"),
     [
         (1, {}, 20),
+        (1, {"patch_center": "all"}, 4),
         (
             3,
             {"centering": "sinkhorn", "koleo_weight": 0.1, "kde_weight": 0.1, "image_weight": 0.5, "patch_in_box_only": True},

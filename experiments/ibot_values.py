@@ -1,0 +1,113 @@
+"""Which of iBOT's published values to take for slides: each alone, and all, against this project's, on one set of tiles.
+
+    odis-path import TILES --out tiles72 --no-mpp --size 72 --fit squash --shard 100      # class folders
+    python experiments/ibot_values.py tiles72 --seeds 0,1 --json experiments/results/ibot_values.json
+
+A small ViT with the colours of the demo on free crops, minutes on a CPU a run; k-NN of the teacher on tiles of slide files
+that it did not train on. Runs this small tell what breaks, not what is best by a point: the difference is to the first row, the
+mean over seeds, and its standard error is over tiles alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from odis_path.data.dataset import index_tiles
+from odis_path.encode import batches, encode, load_encoder
+from odis_path.evaluate.knn import knn_scores
+from odis_path.train.config import load_config
+from odis_path.train.loop import pretrain
+from odis_path.train.monitor import read_tiles
+
+SMALL = [
+    "target.crop=false", "target.mask=false", "data.boxless=keep", "data.workers=0", "loss.patch_weight=1",
+    "views.global_size=36", "views.global_scale=[0.3,1]",
+    "model.kwargs={img_size: 36, patch_size: 4, embed_dim: 64, depth: 4, num_heads: 4}",
+    "eval.every_epochs=0", "run.save_every_epochs=1000", "run.device=cpu",
+]  # fmt: skip
+GAIN = ["head.norm_last_layer=false", "optim.decay_gain=true"]
+VARIANTS: dict[str, list[str]] = {
+    "this project's values": [],
+    "views.hue_space=hsv": ["views.hue_space=hsv"],
+    "mim.blocks=ibot": ["mim.blocks=ibot"],
+    "loss.patch_center=all": ["loss.patch_center=all"],
+    "head.prototype_init=uniform": ["head.prototype_init=uniform"],
+    "the gain trained and decayed": GAIN,
+}  # fmt: skip
+VARIANTS["all of iBOT's"] = [key for keys in list(VARIANTS.values()) for key in keys]
+
+
+def labels_of(folder: Path) -> dict[tuple[str, int, int], str]:
+    """The class of each tile by slide id, x and y."""
+    with (folder / "labels.csv").open(newline="", encoding="utf-8") as file:
+        return {(row["slide_id"], int(row["x"]), int(row["y"])): row["label"] for row in csv.DictReader(file)}
+
+
+def run(tiles: Path, keys: list[str], seed: int, epochs: float, away: list[str]) -> tuple[np.ndarray, float]:
+    """Train one variant: which of the held-out tiles its k-NN gets right, bool (n,), and CPU seconds."""
+    from tiling.slidefile import SlideFile
+
+    begin = time.process_time()
+    with tempfile.TemporaryDirectory() as out:
+        fixed = [f"data.tiles={tiles}", f"run.out={out}", f"run.seed={seed}", f"optim.epochs={epochs}"]
+        config = load_config("demo", [*SMALL, *fixed, f"data.holdout_patients={json.dumps(away)}", *keys])
+        encoder = load_encoder(str(pretrain(config)), device="cpu")
+    index, known = index_tiles(tiles), labels_of(tiles)
+    parts = []
+    for inside in (False, True):
+        some = index.of_patients(set(away), inside=inside)
+        names = []
+        for slide, row in zip(some.slide, some.row, strict=True):
+            with SlideFile(some.paths[slide]) as file:
+                names.append(known[file.slide_id, *map(int, file.coords[row])])
+        pixels = read_tiles(some)
+        parts.append((np.concatenate([encode(encoder, pixels[s]) for s in batches(len(pixels), 64)]), np.array(names)))
+    (gallery, known_names), (queries, names) = parts
+    classes, numbers = np.unique(known_names, return_inverse=True)
+    chosen = classes[knn_scores(gallery, numbers, queries, len(classes), 20).argmax(1)]
+    return chosen == names, time.process_time() - begin
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tiles", type=Path, help="folder of slide files of a class-folder import, with its labels.csv")
+    parser.add_argument("--seeds", default="0,1")
+    parser.add_argument("--epochs", type=float, default=2)
+    parser.add_argument("--variants", help="some of: " + "; ".join(VARIANTS) + " (separated by ;)")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    slides = sorted(index_tiles(options.tiles).slide_ids)
+    away = slides[::4]
+    names = options.variants.split(";") if options.variants else list(VARIANTS)
+    seeds = [int(seed) for seed in options.seeds.split(",")]
+    found: dict[str, Any] = {}
+    right: dict[str, np.ndarray] = {}
+    for name in names:
+        runs = [run(options.tiles, VARIANTS[name], seed, options.epochs, away) for seed in seeds]
+        right[name] = np.stack([hits for hits, _ in runs])
+        gap = (right[name].astype(float) - right[names[0]]).mean(0)
+        found[name] = {
+            "accuracy": right[name].mean(1).tolist(), "difference": float(gap.mean()),
+            "error": float(gap.std() / len(gap) ** 0.5), "cpu_seconds": [seconds for _, seconds in runs],
+        }  # fmt: skip
+        row = found[name]
+        points = " ".join(f"{value:.3f}" for value in row["accuracy"])
+        spent = sum(row["cpu_seconds"])
+        print(f"{name:<30} {points}   {row['difference']:+.3f} +- {row['error']:.3f}   {spent:.0f} s", flush=True)
+        if options.json:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            options.json.write_text(json.dumps({"epochs": options.epochs, "seeds": seeds, "variants": found}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
