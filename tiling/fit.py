@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -16,8 +16,7 @@ from tiling.imagelist import TIFF_EXTENSIONS
 from tiling.mpp import Mpp, mpp_of
 from tiling.readers import MAX_IMAGE_PIXELS, _flattened, as_rgb
 from tiling.slide import Slide
-from tiling.tiffpage import ORIENTATION
-from tiling.upright import TURNS
+from tiling.upright import TURNS, exif_orientation
 
 Fit = Literal["tiles", "crop", "squash"]
 FITS = ("tiles", "crop", "squash")
@@ -111,12 +110,6 @@ def _decoded_jpeg(data: bytes, part: FitMap, stored: tuple[int, int]) -> tuple[n
     except ValueError:
         return None, 1
     return (rgb, shrunk) if rgb.shape[:2] == (height, width) else (None, 1)
-
-
-def exif_orientation(image: Any) -> int:
-    """How an image of Pillow's is to be turned to stand upright, 1 to 8; 1 of a TIFF, which Pillow turns itself."""
-    value = image.getexif().get(ORIENTATION, 1) if image.format != "TIFF" else 1
-    return value if value in range(1, 9) else 1
 
 
 def plain_jpeg(path: Path) -> bytes | None:

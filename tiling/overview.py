@@ -13,6 +13,7 @@ from tiling.grid import GridPlan, tissue_fractions
 from tiling.readers import MAX_IMAGE_PIXELS
 from tiling.slide import Slide, SlideInfo, slide_stem
 from tiling.tissue import BLACK_OVERVIEW, check_brightness, is_black, is_dark, rasterise, tissue_mask, tissue_outlines
+from tiling.upright import TURNS, exif_orientation
 from tiling.urls import file_name
 
 OUTLINE_SUFFIXES = (".geojson", ".json", ".geojson.gz", ".json.gz", ".geojson.zip", ".zip")
@@ -107,13 +108,14 @@ def read_outlines(
 
 def read_mask(path: Path, info: SlideInfo, shape: tuple[int, int]) -> np.ndarray:
     """An image of the whole slide, not 0 where a pixel is marked -> bool `shape`. Raises UserError for other proportions."""
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     Image.MAX_IMAGE_PIXELS = MAX_IMAGE_PIXELS
     try:
         with Image.open(path) as image:
-            ImageOps.exif_transpose(image, in_place=True)
+            turn = TURNS[exif_orientation(image)]
             marked = np.asarray(image if image.mode in ("1", "L", "P", "I", "I;16", "F") else image.convert("RGB")) != 0
+            marked = turn.array(marked)
     except Image.DecompressionBombError:
         most = f"{2 * MAX_IMAGE_PIXELS:,} pixels"  # up to which Pillow warns
         raise UserError(f"{path}: a mask of more than {most}: save it smaller, it may have any size") from None

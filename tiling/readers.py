@@ -26,7 +26,7 @@ from tiling.tiffpage import (
     pages_of,
     size_of,
 )
-from tiling.upright import UprightReader
+from tiling.upright import TURNS, UprightReader, exif_orientation
 from tiling.urls import shown, url_of
 
 CACHE_BYTES = 192 << 20  # decoded tiles OpenSlide keeps: some tile rows of a wide slide, so that none is decoded twice
@@ -135,7 +135,7 @@ class ImageReader:
     orientation = 1
 
     def __init__(self, path: Path) -> None:
-        from PIL import Image, ImageOps
+        from PIL import Image
 
         Image.MAX_IMAGE_PIXELS = MAX_IMAGE_PIXELS
         self.properties: Mapping[str, Any] = {}
@@ -150,8 +150,8 @@ class ImageReader:
             if tags.get(PLANES, 1) == 2 and tags.get(COMPRESSION) == 1 and max(tags.get(BITS, (8,))) > 8:
                 raise ValueError(f"Pillow mixes up channels of 16 bits stored apart and not compressed: {DEPTHS_READ}")
             photometric = tags.get(PHOTOMETRIC)
-            ImageOps.exif_transpose(image, in_place=True)  # of a TIFF, to load it turns it already
-            pixels = np.asarray(_flattened(image))
+            turn = TURNS[exif_orientation(image)]
+            pixels = turn.array(np.asarray(_flattened(image)))
             self._rgb = as_rgb(65535 - pixels if photometric == MINISWHITE and pixels.dtype.itemsize == 2 else pixels)
         self.tags_only = True  # of the dpi an image editor may have written
         self.level_dimensions: tuple[tuple[int, int], ...] = ((self._rgb.shape[1], self._rgb.shape[0]),)

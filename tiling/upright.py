@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tiling.tiffpage import Empty
+from tiling.tiffpage import ORIENTATION, Empty
 
 if TYPE_CHECKING:
     from tiling.readers import Reader
@@ -54,6 +54,20 @@ TURNS = {  # orientation -> what sets it upright
     7: Turn(flip_x=True, flip_y=True, swap=True),
     8: Turn(flip_x=True, swap=True),
 }
+
+
+def exif_orientation(image: Any) -> int:
+    """How an image of Pillow's is to be turned to stand upright, 1 to 8; 1 where it says nothing that can be read.
+
+    1 of a TIFF as well: Pillow turns those as it loads them.
+    """
+    if image.format == "TIFF":
+        return 1
+    try:
+        value = image.getexif().get(ORIENTATION, 1)
+        return int(value) if value in TURNS else 1
+    except Exception:  # of damaged EXIF, many; where the pixels are damaged, whoever decodes them tells
+        return 1
 
 
 class UprightReader:

@@ -97,7 +97,7 @@ def test_every_reader_shows_a_tiff_upright_or_refuses_it(
     assert not any("\n" in line for line in refused.values())
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("orientation", [1, 2, 6, 7])
 @pytest.mark.parametrize("kind", ["tiles lzw", "tiles jpeg", "strips"])
 @pytest.mark.parametrize("subifds", [False, True])
 def test_all_levels_of_a_pyramid_are_upright(
@@ -116,7 +116,7 @@ def test_all_levels_of_a_pyramid_are_upright(
     assert away(whole, average) < 1.5
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("orientation", [1, 3, 5, 8])
 @pytest.mark.parametrize("kind", ["tiles lzw", "tiles jpeg", "strips"])
 def test_tiles_and_parts_lie_where_the_upright_picture_has_them(
     tmp_path: Path, stored: np.ndarray, kind: str, orientation: int
@@ -247,7 +247,7 @@ def test_photographs_are_shown_upright_by_scan_and_tile(
             assert away(file.tile(i), upright[y : y + 100, x : x + 100]) < 2
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("orientation", [1, 2, 6, 8])
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif"])
 @pytest.mark.parametrize("fit", ["tiles", "crop"])
 def test_import_shows_images_upright(tmp_path: Path, stored: np.ndarray, suffix: str, fit: str, orientation: int) -> None:
@@ -285,6 +285,21 @@ def test_boxes_of_an_import_refer_to_the_upright_image(tmp_path: Path, stored: n
         inside = file.tile(0)[y0 + 4 : y1 - 4, x0 + 4 : x1 - 4]
     assert (x1 - x0, y1 - y0) == (50, 100)  # cut off at the tile's lower edge
     assert inside.max() < 20
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp"])
+@pytest.mark.parametrize("exif", [b"garbage", b"", b"II*\0\xff\xff\xff\xff", b"II*\0\x08\0\0\0\x05\0\x12\x01\x03\0"])
+def test_damaged_exif_turns_and_costs_nothing(tmp_path: Path, stored: np.ndarray, suffix: str, exif: bytes) -> None:
+    square = np.ascontiguousarray(stored[:256, 100:356])
+    path = tmp_path / f"a{suffix}"
+    Image.fromarray(square).save(path, exif=b"Exif\0\0" + exif, quality=95)
+    for fit in ("tiles", "crop"):
+        (outcome,) = import_images(path, tmp_path / fit, mpp=0.5, size_px=256, fit=fit)
+        assert outcome.ok, outcome.message
+        (made,) = (tmp_path / fit).glob("*.h5")
+        with SlideFile(made) as file:
+            assert away(file.tile(0), square) < 3
 
 
 def test_a_tiff_under_another_name_is_turned_once(tmp_path: Path, stored: np.ndarray) -> None:

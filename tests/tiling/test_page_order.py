@@ -71,7 +71,7 @@ def check_is_the_largest(path: Path, picture: np.ndarray, reader: str = "auto", 
 
 @pytest.mark.parametrize("order", itertools.permutations(range(3)))
 @pytest.mark.parametrize("kind", STORED)
-@pytest.mark.parametrize("flagged", ["no page", "smaller pages", "all but the first", "all"])
+@pytest.mark.parametrize("flagged", ["no page", "smaller pages", "all but the first"])
 def test_pages_in_any_order_however_they_are_marked(
     tmp_path: Path, levels: list[np.ndarray], order: tuple[int, ...], kind: str, flagged: str
 ) -> None:
@@ -79,7 +79,6 @@ def test_pages_in_any_order_however_they_are_marked(
         "no page": [0, 0, 0],
         "smaller pages": [int(level > 0) for level in order],
         "all but the first": [0, 1, 1],
-        "all": [1, 1, 1],
     }[flagged]
     path = write(tmp_path / "a.tif", [levels[i] for i in order], flags, [kind] * 3)
     note = check_is_the_largest(path, levels[0])
