@@ -124,6 +124,8 @@ def _from_timm(source: str, where: torch.device, random_weights: bool, pool: str
     how = "as asked" if pool else f"as {start.published.name} is used" if start.published else "as trained"
     if pool is None and start.pool == "":
         how = "its config names none"
+    if start.norm_assumed:
+        how += "; mean and std of ImageNet, as its config.json states none"
     module = wrapped(start, embedding_pool(start, source, pool), where=source)
     assert start.norm is not None
     mean, std = start.norm

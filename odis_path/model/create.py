@@ -30,7 +30,7 @@ class Start:
     vit: on the CPU. pool: as the model was trained, or as its authors pool it; a word of timm that odis-path has no equal of
     (max, avgmax, prr, or "" where nothing says it) stays as it is. trained_px: side of the images trained on, None where
     nothing says it. norm: mean and std of pixels that the model wants, None where nothing says it. report: what was loaded.
-    published: what is known of the model by its name.
+    published: what is known of the model by its name. norm_assumed: norm is ImageNet's, for want of a word in config.json.
     """
 
     vit: Any
@@ -39,6 +39,7 @@ class Start:
     norm: tuple[RGB, RGB] | None = None
     report: LoadReport | None = None
     published: Published | None = None
+    norm_assumed: bool = False
 
 
 def create_vit(
@@ -87,7 +88,8 @@ def create_vit(
     if known is not None and vit.cls_token is not None and vit.global_pool in ("token", ""):
         pool = POOL_WORDS[known.pool]
     norm = None if weights not in (None, "timm") and known is None else _norm_of_pixels(vit, folder, known)
-    return Start(vit, pool, _trained_px(vit, report, known), norm, report, known)
+    assumed = folder is not None and known is None and not folder.states_norm
+    return Start(vit, pool, _trained_px(vit, report, known), norm, report, known, assumed)
 
 
 def _layers(known: Published | None, gated: bool) -> dict[str, Any]:
@@ -220,7 +222,7 @@ def _trained_px(vit: Any, report: LoadReport | None, known: Published | None) ->
 def _norm_of_pixels(vit: Any, folder: HubFolder | None, known: Published | None) -> tuple[RGB, RGB]:
     """Mean and std of pixels: as config.json states them, else as the model's authors do, else timm's."""
     cfg = vit.pretrained_cfg
-    if known is not None and not (folder is not None and {"mean", "std"} <= folder.stated):
+    if known is not None and not (folder is not None and folder.states_norm):
         return known.norm
     return tuple(cfg["mean"]), tuple(cfg["std"])
 

@@ -28,14 +28,14 @@ class HubFolder:
     """A folder in the form of the hub.
 
     arguments: of timm.create_model, from `model_args`. global_pool: how the model was pooled, as
-    its config says it ("token", "avg", ...), None where it does not. stated: the keys of `pretrained_cfg` that it gives.
+    its config says it ("token", "avg", ...), None where it does not. states_norm: its config gives mean and std of pixels.
     """
 
     path: Path
     architecture: str
     arguments: dict[str, Any]
     global_pool: str | None
-    stated: frozenset[str]
+    states_norm: bool
 
     @property
     def weights(self) -> Path:
@@ -90,8 +90,12 @@ def hub_folder(source: str) -> HubFolder | None:
     for key, value in (("model_args", arguments), ("pretrained_cfg", stated)):
         if not isinstance(value, dict):
             raise UserError(f"{file}: {key} is {type(value).__name__}, not an object")
+    for key in ("mean", "std"):
+        values = stated.get(key, [1, 1, 1])
+        if not (isinstance(values, list) and len(values) == 3 and all(isinstance(one, int | float) for one in values)):
+            raise UserError(f"{file}: {key} is {values!r}, not three numbers")
     pool = arguments.get("global_pool", config.get("global_pool"))
-    return HubFolder(path, config["architecture"], arguments, pool, frozenset(stated))
+    return HubFolder(path, config["architecture"], arguments, pool, {"mean", "std"} <= stated.keys())
 
 
 def _weights_in(folder: Path) -> Path:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +223,14 @@ def test_a_config_without_pooling_takes_the_class_token_and_says_so(tmp_path: Pa
     assert "pooling cls (its config names none)" in encoder.about(32)
 
 
+def test_mean_and_std_that_config_does_not_state_are_said_to_be_assumed(tmp_path: Path) -> None:
+    source, _ = hub_folder(tmp_path / "model", "vit_tiny_patch16_224")
+    assert "ImageNet" not in load_encoder(source, device="cpu").about(32)
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "pretrained_cfg": {"num_classes": 1000}}))
+    assert "mean and std of ImageNet, as its config.json states none" in load_encoder(source, device="cpu").about(32)
+
+
 BOX = np.array([[0, 8, 16, 32], [8, 8, 24, 16], [0, 0, 32, 32]], dtype=np.float32)  # whole patches of 8 px
 
 
@@ -353,61 +359,3 @@ def test_random_weights_are_of_the_same_architecture_and_pooled_alike(tmp_path: 
     assert (encoder.pool, encoder.name) == ("mean", f"random:{source}")
     shapes = {key: value.shape for key, value in model.state_dict().items() if not key.startswith("head.")}
     assert {key: value.shape for key, value in encoder.module.vit.state_dict().items()} == shapes
-
-
-BAD_FOLDERS = {
-    "no folder": (lambda f: None, "no such folder"),
-    "no config": (lambda f: f.mkdir(), r"config\.json: not there"),
-    "no JSON": (lambda f: write(f, "{"), r"config\.json: cannot be read as JSON"),
-    "a list": (lambda f: write(f, "[]"), "names no architecture"),
-    "transformers": (lambda f: write(f, '{"model_type": "dinov2"}'), "it describes dinov2 of transformers"),
-    "arguments": (lambda f: write(f, '{"architecture": "vit_tiny_patch16_224", "model_args": 3}'), "model_args is int"),
-    "no weights": (lambda f: write(f, '{"architecture": "vit_tiny_patch16_224"}'), "no file of weights"),
-    "two": (lambda f: write(f, '{"architecture": "vit_tiny_patch16_224"}', "a.pth", "b.pth"), "2 files of weights"),
-}
-
-
-def write(folder: Path, config: str, *files: str) -> None:
-    folder.mkdir()
-    (folder / "config.json").write_text(config)
-    for name in files:
-        (folder / name).touch()
-
-
-@pytest.mark.parametrize("kind", BAD_FOLDERS)
-def test_a_folder_that_cannot_be_used_is_told_before_torch_is_loaded(kind: str, tiny_tiles: Path, tmp_path: Path) -> None:
-    make, words = BAD_FOLDERS[kind]
-    make(tmp_path / "model")
-    with pytest.raises(UserError, match=words):
-        embed_cohort(tiny_tiles, f"local-dir:{tmp_path / 'model'}", tmp_path / "out")
-    if kind not in ("transformers", "no weights"):
-        return
-    program = "import sys; from odis_path.cli import main\ntry: main()\nfinally: print('torch' in sys.modules, file=sys.stderr)"
-    command = ["embed", str(tiny_tiles), "--checkpoint", f"local-dir:{tmp_path / 'model'}", "--out", str(tmp_path / "out")]
-    done = subprocess.run([sys.executable, "-c", program, *command], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1] == "False"
-    assert "Traceback" not in done.stderr
-
-
-def test_options_and_weights_files_that_cannot_be_are_told_before_torch_is_loaded(tiny_tiles: Path, tmp_path: Path) -> None:
-    (tmp_path / "uni.bin").touch()
-    program = (
-        "import sys; from pathlib import Path; from annotations.errors import UserError\n"
-        "from odis_path.embed_job import check_options\n"
-        "for options in ({'pool': 'max'}, {'resize': 0}, {'mode': 'halo'}, {'level': 'patch'}, {'dtype': 'int8'},\n"
-        "                {'kinds': 'x'}, {'checkpoint': sys.argv[1]}, {'checkpoint': 'none.pt'},\n"
-        "                {'checkpoint': 'hf-hub:MahmoodLab/CONCH'}):\n"
-        "    plain = {'checkpoint': 'vit', 'level': 'tile', 'mode': 'full', 'kinds': 'all', 'dtype': 'float16'}\n"
-        "    try: check_options(**{**plain, **options}); print('nothing', options)\n"
-        "    except UserError as error: print(error)\n"
-        "print('torch' in sys.modules)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path / "uni.bin")], capture_output=True, text=True, check=True
-    )
-    lines = done.stdout.splitlines()
-    assert lines[-1] == "False"
-    assert not any(line.startswith("nothing") for line in lines)
-    assert "weights alone do not say what model they are of" in lines[6]
-    assert "CONCH pools by attention layers of its own" in lines[8]

@@ -130,6 +130,14 @@ def test_pretraining_from_a_class_token_is_as_it_was(
     assert load_checkpoint(path).config.model.pool == "obj"
 
 
+def test_dinov3_goes_on_from_its_class_token_though_timm_averages_it(tmp_path: Path) -> None:
+    source, model = hub_folder(tmp_path / "model", "vit_small_patch16_dinov3")
+    encoder = build_encoder(source, weights="timm", pool="auto").eval()
+    assert encoder.pool == "obj"
+    with torch.no_grad():
+        np.testing.assert_allclose(encoder(pixels(TILES)).obj.numpy(), tokens_of(model)[0], rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("kind", "pool", "words"),
     [
