@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from annotations.errors import UserError
-from tiling.direct import DirectReader
+from tiling.tiffpage import pages_of, size_of
 
 if TYPE_CHECKING:
     from tiling.slide import Slide, View
@@ -104,21 +104,33 @@ def compared(slide: Slide, level: int, downsample: float, most_against: float = 
 def busy_places(slide: Slide) -> np.ndarray:
     """float (N, 2) x, y in level-0 pixels: middles of parts with structure, up to `CELLS` x `CELLS`, far apart.
 
-    Stored bytes tell of structure where tiles are decoded straight; elsewhere a grid of small places is read.
+    The bytes of compressed tiles tell of structure; where there are none, some small places are read.
     """
-    if isinstance(slide.reader, DirectReader):
-        page = slide.reader.pages[0]
-        structure, step_x, step_y = page.counts.astype(np.float64), float(page.tile_w), float(page.tile_h)
-    else:
-        structure, step_x, step_y = _probed(slide)
-    busiest = np.sort(structure, axis=None)[::-1][min(BUSIEST, structure.size // 50)]
-    rows, columns = np.nonzero(structure >= max(BUSY_SHARE * busiest, 1e-6))
-    if not len(rows):
-        return np.zeros((0, 2))
-    cell = _cells(rows) * CELLS + _cells(columns)
-    by_cell = np.lexsort((-structure[rows, columns], cell))
-    first = by_cell[np.unique(cell[by_cell], return_index=True)[1]]
-    return _spread(np.stack([(columns[first] + 0.5) * step_x, (rows[first] + 0.5) * step_y], axis=1))
+    structure, places = _stored(slide) or _probed(slide)
+    busiest = np.sort(structure)[::-1][min(BUSIEST, structure.size // 50)]
+    busy = structure >= max(BUSY_SHARE * busiest, 1e-6)
+    structure, places = structure[busy], places[busy]
+    if not len(places):
+        return places
+    low, high = places.min(axis=0), places.max(axis=0)
+    column, row = ((places - low) * CELLS // (high - low + 1)).astype(int).T
+    cell = row * CELLS + column
+    by_cell = np.lexsort((-structure, cell))
+    return _spread(places[by_cell[np.unique(cell[by_cell], return_index=True)[1]]])
+
+
+def _stored(slide: Slide) -> tuple[np.ndarray, np.ndarray] | None:
+    """Bytes of the compressed tiles of a TIFF's level 0, float (N,), and their middles (N, 2) in pixels; None without."""
+    size = slide.info.size_l0
+    pages = [page for page in pages_of(slide.info.path) if size_of(page) == size and page.is_tiled and page.compression != 1]
+    if not pages:
+        return None
+    tile_w, tile_h = pages[0].tilewidth, pages[0].tilelength
+    columns, rows = (-(-whole // tile) for whole, tile in zip(size, (tile_w, tile_h), strict=True))
+    counts = np.array(pages[0].databytecounts[: rows * columns], np.float64)  # of the first plane, where they are apart
+    row, column = np.divmod(np.arange(len(counts)), columns)
+    places = np.stack([(column + 0.5) * tile_w, (row + 0.5) * tile_h], axis=1)
+    return (counts, np.minimum(places, size)) if len(counts) else None
 
 
 def _spread(places: np.ndarray) -> np.ndarray:
@@ -131,25 +143,19 @@ def _spread(places: np.ndarray) -> np.ndarray:
     return places[order]
 
 
-def _cells(at: np.ndarray) -> np.ndarray:
-    """Which of `CELLS` equal parts of their range numbers are in."""
-    low, high = at.min(), at.max()
-    return (at - low) * CELLS // (high - low + 1)
-
-
-def _probed(slide: Slide) -> tuple[np.ndarray, float, float]:
-    """Structure of level 0 at a grid of places, float (rows, columns) in grey levels, and the steps between them."""
+def _probed(slide: Slide) -> tuple[np.ndarray, np.ndarray]:
+    """Structure of level 0 in grey levels, float (N,), at N places (N, 2) in pixels of it, no two in one row or column."""
     view = slide.whole(0)
-    step_x, step_y = view.width / PROBES, view.height / PROBES
-    structure = np.zeros((PROBES, PROBES))
+    row, column = np.indices((PROBES, PROBES)).reshape(2, -1)
+    skewed = np.stack([column + (row + 0.5) / PROBES, row + (column + 0.5) / PROBES], axis=1) / PROBES
+    places = skewed * (view.width, view.height)
     w, h = min(PROBE_PX, view.width), min(PROBE_PX, view.height)
-    for row, column in np.ndindex(structure.shape):
-        x, y = (
-            int(np.clip((at + 0.5) * step - size / 2, 0, None)) for at, step, size in ((column, step_x, w), (row, step_y, h))
-        )
-        pixels = _decoded(slide, view, (x, y, x + w, y + h))
-        structure[row, column] = 0.0 if pixels is None else _grey(pixels).std()
-    return np.where(structure < FLAT, 0.0, structure), step_x, step_y
+    structure = np.zeros(len(places))
+    for i, (x, y) in enumerate(places.tolist()):
+        left, top = int(np.clip(x - w / 2, 0, view.width - w)), int(np.clip(y - h / 2, 0, view.height - h))
+        pixels = _decoded(slide, view, (left, top, left + w, top + h))
+        structure[i] = 0.0 if pixels is None else _grey(pixels).std()
+    return np.where(structure < FLAT, 0.0, structure), places
 
 
 def _finer(slide: Slide, level: int, downsample: float) -> View | None:

@@ -241,10 +241,10 @@ def test_what_scanners_do_to_their_levels_does_not_move_them(picture: np.ndarray
         lambda level: level[:, ::-1],
         lambda level: np.full_like(level, 255),
         lambda level: np.zeros_like(level),
-        lambda level: shrunk(drawn(seed=8), WIDTH // level.shape[1]),
+        lambda level: shrunk(np.roll(drawn(seed=8), (500, -600), axis=(0, 1)), WIDTH // level.shape[1]),
         lambda level: padded(level[::2], 0, level.shape[0] - len(level[::2])),
     ],
-    ids=["right", "down", "both", "upside down", "mirrored", "white", "black", "other nuclei", "half as high"],
+    ids=["right", "down", "both", "upside down", "mirrored", "white", "black", "another slide", "half as high"],
 )
 @pytest.mark.parametrize("scale", [2, 4])
 def test_a_level_that_shows_something_else_is_not_used_and_said(
@@ -264,6 +264,19 @@ def test_where_nothing_is_to_be_seen_sizes_decide(width: int, used: bool) -> Non
     slide = slide_of(np.full((HEIGHT, WIDTH, 3), 243, np.uint8), np.full((HEIGHT // 2, width, 3), 243, np.uint8))
     assert (slide.downsample(1) is not None) == used
     assert about_levels(slide) == ("" if used else "neither size nor content of level 1 tells the scale: not used")
+
+
+@pytest.mark.parametrize("compression", ["", "zlib"])
+def test_a_thin_piece_of_tissue_is_enough_to_tell(compression: str, tmp_path: Path) -> None:
+    random = np.random.default_rng(5)
+    rgb = np.full((3000, 4200, 3), 243, np.uint8)
+    rgb[1400:1520, 100:4100] = np.kron(random.integers(60, 200, (15, 500, 3)), np.ones((8, 8, 1))).astype(np.uint8)
+    levels = [rgb, *(to_tiles(shrunk(rgb, scale)) for scale in (2, 4))]
+    if not compression:
+        assert downsamples(slide_of(*levels)) == [2, 4]
+        return
+    with Slide.open(write(tmp_path / "thin.tif", levels, compression)) as slide:
+        assert downsamples(slide) == [2, 4]
 
 
 def test_places_that_cannot_be_decoded_tell_nothing(picture: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
