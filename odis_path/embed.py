@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import lru_cache, partial
 from pathlib import Path
 from threading import Lock
@@ -15,11 +16,13 @@ import numpy as np
 
 from annotations.errors import UserError
 from odis_path.baselines import KINDS
-from odis_path.embed_job import EmbedJob, check_options, parse_kinds
+from odis_path.embed_job import EmbedJob, check_options, other_encoder, parse_kinds
 from odis_path.encode import FrozenEncoder, encode, encode_objects, load_encoder
 from odis_path.featurefile import DATASETS, SLIDES_FILE, refuse_other_encoder
 from odis_path.features import embedded_already, read_features, write_features, write_slides_parquet
 from odis_path.model.source import fingerprint, is_checkpoint, settled_source
+from odis_path.pretraining import FILE as PRETRAINING_FILE
+from odis_path.pretraining import of_encoder
 from tiling.atomic import check_writable
 from tiling.claim import claim, same_settings
 from tiling.cohort import Outcome, one_line, run_cohort
@@ -44,21 +47,27 @@ def embed_cohort(
     scheduler: str | None = None,
     pool: str | None = None,
     resize: int | None = None,
+    overwrite: bool = False,
 ) -> list[Outcome]:
     """Write `<out>/<slide_id>.h5` (level tile, object) or `<out>/slides.parquet` (level slide: the mean over tiles).
 
     checkpoint: a checkpoint file, a run folder (its newest checkpoint as the run begins), a timm model name, or a folder in the
     form of the hub. pool: cls, mean or cls+mean; None: as the model was trained. resize: side in px that tiles are resized to.
-    Raises UserError for a wrong option or encoder before any slide is opened, and where another run embeds into `out` with
-    other settings; what fails on a slide is that slide's outcome.
+    Raises UserError for a wrong option or encoder before any slide is opened, where another run embeds into `out` with other
+    settings, and where `out` holds embeddings of another encoder, which are replaced with `overwrite` only; what fails on a
+    slide is that slide's outcome. pretraining.csv in `out` names the slides that the encoder was trained on.
     """
     check_options(checkpoint, level=level, mode=mode, kinds=kinds, dtype=dtype, pool=pool, resize=resize)
     files, out = [path.absolute() for path in list_slide_files(folder)], Path(out).absolute()  # workers may run elsewhere
     source = checkpoint_file(checkpoint)
+    trained = of_encoder(source, random_weights=random_weights)
     job = EmbedJob(
         source, out, level, mode, parse_kinds(kinds), batch, dtype, random_weights, device,  # type: ignore[arg-type]
-        checkpoint_stamp(source), pool, resize,
+        checkpoint_stamp(source), pool, resize, trained.note(), overwrite,
     )  # fmt: skip
+    another = other_encoder(out, job)
+    if another and not overwrite:
+        raise UserError(another)
     encoder = None
     if scheduler is None:  # a wrong checkpoint is one error, not one a slide
         encoder = shared_encoder(source, job.stamp, device, random_weights, pool, resize)
@@ -67,12 +76,19 @@ def embed_cohort(
     if level == "slide":
         check_writable(out / SLIDES_FILE)
     with same_settings(out, "embed", job.settings()):
+        if another:
+            for name in (SLIDES_FILE, PRETRAINING_FILE):
+                (out / name).unlink(missing_ok=True)
+        with suppress(UserError):  # each slide tells that the folder cannot be written
+            trained.write(out)
         outcomes = run_cohort(
             files, partial(embed_slide, job), title=f"embed ({level}, {mode})", workers=1, scheduler=scheduler,
             name=lambda path: path.stem, folder=out, wrote=partial(feature_file, out),
         )  # fmt: skip
         if level == "slide":
-            write_slide_rows(out, files, outcomes)
+            write_slide_rows(out, files, outcomes, job.pretraining)
+        if any(outcome.ok for outcome in outcomes):
+            trained.write(out)
     return outcomes
 
 
@@ -164,7 +180,7 @@ def _embedded(job: EmbedJob, path: Path, target: Path) -> dict[str, Any]:
     encoder = shared_encoder(job.checkpoint, job.stamp, job.device, job.random_weights, job.pool, job.resize)
     file = TornSlideFile(path)
     with file:
-        if target.exists():
+        if target.exists() and not job.overwrite:
             refuse_other_encoder(target, level, file, encoder.name, job.mode)
         rows = None
         if level == "object":
@@ -175,6 +191,7 @@ def _embedded(job: EmbedJob, path: Path, target: Path) -> dict[str, Any]:
         write_features(
             target, level=level, features=features, slide_file=file, encoder=encoder.name, mode=job.mode, dtype=job.dtype,
             parameters=job.parameters(), box_rows=rows if job.kinds else None, seen=seen_as(encoder, file.patch_size),
+            pretraining=job.pretraining, overwrite=job.overwrite,
         )  # fmt: skip
     redone = "the tiles, their boxes or what is asked changed" if had is not None else ""
     torn = f"{len(file.torn)} tiles cannot be read from its slide (the first, row {min(file.torn)}): black" if file.torn else ""
@@ -305,7 +322,7 @@ def read_ahead(parts: list[slice], read: Callable[[slice], np.ndarray]) -> Itera
             yield part, tiles
 
 
-def write_slide_rows(out: Path, files: list[Path], outcomes: list[Outcome]) -> None:
+def write_slide_rows(out: Path, files: list[Path], outcomes: list[Outcome], pretraining: str) -> None:
     """slides.parquet: one row a slide that is done, the mean of its tile features; one that cannot be used has failed.
 
     Raises UserError where no slide has a tile although none failed.
@@ -325,6 +342,6 @@ def write_slide_rows(out: Path, files: list[Path], outcomes: list[Outcome]) -> N
                 "mode": one.mode, "features": one.x.mean(0),
             })  # fmt: skip
     if rows:
-        write_slides_parquet(out / SLIDES_FILE, rows)
+        write_slides_parquet(out / SLIDES_FILE, rows, pretraining)
     elif all(outcome.ok for outcome in outcomes):
         raise UserError(f"{out}: no slide has a tile, so there is no slide embedding; look at the tiling first")

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import h5py
+
 from annotations.errors import UserError
 from odis_path.baselines import KINDS
+from odis_path.featurefile import DATASETS
 from odis_path.model.source import check_source, is_checkpoint
 
 Mode = Literal["full", "masked", "crop", "blackout"]
 MODES = ("full", "masked", "crop", "blackout")
 LEVELS = ("tile", "object", "slide")
 DTYPES = ("float16", "float32")
+_SIZES_AND_TIMES = re.compile(r"(:\d+:\d+)+$")  # of the files of a checkpoint, at the end of its stamp
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,8 @@ class EmbedJob:
     stamp: str  # changes when the checkpoint does
     pool: str | None = None  # None: as the model was trained
     resize: int | None = None  # px
+    pretraining: str = ""  # whom the encoder was trained on, see odis_path.pretraining
+    overwrite: bool = False  # embeddings of another encoder are replaced
 
     def parameters(self) -> dict[str, Any]:
         """What decides the result, for the feature file's `parameters` attribute."""
@@ -74,3 +83,33 @@ def parse_kinds(kinds: str) -> tuple[str, ...] | None:
     if wrong or not names:
         raise UserError(f"--kinds {kinds}: no such kind {', '.join(wrong)}; take all, or some of {', '.join(KINDS)}")
     return names
+
+
+def other_encoder(out: Path, job: EmbedJob) -> str:
+    """Why `out` is not for this job: the first file there with embeddings of another encoder; empty where there is none.
+
+    A checkpoint that was only moved is the same, as its size and time are; the same one pooled in another way is another.
+    """
+
+    def identity(parameters: Mapping[str, Any]) -> tuple[Any, ...]:
+        stamp = str(parameters.get("checkpoint", ""))
+        at = _SIZES_AND_TIMES.search(stamp)
+        view = parameters.get("pool", "as trained"), parameters.get("resize_px", 0)
+        return at[0] if at else stamp, bool(parameters.get("random_weights")), *view
+
+    wanted = identity(job.parameters())
+    for path in sorted(out.glob("*.h5")) if out.is_dir() else []:
+        try:
+            with h5py.File(path, "r", locking=False) as file:
+                held = [file[name].attrs for name in DATASETS.values() if name in file]
+                here = [(str(attrs.get("encoder")), json.loads(attrs.get("parameters") or "{}")) for attrs in held]
+        except (OSError, ValueError):
+            continue  # embedding it again tells what is wrong
+        for encoder, parameters in here:
+            if parameters and identity(parameters) != wanted:
+                random = ", random weights" if parameters.get("random_weights") else ""
+                return (
+                    f"{path}: holds embeddings of another encoder, {encoder} ({parameters.get('checkpoint')}{random}): "
+                    "give another --out, or --overwrite to replace them"
+                )
+    return ""

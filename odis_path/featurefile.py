@@ -41,13 +41,16 @@ def write_features(
     parameters: Mapping[str, Any] | None = None,
     box_rows: np.ndarray | None = None,
     seen: Mapping[str, Any] | None = None,
+    pretraining: str = "",
+    overwrite: bool = False,
 ) -> None:
     """Write the embeddings of one slide, or add them to its feature file; crash-safe.
 
     level "tile": features (N, D) in the order of /coords. level "object": features (M, D) in the order of the slide
     file's /boxes, or of its rows `box_rows` (ascending). seen: further attributes, of how the encoder saw the tiles. What the
-    file holds at the other level stays when it is of the same tiles and boxes, and goes when it is not. Raises UserError where
-    it is of another encoder or mode, and ValueError where the number of rows is wrong.
+    file holds at the other level stays when it is of the same tiles and boxes, and goes when it is not. pretraining: whom the
+    encoder was trained on (`odis_path.pretraining`). Raises UserError where the other level is of another encoder or mode
+    (overwrite: it goes), and ValueError where the number of rows is wrong.
     """
     path, features = Path(path), np.asarray(features)
     boxes = slide_file.boxes_table()
@@ -65,6 +68,7 @@ def write_features(
         "encoder": encoder, "name": slide_file.slide_id, "mode": mode, **(seen or {}), "parameters": text,
         "parameters_sha256": digest,
     }  # fmt: skip
+    attrs |= {"pretraining": pretraining} if pretraining else {}
     content: dict[str, GroupContent] = {"coords": (slide_file.coords, slide_file.coords_attrs)}
     content[DATASETS[level]] = (stored, attrs)
     content["tile_label"] = _tile_label(slide_file)
@@ -74,7 +78,7 @@ def write_features(
     if not path.exists():
         _write_new(path, content, root)
         return
-    content |= dict.fromkeys(_stale(path, level, root, encoder, mode))
+    content |= dict.fromkeys(_stale(path, level, root, encoder, mode, overwrite=overwrite))
     replace_groups(path, content, root_attrs=root)
 
 
@@ -161,8 +165,9 @@ def refuse_other_encoder(path: Path, level: str, slide_file: SlideFile, encoder:
     _stale(path, level, _root_attrs(slide_file, "", ""), encoder, mode)
 
 
-def _stale(path: Path, level: str, root: Mapping[str, Any], encoder: str, mode: str) -> list[str]:
-    """What of an existing feature file no longer goes with the slide file. UserError for another encoder or mode."""
+def _stale(path: Path, level: str, root: Mapping[str, Any], encoder: str, mode: str, *, overwrite: bool = False) -> list[str]:
+    """What of an existing feature file no longer goes with the slide file. UserError for another encoder or mode, which
+    goes where `overwrite` is given."""
     other = DATASETS["object" if level == "tile" else "tile"]
     try:
         with h5py.File(path, "r", locking=False) as file:
@@ -178,9 +183,10 @@ def _stale(path: Path, level: str, root: Mapping[str, Any], encoder: str, mode: 
     if found is None:
         return []
     goes_with_objects = level == "tile" or found["mode"] != "full"
-    if tiles_changed or (objects_changed and goes_with_objects):
+    another = found != {"encoder": encoder, "mode": mode}
+    if tiles_changed or (objects_changed and goes_with_objects) or (another and overwrite):
         return list(_OBJECT_PARTS) if level == "tile" else [other]
-    if found != {"encoder": encoder, "mode": mode}:
+    if another:
         raise UserError(
             f"{path}: holds /{other} of encoder {found['encoder']}, mode {found['mode']}, not {encoder}, mode {mode}: "
             "one folder holds one encoder and mode, so give another --out"
@@ -188,8 +194,11 @@ def _stale(path: Path, level: str, root: Mapping[str, Any], encoder: str, mode: 
     return []
 
 
-def write_slides_parquet(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
-    """slides.parquet: slide_id, patient_id, n_tiles, encoder, mode, features (float32 (D,)) of each row; crash-safe."""
+def write_slides_parquet(path: Path, rows: Iterable[Mapping[str, Any]], pretraining: str = "") -> Path:
+    """slides.parquet: slide_id, patient_id, n_tiles, encoder, mode, features (float32 (D,)) of each row; crash-safe.
+
+    pretraining: as in the feature files, kept in the metadata of the schema.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -197,7 +206,7 @@ def write_slides_parquet(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
     schema = pa.schema([
         ("slide_id", pa.string()), ("patient_id", pa.string()), ("n_tiles", pa.int64()), ("encoder", pa.string()),
         ("mode", pa.string()), ("features", pa.list_(pa.float32())),
-    ])  # fmt: skip
+    ], metadata={"pretraining": pretraining})  # fmt: skip
     with atomic_path(Path(path)) as temporary:
         pq.write_table(pa.Table.from_pylist(table, schema=schema), temporary)
     return Path(path)

@@ -21,6 +21,7 @@ from odis_path.featurefile import (
     write_features,
     write_slides_parquet,
 )
+from odis_path.pretraining import Pretraining, common_note, read_note
 from tiling.slidefile import h5_files
 
 __all__ = [
@@ -44,6 +45,7 @@ class FeatureSet:
     where none. visible: float32 (n,), share of the object in its box, 1 where there is none. label: int64 (n,) into
     `labels`, -1 none.
     mpp: micrometres per target pixel (NaN where not known). sources: slide_id -> slide file. parameters: of the embedding.
+    dim: D. pretraining: whom the encoder was trained on, to be read by `odis_path.pretraining`.
     """
 
     level: str
@@ -62,9 +64,15 @@ class FeatureSet:
     mpp: float
     sources: Mapping[str, Path]
     parameters: Mapping[str, Any]
+    dim: int = 0
+    pretraining: str = ""
 
     def __len__(self) -> int:
         return len(self.slide_id)
+
+    def pretraining_in(self, folder: Path) -> Pretraining:
+        """Whom the encoder was pretrained on, as these files and the folder that they lie in say."""
+        return read_note(self.pretraining, folder, str(self.parameters.get("checkpoint", "")))
 
     def take(self, rows: np.ndarray) -> FeatureSet:
         """The same with some rows, in the order given."""
@@ -164,7 +172,8 @@ def _read_index(path: Path, level: str) -> FeatureSet | None:
         level=level, x=np.zeros((count, 0), dtype=np.float32), slide_id=_repeat(slide_id, count),
         patient_id=_repeat(str(root.get("patient_id", "")), count), encoder=str(attrs.get("encoder", "")),
         mode=str(attrs.get("mode", "")), mpp=mpp, sources={slide_id: Path(str(root.get("source", "")))},
-        parameters=json.loads(attrs.get("parameters") or root.get("parameters") or "{}"), **columns,
+        parameters=json.loads(attrs.get("parameters") or root.get("parameters") or "{}"), dim=shape[1],
+        pretraining=str(attrs.get("pretraining", "")), **columns,
     )  # fmt: skip
 
 
@@ -231,6 +240,13 @@ def _refuse_mixtures(paths: list[Path], parts: list[FeatureSet]) -> None:
             same = value == first if name != "mpp" else bool(np.isclose(value, first, rtol=1e-4, equal_nan=True))
             if not same:
                 raise UserError(f"{path}: {name} is {value}, but {first} in {paths[0].name}: one folder holds one {name}")
+    filled = [(path, part.dim) for path, part in zip(paths, parts, strict=True) if len(part)]
+    for path, dim in filled:
+        if dim != filled[0][1]:
+            raise UserError(
+                f"{path}: its embeddings are {dim} wide, but {filled[0][1]} in {filled[0][0].name}: "
+                "embed all slides with one encoder"
+            )
     slides: dict[str, Path] = {}
     for path, part in zip(paths, parts, strict=True):
         slide = next(iter(part.sources))
@@ -246,7 +262,10 @@ def _concatenate(parts: list[FeatureSet]) -> FeatureSet:
         name: np.concatenate([getattr(part, name) for part in parts]) for name in _ROW_ARRAYS if name != "label"
     }
     sources = {slide: path for part in parts for slide, path in part.sources.items()}
-    return replace(parts[0], **joined, label=np.concatenate(label), labels=tuple(names), sources=sources)
+    pretraining = common_note(part.pretraining for part in parts)
+    return replace(
+        parts[0], **joined, label=np.concatenate(label), labels=tuple(names), sources=sources, pretraining=pretraining
+    )
 
 
 def _repeat(text: str, count: int) -> np.ndarray:
@@ -266,7 +285,8 @@ def read_slides_parquet(path: Path) -> FeatureSet:
     if not path.is_file():
         raise UserError(f"{path}: no such file: run odis-path embed --level slide first")
     try:
-        rows = pq.read_table(path).to_pylist()
+        table = pq.read_table(path)
+        rows = table.to_pylist()
     except (OSError, pa.ArrowInvalid) as error:
         raise UserError(f"{path}: not a readable parquet file ({_line(error)}): embed --level slide again") from None
     columns = {"slide_id", "patient_id", "encoder", "mode", "features"}
@@ -288,7 +308,8 @@ def read_slides_parquet(path: Path) -> FeatureSet:
         patient_id=np.array([row["patient_id"] or "" for row in rows], dtype=object), coords=np.stack([none, none], 1),
         tile=none, object=none, xyxy=np.full((count, 4), np.nan, dtype=np.float32), visible=np.ones(count, dtype=np.float32),
         label=none, labels=(), encoder=str(rows[0]["encoder"]), mode=str(rows[0]["mode"]), mpp=float("nan"),
-        sources=_sources_beside(path.parent), parameters={},
+        sources=_sources_beside(path.parent), parameters={}, dim=x.shape[1],
+        pretraining=((table.schema.metadata or {}).get(b"pretraining") or b"").decode(),
     )  # fmt: skip
 
 

@@ -50,6 +50,7 @@ def embed(
     resize: Annotated[int | None, typer.Option(min=1, help="Resize tiles to this side in px before the model.")] = None,
     random_weights: Annotated[bool, typer.Option("--random-weights", help="Same architecture, untrained (baseline).")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace embeddings of another encoder in --out.")] = False,
     scheduler: Scheduler = None,
 ) -> None:
     """Write tile, object or slide embeddings of every slide."""
@@ -64,7 +65,7 @@ def embed(
     begun = perf_counter()
     outcomes = embed_cohort(
         folder, checkpoint, out, level=level, mode=mode, kinds=kinds, batch=batch, dtype=dtype,
-        random_weights=random_weights, device=device, scheduler=scheduler, pool=pool, resize=resize,
+        random_weights=random_weights, device=device, scheduler=scheduler, pool=pool, resize=resize, overwrite=overwrite,
     )  # fmt: skip
     columns = ("objects",) if level == "object" else ("tiles",)
     raise typer.Exit(finish(outcomes, "embed", out, columns, perf_counter() - begun))

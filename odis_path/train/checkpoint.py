@@ -77,6 +77,18 @@ def load_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path, int(content["step"]), float(content["epoch"]), config, content)
 
 
+def read_data_facts(path: Path) -> dict[str, Any] | None:
+    """What a checkpoint keeps of the tiles it was trained on, without reading its tensors; empty for an older one.
+
+    None for any other file.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # torch raises many kinds for a torn or foreign file; loading its weights says what is wrong
+        return None
+    return (content.get("data") or {}) if isinstance(content, dict) and content.get("format") == FORMAT else None
+
+
 def load_into(module: nn.Module, state: dict[str, torch.Tensor], path: Path, what: str) -> None:
     """Load with strict keys and shapes; what does not fit is one UserError naming the first difference."""
     mine = module.state_dict()

@@ -25,6 +25,7 @@ from odis_path.data.dataset import StepSampler, TileIndex, collate, held_out_pat
 from odis_path.data.samples import TileSamples, kinds_of
 from odis_path.encode import FrozenEncoder
 from odis_path.losses import all_sum, counted_pairs
+from odis_path.pretraining import kept_in_checkpoint, side_of, slides_of
 from odis_path.train.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, load_into, save_checkpoint
 from odis_path.train.checks import as_begun, check_sizes, check_views, config_difference, data_difference, data_facts
 from odis_path.train.compiling import compile_blocks, compiles
@@ -148,6 +149,8 @@ def prepare(config: PretrainConfig, ranks: Ranks) -> Run:
         resume(run, checkpoint)
     elif ranks.first:
         write_run_files(run, sorted(away))
+    base = config.model.name if config.model.weights == "timm" else config.model.weights
+    run.data.setdefault("pretrained_on", kept_in_checkpoint(slides_of(run.train, away), base))
     return run
 
 
@@ -168,6 +171,8 @@ def resume(run: Run, checkpoint: Checkpoint) -> None:
     for module, key in ((run.student, "student"), (run.teacher, "teacher"), (run.criterion, "criterion")):
         load_into(module, checkpoint.state[key], checkpoint.path, key)
     run.optimizer.load_state_dict(checkpoint.state["optimizer"])
+    if "pretrained_on" in (checkpoint.state.get("data") or {}):
+        run.data["pretrained_on"] = checkpoint.state["data"]["pretrained_on"]
     run.step = checkpoint.step
     if run.ranks.first:
         old = f", with {' '.join(kept)} as it began" if kept else ""
@@ -190,7 +195,7 @@ def write_run_files(run: Run, away: list[str]) -> None:
         rows = csv.writer(file)
         rows.writerow(["slide_id", "patient_id", "split"])
         for slide, patient in zip(run.train.slide_ids, run.train.patients, strict=True):
-            rows.writerow([slide, patient, "test" if patient in away else "train"])
+            rows.writerow([slide, patient, side_of(patient, set(away))])
 
 
 def train(run: Run) -> None:

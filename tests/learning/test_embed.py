@@ -90,7 +90,7 @@ def test_slide_rows_are_means_over_tiles(tiny_tiles: Path, run_folder: Path, tmp
 def test_what_is_done_is_skipped_and_other_settings_are_not(tiny_tiles: Path, run_folder: Path, tmp_path: Path) -> None:
     assert not any(o.skipped for o in embed_cohort(tiny_tiles, str(run_folder), tmp_path))
     assert all(o.skipped for o in embed_cohort(tiny_tiles, str(run_folder), tmp_path))
-    assert not any(o.skipped for o in embed_cohort(tiny_tiles, str(run_folder), tmp_path, random_weights=True))
+    assert not any(o.skipped for o in embed_cohort(tiny_tiles, str(run_folder), tmp_path, dtype="float32"))
 
 
 def test_a_choice_of_kinds_keeps_its_own_boxes(tiny_tiles: Path, run_folder: Path, tmp_path: Path) -> None:

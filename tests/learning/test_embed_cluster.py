@@ -201,11 +201,11 @@ def test_a_run_with_other_settings_is_refused_while_one_is_at_work(
         embed_cohort(tiny_tiles, str(run_folder), tmp_path / "out")
     held = []
     monkeypatch.setattr(
-        "odis_path.embed.write_slides_parquet", lambda path, _: held.append(is_claimed(path.parent / ".embed.odis-lock"))
+        "odis_path.embed.write_slides_parquet", lambda path, *_: held.append(is_claimed(path.parent / ".embed.odis-lock"))
     )
     embed_cohort(tiny_tiles, str(run_folder), tmp_path / "out", level="slide")
     assert held == [True]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [f"S{i}.h5" for i in range(6)]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [*(f"S{i}.h5" for i in range(6)), "pretraining.csv"]
 
 
 def test_equal_runs_at_once_share_the_work(tiny_tiles: Path, run_folder: Path, tmp_path: Path) -> None:
