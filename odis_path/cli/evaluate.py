@@ -20,16 +20,27 @@ def evaluate(
     out: Annotated[Path, typer.Option(help="Folder for results.json, tables and figures.")],
     groups: Annotated[str, typer.Option(help="What is kept on one side: patient_id, slide_id or none.")] = "patient_id",
     level: Annotated[str, typer.Option(help="auto, tile, object or slide.")] = "auto",
-    split: Annotated[Path | None, typer.Option(help="CSV with split (train, val, test) and patient_id or slide_id.")] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(help="CSV with split (train, val, test) and patient_id or slide_id; auto: of the encoder's run."),
+    ] = None,
     k: Annotated[str, typer.Option("--k", help="Numbers of neighbours to choose from.")] = "1,5,10,20,50",
     weights: Annotated[str, typer.Option(help="Votes of neighbours: temperature or majority.")] = "temperature",
+    standardise: Annotated[
+        str,
+        typer.Option(help="Model and baselines alike: none, zscore, whiten, centre-slide; auto: chosen on training folds."),
+    ] = "auto",
     folds: Annotated[int, typer.Option(help="Folds of the cross-validation, without --split.")] = 5,
     seed: Annotated[int, typer.Option(help="Seed of folds, draws and episodes.")] = 0,
-    bootstrap: Annotated[int, typer.Option(help="Samples for the intervals.")] = 1000,
+    bootstrap: Annotated[
+        int,
+        typer.Option(help="Samples for intervals of over 100 patients (of fewer, each is left out once); 0: none."),
+    ] = 1000,
     max_rows: Annotated[int, typer.Option(help="Judge at most so many labelled rows, drawn at random.")] = 20000,
     baseline: Annotated[
         list[str] | None, typer.Option(metavar="NAME=FOLDER", help="Another feature folder to compare with; repeatable.")
     ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the result of another encoder in --out.")] = False,
 ) -> None:
     """Judge embeddings by a probe, patients kept apart, with intervals and with baselines beside."""
     from rich.console import Console
@@ -40,8 +51,8 @@ def evaluate(
     with console.status("starting") as status:
         results = evaluate_features(
             feats, labels, probe=probe, out=out, groups=groups, level=level, split=split, k=parse_ks(k),
-            weights=weights, folds=folds, seed=seed, bootstrap=bootstrap, max_rows=max_rows,
-            baselines=parse_baselines(baseline or []), tell=status.update,
+            weights=weights, standardise=standardise, folds=folds, seed=seed, bootstrap=bootstrap, max_rows=max_rows,
+            baselines=parse_baselines(baseline or []), overwrite=overwrite, tell=status.update,
         )  # fmt: skip
     print_results(results, console)
     typer.echo(f"results in {out}: results.json, table.csv, predictions.csv and figures")
@@ -74,6 +85,7 @@ def parse_baselines(entries: list[str]) -> dict[str, Path]:
 
 def print_results(results: dict[str, Any], console: Any) -> None:
     """Headline and baselines as a table, warnings below it."""
+    from rich.markup import escape
     from rich.table import Table
 
     rest = [name for name in results["headline"] if name not in ("balanced_accuracy", "macro_f1")]
@@ -83,24 +95,26 @@ def print_results(results: dict[str, Any], console: Any) -> None:
     )
     table = Table(title=title)
     table.add_column("")
+    table.add_column("standardised")
     for name in ("balanced accuracy", "model minus it", "macro F1", *rest):
         table.add_column(name, justify="right")
     headline = results["headline"]
     first = [spell(headline["balanced_accuracy"]), "", spell(headline["macro_f1"]), *(spell(headline[name]) for name in rest)]
-    table.add_row("[bold]this model", *first)
+    table.add_row("[bold]this model", results["standardise"]["chosen"] or "", *first)
     for name, values in results["baselines"].items():
         cells = [values["balanced_accuracy"], values["difference"], values["macro_f1"], *(values.get(key) for key in rest)]
-        table.add_row(name, *map(spell, cells))
+        table.add_row(escape(name), values["standardise"] or "", *map(spell, cells))
     console.print(table)
-    console.print("in brackets: 95 % interval, whole patients (or what --groups says) drawn anew", style="dim")
+    console.print(f"in brackets: {results['settings']['interval']}", style="dim", markup=False, highlight=False)
+    console.print(results["pretraining"]["in_words"], markup=False, highlight=False)
     for warning in results["warnings"]:
         console.print(f"note: {warning}", markup=False, highlight=False)
 
 
-def spell(value: dict[str, float | None] | None) -> str:
-    """0.812 (0.77 to 0.85)"""
+def spell(value: dict[str, Any] | None) -> str:
+    """0.812 (0.77 to 0.85), or 0.812 (no interval)"""
     if value is None or value["point"] is None:
         return ""
     if value["low"] is None:
-        return f"{value['point']:.3f}"
+        return f"{value['point']:.3f}{' (no interval)' if value.get('why') else ''}"
     return f"{value['point']:.3f} ({value['low']:.2f} to {value['high']:.2f})"

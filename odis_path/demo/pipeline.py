@@ -240,7 +240,7 @@ def headline(results: Path, what: str) -> str:
     content: dict[str, Any] = json.loads(results.read_text(encoding="utf-8"))
     point = content["headline"]["balanced_accuracy"]
     others = ", ".join(f"{name} {value['balanced_accuracy']['point']:.3f}" for name, value in content["baselines"].items())
-    interval = "no interval from one patient"
+    interval = "no interval: a single patient, or a class of one"
     if point["low"] is not None:
         interval = f"95% interval {point['low']:.3f} to {point['high']:.3f}"
     return f"{what}: balanced accuracy {point['point']:.3f} ({interval}) on {content['n_patients']} patients; {others}"

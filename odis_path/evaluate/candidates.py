@@ -10,8 +10,9 @@ import numpy as np
 
 from annotations.errors import UserError
 from odis_path.baselines import box_size, pixel_baselines
-from odis_path.evaluate.probes import Metric
 from odis_path.evaluate.problem import Problem
+from odis_path.evaluate.seen import Seen, who_was_seen
+from odis_path.evaluate.standardise import Metric
 from odis_path.features import FeatureSet, read_features
 
 RESERVED = ("model", "majority", "rgb_mean", "texture", "box_size")
@@ -19,11 +20,13 @@ RESERVED = ("model", "majority", "rgb_mean", "texture", "box_size")
 
 @dataclass(frozen=True)
 class Candidate:
-    """Features of the rows of a problem, float32 (n, d). metric: how the probes that measure distances compare them."""
+    """Features of the rows of a problem, float32 (n, d). metric: how the probes that measure distances compare them. seen:
+    which of the tested patients their encoder was pretrained on; None where there is no encoder."""
 
     name: str
     x: np.ndarray
     metric: Metric
+    seen: Seen | None = None
 
 
 def candidates(
@@ -41,7 +44,9 @@ def candidates(
         yield Candidate(name, x, "euclidean")
     for name, folder in folders.items():
         tell(f"baseline: {name}")
-        yield Candidate(name, aligned_features(features, Path(folder)), "cosine")
+        other = aligned_features(features, Path(folder))
+        seen = who_was_seen(problem.plan, features, other.pretraining_in(Path(folder)))
+        yield Candidate(name, other.x, "cosine", seen)
     if not any("random" in name.lower() or "untrained" in name.lower() for name in folders):
         warnings.append(
             "no untrained encoder stands beside the model: embed with --random-weights and add --baseline random=FOLDER"
@@ -55,8 +60,8 @@ def check_names(folders: Mapping[str, Path]) -> None:
             raise UserError(f"--baseline {name}={folders[name]}: this name is taken or empty: choose another")
 
 
-def aligned_features(features: FeatureSet, folder: Path) -> np.ndarray:
-    """Embeddings of the same tiles, boxes or slides from another folder, float32 (n, D), in the order of `features`.
+def aligned_features(features: FeatureSet, folder: Path) -> FeatureSet:
+    """Embeddings of the same tiles, boxes or slides from another folder, in the order of `features`.
 
     Raises UserError where one is missing there, lies elsewhere in its slide, or is seen at another mpp.
     """
@@ -80,7 +85,7 @@ def aligned_features(features: FeatureSet, folder: Path) -> np.ndarray:
         raise UserError(f"{folder}: its tiles lie elsewhere in their slides: embed the same tiles with this encoder")
     if not np.isclose(other.mpp, features.mpp, rtol=1e-4, equal_nan=True):
         raise UserError(f"{folder}: mpp is {other.mpp:g}, the model's {features.mpp:g}: embed the same tiles with this encoder")
-    return other.x
+    return other
 
 
 def _keys(features: FeatureSet) -> list[tuple[str, int, int, int]]:

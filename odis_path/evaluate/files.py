@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from annotations.errors import UserError
 from odis_path.evaluate.bootstrap import Judged
 from odis_path.evaluate.problem import Problem
 from tiling.atomic import atomic_path
@@ -19,6 +20,19 @@ if TYPE_CHECKING:
 
 FIGURES = ("confusion", "roc", "k_curve", "c_curve", "shots")
 _PARTS = ("point", "low", "high")
+
+
+def refuse_other_results(out: Path, encoder: str) -> None:
+    """UserError where `out` holds the result of another encoder."""
+    path = out / "results.json"
+    try:
+        there = json.loads(path.read_text(encoding="utf-8")).get("encoder")
+    except (OSError, ValueError, AttributeError):
+        return
+    if there is not None and there != encoder:
+        raise UserError(
+            f"{path}: is of another encoder, {there}, not {encoder}: give another --out, or --overwrite to replace it"
+        )
 
 
 def write_all(out: Path, results: dict[str, Any], problem: Problem, judged: Judged) -> None:
@@ -63,19 +77,23 @@ def prediction_lines(problem: Problem, judged: Judged, scores: np.ndarray) -> It
 
 
 def table_lines(results: dict[str, Any]) -> Iterator[list[Any]]:
-    """Model and baselines, one measure a line; difference: model minus baseline."""
-    yield ["what", "measure", *_PARTS, *(f"difference_{part}" for part in _PARTS)]
+    """Model and baselines, one measure a line; difference: model minus baseline. no_interval: why there is none."""
+    how = results["standardise"]["chosen"]
+    yield ["what", "measure", *_PARTS, *(f"difference_{part}" for part in _PARTS), "standardise", "no_interval"]
     for name, value in results["headline"].items():
-        yield ["model", name, *_cells(value), "", "", ""]
+        yield ["model", name, *_cells(value), "", "", "", how, value.get("why", "")]
+    for row in results["per_class"]:
+        yield [f"model, class {row['label']}", "recall", *_cells(row["recall_interval"]), "", "", "", how, row["no_interval"]]
     for baseline, values in results["baselines"].items():
-        for name, value in values.items():
-            if name != "difference":
+        for name in results["headline"]:
+            if name in values:
                 difference = _cells(values["difference"]) if name == "balanced_accuracy" else ["", "", ""]
-                yield [baseline, name, *_cells(value), *difference]
+                why = values[name].get("why", "")
+                yield [baseline, name, *_cells(values[name]), *difference, values["standardise"] or "", why]
     for rule, table in results.get("retrieval", {}).items():
         for k, row in table["per_k"].items():
             for name, value in row.items():
-                yield [f"model, {rule}", f"{name}@{k}", *_cells(value), "", "", ""]
+                yield [f"model, {rule}", f"{name}@{k}", *_cells(value), "", "", "", how, value.get("why", "")]
     for shots, row in results.get("per_shots", {}).items():
         yield [
             f"model, {shots} shots",
@@ -84,6 +102,8 @@ def table_lines(results: dict[str, Any]) -> Iterator[list[Any]]:
             row["p5"],
             row["p95"],
             *[""] * 3,
+            how,
+            "",
         ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from annotations.errors import UserError
-from odis_path.evaluate.splits import numbered_rows, shorten
+from odis_path.evaluate.splits import Split, shorten
+from odis_path.evaluate.tables import alike, is_missing, numbered_rows, spell_alike
 from odis_path.features import FeatureSet, levels_in
 from tiling.csvfile import whole_number_in
 
@@ -46,10 +48,11 @@ def read_labels(labels: Path | str) -> Labels:
         raise UserError(f"{path}: one of the columns x and y without the other: tile labels need both")
     kind = "object" if "object" in columns else "tile" if "x" in columns else "slide"
     found = Labels(str(path), kind)
-    blank = 0
+    blank, words = 0, Counter[str]()
     for number, row in rows:
-        if not row["label"]:
-            blank += 1
+        if is_missing(row["label"]):
+            blank += not row["label"]
+            words.update([row["label"]] if row["label"] else [])
             continue
         key = _key(path, number, row, kind)
         if found.name_of.setdefault(key, row["label"]) != row["label"]:
@@ -57,13 +60,30 @@ def read_labels(labels: Path | str) -> Labels:
                 f"{path}: line {number}: {_spell(key)} is labelled {found.name_of[key]} and {row['label']}: keep one"
             )
         for column, of in (("patient_id", found.patient), ("site", found.site)):
-            if row.get(column) and of.setdefault(row["slide_id"], row[column]) != row[column]:
+            value = row.get(column, "")
+            if not is_missing(value) and of.setdefault(row["slide_id"], value) != value:
                 raise UserError(f"{path}: line {number}: slide {row['slide_id']} has two values of {column}: keep one")
     if blank:
         found.warnings.append(f"{blank} lines of {path.name} have no label and were left out")
+    found.warnings += _missing_words(path.name, words)
+    for column in ("patient_id", "site"):
+        unknown = sorted({row["slide_id"] for _, row in rows if row.get(column) and is_missing(row[column])})
+        if unknown:
+            found.warnings.append(
+                f"{path.name}: {column} of {len(unknown)} slides is a word for none (nan, NA and the like) and was taken as "
+                f"not known: {shorten(unknown)}"
+            )
     if not found.name_of:
         raise UserError(f"{path}: no line has a label")
     return found
+
+
+def _missing_words(where: str, words: Counter[str]) -> list[str]:
+    """What to say of labels that read as a missing value."""
+    if not words:
+        return []
+    counted = ", ".join(f"{name} ({count})" for name, count in sorted(words.items()))
+    return [f"{where}: labels that stand for none were left out: {counted}; give a class of that name another one"]
 
 
 def _key(path: Path, number: int, row: dict[str, str], kind: str) -> tuple[str | int, ...]:
@@ -122,6 +142,9 @@ def label_rows(index: FeatureSet, labels: Labels, max_rows: int, seed: int) -> C
     names = _stored(index, labels) if labels.kind == ANNOTATIONS else _from_csv(index, labels)
     rows = np.flatnonzero(names != "")
     warnings = []
+    near = alike(set(names[rows].tolist()))
+    if near:
+        warnings.append(f"classes that may be one, and were judged as several: {spell_alike(near)}")
     if index.level == "object":
         rows = _best_seen(index, rows)
     if len(rows) > max_rows:
@@ -134,6 +157,9 @@ def _stored(index: FeatureSet, labels: Labels) -> np.ndarray:
     if index.level == "slide":
         raise UserError("--labels annotations: slides have no stored labels: give a CSV with slide_id and label")
     names = np.array([*index.labels, ""], dtype=object)[index.label]
+    missing = np.array([bool(name) and is_missing(name) for name in [*index.labels, ""]])[index.label]
+    labels.warnings += _missing_words("annotations", Counter(names[missing].tolist()))
+    names[missing] = ""
     if not (names != "").any():
         raise UserError(
             f"--labels annotations: no {index.level} has a stored label: annotate the slides and embed again, or give a CSV"
@@ -162,7 +188,9 @@ def _from_csv(index: FeatureSet, labels: Labels) -> np.ndarray:
         )
     if missing:
         some = ", ".join(_spell(key) for key in sorted(missing, key=str)[:3])
-        labels.warnings.append(f"{len(missing)} labelled {labels.kind}s have no embedding and were left out: {some}")
+        near = alike({str(key[0]) for key in missing} | set(index.slide_id.tolist()), ids=True)
+        hint = f"; slide_ids that may be one: {spell_alike(near)}" if near else ""
+        labels.warnings.append(f"{len(missing)} labelled {labels.kind}s have no embedding and were left out: {some}{hint}")
     bare = sorted(set(index.slide_id[names == ""].tolist()) - {str(key[0]) for key in labels.name_of})
     if bare:
         labels.warnings.append(
@@ -194,14 +222,48 @@ def _draw(names: np.ndarray, rows: np.ndarray, max_rows: int, seed: int) -> np.n
     return np.sort(np.concatenate(drawn))
 
 
-def apply_patients(features: FeatureSet, labels: Labels, warn: Callable[[str], None]) -> np.ndarray:
-    """patient_id of each row, the label CSV's before the file's; says where the two differ."""
-    stored = features.patient_id
-    given = np.array([labels.patient.get(slide, "") for slide in features.slide_id.tolist()], dtype=object)
-    differ = sorted(set(features.slide_id[(given != "") & (stored != "") & (given != stored)].tolist()))
-    if differ:
+def apply_patients(features: FeatureSet, labels: Labels, split: Split | None, warn: Callable[[str], None]) -> np.ndarray:
+    """patient_id of each row: the label CSV's before the file's before the split's; says where they differ or may be one."""
+    slides = features.slide_id.tolist()
+    stored = np.array(["" if is_missing(name) else name for name in features.patient_id.tolist()], dtype=object)
+    words = sorted(set(features.slide_id[(stored == "") & (features.patient_id != "")].tolist()))
+    if words:
+        warn(f"the files of {len(words)} slides name a patient nan, NA or the like: taken as not known: {shorten(words)}")
+    given = np.array([labels.patient.get(slide, "") for slide in slides], dtype=object)
+    _tell_differences(features, given, stored, "in the label CSV than in their files; the CSV's was taken", warn)
+    found = np.where(given != "", given, stored)
+    if split is not None:
+        there = np.array([split.patient_of.get(slide, "") for slide in slides], dtype=object)
+        _tell_differences(features, there, found, f"in {split.where} than here; the split's was not taken", warn)
+        found = np.where(found != "", found, there)
+    near = alike(set(found.tolist()) - {""}, ids=True)
+    if near:
         warn(
-            f"{len(differ)} slides have another patient_id in the label CSV than in their files; the CSV's was taken: "
-            f"{shorten(differ)}"
+            f"patient_ids that may be one ({spell_alike(near)}): they count as several, so that one patient may be learned "
+            "from and judged"
         )
-    return np.where(given != "", given, stored)
+    return found
+
+
+def _tell_differences(features: FeatureSet, a: np.ndarray, b: np.ndarray, where: str, warn: Callable[[str], None]) -> None:
+    differ = sorted(set(features.slide_id[(a != "") & (b != "") & (a != b)].tolist()))
+    if differ:
+        warn(f"{len(differ)} slides have another patient_id {where}: {shorten(differ)}")
+
+
+def sites_of(features: FeatureSet, labels: Labels, warn: Callable[[str], None]) -> np.ndarray | None:
+    """Code of the site of each row, int (n,); None where it is not known of all, or all are of one: that is said."""
+    if not labels.site:
+        return None
+    site = [labels.site.get(slide, "") for slide in features.slide_id.tolist()]
+    bare = sorted({slide for slide, name in zip(features.slide_id.tolist(), site, strict=True) if not name})
+    if bare:
+        warn(f"{len(bare)} slides have no site ({shorten(bare)}): answers from other sites are not measured")
+        return None
+    near = alike(set(site))
+    if near:
+        warn(f"sites that may be one, and were taken as several: {spell_alike(near)}")
+    if len(set(site)) < 2:
+        warn(f"all slides are of the site {site[0]}: answers from other sites are not measured")
+        return None
+    return np.unique(np.array(site), return_inverse=True)[1]

@@ -44,6 +44,13 @@ def macro_f1_from_confusion(confusion: np.ndarray) -> np.ndarray:
     return _mean_known(f1_scores(confusion))
 
 
+def accuracy_from_confusion(confusion: np.ndarray) -> np.ndarray:
+    """Share of all rows named rightly, (..., C, C) -> (...); NaN for no rows."""
+    total = confusion.sum(axis=(-1, -2))
+    right = np.trace(confusion, axis1=-2, axis2=-1)
+    return np.divide(right, total, out=np.full(np.shape(total), np.nan), where=total > 0)
+
+
 def balanced_accuracy(y: np.ndarray, pred: np.ndarray, n_classes: int) -> float:
     """Share named rightly, averaged over the classes that occur in y; NaN for no rows."""
     return float(balanced_from_confusion(confusion_matrix(y, pred, n_classes)))

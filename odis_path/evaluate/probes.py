@@ -1,15 +1,15 @@
 """The probes: k nearest neighbours, linear, prototypes. Each judges every tested row by a model that never saw its group.
 
-Settings (k, C) are chosen on the inner folds of a round, never on what the round tests.
+Settings (k, C, what is done to the features) are chosen on the inner folds of a round, never on what the round tests.
 """
 
 from __future__ import annotations
 
 import warnings as warnings_module
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -17,8 +17,8 @@ from odis_path.evaluate.bootstrap import AUROC_EPISODES, Judged
 from odis_path.evaluate.knn import Weights, unit_rows, votes
 from odis_path.evaluate.metrics import balanced_accuracy
 from odis_path.evaluate.splits import Plan, Round
+from odis_path.evaluate.standardise import FITTED, WHITEN_SHARE, Features, Standardise
 
-Metric = Literal["cosine", "euclidean"]
 C_GRID = tuple(float(c) for c in np.logspace(-4, 0, 5))
 MAX_ITER = 1000
 SHOTS = (1, 2, 4, 8, 16)
@@ -29,13 +29,16 @@ DEFAULT_K, DEFAULT_C = 20, 1e-2
 class ProbeResult:
     """Predictions of the tested rows (plan.tested, in that order), and how they came about.
 
-    per_setting: k or C -> balanced accuracy on the inner folds, mean over rounds. chosen: what each round took.
+    per_setting: k or C -> balanced accuracy on the inner folds, mean over rounds. chosen: what each round took. hows: what
+    each round did to the features; per_how: the best balanced accuracy of each on the inner folds, mean over rounds.
     per_shots: shots -> balanced accuracy of each episode (prototypes only).
     """
 
     judged: Judged
     per_setting: dict[float, float] = field(default_factory=dict)
     chosen: tuple[float, ...] = ()
+    hows: tuple[Standardise, ...] = ()
+    per_how: dict[str, float] = field(default_factory=dict)
     per_shots: dict[int, np.ndarray] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
@@ -44,19 +47,6 @@ class ProbeResult:
         """What most rounds took; of equals the smaller."""
         counts = Counter(self.chosen)
         return min(counts, key=lambda value: (-counts[value], value)) if counts else None
-
-
-def in_space(x: np.ndarray, metric: Metric) -> np.ndarray:
-    """Rows such that 1 - distance**2 / 2 is their similarity, float32 (n, D).
-
-    cosine: unit length. euclidean, for hand-made features: each column to mean 0 and spread 1, over sqrt(D), so that
-    the distances are of the size of those between unit vectors.
-    """
-    if metric == "cosine":
-        return unit_rows(x)
-    spread = x.std(axis=0)
-    z = (x - x.mean(axis=0)) / np.where(spread > 0, spread, 1)
-    return (z / np.sqrt(x.shape[1])).astype(np.float32)
 
 
 # --- k nearest neighbours
@@ -75,7 +65,7 @@ class FoldNeighbours:
 
     @staticmethod
     def search(x: np.ndarray, plan: Plan, k: int) -> FoldNeighbours:
-        """x: float32 (n, D) of `in_space`. Only pairs of folds that some round needs are searched."""
+        """x: float32 (n, D) of `Features.space`. Only pairs of folds that some round needs are searched."""
         from sklearn.neighbors import NearestNeighbors
 
         shape = (len(x), plan.n_folds, k)
@@ -102,27 +92,51 @@ class FoldNeighbours:
 
 
 def knn_probe(
-    x: np.ndarray, y: np.ndarray, plan: Plan, n_classes: int, *, ks: Sequence[int], weights: Weights, metric: Metric = "cosine"
-) -> ProbeResult:
-    """k-NN; x float32 (n, D), y int (n,). k: the one of `ks` with the best inner balanced accuracy, of equals the smallest."""
-    neighbours = FoldNeighbours.search(in_space(x, metric), plan, max(ks))
+    features: Features, y: np.ndarray, plan: Plan, n_classes: int, *, ks: Sequence[int], weights: Weights,
+    hows: Sequence[Standardise] = ("none",),
+) -> ProbeResult:  # fmt: skip
+    """k-NN; y int (n,). k of `ks` and what of `hows` is done to the features: those with the best inner balanced accuracy, of
+    equals the first and smallest."""
     tested = plan.tested
     place = np.full(len(y), -1)
     place[tested] = np.arange(len(tested))
     scores = np.zeros((len(tested), n_classes))
     inner_scores: list[dict[float, float]] = []
+    inner_hows: list[dict[str, float]] = []
     chosen: list[float] = []
+    taken: list[Standardise] = []
+    shared: dict[Standardise, FoldNeighbours] = {}  # what no training rows decide on serves all rounds
     for r in plan.rounds:
-        found = _choose_k(neighbours, y, plan, r, n_classes, ks, weights)
-        inner_scores.append(found)
+        options: dict[Standardise, tuple[FoldNeighbours, dict[float, float]]] = {}
+        for how in hows:
+            fitted = how in FITTED or features.metric == "euclidean"
+            if fitted or how not in shared:
+                space = features.space(how, plan.rows(r.train))
+                near = FoldNeighbours.search(space, Plan(plan.fold, (r,), "") if fitted else plan, max(ks))
+                shared |= {} if fitted else {how: near}
+            else:
+                near = shared[how]
+            options[how] = near, _choose_k(near, y, plan, r, n_classes, ks, weights)
+        how = _best_how({name: max(found.values()) for name, (_, found) in options.items() if found}, hows)
+        near, found = options[how]
         k = int(_best(found)) if found else _default_k(ks)
+        inner_scores.append(found)
+        inner_hows.append({name: max(values.values()) for name, (_, values) in options.items() if values})
         chosen.append(k)
+        taken.append(how)
         rows = plan.rows(r.test)
-        similarity, index = neighbours.among(rows, r.train)
+        similarity, index = near.among(rows, r.train)
         scores[place[rows]] = votes(similarity[:, :k], y[index[:, :k]], n_classes, weights)
     told = () if all(inner_scores) else (f"k could not be chosen on other groups within training; {chosen[0]} was taken",)
     judged = Judged(scores.argmax(axis=1)[None], scores[None])
-    return ProbeResult(judged, _mean_by_key(inner_scores), tuple(chosen), warnings=told)
+    return ProbeResult(judged, _mean_by_key(inner_scores), tuple(chosen), tuple(taken), _mean_by_key(inner_hows), warnings=told)
+
+
+def _best_how(scores: Mapping[Standardise, float], hows: Sequence[Standardise]) -> Standardise:
+    """What did best on the inner folds, of equals the first; zscore where there were none to choose by."""
+    if scores:
+        return max(hows, key=lambda how: (scores[how], -hows.index(how)))
+    return "zscore" if "zscore" in hows else hows[0]
 
 
 def _choose_k(
@@ -153,7 +167,7 @@ def _best(scores: dict[float, float]) -> float:
     return min(scores, key=lambda value: (-scores[value], value))
 
 
-def _mean_by_key(parts: list[dict[float, float]]) -> dict[float, float]:
+def _mean_by_key(parts: Sequence[Mapping[Any, float]]) -> dict[Any, float]:
     known = [part for part in parts if part]
     return {key: float(np.mean([part[key] for part in known])) for key in known[0]} if known else {}
 
@@ -169,6 +183,7 @@ class LinearFits:
     y: np.ndarray
     plan: Plan
     n_classes: int
+    whiten: bool = False
     fits: int = 0
     stopped: int = 0
     paths: dict[frozenset[int], dict[float, Any]] = field(default_factory=dict)
@@ -181,15 +196,18 @@ class LinearFits:
         return self.paths[key]
 
     def _fit(self, train: tuple[int, ...], grid: Sequence[float]) -> dict[float, Any]:
+        from sklearn.decomposition import PCA
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.linear_model import LogisticRegression
+        from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
 
         rows = self.plan.rows(train)
         classes = np.unique(self.y[rows])
         if len(classes) < 2:
             return dict.fromkeys(grid, int(classes[0]))
-        scaler = StandardScaler().fit(self.x[rows])
+        before_it = [PCA(WHITEN_SHARE, whiten=True, svd_solver="full")] if self.whiten else []
+        scaler = make_pipeline(*before_it, StandardScaler()).fit(self.x[rows])
         scaled = scaler.transform(self.x[rows])
         models: dict[float, Any] = {}
         before = None
@@ -220,9 +238,21 @@ class LinearFits:
         return scores
 
 
-def linear_probe(x: np.ndarray, y: np.ndarray, plan: Plan, n_classes: int, *, grid: Sequence[float] = C_GRID) -> ProbeResult:
-    """Logistic regression on standardised features (the scaler fitted on the training rows); C by inner balanced accuracy."""
-    fits = LinearFits(np.asarray(x, dtype=np.float32), y, plan, n_classes)
+def linear_probe(
+    features: Features,
+    y: np.ndarray,
+    plan: Plan,
+    n_classes: int,
+    *,
+    how: Standardise = "zscore",
+    grid: Sequence[float] = C_GRID,
+) -> ProbeResult:
+    """Logistic regression on standardised features (the scaler fitted on the training rows); C by inner balanced accuracy.
+
+    how: whiten and centre-slide come before the scaler.
+    """
+    x = features.standardised("centre-slide" if how == "centre-slide" else "none", np.zeros(0, dtype=np.int64))
+    fits = LinearFits(x, y, plan, n_classes, how == "whiten")
     tested = plan.tested
     place = np.full(len(y), -1)
     place[tested] = np.arange(len(tested))
@@ -247,14 +277,14 @@ def linear_probe(x: np.ndarray, y: np.ndarray, plan: Plan, n_classes: int, *, gr
     if fits.stopped:
         told += (f"{fits.stopped} of {fits.fits} logistic regressions had not converged after {MAX_ITER} steps",)
     judged = Judged(scores.argmax(axis=1)[None], scores[None])
-    return ProbeResult(judged, _mean_by_key(inner_scores), tuple(chosen), warnings=told)
+    return ProbeResult(judged, _mean_by_key(inner_scores), tuple(chosen), (how,) * len(plan.rounds), warnings=told)
 
 
 # --- prototypes
 
 
 def prototype_probe(
-    x: np.ndarray,
+    features: Features,
     y: np.ndarray,
     plan: Plan,
     n_classes: int,
@@ -262,7 +292,7 @@ def prototype_probe(
     shots: Sequence[int] = SHOTS,
     episodes: int = 200,
     seed: int = 0,
-    metric: Metric = "cosine",
+    hows: Sequence[Standardise] = ("none",),
 ) -> ProbeResult:
     """SimpleShot (Wang et al. 2019): centre by the support mean, unit length, class means, nearest.
 
@@ -270,9 +300,11 @@ def prototype_probe(
     rows. The same seed draws the same rows, whatever the features. Predictions are those of the most shots, scores
     (minus the squared distance) too, of the first episodes, which the AUROC takes.
     """
-    features = np.asarray(x, dtype=np.float32) if metric == "cosine" else in_space(x, metric)
-    features = features - features.mean(axis=0)  # changes no distance, and spares digits
-    asked = [(rows, features[rows], (features[rows] ** 2).sum(axis=1)) for rows in (plan.rows(r.test) for r in plan.rounds)]
+    spaces = [_prototype_space(features, y, plan, r, n_classes, hows) for r in plan.rounds]
+    asked = []
+    for r, space in zip(plan.rounds, spaces, strict=True):
+        rows = plan.rows(r.test)
+        asked.append((rows, space.x[rows], (space.x[rows] ** 2).sum(axis=1)))
     tested = plan.tested
     place = np.full(len(y), -1)
     place[tested] = np.arange(len(tested))
@@ -289,7 +321,7 @@ def prototype_probe(
                 support = {c: order[:s] for c, order in orders[n].items()}
                 short |= {c for c in support if s == most and len(support[c]) < s}
                 now[place[rows]] = prototype_scores(
-                    features, support, queries, n_classes, unit=metric == "cosine", squared=squared
+                    spaces[n].x, support, queries, n_classes, unit=features.metric == "cosine", squared=squared
                 )
             guess = now.argmax(axis=1)
             per_shots[s][episode] = balanced_accuracy(y[tested], guess, n_classes)
@@ -300,7 +332,40 @@ def prototype_probe(
     told = (
         (f"{len(short)} classes have fewer than {most} training rows in some round; all they have were taken",) if short else ()
     )
-    return ProbeResult(Judged(pred, scores), per_shots=per_shots, warnings=told)
+    per_how = _mean_by_key([space.inner for space in spaces])
+    hows_taken = tuple(space.how for space in spaces)
+    return ProbeResult(Judged(pred, scores), hows=hows_taken, per_how=per_how, per_shots=per_shots, warnings=told)
+
+
+@dataclass(frozen=True)
+class _PrototypeSpace:
+    """What a round does to the features, these (n, d), and the inner balanced accuracy of each choice."""
+
+    how: Standardise
+    x: np.ndarray
+    inner: Mapping[Standardise, float]
+
+
+def _prototype_space(
+    features: Features, y: np.ndarray, plan: Plan, r: Round, n_classes: int, hows: Sequence[Standardise]
+) -> _PrototypeSpace:
+    """Choose by prototypes of all inner training rows; the features are near 0, which changes no distance and spares digits."""
+    train, unit = plan.rows(r.train), features.metric == "cosine"
+    inner: dict[Standardise, float] = {}
+    xs = {}
+    for how in hows:
+        x = features.standardised(how, train) if unit else features.space(how, train)
+        xs[how] = x - x[train].mean(axis=0)
+        guesses, truth = [], []
+        for val, fit in r.inner if len(hows) > 1 else ():
+            rows, known = plan.rows(val), plan.rows(fit)
+            support = {int(c): known[y[known] == c] for c in np.unique(y[known])}
+            guesses.append(prototype_scores(xs[how], support, xs[how][rows], n_classes, unit=unit).argmax(axis=1))
+            truth.append(y[rows])
+        if truth:
+            inner[how] = balanced_accuracy(np.concatenate(truth), np.concatenate(guesses), n_classes)
+    how = _best_how(inner, hows)
+    return _PrototypeSpace(how, xs[how], inner)
 
 
 def _support_order(y: np.ndarray, plan: Plan, r: Round, seed: tuple[int, ...]) -> dict[int, np.ndarray]:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from annotations.errors import UserError
-from odis_path.evaluate.bootstrap import draw_clusters
-from odis_path.evaluate.labelled import Chosen, Labels, apply_patients, choose_level, label_rows, read_labels
+from odis_path.evaluate.bootstrap import Draws, draw_patients
+from odis_path.evaluate.labelled import Chosen, apply_patients, choose_level, label_rows, read_labels, sites_of
+from odis_path.evaluate.seen import Seen, split_of_run, who_was_seen
 from odis_path.evaluate.splits import (
     Plan,
     Round,
@@ -20,19 +19,20 @@ from odis_path.evaluate.splits import (
     cross_validation,
     given_split,
     group_codes,
-    patients_in_split,
+    read_split,
     shorten,
 )
 from odis_path.features import FeatureSet, read_features
 
 FEW_GROUPS = 10
+AUTO_SPLIT = "auto"  # the split of the run that made the encoder
 
 
 @dataclass(frozen=True)
 class Problem:
     """features: n labelled rows. y int (n,) into names. group int (n,): the patient (or slide, or row) that is kept on one
-    side. site: codes (n,), or None where not known. plan: folds. cluster int (t,): group of each tested row, 0..P-1;
-    drawn float32 (B, P): bootstrap draws of these.
+    side. site: codes (n,), or None where not known. plan: folds. slide: codes (n,). draws: samples of the groups of
+    the tested rows. seen: which of these the encoder was pretrained on.
     """
 
     features: FeatureSet
@@ -41,9 +41,10 @@ class Problem:
     groups: str
     group: np.ndarray
     site: np.ndarray | None
+    slide: np.ndarray
     plan: Plan
-    cluster: np.ndarray
-    drawn: np.ndarray
+    draws: Draws
+    seen: Seen
     warnings: tuple[str, ...]
 
     @property
@@ -69,10 +70,13 @@ class Problem:
 
 
 def prepare(
-    feats: Path, labels: Path | str, *, probe: str, groups: str, level: str, split: Path | None, folds: int, seed: int,
-    bootstrap: int, max_rows: int,
+    feats: Path, labels: Path | str, *, probe: str, groups: str, level: str, split: Path | str | None, folds: int,
+    seed: int, bootstrap: int, max_rows: int,
 ) -> Problem:  # fmt: skip
-    """Read embeddings and labels, and say who is judged by whom. Raises UserError for what would make the result void."""
+    """Read embeddings and labels, and say who is judged by whom. split: a CSV, or "auto" for that of the encoder's run.
+
+    Raises UserError for what would make the result void.
+    """
     told = read_labels(labels)
     level, warnings = choose_level(feats, told, level)
     chosen: list[Chosen] = []
@@ -82,30 +86,34 @@ def prepare(
         return chosen[0].rows
 
     features = read_features(feats, level, select)
-    features = replace(features, patient_id=apply_patients(features, told, warnings.append))
-    if split is not None:
-        features = replace(features, patient_id=_fill_patients(features, split))
+    pretraining = features.pretraining_in(feats if feats.is_dir() else feats.parent)
+    sides = None if split is None else split_of_run(pretraining) if split == AUTO_SPLIT else read_split(Path(split))
+    features = replace(features, patient_id=apply_patients(features, told, sides, warnings.append))
     warnings += told.warnings + chosen[0].warnings
     names = chosen[0].name.astype(str)
     group = group_codes(groups, features.patient_id, features.slide_id, str(feats))
     classes, y = np.unique(names, return_inverse=True)
     if len(classes) < 2:
         raise UserError(f"{told.where}: all {len(y)} labelled rows are {classes[0]}: two classes at least are needed")
-    if split is not None:
-        plan = given_split(split, y, group, features.patient_id, features.slide_id, seed)
+    if sides is not None:
+        plan = given_split(sides, y, group, features.patient_id, features.slide_id, seed)
     elif probe == "retrieval":
         plan = everyone_asks(group, groups)
     else:
         plan = cross_validation(y, group, folds, seed, groups)
-    check_plan(plan, group) if split is not None or probe != "retrieval" else None
+    check_plan(plan, group) if sides is not None or probe != "retrieval" else None
     warnings += [*plan.warnings, *group_warnings(groups, features, plan), *class_warnings(classes, y, group, plan)]
     if features.mode not in ("full", ""):
         warnings.append(
             f"mode {features.mode}: the boxes were given on both sides, in training and in testing, and to the baselines"
         )
-    cluster, drawn = clusters(group[plan.tested], bootstrap, seed, warnings)
-    site = _sites(features, told)
-    return Problem(features, y, tuple(classes.tolist()), groups, group, site, plan, cluster, drawn, tuple(warnings))
+    draws = draw_groups(y[plan.tested], group[plan.tested], len(classes), bootstrap, seed, warnings)
+    site = sites_of(features, told, warnings.append) if probe == "retrieval" else None
+    seen = who_was_seen(plan, features, pretraining)
+    warnings += seen.warnings(split_given=sides is not None)
+    slide = np.unique(features.slide_id.astype(str), return_inverse=True)[1]
+    names_of = tuple(classes.tolist())
+    return Problem(features, y, names_of, groups, group, site, slide, plan, draws, seen, tuple(warnings))
 
 
 def everyone_asks(group: np.ndarray, groups: str) -> Plan:
@@ -118,19 +126,23 @@ def everyone_asks(group: np.ndarray, groups: str) -> Plan:
     return Plan(np.zeros(len(group), dtype=np.int64), (Round((0,), (0,), ()),), f"each row against all of every other {what}")
 
 
-def clusters(group: np.ndarray, bootstrap: int, seed: int, warnings: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Cluster of each tested row, and the draws (B, P); no draws, and so no intervals, for a single cluster."""
-    found, cluster = np.unique(group, return_inverse=True)
+def draw_groups(y: np.ndarray, group: np.ndarray, n_classes: int, bootstrap: int, seed: int, warnings: list[str]) -> Draws:
+    """Samples of the groups of tested rows, y and group int (t,); none, and so no intervals, for a single group."""
+    count, cluster = len(np.unique(group)), np.unique(group, return_inverse=True)[1]
     if bootstrap < 0:
         raise UserError(f"--bootstrap {bootstrap}: 1000 or more samples; 0 leaves the intervals out")
-    if len(found) < 2:
+    draws = draw_patients(y, cluster, n_classes, bootstrap, seed)
+    if count < 2:
         warnings.append("all judged rows are of one group: there is no interval, the result speaks of that one only")
-        return cluster, np.zeros((0, len(found)), dtype=np.float32)
-    if len(found) < FEW_GROUPS:
-        warnings.append(f"intervals rest on {len(found)} groups only: they are rough, and likely too narrow")
-    if bootstrap < 1000:
+        return draws
+    if count < FEW_GROUPS:
+        warnings.append(f"intervals rest on {count} groups only: they are wide, as so few cannot tell how groups differ")
+    if bootstrap and bootstrap < 1000 and not draws.left_out:
         warnings.append(f"--bootstrap {bootstrap}: intervals from fewer than 1000 samples are coarse")
-    return cluster, draw_clusters(len(found), bootstrap, seed)
+    lacking = int(draws.lacking.sum())
+    if lacking and not draws.single:
+        warnings.append(f"{lacking} of {len(draws.weights)} samples of groups lacked a class and were left out of intervals")
+    return draws
 
 
 def group_warnings(groups: str, features: FeatureSet, plan: Plan) -> list[str]:
@@ -157,18 +169,11 @@ def class_warnings(classes: np.ndarray, y: np.ndarray, group: np.ndarray, plan: 
     single = [str(classes[c]) for c in np.unique(y[used]) if len(np.unique(group[used & (y == c)])) == 1]
     if single:
         told.append(f"classes of a single group, which cannot be both learned and judged: {shorten(single)}")
+    judged_y, judged_group = y[plan.tested], group[plan.tested]
+    one = [str(classes[c]) for c in np.unique(judged_y) if len(np.unique(judged_group[judged_y == c])) == 1]
+    if one and len(np.unique(judged_group)) > 1:
+        told.append(
+            f"classes judged on one group alone: {shorten(one)}: averages over classes have no interval, as how groups differ "
+            "in such a class cannot be known"
+        )
     return told
-
-
-def _fill_patients(features: FeatureSet, split: Path) -> np.ndarray:
-    """patient_id with the gaps filled from a split CSV that has both id columns."""
-    patient_of: Mapping[str, str] = patients_in_split(split)
-    pairs: Any = zip(features.slide_id.tolist(), features.patient_id.tolist(), strict=True)
-    return np.array([patient or patient_of.get(slide, "") for slide, patient in pairs], dtype=object)
-
-
-def _sites(features: FeatureSet, labels: Labels) -> np.ndarray | None:
-    site = [labels.site.get(slide, "") for slide in features.slide_id.tolist()]
-    if "" in site or len(set(site)) < 2:
-        return None
-    return np.unique(np.array(site), return_inverse=True)[1]

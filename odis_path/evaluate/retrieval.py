@@ -14,9 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from odis_path.evaluate.bootstrap import Judged, estimate_classes, estimate_mean
+from odis_path.evaluate.bootstrap import Draws, Judged, estimate_classes, estimate_mean
 from odis_path.evaluate.knn import nearest, votes
-from odis_path.evaluate.probes import Metric, in_space
 
 _CHUNK = 512
 
@@ -40,11 +39,11 @@ class Hits:
     relevant: np.ndarray
 
 
-def search(
-    x: np.ndarray, y: np.ndarray, queries: np.ndarray, gallery: np.ndarray, k: int, rule: Rule, metric: Metric = "cosine"
-) -> Hits:
-    """Exact search, some queries at a time. x (n, D), y (n,); queries and gallery are row numbers. No row answers itself."""
-    space = in_space(x, metric)
+def search(space: np.ndarray, y: np.ndarray, queries: np.ndarray, gallery: np.ndarray, k: int, rule: Rule) -> Hits:
+    """Exact search, some queries at a time. No row answers itself.
+
+    space: (n, D) of `Features.space`; y (n,); queries and gallery are row numbers.
+    """
     half = 0.5 * (space**2).sum(axis=1)
     there, there_half = space[gallery].T, half[gallery]
     k = min(k, len(gallery))
@@ -85,16 +84,14 @@ def majority_vote(hits: Hits, y: np.ndarray, n_classes: int, k: int) -> np.ndarr
     return votes(hits.similarity[:, :k], y[hits.index[:, :k]], n_classes, "majority")
 
 
-def retrieval_table(
-    hits: Hits, y: np.ndarray, n_classes: int, ks: Sequence[int], cluster: np.ndarray, drawn: np.ndarray
-) -> dict[str, Any]:
-    """Every measure at every k with its interval. cluster (q,): cluster of each query; drawn (B, P)."""
+def retrieval_table(hits: Hits, y: np.ndarray, names: tuple[str, ...], ks: Sequence[int], draws: Draws) -> dict[str, Any]:
+    """Every measure at every k with its interval. names: of the classes; draws: of the patients of the queries."""
     per_k = {}
     truth = y[hits.queries]
     for k in ks:
-        row = {name: estimate_mean(values, cluster, drawn).interval() for name, values in measures(hits, y, k).items()}
-        judged = judge(hits, y, n_classes, k)
-        found = estimate_classes(truth, judged, cluster, drawn, n_classes, with_auroc=False)
+        row = {name: estimate_mean(values, draws).interval() for name, values in measures(hits, y, k).items()}
+        judged = judge(hits, y, len(names), k)
+        found = estimate_classes(truth, judged, draws, len(names), names, with_auroc=False)
         row["mmv_balanced_accuracy"] = found["balanced_accuracy"].interval()
         per_k[str(k)] = row
     bare = int((hits.relevant == 0).sum())

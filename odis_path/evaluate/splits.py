@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from annotations.errors import UserError
-from tiling.csvfile import read_csv_file
+from odis_path.evaluate.tables import alike, is_missing, read_csv, spell_alike
 
 GROUPS = ("patient_id", "slide_id", "none")
 SIDES = ("train", "val", "test")
@@ -145,54 +146,78 @@ def grouped_folds(y: np.ndarray, group: np.ndarray, folds: int, seed: int) -> np
     return np.unique(fold, return_inverse=True)[1].astype(np.int64)
 
 
-def read_split(path: Path) -> tuple[str, dict[str, str]]:
-    """A CSV with columns `split` (train, val, test) and `patient_id` or `slide_id` -> the id column, and side by id.
+@dataclass(frozen=True)
+class Split:
+    """Sides (train, val, test) by id. where: the file, or what made it. key: which id, slide_id or patient_id.
+    patient_of: slide_id -> patient_id, where it tells both."""
 
-    With both id columns, slide_id tells the side. An id on two sides is a UserError that names it.
+    where: str
+    key: str
+    side: Mapping[str, str]
+    patient_of: Mapping[str, str]
+    warnings: tuple[str, ...] = ()
+
+
+def read_split(path: Path) -> Split:
+    """A CSV with columns `split` (train, val, test) and `patient_id` or `slide_id`.
+
+    With both id columns, slide_id tells the side. Raises UserError that names it for an id on two sides, a patient whose
+    slides are on two sides, and a slide of two patients.
     """
     rows = read_csv(path)
     columns = list(rows[0])
     key = "slide_id" if "slide_id" in columns else "patient_id"
     if "split" not in columns or key not in columns:
         raise UserError(f"{path}: needs a column split and one of slide_id, patient_id; its columns are {', '.join(columns)}")
+    return split_of_rows(str(path), key, rows)
+
+
+def split_of_rows(where: str, key: str, rows: Iterable[Mapping[str, str]]) -> Split:
+    """The split that rows with `split`, `patient_id` and `slide_id` make; see `read_split`."""
     side: dict[str, str] = {}
+    patient_of: dict[str, str] = {}
+    sides_of: dict[str, set[str]] = {}
     twice = set()
     for row in rows:
-        name, value = row[key], row["split"].lower()
+        name, value, patient = row[key], row["split"].lower(), row.get("patient_id", "")
         if value not in SIDES:
-            raise UserError(f"{path}: split {row['split']!r} of {key} {name}: take one of {', '.join(SIDES)}")
+            raise UserError(f"{where}: split {row['split']!r} of {key} {name}: take one of {', '.join(SIDES)}")
         if not name:
-            raise UserError(f"{path}: a line has no {key}: name what is on the side {value}")
+            raise UserError(f"{where}: a line has no {key}: name what is on the side {value}")
         if side.setdefault(name, value) != value:
             twice.add(name)
+        if key == "slide_id" and not is_missing(patient):
+            if patient_of.setdefault(name, patient) != patient:
+                raise UserError(f"{where}: slide {name} is of patients {patient_of[name]} and {patient}: keep one")
+            sides_of.setdefault(patient, set()).add(value)
     if twice:
-        raise UserError(f"{path}: {key} on two sides: {shorten(sorted(twice))}: give each one side")
-    return key, side
+        raise UserError(f"{where}: {key} on two sides: {shorten(sorted(twice))}: give each one side")
+    _refuse_leaks(where, sides_of)
+    near = alike(sides_of or (side if key == "patient_id" else ()), ids=True)
+    told = (f"{where}: patient_ids that may be one, and count as several: {spell_alike(near)}",) if near else ()
+    return Split(where, key, side, patient_of, told)
 
 
-def patients_in_split(path: Path) -> dict[str, str]:
-    """slide_id -> patient_id, of a split CSV that has both columns; empty for others. UserError for a slide of two patients."""
-    patient_of: dict[str, str] = {}
-    for row in read_csv(path):
-        slide, patient = row.get("slide_id", ""), row.get("patient_id", "")
-        if slide and patient and patient_of.setdefault(slide, patient) != patient:
-            raise UserError(f"{path}: slide {slide} is of patients {patient_of[slide]} and {patient}: keep one")
-    return patient_of
-
-
-def given_split(path: Path, y: np.ndarray, group: np.ndarray, patient_id: np.ndarray, slide_id: np.ndarray, seed: int) -> Plan:
+def given_split(
+    split: Split, y: np.ndarray, group: np.ndarray, patient_id: np.ndarray, slide_id: np.ndarray, seed: int
+) -> Plan:
     """The user's split. k or C is chosen on `val` where there is one, else on folds of whole groups within `train`.
 
     Rows whose id is not in the file are left out, and counted. A patient on two sides is a UserError that names the ids.
     """
-    key, side_of = read_split(path)
-    ids = patient_id if key == "patient_id" else slide_id
-    side = np.array([side_of.get(name, "") for name in ids.tolist()], dtype=object)
-    _refuse_leaks(path, side, patient_id)
+    ids = patient_id if split.key == "patient_id" else slide_id
+    side = np.array([split.side.get(name, "") for name in ids.tolist()], dtype=object)
+    sides_of: dict[str, set[str]] = {}
+    for patient, where in zip(patient_id.tolist(), side.tolist(), strict=True):
+        if patient and where:
+            sides_of.setdefault(patient, set()).add(where)
+    _refuse_leaks(split.where, sides_of)
     train, val, test = (np.flatnonzero(side == name) for name in SIDES)
     for name, rows in (("train", train), ("test", test)):
         if not len(rows):
-            raise UserError(f"{path}: no labelled row is on the side {name}: its {key}s must be those of the feature files")
+            raise UserError(
+                f"{split.where}: no labelled row is on the side {name}: its {split.key}s must be those of the feature files"
+            )
     fold = np.full(len(y), -1, dtype=np.int64)
     if len(val):
         fold[train], fold[val], fold[test] = 0, 1, 2
@@ -204,18 +229,15 @@ def given_split(path: Path, y: np.ndarray, group: np.ndarray, patient_id: np.nda
         fold[test] = inner
         plan_round = _leave_out(inner, tuple(range(inner)))
     missing = sorted(set(ids[side == ""].tolist()) - {""})
-    warnings = (f"{len(missing)} {key}s are not in {path.name} and were left out: {shorten(missing)}",) if missing else ()
-    return Plan(fold, (plan_round,), f"{path}", warnings)
+    file = Path(split.where).name
+    told = (f"{len(missing)} {split.key}s are not in {file} and were left out: {shorten(missing)}",) if missing else ()
+    return Plan(fold, (plan_round,), split.where, (*split.warnings, *told))
 
 
-def _refuse_leaks(path: Path, side: np.ndarray, patient_id: np.ndarray) -> None:
-    known = (patient_id != "") & (side != "")
-    sides: dict[str, set[str]] = {}
-    for patient, where in zip(patient_id[known].tolist(), side[known].tolist(), strict=True):
-        sides.setdefault(patient, set()).add(where)
-    leaks = sorted(patient for patient, where in sides.items() if len(where) > 1)
+def _refuse_leaks(where: str, sides_of: Mapping[str, set[str]]) -> None:
+    leaks = sorted(patient for patient, sides in sides_of.items() if len(sides) > 1)
     if leaks:
-        raise UserError(f"{path}: patients on two sides: {shorten(leaks, 10)}: put all slides of a patient on one side")
+        raise UserError(f"{where}: patients on two sides: {shorten(leaks, 10)}: put all slides of a patient on one side")
 
 
 def check_plan(plan: Plan, group: np.ndarray) -> None:
@@ -228,16 +250,3 @@ def check_plan(plan: Plan, group: np.ndarray) -> None:
         seen = set(r.train).union(*(set(val) | set(train) for val, train in r.inner))
         if seen & set(r.test) or any(set(val) & set(train) for val, train in r.inner):
             raise ValueError("a round trains on rows it tests")
-
-
-def read_csv(path: Path) -> list[dict[str, str]]:
-    """Rows of a CSV with a header, every value stripped. Raises UserError where it cannot be read."""
-    return [row for _, row in numbered_rows(path)]
-
-
-def numbered_rows(path: Path) -> list[tuple[int, dict[str, str]]]:
-    """The same with the line of each row (`tiling.csvfile`)."""
-    rows = [(line, {name: text.strip() for name, text in row.items()}) for line, row in read_csv_file(Path(path)).rows]
-    if not rows:
-        raise UserError(f"{path}: holds no rows: a header line and one line per item are needed")
-    return rows

@@ -12,7 +12,7 @@ from odis_path.report.build import FigureItem, Item, Report, Section, TableItem,
 from odis_path.report.cohort import Cohort
 from odis_path.report.maps import Embeddings, draw_map, layout_2d, neighbourhood, read_embeddings
 from odis_path.report.result_figures import draw_confusion, draw_per_k, draw_scores
-from odis_path.report.results import Evaluation, sentence
+from odis_path.report.results import MODEL, Evaluation, sentence
 
 MAX_MAPS = 4
 MAX_SENTENCES = 3
@@ -81,21 +81,23 @@ def slides_of_patients(c: Cohort) -> str:
 
 def score_table(report: Report, scored: list[Evaluation]) -> TableItem:
     """Model and baselines of every evaluation, with intervals and the paired difference."""
-    columns = ["", "balanced accuracy", "model minus this", "macro F1", "AUROC"]
+    columns = ["", "balanced accuracy", "model minus this", "macro F1", "AUROC", "features"]
     rows: list[list[str]] = []
     strong = set()
     for e in scored:
         rows.append([f"{e.title} ({e.how_many})"])
         strong.add(len(rows))
         metrics = [str(e.scores.get(key, "–")) for key in ("balanced_accuracy", "macro_f1", "auroc")]
-        rows.append(["this model", metrics[0], "", *metrics[1:]])
-        rows += [[name, str(score), diff.signed() if diff else "–", "", ""] for name, score, diff in e.baselines]
+        rows.append([MODEL, metrics[0], "", *metrics[1:], e.standardised[MODEL]])
+        for name, score, diff in e.baselines:
+            rows.append([name, str(score), diff.signed() if diff else "–", "", "", e.standardised[name]])
         if e.chance is not None:
-            rows.append(["guessing", f"{e.chance:.3f}", "", "", ""])
+            rows.append(["guessing", f"{e.chance:.3f}", "", "", "", ""])
     _keep_scores(report, scored)
     caption = (
-        "In brackets: 95% interval, from drawing patients anew (bootstrap). Second column: how much better the model is on "
-        "the same patients; an interval that leaves out 0 is more than luck."
+        "In brackets: 95% interval over patients; there is none where one patient alone has a class. Second column: how much "
+        "better the model is on the same patients; an interval that leaves out 0 is more than luck. Last column: what was done "
+        "to the features before they were compared, chosen on training patients by one rule for all."
     )
     return TableItem(columns, rows, caption, frozenset(range(1, 5)), frozenset(strong))
 
@@ -105,14 +107,15 @@ def _keep_scores(report: Report, scored: list[Evaluation]) -> None:
     rows = []
     for e in scored:
         for metric, score in e.scores.items():
-            rows.append([e.name, e.probe, e.level, "this model", metric, score.point, score.low, score.high])
+            rows.append([e.name, e.probe, e.level, MODEL, metric, score.point, score.low, score.high])
         for name, score, _ in e.baselines:
             rows.append([e.name, e.probe, e.level, name, "balanced_accuracy", score.point, score.low, score.high])
     report.write_csv("scores", ["evaluation", "probe", "level", "what", "metric", "point", "low", "high"], rows)
     report.numbers["evaluations"] = [
         {
             "name": e.name, "probe": e.probe, "level": e.level, "n": e.n, "n_patients": e.n_patients, "groups": e.groups,
-            "scores": {k: vars(s) for k, s in e.scores.items()}, "data_sha256": e.data_sha256, "settings": e.settings,
+            "scores": {k: vars(s) for k, s in e.scores.items()}, "standardised": e.standardised, "pretraining": e.seen,
+            "data_sha256": e.data_sha256, "settings": e.settings,
             "baselines": {n: {"balanced_accuracy": vars(s), "difference": d and vars(d)} for n, s, d in e.baselines},
         }
         for e in scored

@@ -17,6 +17,7 @@ PROBES = {
     "prototype": "class prototypes (few examples)",
     "retrieval": "retrieval",
 }
+MODEL = "this model"
 BASELINES = {
     "majority": "commonest class",
     "random_encoder": "same network, untrained",
@@ -32,7 +33,9 @@ BASELINES = {
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluation in words and numbers. `scores`: metric -> Score; `baselines`: (name, score, difference or None)."""
+    """One evaluation in words and numbers. `scores`: metric -> Score; `baselines`: (name, score, difference or None).
+    `standardised`: what was done to the features, of "this model" and of baselines by name. `seen`: which tested patients the
+    encoder was pretrained on, in words."""
 
     name: str
     probe: str
@@ -52,6 +55,8 @@ class Evaluation:
     split: str
     warnings: list[str]
     retrieval: dict[str, dict[str, dict[str, Score]]]  # who may answer -> k -> measure
+    standardised: dict[str, str]
+    seen: str
 
     @property
     def things(self) -> str:
@@ -66,7 +71,8 @@ class Evaluation:
     def how_many(self) -> str:
         patients = f" of {self.n_patients} patients" if self.n_patients else ""
         apart = {"slide_id": ", kept apart by slide only", "none": ", not kept apart at all"}.get(self.groups, "")
-        return f"{self.n:,} {self.things}{patients}{apart}{f'; {self.split}' if self.split else ''}"
+        rest = "".join(f"; {text}" for text in (self.split, self.seen) if text)
+        return f"{self.n:,} {self.things}{patients}{apart}{rest}"
 
     @property
     def main(self) -> Score | None:
@@ -80,7 +86,7 @@ class Evaluation:
         """The model first, then what it is compared with, best first."""
         if self.main is None:
             return []
-        model = Bar("this model", self.main, True)
+        model = Bar(MODEL, self.main, True)
         others = sorted(self.baselines, key=lambda b: -b[1].point)
         return [model, *(Bar(name, score, False) for name, score, _ in others)]
 
@@ -104,11 +110,14 @@ def read_evaluation(found: EvaluationFound) -> Evaluation:
     r = found.results
     scores = {key: read_score(value) for key, value in (r.get("headline") or {}).items()}
     baselines = []
+    standardised = {MODEL: _text_in(r.get("standardise"), "chosen")}
     for name, values in (r.get("baselines") or {}).items():
         values = values if isinstance(values, Mapping) else {"balanced_accuracy": values}
         score = read_score(values.get("balanced_accuracy"))
         if score is not None:
-            baselines.append((BASELINES.get(name, name.replace("_", " ")), score, read_score(values.get("difference"))))
+            shown = BASELINES.get(name, name.replace("_", " "))
+            baselines.append((shown, score, read_score(values.get("difference"))))
+            standardised[shown] = _text_in(values, "standardise")
     labels = [str(label) for label in r.get("labels") or []]
     confusion = np.asarray(r.get("confusion") or [], dtype=float)
     settings = r.get("settings") or {}
@@ -122,8 +131,14 @@ def read_evaluation(found: EvaluationFound) -> Evaluation:
         confusion=confusion if confusion.shape == (len(labels),) * 2 and len(labels) else None,
         per_k=per_k, k=None if k is None else int(k), settings=settings, data_sha256=str(r.get("data_sha256", "")),
         split=str(r.get("split") or ""), warnings=[str(w).rstrip(".") for w in r.get("warnings") or []],
-        retrieval=_retrieval(r.get("retrieval")),
+        retrieval=_retrieval(r.get("retrieval")), standardised=standardised,
+        seen=_text_in(r.get("pretraining"), "in_words"),
     )  # fmt: skip
+
+
+def _text_in(value: Any, key: str) -> str:
+    """The text under a key of a mapping; empty where there is none."""
+    return str(value.get(key) or "") if isinstance(value, Mapping) else ""
 
 
 def _retrieval(value: Any) -> dict[str, dict[str, dict[str, Score]]]:
@@ -168,7 +183,10 @@ def sentence(e: Evaluation) -> str:
     text = f"{e.n:,} {e.things}{who}, named {how}: {right}"
     if e.main.low is not None and e.main.high is not None:
         text += f" (95% interval {e.main.low:.0%} to {e.main.high:.0%})"
+    elif e.n_patients > 1:
+        text += " (no interval: see the remarks)"
     rest = [f"{name} {score.point:.0%}" for name, score, _ in sorted(e.baselines, key=lambda b: -b[1].point)]
     if e.chance is not None:
         rest.append(f"guessing {e.chance:.0%}")
-    return text + (f"; {', '.join(rest)}." if rest else ".")
+    seen = f" {e.seen[0].upper()}{e.seen[1:]}." if e.seen else ""
+    return text + (f"; {', '.join(rest)}." if rest else ".") + seen

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 from odis_path.baselines import box_size, cut_box, grey_texture, rgb_mean
-from odis_path.evaluate.bootstrap import Judged, draw_clusters, estimate_classes, estimate_mean
+from odis_path.evaluate.bootstrap import draw_patients, estimate_mean
 from odis_path.evaluate.knn import balanced_accuracy, confusion_matrix, knn_scores
 from odis_path.evaluate.metrics import auroc, macro_f1
 from odis_path.evaluate.probes import knn_probe, linear_probe, prototype_probe, prototype_scores
 from odis_path.evaluate.retrieval import Rule, judge, measures, search
 from odis_path.evaluate.splits import check_plan, cross_validation
+from odis_path.evaluate.standardise import Features, in_space
 
 RNG = np.random.default_rng(1)
 
@@ -68,28 +69,13 @@ def test_scores_of_a_case_by_hand() -> None:
     assert np.isnan(balanced_accuracy(y[:0], pred[:0], 3))
 
 
-def test_bootstrap_is_that_of_whole_patients() -> None:
-    y, cluster = RNG.integers(0, 3, 60), np.repeat(np.arange(6), 10)
-    scores = RNG.random((60, 3))
-    judged, drawn = Judged(scores.argmax(1)[None], scores[None]), draw_clusters(6, 20, 0)
-    assert (drawn.sum(axis=1) == 6).all()
-    found = estimate_classes(y, judged, cluster, drawn, 3)
-    for b in range(20):
-        rows = np.concatenate([np.flatnonzero(cluster == c) for c in range(6) for _ in range(int(drawn[b, c]))])
-        guess = judged.pred[0][rows]
-        assert found["balanced_accuracy"].replicates[b] == pytest.approx(balanced_accuracy(y[rows], guess, 3), abs=1e-6)
-        assert found["macro_f1"].replicates[b] == pytest.approx(macro_f1(y[rows], guess, 3), abs=1e-6)
-        assert found["auroc"].replicates[b] == pytest.approx(auroc(y[rows], scores[rows])[0], abs=1e-6)
-    assert found["auroc"].minus(found["auroc"]).interval() == {"point": 0.0, "low": 0.0, "high": 0.0}
-
-
 def test_bootstrap_interval_of_a_known_case() -> None:
     """400 clusters of one row each, right or wrong by a coin: the interval of a share, sqrt(p (1 - p) / n)."""
-    values = (np.arange(400) % 4 == 0).astype(float)
-    found = estimate_mean(values, np.arange(400), draw_clusters(400, 4000, 3)).interval()
+    values, one = (np.arange(400) % 4 == 0).astype(float), np.zeros(3600, int)
+    found = estimate_mean(values, draw_patients(one[:400], np.arange(400), 1, 4000, 3)).interval()
     half = 1.96 * np.sqrt(0.25 * 0.75 / 400)
     assert (found["point"], found["low"], found["high"]) == pytest.approx((0.25, 0.25 - half, 0.25 + half), abs=0.006)
-    doubled = estimate_mean(np.repeat(values, 9), np.repeat(np.arange(400), 9), draw_clusters(400, 4000, 3)).interval()
+    doubled = estimate_mean(np.repeat(values, 9), draw_patients(one, np.repeat(np.arange(400), 9), 1, 4000, 3)).interval()
     assert doubled == pytest.approx(found), "nine rows of a patient tell no more than one"
 
 
@@ -110,17 +96,20 @@ def test_patient_memory_does_not_help() -> None:
     y = group % 2
     x = (RNG.normal(size=(12, 30))[group] + 0.01 * RNG.normal(size=(120, 30))).astype(np.float32)
     plan = cross_validation(y, group, 4, 0, "patient_id")
-    for result in (knn_probe(x, y, plan, 2, ks=(1, 5), weights="temperature"), linear_probe(x, y, plan, 2)):
+    for result in (
+        knn_probe(Features.of(x), y, plan, 2, ks=(1, 5), weights="temperature"),
+        linear_probe(Features.of(x), y, plan, 2),
+    ):
         assert balanced_accuracy(y, result.judged.pred[0], 2) < 0.85
     alone = cross_validation(y, np.arange(120), 4, 0, "none")
-    assert balanced_accuracy(y, knn_probe(x, y, alone, 2, ks=(1,), weights="temperature").judged.pred[0], 2) == 1
+    assert balanced_accuracy(y, knn_probe(Features.of(x), y, alone, 2, ks=(1,), weights="temperature").judged.pred[0], 2) == 1
 
 
 def test_knn_probe_is_the_plain_search_in_every_round() -> None:
     group, y = np.repeat(np.arange(9), 8), RNG.integers(0, 3, 72)
     x = RNG.normal(size=(72, 5)).astype(np.float32)
     plan = cross_validation(y, group, 3, 0, "patient_id")
-    result = knn_probe(x, y, plan, 3, ks=(4,), weights="temperature")
+    result = knn_probe(Features.of(x), y, plan, 3, ks=(4,), weights="temperature")
     for r in plan.rounds:
         train, test = plan.rows(r.train), plan.rows(r.test)
         assert result.judged.scores[0][test] == pytest.approx(knn_scores(x[train], y[train], x[test], 3, 4), abs=1e-4)
@@ -129,7 +118,7 @@ def test_knn_probe_is_the_plain_search_in_every_round() -> None:
 def test_linear_probe_says_what_did_not_converge(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("odis_path.evaluate.probes.MAX_ITER", 1)
     group, y = np.repeat(np.arange(6), 10), np.tile([0, 1], 30)
-    result = linear_probe(RNG.normal(size=(60, 5)), y, cross_validation(y, group, 3, 0, "patient_id"), 2)
+    result = linear_probe(Features.of(RNG.normal(size=(60, 5))), y, cross_validation(y, group, 3, 0, "patient_id"), 2)
     assert any("had not converged" in text for text in result.warnings)
 
 
@@ -144,7 +133,7 @@ def test_prototypes_are_those_of_the_formula() -> None:
     assert prototype_scores(x, support, x[4:], 3, unit=False)[:, :2] == pytest.approx(np.array(plain), abs=1e-4)
     y, group = np.arange(20) % 2, np.arange(20) // 2
     plan = cross_validation(y, group, 5, 0, "patient_id")
-    result = prototype_probe(x, y, plan, 2, shots=(1, 4), episodes=7)
+    result = prototype_probe(Features.of(x), y, plan, 2, shots=(1, 4), episodes=7)
     assert result.judged.pred.shape == (7, 20)
     assert result.per_shots[4][3] == pytest.approx(balanced_accuracy(y, result.judged.pred[3], 2))
 
@@ -154,7 +143,7 @@ def test_retrieval_by_hand() -> None:
     angle = np.array([0, 0.05, 0.1, 0.2, 0.3])
     x = np.stack([np.cos(angle), np.sin(angle)], 1).astype(np.float32)
     y, patient = np.array([0, 0, 1, 0, 0]), np.array([0, 0, 1, 1, 2])
-    hits = search(x, y, np.array([0]), np.arange(5), 4, Rule("other", (patient,)))
+    hits = search(in_space(x, "cosine"), y, np.array([0]), np.arange(5), 4, Rule("other", (patient,)))
     assert hits.index[0, :3].tolist() == [2, 3, 4]
     assert not np.isfinite(hits.similarity[0, 3])
     assert hits.relevant.tolist() == [2]
@@ -163,7 +152,7 @@ def test_retrieval_by_hand() -> None:
     assert measures(hits, y, 4)["map"][0] == pytest.approx((1 / 2 + 2 / 3) / 2)
     assert judge(hits, y, 2, 2).pred[0, 0] == 1, "one vote each: the nearer class"
     assert judge(hits, y, 2, 3).pred[0, 0] == 0
-    same = search(x, y, np.array([2]), np.arange(5), 4, Rule("same", (), within=patient))
+    same = search(in_space(x, "cosine"), y, np.array([2]), np.arange(5), 4, Rule("same", (), within=patient))
     assert np.isnan(measures(same, y, 4)["hit"][0]), "no row of its class could answer"
 
 

@@ -13,7 +13,6 @@ from odis_path.evaluate.metrics import balanced_accuracy
 from odis_path.evaluate.probes import (
     MAX_ITER,
     ProbeResult,
-    in_space,
     knn_probe,
     linear_probe,
     majority_probe,
@@ -21,6 +20,7 @@ from odis_path.evaluate.probes import (
     prototype_scores,
 )
 from odis_path.evaluate.splits import Plan, cross_validation
+from odis_path.evaluate.standardise import Features
 
 KS = (1, 3, 9, 27)
 
@@ -40,7 +40,7 @@ def plan_of(y: np.ndarray, group: np.ndarray) -> Plan:
 def test_knn_is_scikit_learns_with_k_chosen_inside(weights: str) -> None:
     x, y, group = problem()
     plan = plan_of(y, group)
-    found = knn_probe(x, y, plan, 3, ks=KS, weights=weights)  # type: ignore[arg-type]
+    found = knn_probe(Features.of(x), y, plan, 3, ks=KS, weights=weights)  # type: ignore[arg-type]
     vote = "uniform" if weights == "majority" else lambda d: np.exp((1 - d) / 0.07)
     scores = np.zeros((len(y), 3))
     for r, chosen in zip(plan.rounds, found.chosen, strict=True):
@@ -65,7 +65,7 @@ def test_knn_is_scikit_learns_with_k_chosen_inside(weights: str) -> None:
 def test_linear_is_scikit_learns_with_the_chosen_c() -> None:
     x, y, group = problem()
     plan = plan_of(y, group)
-    found = linear_probe(x, y, plan, 3)
+    found = linear_probe(Features.of(x), y, plan, 3)
     for r, c in zip(plan.rounds, found.chosen, strict=True):
         model = make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=5000, tol=1e-8))
         model.fit(x[plan.rows(r.train)].astype(float), y[plan.rows(r.train)])
@@ -85,8 +85,12 @@ def test_labels_of_judged_rows_are_never_looked_at(probe: str) -> None:
 
     def run(labels: np.ndarray) -> ProbeResult:
         if probe == "knn":
-            return knn_probe(x, labels, plan, 3, ks=KS, weights="temperature")
-        return linear_probe(x, labels, plan, 3) if probe == "linear" else prototype_probe(x, labels, plan, 3, episodes=2)
+            return knn_probe(Features.of(x), labels, plan, 3, ks=KS, weights="temperature")
+        return (
+            linear_probe(Features.of(x), labels, plan, 3)
+            if probe == "linear"
+            else prototype_probe(Features.of(x), labels, plan, 3, episodes=2)
+        )
 
     a, b = run(y), run(other)
     assert np.array_equal(a.judged.scores[:, hidden], b.judged.scores[:, hidden])
@@ -98,7 +102,10 @@ def test_noise_is_at_chance() -> None:
     _, y, group = problem(n=1200, patients=30)
     x = np.random.default_rng(5).normal(size=(1200, 16)).astype(np.float32)
     plan = plan_of(y, group)
-    for found in (knn_probe(x, y, plan, 3, ks=KS, weights="temperature"), linear_probe(x, y, plan, 3)):
+    for found in (
+        knn_probe(Features.of(x), y, plan, 3, ks=KS, weights="temperature"),
+        linear_probe(Features.of(x), y, plan, 3),
+    ):
         assert balanced_accuracy(y, found.judged.pred[0], 3) == pytest.approx(1 / 3, abs=0.06)
 
 
@@ -106,23 +113,23 @@ def test_k_beyond_the_training_rows_and_a_class_unseen_in_training() -> None:
     x, y, group = problem(n=24, patients=4)
     y = np.where(group == 0, 2, y % 2)
     plan = cross_validation(y, group, 4, 0, "patient_id")
-    found = knn_probe(x, y, plan, 3, ks=(1, 50), weights="temperature")
+    found = knn_probe(Features.of(x), y, plan, 3, ks=(1, 50), weights="temperature")
     assert np.isfinite(found.judged.scores).all()
-    assert (linear_probe(x, y, plan, 3).judged.pred[0][group == 0] != 2).all()
-    assert (prototype_probe(x, y, plan, 3, episodes=2).judged.pred[:, group == 0] != 2).all()
+    assert (linear_probe(Features.of(x), y, plan, 3).judged.pred[0][group == 0] != 2).all()
+    assert (prototype_probe(Features.of(x), y, plan, 3, episodes=2).judged.pred[:, group == 0] != 2).all()
 
 
 def test_nothing_to_choose_by_is_said() -> None:
     x, y, group = problem(n=40, patients=2)
     plan = cross_validation(y, group, 5, 0, "patient_id")
-    assert "k could not be chosen" in knn_probe(x, y, plan, 3, ks=KS, weights="temperature").warnings[0]
-    assert "C could not be chosen" in linear_probe(x, y, plan, 3).warnings[0]
+    assert "k could not be chosen" in knn_probe(Features.of(x), y, plan, 3, ks=KS, weights="temperature").warnings[0]
+    assert "C could not be chosen" in linear_probe(Features.of(x), y, plan, 3).warnings[0]
 
 
 def test_not_converged_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("odis_path.evaluate.probes.MAX_ITER", 2)
     x, y, group = problem()
-    assert "had not converged after 2 steps" in linear_probe(x, y, plan_of(y, group), 3).warnings[0]
+    assert "had not converged after 2 steps" in linear_probe(Features.of(x), y, plan_of(y, group), 3).warnings[0]
     assert MAX_ITER >= 1000
 
 
@@ -141,7 +148,7 @@ def test_prototypes_by_hand() -> None:
 def test_more_shots_help_and_the_seed_decides() -> None:
     x, y, group = problem(n=600)
     plan = plan_of(y, group)
-    a, b = (prototype_probe(x, y, plan, 3, episodes=12, seed=4) for _ in range(2))
+    a, b = (prototype_probe(Features.of(x), y, plan, 3, episodes=12, seed=4) for _ in range(2))
     assert np.array_equal(a.judged.pred, b.judged.pred)
     mean = {s: values.mean() for s, values in a.per_shots.items()}
     assert mean[1] < mean[4] < mean[16]
@@ -152,7 +159,7 @@ def test_prototype_support_is_of_training_rows() -> None:
     """Features that name their row: the score of a row with itself would be the only high one."""
     _, y, group = problem(n=60)
     plan = plan_of(y, group)
-    found = prototype_probe(np.eye(60, dtype=np.float32), y, plan, 3, episodes=3)
+    found = prototype_probe(Features.of(np.eye(60, dtype=np.float32)), y, plan, 3, episodes=3)
     assert balanced_accuracy(y, found.judged.pred[0], 3) < 0.6
 
 
@@ -163,11 +170,3 @@ def test_majority_is_the_training_rows() -> None:
 
     plan = Plan(plan.fold, (Round((0,), (1,), ()), Round((1,), (0,), ())), "")
     assert majority_probe(y, plan, 2).judged.pred.tolist() == [[1, 1, 1, 0, 0, 0, 0, 0]]
-
-
-def test_hand_made_features_are_compared_by_standardised_distance() -> None:
-    x = np.random.default_rng(0).normal(size=(50, 3)) * [1, 100, 0.01] + 7
-    space = in_space(np.c_[x, np.full(50, 2.0)], "euclidean")
-    z = (x - x.mean(0)) / x.std(0)
-    expected = ((z[0] - z[1]) ** 2).sum() / 4
-    assert ((space[0] - space[1]) ** 2).sum() == pytest.approx(expected, rel=1e-4)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from odis_path.evaluate.bootstrap import draw_clusters
+from odis_path.evaluate.bootstrap import draw_patients
 from odis_path.evaluate.retrieval import Hits, Rule, majority_vote, measures, retrieval_table, search
+from odis_path.evaluate.standardise import in_space
 
 
 def problem(n: int = 90) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -18,7 +19,7 @@ def problem(n: int = 90) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def test_search_is_exact_and_leaves_out_the_own_patient() -> None:
     x, y, patient = problem()
     everyone = np.arange(len(y))
-    hits = search(x, y, everyone, everyone, 7, Rule("other patients", (patient,)))
+    hits = search(in_space(x, "cosine"), y, everyone, everyone, 7, Rule("other patients", (patient,)))
     unit = x / np.linalg.norm(x, axis=1, keepdims=True)
     for i in everyone:
         allowed = np.flatnonzero(patient != patient[i])
@@ -32,12 +33,12 @@ def test_rules_of_slide_and_site() -> None:
     x, y, patient = problem()
     everyone = np.arange(len(y))
     slide, site = patient * 2 + everyone % 2, patient % 2
-    same = search(x, y, everyone, everyone, 50, Rule("same slide", (), within=slide))
+    same = search(in_space(x, "cosine"), y, everyone, everyone, 50, Rule("same slide", (), within=slide))
     valid = np.isfinite(same.similarity)
     assert (slide[same.index] == slide[:, None])[valid].all()
     assert (same.index != everyone[:, None])[valid].all(), "no row answers itself"
     assert valid.sum(1).tolist() == [(slide == s).sum() - 1 for s in slide]
-    cross = search(x, y, everyone, everyone, 5, Rule("other sites", (patient, site)))
+    cross = search(in_space(x, "cosine"), y, everyone, everyone, 5, Rule("other sites", (patient, site)))
     assert (site[cross.index] != site[:, None]).all()
 
 
@@ -60,13 +61,14 @@ def test_queries_without_a_relevant_row_are_left_out_and_counted() -> None:
     x, y, patient = problem()
     y = np.where(patient == 4, 3, y)
     everyone = np.arange(len(y))
-    hits = search(x, y, everyone, everyone, 5, Rule("other patients", (patient,)))
+    hits = search(in_space(x, "cosine"), y, everyone, everyone, 5, Rule("other patients", (patient,)))
     assert np.isnan(measures(hits, y, 5)["map"]).tolist() == (patient == 4).tolist()
-    table = retrieval_table(hits, y, 4, [1, 5], patient, draw_clusters(9, 200, 0))
+    table = retrieval_table(hits, y, ("a", "b", "c", "d"), [1, 5], draw_patients(y, patient, 4, 200, 0))
     assert table["queries_without_relevant"] == (patient == 4).sum()
     precision = table["per_k"]["5"]["precision"]
     assert precision["point"] == pytest.approx(np.nanmean(measures(hits, y, 5)["precision"]))
     assert precision["low"] < precision["point"] < precision["high"]
+    assert "class d" in table["per_k"]["5"]["mmv_balanced_accuracy"]["why"]
 
 
 def test_the_vote_takes_the_first_k_and_breaks_ties_by_similarity() -> None:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from annotations.errors import UserError
-from odis_path.evaluate.splits import Plan, Round, check_plan, cross_validation, given_split, group_codes, read_csv
+from odis_path.evaluate.splits import Plan, Round, check_plan, cross_validation, given_split, group_codes, read_split
+from odis_path.evaluate.tables import alike, is_missing, read_csv
 
 
 @pytest.mark.parametrize(("patients", "folds"), [(2, 5), (3, 3), (5, 2), (13, 5), (40, 5)])
@@ -60,7 +61,7 @@ def split(tmp_path: Path, text: str) -> Plan:
     path = tmp_path / "split.csv"
     path.write_text(text)
     group = np.unique(IDS, return_inverse=True)[1]
-    plan = given_split(path, Y, group, IDS, SLIDES, 0)
+    plan = given_split(read_split(path), Y, group, IDS, SLIDES, 0)
     check_plan(plan, group)
     return plan
 
@@ -88,6 +89,9 @@ def test_without_val_the_choice_is_made_within_train(tmp_path: Path) -> None:
     [
         ("slide_id,split\na,train\nb,test\n", "patients on two sides: p0"),
         ("patient_id,split\np0,train\np0,test\n", "two sides: p0"),
+        ("slide_id,patient_id,split\na,q7,train\nc,q7,test\n", "patients on two sides: q7"),
+        ("slide_id,patient_id,split\nelse,q8,val\na,p0,train\nwhere,q8,test\n", "patients on two sides: q8"),
+        ("slide_id,patient_id,split\na,p0,train\na,p1,train\n", "slide a is of patients p0 and p1"),
         ("patient_id,split\np0,train\np1,dev\n", "'dev'"),
         ("patient,split\np0,train\n", "its columns are patient, split"),
         ("patient_id,split\np0,train\n", "side test"),
@@ -110,6 +114,25 @@ def test_groups_need_to_be_known() -> None:
     assert group_codes("none", patient, slide, "folder").tolist() == [0, 1]
     with pytest.raises(UserError, match="--groups site"):
         group_codes("site", patient, slide, "folder")
+
+
+def test_near_equal_patients_of_a_split_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "split.csv"
+    path.write_text("slide_id,patient_id,split\na,P01,train\nb,p1,test\nc,nan,train\nd,nan,test\n")
+    found = read_split(path)
+    assert "P01 and p1" in found.warnings[0]
+    assert found.patient_of == {"a": "P01", "b": "p1"}, "nan is no patient, and so on no two sides"
+
+
+def test_what_may_be_one_thing() -> None:
+    ids = ["P01", "p1", "P-01", "1-12", "11-2", "7", "7.0", "007", "TCGA-AA-0001", "tcga_aa_1", "x"]
+    assert alike(ids, ids=True) == [["007", "7", "7.0"], ["P-01", "P01", "p1"], ["TCGA-AA-0001", "tcga_aa_1"]]
+    assert alike(["Tumor", "tumor", "HER2+", "HER2-", "1", "01", "non tumor", "Non-Tumor"]) == [
+        ["Non-Tumor", "non tumor"], ["Tumor", "tumor"],
+    ]  # fmt: skip
+    assert [word for word in ("nan", "NA", "N/A", "#N/A", "<NA>", "null", "", "banana", "0", "NAT1") if is_missing(word)] == [
+        "nan", "NA", "N/A", "#N/A", "<NA>", "null", "",
+    ]  # fmt: skip
 
 
 def test_a_csv_of_excel_is_read(tmp_path: Path) -> None:

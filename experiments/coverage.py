@@ -1,0 +1,152 @@
+"""How often the 95 % intervals of `evaluate` hold the truth: simulated patients, by number of patients and design.
+
+A patient's rows share random effects (of each class, and a leaning towards some class), patients are of uneven size, and two
+models of correlated scores are judged, so that the paired difference has an interval too. The truth is the score on very many
+patients of the same kind. Prints a table and writes JSON.
+
+    python experiments/coverage.py --simulations 2000 --json experiments/results/coverage.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from odis_path.evaluate.bootstrap import Draws, Estimate, Judged, draw_patients, estimate_classes, estimate_mean
+
+PATIENTS = (5, 10, 20, 40)
+LIMITS = (0.93, 0.97)
+MEASURES = ("balanced_accuracy", "macro_f1", "accuracy", "auroc", "precision", "difference")
+
+
+@dataclass(frozen=True)
+class Design:
+    """A kind of cohort. nested: a patient has one class only, else rows of several. rows: mean per patient; uneven: standard
+    deviation of the logarithm of it. signal: distance of a class from the others in units of row noise, of the better
+    model. effect: standard deviation of patients' effects, in the same units."""
+
+    name: str
+    classes: int
+    nested: bool
+    rows: float = 30.0
+    uneven: float = 0.7
+    signal: float = 1.6
+    effect: float = 0.6
+
+
+DESIGNS = (
+    Design("3 classes in each patient", 3, False),
+    Design("3 classes in each patient, high scores", 3, False, signal=3.0),
+    Design("5 classes in each patient, large patients", 5, False, rows=120.0, effect=0.4),
+    Design("2 classes, one a patient", 2, True),
+    Design("2 classes, one a patient, equal sizes", 2, True, uneven=0.0),
+)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """n rows: y int (n,), patient int (n,), scores (n, C) of two models, precision (n,) of a retrieval by the first."""
+
+    y: np.ndarray
+    patient: np.ndarray
+    scores: tuple[np.ndarray, np.ndarray]
+    precision: np.ndarray
+
+
+def simulate(design: Design, patients: int, rng: np.random.Generator) -> Sample:
+    """Draw patients and the scores of their rows."""
+    c = design.classes
+    spread = np.exp(design.uneven * rng.normal(size=patients) - design.uneven**2 / 2)
+    patient = np.repeat(np.arange(patients), np.maximum(2, np.round(design.rows * spread)).astype(int))
+    if design.nested:
+        y = patient % c
+    else:
+        share = rng.dirichlet(np.full(c, 2.0), size=patients).cumsum(axis=1)
+        y = np.minimum((rng.random(len(patient))[:, None] > share[patient]).sum(axis=1), c - 1)
+    here = np.eye(c)[y]
+
+    def effects() -> np.ndarray:
+        by_class, leaning = rng.normal(size=(patients, c, c)), rng.normal(size=(patients, 1, c))
+        return design.effect * (by_class + leaning)[patient, y if c > 1 else 0]
+
+    shared, noise = effects(), rng.normal(size=here.shape)
+    first = design.signal * here + shared + noise
+    second = 0.8 * design.signal * here + 0.7 * (shared + noise) + 0.7 * (effects() + rng.normal(size=here.shape))
+    margin = first[np.arange(len(y)), y] - np.where(here > 0, -np.inf, first).max(axis=1)
+    return Sample(y, patient, (first, second), rng.binomial(10, 1 / (1 + np.exp(-margin))) / 10)
+
+
+def estimates(sample: Sample, draws: Draws, classes: int) -> dict[str, Estimate]:
+    """Every measure of a sample, by the code that `evaluate` runs."""
+    found, other = (
+        estimate_classes(sample.y, Judged(s.argmax(axis=1)[None], s[None]), draws, classes, with_auroc=s is sample.scores[0])
+        for s in sample.scores
+    )
+    found["precision"] = estimate_mean(sample.precision, draws)
+    found["difference"] = found["balanced_accuracy"].minus(other["balanced_accuracy"])
+    return found
+
+
+def truth_of(design: Design, seed: int, patients: int = 4000, parts: int = 12) -> dict[str, float]:
+    """The score of each measure on very many patients."""
+    total: Counter[str] = Counter()
+    for part in range(parts):
+        sample = simulate(design, patients, np.random.default_rng([seed, part, 1]))
+        draws = draw_patients(sample.y, sample.patient, design.classes, 0, 0)
+        for name, estimate in estimates(sample, draws, design.classes).items():
+            total[name] += estimate.point / parts  # type: ignore[assignment]
+    return dict(total)
+
+
+def coverage(
+    design: Design, patients: int, truth: dict[str, float], simulations: int, samples: int, seed: int
+) -> dict[str, float]:
+    """Share of simulations in which each measure's interval holds the truth; `simulations` counts those with intervals."""
+    held: Counter[str] = Counter()
+    done = 0
+    for number in range(simulations):
+        rng = np.random.default_rng([seed, patients, number])
+        sample = simulate(design, patients, rng)
+        draws = draw_patients(sample.y, sample.patient, design.classes, samples, number)
+        if draws.single:
+            continue  # no interval is given where one patient alone has a class
+        done += 1
+        for name, estimate in estimates(sample, draws, design.classes).items():
+            ends = estimate.interval()
+            held[name] += ends["low"] <= truth[name] <= ends["high"]
+    return {"simulations": done, **{name: held[name] / done for name in MEASURES}}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--simulations", type=int, default=2000)
+    parser.add_argument("--samples", type=int, default=500, help="bootstrap samples of each interval")
+    parser.add_argument("--patients", default=",".join(map(str, PATIENTS)))
+    parser.add_argument("--designs", default="", help="numbers of designs, from 0 on; default: all")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args(arguments)
+    chosen = [DESIGNS[int(i)] for i in options.designs.split(",") if i] or list(DESIGNS)
+    rows = []
+    for design in chosen:
+        truth = truth_of(design, options.seed)
+        for patients in map(int, options.patients.split(",")):
+            row = coverage(design, patients, truth, options.simulations, options.samples, options.seed)
+            rows.append({"design": design.name, "patients": patients, "truth": truth, **row})
+            cells = "  ".join(f"{name} {row[name]:.3f}" for name in MEASURES)
+            print(f"{design.name:42} {patients:3} patients: {cells}", flush=True)
+    if options.json:
+        options.json.write_text(json.dumps({"limits": LIMITS, "options": str(options), "rows": rows}, indent=2) + "\n")
+    missed = [row for row in rows for name in MEASURES if not LIMITS[0] <= row[name] <= LIMITS[1]]  # type: ignore[operator]
+    print(f"{len(missed)} of {len(rows) * len(MEASURES)} outside {LIMITS[0]} to {LIMITS[1]}")
+    return int(bool(missed))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
