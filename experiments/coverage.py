@@ -13,7 +13,7 @@ import argparse
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -105,9 +105,12 @@ def truth_of(design: Design, seed: int, patients: int = 4000, parts: int = 12) -
 
 
 def coverage(
-    design: Design, patients: int, truth: dict[str, float], simulations: int, samples: int, seed: int
+    design: Design, patients: int, truth: dict[str, float], simulations: int, samples: int, seed: int, *, plain: bool = False
 ) -> dict[str, float]:
-    """Share of simulations in which each measure's interval holds the truth; `simulations` counts those with intervals."""
+    """Share of simulations in which each measure's interval holds the truth; `simulations` counts those with intervals.
+
+    plain: percentiles of the plain bootstrap (n of n patients drawn among all) in place of the intervals of `evaluate`.
+    """
     held: Counter[str] = Counter()
     done = 0
     for number in range(simulations):
@@ -116,20 +119,24 @@ def coverage(
         draws = draw_patients(sample.y, sample.patient, design.classes, samples, number)
         if draws.single:
             continue  # no interval is given where one patient alone has a class
+        if plain:
+            drawn = rng.multinomial(patients, np.full(patients, 1 / patients), size=samples).astype(np.float32)
+            draws = replace(draws, weights=drawn, left_out=False, lacking=np.zeros(samples, bool))
         done += 1
         for name, estimate in estimates(sample, draws, design.classes).items():
-            ends = estimate.interval()
-            held[name] += ends["low"] <= truth[name] <= ends["high"]
+            low, high = np.nanpercentile(estimate.replicates, [2.5, 97.5]) if plain else list(estimate.interval().values())[1:]
+            held[name] += low <= truth[name] <= high
     return {"simulations": done, **{name: held[name] / done for name in MEASURES}}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--simulations", type=int, default=2000)
-    parser.add_argument("--samples", type=int, default=500, help="bootstrap samples of each interval")
+    parser.add_argument("--samples", type=int, default=500, help="bootstrap samples, of --plain or beyond 100 patients")
     parser.add_argument("--patients", default=",".join(map(str, PATIENTS)))
     parser.add_argument("--designs", default="", help="numbers of designs, from 0 on; default: all")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--plain", action="store_true", help="percentiles of the plain bootstrap, to compare with")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
     chosen = [DESIGNS[int(i)] for i in options.designs.split(",") if i] or list(DESIGNS)
@@ -137,12 +144,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for design in chosen:
         truth = truth_of(design, options.seed)
         for patients in map(int, options.patients.split(",")):
-            row = coverage(design, patients, truth, options.simulations, options.samples, options.seed)
+            row = coverage(design, patients, truth, options.simulations, options.samples, options.seed, plain=options.plain)
             rows.append({"design": design.name, "patients": patients, "truth": truth, **row})
             cells = "  ".join(f"{name} {row[name]:.3f}" for name in MEASURES)
             print(f"{design.name:42} {patients:3} patients: {cells}", flush=True)
     if options.json:
-        options.json.write_text(json.dumps({"limits": LIMITS, "options": str(options), "rows": rows}, indent=2) + "\n")
+        settings = {name: value for name, value in vars(options).items() if name != "json"}
+        options.json.write_text(json.dumps({"limits": LIMITS, "options": settings, "rows": rows}, indent=2) + "\n")
     missed = [row for row in rows for name in MEASURES if not LIMITS[0] <= row[name] <= LIMITS[1]]  # type: ignore[operator]
     print(f"{len(missed)} of {len(rows) * len(MEASURES)} outside {LIMITS[0]} to {LIMITS[1]}")
     return int(bool(missed))

@@ -148,11 +148,20 @@ def of_encoder(source: str, *, random_weights: bool) -> Pretraining:
     return unknown(source, "it is not a model of odis-path; see what its authors say")
 
 
+def _content(note: str) -> dict[str, Any]:
+    """What a note says; something that says nothing where it is damaged."""
+    try:
+        content = json.loads(note) if note else {}
+    except ValueError:
+        content = None
+    return content if isinstance(content, dict) else {"kind": ""}
+
+
 def common_note(notes: Iterable[str]) -> str:
     """The note of files of one folder; where they differ in more than the place of the checkpoint, that this is not known."""
     by_content = {}
     for note in notes:
-        content = json.loads(note) if note else {}
+        content = _content(note)
         by_content[tuple(content.get(key, "") for key in ("kind", "why", "base", "sha256"))] = note
     if len(by_content) == 1:
         return next(iter(by_content.values()))
@@ -165,9 +174,11 @@ def read_note(note: str, folder: Path, checkpoint: str) -> Pretraining:
     checkpoint: path (with size and time) or name of what made them. The run folder is looked at where pretraining.csv is
     gone.
     """
-    content = json.loads(note) if note else {}
+    content = _content(note)
     of = str(content.get("of") or checkpoint)
-    if content and content["kind"] != "run":
+    if content and content.get("kind") != "run":
+        if content.get("kind") not in ("none", "unknown"):
+            return unknown(of, "what the feature files say of it cannot be read")
         return Pretraining(content["kind"], of, str(content.get("why", "")))
     digest, base = str(content.get("sha256", "")), str(content.get("base", ""))
     path = folder / FILE

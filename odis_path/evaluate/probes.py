@@ -206,7 +206,7 @@ class LinearFits:
         classes = np.unique(self.y[rows])
         if len(classes) < 2:
             return dict.fromkeys(grid, int(classes[0]))
-        before_it = [PCA(WHITEN_SHARE, whiten=True, svd_solver="full")] if self.whiten else []
+        before_it = [PCA(WHITEN_SHARE, whiten=True, svd_solver="covariance_eigh")] if self.whiten else []
         scaler = make_pipeline(*before_it, StandardScaler()).fit(self.x[rows])
         scaled = scaler.transform(self.x[rows])
         models: dict[float, Any] = {}

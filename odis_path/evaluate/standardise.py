@@ -81,4 +81,4 @@ def _whitened(x: np.ndarray, fit: np.ndarray) -> np.ndarray:
 
     if len(fit) < 2 or not np.ptp(fit, axis=0).any():
         return x
-    return np.asarray(PCA(WHITEN_SHARE, whiten=True, svd_solver="full").fit(fit).transform(x), dtype=np.float32)
+    return np.asarray(PCA(WHITEN_SHARE, whiten=True, svd_solver="covariance_eigh").fit(fit).transform(x), dtype=np.float32)

@@ -93,6 +93,8 @@ def test_what_cannot_be_known_is_said_and_split_auto_needs_it(feats: Path, tmp_p
     assert "changed" in seen["why"]
     note_into(feats, Pretraining("none", "x").note())
     assert "untrained" in run(feats, tmp_path / "d")["pretraining"]["in_words"]
+    note_into(feats, "{torn")
+    assert "cannot be read" in run(feats, tmp_path / "f")["pretraining"]["in_words"]
     note_into(feats, Pretraining("unknown", "hub", "ask its authors").note())
     assert "ask its authors" in run(feats, tmp_path / "e")["pretraining"]["in_words"]
 
