@@ -1,17 +1,18 @@
-# odis-path: two commands. `make demo` runs the whole chain, `make test` the tests; both set up what they need.
+# odis-path: `make demo` runs the whole chain, `make test` the tests, `make docs` builds the site; each sets up what it needs.
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
     $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 VENV ?= .venv
 OUT ?= demo_out
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DOCS_STAMP := $(VENV)/.installed-docs
 
 # The chain on your own slides: make demo SLIDES=path [GEOJSON=path] [ASSUME_MPP=0.5] [POINT_SIZE=12um] [CONFIG=name] [LABELS=csv] [ARGS="..."]
 DEMO_ARGS := $(if $(SLIDES),--slides "$(SLIDES)") $(if $(GEOJSON),--geojson "$(GEOJSON)") \
     $(if $(ASSUME_MPP),--assume-mpp "$(ASSUME_MPP)") $(if $(POINT_SIZE),--point-size "$(POINT_SIZE)") \
     $(if $(MANIFEST),--manifest "$(MANIFEST)") $(if $(CONFIG),--config "$(CONFIG)") $(ARGS)
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test lint docs setup clean
 demo: $(STAMP)
 	$(BIN)/odis-path demo --out "$(OUT)" $(DEMO_ARGS)
 
@@ -23,6 +24,10 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(DOCS_STAMP)
+	PATH="$(abspath $(BIN)):$$PATH" NO_MKDOCS_2_WARNING=1 mkdocs build --clean
+	@echo "the docs are in site/index.html"
+
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -31,5 +36,9 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,cluster]"
 	@touch $(STAMP)
 
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	@touch $(DOCS_STAMP)
+
 clean:
-	rm -rf $(VENV) $(OUT)
+	rm -rf $(VENV) $(OUT) site
