@@ -6,6 +6,7 @@ import csv
 import ctypes
 import os
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -75,6 +76,23 @@ def test_a_crash_in_a_library_takes_only_its_item_with_it() -> None:
     outcomes = run_cohort(["one", "crashes", "slow", "two", "dies", "three"], work, title="t", workers=2)
     assert {outcome.item: outcome.message for outcome in outcomes if not outcome.ok} == {"crashes": DIED, "dies": DIED}
     assert [outcome.item for outcome in outcomes if outcome.ok] == ["one", "slow", "two", "three"]
+
+
+class DiesWhenTaken(str):
+    """An item at which a worker dies before its work begins, as when what it needs cannot be loaded."""
+
+    def __reduce__(self) -> tuple:
+        return die, ()
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_dies_as_it_takes_its_item_takes_only_that_with_it() -> None:
+    outcomes = run_cohort(["slow", "one", DiesWhenTaken("taken"), "two", "three"], work, title="t", workers=2)
+    assert [outcome.item for outcome in outcomes if outcome.ok] == ["slow", "one", "two", "three"]
+    assert outcomes[2].message == DIED
 
 
 @pytest.mark.parametrize("workers", [1, 2])
