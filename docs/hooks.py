@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import html
 import json
+import pkgutil
 import posixpath
 import re
+from collections.abc import Callable
 from math import inf
 from pathlib import Path
 from typing import Any
 
+import typer
 from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+from pydantic import BaseModel
 from typer.cli import get_docs_for_click
 from typer.main import get_command
 
@@ -27,6 +31,7 @@ PAGES = {  # files outside docs/ that are pages of the site
 }
 SOURCES = {page: source for source, page in PAGES.items()}
 LINK = re.compile(r"(?<=\]\()([^)#:\s]+)(?=[#)])")  # the path in [text](path#anchor), without those that have a scheme
+MADE = re.compile(r"<!-- (commands|keys): ([\w.]+) -->")  # what a page wants made of an object of the code
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 
 
@@ -48,12 +53,7 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
             return posixpath.relpath(PAGES.get(target, target.removeprefix("docs/")), posixpath.dirname(here) or ".")
         return match[1]
 
-    markdown = LINK.sub(relinked, markdown)
-    if here == "cli.md":
-        return markdown.replace("<!-- commands -->", commands())
-    if here == "configuration.md":
-        return markdown.replace("<!-- configuration keys -->", configuration_keys())
-    return markdown
+    return MADE.sub(lambda match: MAKERS[match[1]](pkgutil.resolve_name(match[2])), LINK.sub(relinked, markdown))
 
 
 def on_page_content(content: str, **_: Any) -> str:
@@ -65,10 +65,8 @@ def on_page_content(content: str, **_: Any) -> str:
     return FORMULA.sub(formula, content)
 
 
-def commands() -> str:
+def commands(app: typer.Typer) -> str:
     """Every command with its arguments and options, as --help tells them."""
-    from odis_path.cli.commands import app
-
     group: Any = get_command(app)
     context = group.context_class(group, info_name="odis-path")
     pages = [
@@ -78,12 +76,10 @@ def commands() -> str:
     return "\n".join(pages).replace("**Usage**:\n\n", "")
 
 
-def configuration_keys() -> str:
-    """Every key of a training configuration: what it may be, its default, what it means."""
-    from odis_path.train.config import PretrainConfig
-
+def configuration_keys(config: type[BaseModel]) -> str:
+    """Every key of a configuration: what it may be, its default, what it means."""
     parts = []
-    for section, field in PretrainConfig.model_fields.items():
+    for section, field in config.model_fields.items():
         model: Any = field.annotation
         if not hasattr(model, "model_fields"):
             continue
@@ -119,3 +115,6 @@ def _values(schema: dict[str, Any]) -> str:
         return f"list of {_values(schema['items'])}"
     bounds = ", ".join(f"{sign}\u00a0{schema[key]:g}" for key, sign in BOUNDS.items() if abs(schema.get(key, inf)) < 1e9)
     return f"{TYPES[schema['type']]} {bounds}".strip()
+
+
+MAKERS: dict[str, Callable[[Any], str]] = {"commands": commands, "keys": configuration_keys}
