@@ -105,7 +105,7 @@ def print_results(results: dict[str, Any], console: Any) -> None:
         cells = [values["balanced_accuracy"], values["difference"], values["macro_f1"], *(values.get(key) for key in rest)]
         table.add_row(escape(name), values["standardise"] or "", *map(spell, cells))
     console.print(table)
-    console.print(f"in brackets: {results['settings']['interval']}", style="dim", markup=False, highlight=False)
+    console.print(f"intervals: {results['settings']['interval']}", style="dim", markup=False, highlight=False)
     console.print(results["pretraining"]["in_words"], markup=False, highlight=False)
     for warning in results["warnings"]:
         console.print(f"note: {warning}", markup=False, highlight=False)

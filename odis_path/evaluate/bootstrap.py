@@ -127,6 +127,8 @@ class Draws:
     @property
     def method(self) -> str:
         """In words, for the settings of a result."""
+        if not len(self.weights):
+            return "no intervals (a single patient or other group, or --bootstrap 0)"
         where = "within their class" if self.strata.max(initial=0) > 0 else "among all"
         how = "each left out once (jackknife)" if self.left_out else f"drawn {len(self.weights)} times (bootstrap)"
         return f"95 %, patients (or other groups) {how}, {where}; t quantile, score interval"

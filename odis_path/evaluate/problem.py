@@ -135,9 +135,11 @@ def draw_groups(y: np.ndarray, group: np.ndarray, n_classes: int, bootstrap: int
     if count < 2:
         warnings.append("all judged rows are of one group: there is no interval, the result speaks of that one only")
         return draws
+    if not bootstrap:
+        return draws
     if count < FEW_GROUPS:
         warnings.append(f"intervals rest on {count} groups only: they are wide, as so few cannot tell how groups differ")
-    if bootstrap and bootstrap < 1000 and not draws.left_out:
+    if bootstrap < 1000 and not draws.left_out:
         warnings.append(f"--bootstrap {bootstrap}: intervals from fewer than 1000 samples are coarse")
     lacking = int(draws.lacking.sum())
     if lacking and not draws.single:

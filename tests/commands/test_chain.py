@@ -42,6 +42,9 @@ def test_the_demo_names_its_baselines_and_intervals(demo: tuple[Path, str]) -> N
         score = results["headline"]["balanced_accuracy"]
         assert score["low"] <= score["point"] <= score["high"]
         assert set(results["baselines"]["random weights"]["difference"]) >= {"point", "low", "high"}
+        seen = results["pretraining"]
+        assert (seen["known"], seen["tested"], seen["seen"]) == (True, 2, 0), "the run held them out"
+        assert results["baselines"]["random weights"]["pretraining"]["kind"] == "none"
     assert "tile knn: balanced accuracy" in text
 
 

@@ -206,7 +206,9 @@ def test_the_seed_decides_and_nan_has_no_interval() -> None:
     spread = Spread(None, 1, 1)
     assert Estimate(float("nan"), np.array([np.nan]), spread).interval() == {"point": None, "low": None, "high": None}
     y, judged, cluster = cases()
-    assert estimate_classes(y, judged, draw_patients(y, cluster, 3, 0, 0), 3)["accuracy"].interval()["low"] is None
+    none = draw_patients(y, cluster, 3, 0, 0)
+    assert "no intervals" in none.method
+    assert estimate_classes(y, judged, none, 3)["accuracy"].interval()["low"] is None
 
 
 @pytest.mark.parametrize("design", [0, 3], ids=["several classes a patient", "one class a patient"])

@@ -68,10 +68,12 @@ def example_results(probe: str = "knn") -> dict[str, Any]:
         "probe": probe, "level": "tile", "labels": TISSUES, "n": 190, "n_patients": 3, "groups": "patient_id",
         "headline": {"balanced_accuracy": interval(0.8), "macro_f1": interval(0.79), "auroc": interval(0.95)},
         "baselines": {
-            "random_encoder": {"balanced_accuracy": interval(0.31), "difference": interval(0.49)},
+            "random_encoder": {"balanced_accuracy": interval(0.31), "difference": interval(0.49), "standardise": "whiten"},
             "rgb_mean": {"balanced_accuracy": interval(0.22), "difference": interval(0.58)},
         },
         "confusion": counts, "per_k": {"5": 0.75, "20": 0.8}, "k": 20, "warnings": ["two patients lack necrosis"],
+        "standardise": {"asked": "auto", "chosen": "zscore"},
+        "pretraining": {"in_words": "the encoder was pretrained on 1 of the 3 tested patients"},
         "split": "5 folds", "settings": {"k": 20, "seed": 0}, "data_sha256": "ab" * 32,
     }  # fmt: skip
 

@@ -110,6 +110,15 @@ def test_settings_hold_the_tiling_the_configuration_and_the_hash_of_the_data(pag
     assert '"scikit-learn"' in page.text
 
 
+def test_the_page_repeats_whom_the_encoder_saw_and_what_was_done_to_features(page: Page, report: Path) -> None:
+    assert "The encoder was pretrained on 1 of the 3 tested patients." in page.text, "in the headline's words"
+    assert "5 folds; the encoder was pretrained on 1 of the 3 tested patients" in page.text, "in the table"
+    assert "zscore" in page.text
+    assert "whiten" in page.text
+    first = json.loads((report.with_name("report_files") / "report.json").read_text())["evaluations"][0]
+    assert first["standardised"] == {"this model": "zscore", "same network, untrained": "whiten", "mean colour": ""}
+
+
 def test_the_numbers_lie_beside_the_page_as_csv_and_json(report: Path) -> None:
     beside = report.with_name("report_files")
     numbers = json.loads((beside / "report.json").read_text())
