@@ -84,10 +84,15 @@ def table_features(table: ObjectTable, **options: Any) -> dict[str, Any]:
     )  # fmt: skip
 
 
+def encode_geojson(fc: Mapping[str, Any]) -> bytes:
+    """A FeatureCollection as the text of a .geojson file."""
+    return msgspec.json.encode(fc)
+
+
 def write_geojson(path: Path, fc: Mapping[str, Any]) -> None:
     """Write a FeatureCollection, gzipped where the name ends in .gz; the file appears complete or not at all."""
     path = Path(path)
-    data = msgspec.json.encode(fc)
+    data = encode_geojson(fc)
     if path.suffix == ".gz":
         data = gzip.compress(data, mtime=0)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -12,9 +12,11 @@ import h5py
 import numpy as np
 
 from annotations.errors import UserError
+from tiling.atomic import atomic_path
 from tiling.cohort import Outcome, run_cohort
 from tiling.csvfile import number_in, read_csv_file, whole_number_in
 from tiling.slidefile import SlideFile, h5_files, list_slide_files
+from tiling.slideid import checked_id
 
 PARTS = ("tissue", "tiles", "boxes", "labels")
 TISSUE_CLASS = "Tissue"
@@ -63,16 +65,16 @@ def export_geojson(
     paths = slide_files(Path(folder))
     if found and not found.keys() & {path.stem for path in paths}:
         raise UserError(f"{predictions}: no slide of {folder} (first: {next(iter(found))}): give the folder evaluated")
+    _refuse_twins(paths)
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
     items = [(path, found.get(path.stem)) for path in paths]
     work = partial(export_slide, out=out, parts=parts, origin=origin)
-    return run_cohort(items, work, title="export", workers=workers, name=_name)
+    return run_cohort(items, work, title="export", workers=workers, name=_name, folder=out)
 
 
 def export_slide(item: tuple[Path, Predicted | None], out: Path, parts: Sequence[str], origin: str) -> dict[str, Any]:
     """Write the GeoJSON of one slide file; returns the number of features of each part."""
-    from annotations.write import write_geojson
+    from annotations.write import encode_geojson
 
     path, predicted = item
     counts: dict[str, Any] = {}
@@ -88,7 +90,8 @@ def export_slide(item: tuple[Path, Predicted | None], out: Path, parts: Sequence
                 notes.append(f"no {part}")
         if shift.any():
             notes.append(f"counts from the scanned area's corner {file.bounds_xy}, as QuPath does")
-        write_geojson(out / f"{file.slide_id}.geojson", {"type": "FeatureCollection", "features": features})
+        with atomic_path(out / f"{file.slide_id}.geojson") as temporary:
+            temporary.write_bytes(encode_geojson({"type": "FeatureCollection", "features": features}))
     return {**counts, "message": "; ".join(notes)}
 
 
@@ -217,6 +220,19 @@ def slide_files(folder: Path) -> list[Path]:
     return sources
 
 
+def _refuse_twins(paths: Sequence[Path]) -> None:
+    """Raises UserError where two slide files are called alike inside: one export would take the place of the other."""
+    owners: dict[str, Path] = {}
+    for path in paths:
+        try:
+            with h5py.File(path, "r", locking=False) as file:
+                slide_id = str(file.attrs["slide_id"])
+        except (OSError, KeyError, RuntimeError):  # a failure of its own
+            continue
+        if (first := owners.setdefault(slide_id, path)) != path:
+            raise UserError(f"{path}: slide_id {slide_id} is also in {first.name}: one slide, one file")
+
+
 def _source(path: Path) -> Path | None:
     """The slide file that a feature file was made of; None for any other file."""
     from odis_path.featurefile import FORMAT
@@ -237,6 +253,8 @@ def read_predictions(path: Path) -> dict[str, Predicted]:
     by_slide: dict[str, list[dict[str, str]]] = {}
     for _, row in found.rows:
         by_slide.setdefault(row["slide_id"], []).append(row)
+    for slide_id in by_slide:
+        checked_id(slide_id, path)
     try:
         return {slide_id: _predicted(own) for slide_id, own in by_slide.items()}
     except (TypeError, ValueError) as error:

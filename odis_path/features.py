@@ -23,6 +23,7 @@ from odis_path.featurefile import (
 )
 from odis_path.pretraining import Pretraining, common_note, read_note
 from tiling.slidefile import h5_files
+from tiling.slideid import checked_id
 
 __all__ = [
     "FeatureSet",
@@ -167,7 +168,7 @@ def _read_index(path: Path, level: str) -> FeatureSet | None:
     count = len(columns["tile"])
     if len(shape) != 2 or shape[0] != count:
         raise UserError(f"{path}: /{name} has shape {shape} for {count} {level}s: embed this slide again")
-    slide_id = str(root["slide_id"]) if "slide_id" in root else path.stem
+    slide_id = checked_id(str(root["slide_id"]), path) if "slide_id" in root else path.stem
     return FeatureSet(
         level=level, x=np.zeros((count, 0), dtype=np.float32), slide_id=_repeat(slide_id, count),
         patient_id=_repeat(str(root.get("patient_id", "")), count), encoder=str(attrs.get("encoder", "")),
@@ -298,6 +299,8 @@ def read_slides_parquet(path: Path) -> FeatureSet:
             raise UserError(f"{path}: mixed {name}s: {', '.join(values)}: embed all slides with one")
     if len({len(row["features"]) for row in rows}) > 1:
         raise UserError(f"{path}: embeddings of different lengths: embed all slides with one encoder")
+    for row in rows:
+        checked_id(str(row["slide_id"] or ""), path)
     x = np.array([row["features"] for row in rows], dtype=np.float32)
     refuse_bad_rows(x, str(path))
     refuse_constant(x, str(path))

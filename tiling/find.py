@@ -12,7 +12,8 @@ from pathlib import Path
 
 from annotations.errors import UserError
 from tiling.dicom import one_per_series
-from tiling.manifest import SlideItem, id_of, patient_of, safe_id
+from tiling.manifest import SlideItem, patient_of
+from tiling.slideid import id_of, safe_id
 from tiling.urls import file_name, path_of, place, printable, shown, url_of, urls_under
 
 SLIDE_EXTENSIONS = frozenset(

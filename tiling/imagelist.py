@@ -16,8 +16,8 @@ from tiling import find
 from tiling.csvfile import number_in, read_csv_file
 from tiling.manifest import patient_of
 from tiling.mpp import check_mpp
-from tiling.slide import slide_stem
-from tiling.urls import from_home
+from tiling.slideid import checked_id, id_of, safe_id
+from tiling.urls import from_home, printable
 
 TIFF_EXTENSIONS = frozenset([".tif", ".tiff", ".btf"])
 IMAGE_EXTENSIONS = find.IMAGE_EXTENSIONS | TIFF_EXTENSIONS
@@ -112,8 +112,7 @@ def apply_manifest(items: Sequence[ImageItem], manifest: Path) -> list[ImageItem
             continue
         row = rows[row_of[item.path]]
         slide_id = row.get("slide_id") or item.slide_id
-        if "/" in slide_id or "\\" in slide_id or slide_id.startswith("."):
-            raise UserError(f"{manifest}: slide_id {slide_id} cannot be a file name: leave out slashes")
+        checked_id(slide_id, manifest)
         patient_id = row.get("patient_id") or item.patient_id
         mpp = _mpp_of_row(manifest, row)
         new.append(replace(item, slide_id=slide_id, patient_id=patient_id, mpp=mpp))
@@ -201,19 +200,22 @@ def _looked_for() -> str:
 
 
 def _unique_stems(keys: Mapping[Path, str]) -> dict[Path, str]:
-    """The stem of each image; where it occurs more than once with folders in front, then with the extension behind."""
+    """The stem of each image, as far as a file may be called so.
+
+    Where it occurs more than once with folders in front, then with the extension behind.
+    """
 
     def clashing(names: Mapping[Path, str]) -> list[Path]:
         times = Counter(names.values())
         return [path for path, name in names.items() if times[name] > 1]
 
-    names = {path: slide_stem(path) for path in keys}
+    names = {path: id_of(path) for path in keys}
     for path in clashing(names):
-        names[path] = JOINT.join([*keys[path].split("/")[:-1], slide_stem(path)])
+        names[path] = safe_id(printable(JOINT.join([*keys[path].split("/")[:-1], id_of(path)])))
     for path in clashing(names):
-        names[path] = f"{names[path]}_{path.suffix[1:].lower()}"
+        names[path] = safe_id(f"{names[path]}_{path.suffix[1:].lower()}")
     for path in clashing(names):
-        names[path] = JOINT.join([path.absolute().parent.name, names[path]])
+        names[path] = safe_id(printable(JOINT.join([path.absolute().parent.name, names[path]])))
     if left := clashing(names):
         twice = [path for path in left if names[path] == names[left[0]]]
         raise UserError(f"{twice[0]}, {twice[1]}: both would be named {names[left[0]]}: rename one, or use a manifest")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Mapping
@@ -12,12 +11,10 @@ from pathlib import Path
 from annotations.errors import UserError
 from tiling.csvfile import CsvFile, number_in, read_csv_file
 from tiling.mpp import check_mpp
-from tiling.slide import slide_stem
-from tiling.urls import absolute, path_of, printable, shown, url_of
+from tiling.slideid import id_of, id_problem
+from tiling.urls import absolute, path_of, shown, url_of
 
 TCGA_PATIENT = re.compile(r"^TCGA-\w{2}-\w{4}")
-NO_FILE_NAME = re.compile(r"^\.|[/\\\x00-\x1f\x7f]")
-LONGEST_ID = 200  # bytes: of the 255 that file systems allow, what is left is for temporary names and locks
 
 
 @dataclass(frozen=True)
@@ -91,33 +88,6 @@ def path_from(manifest: Path, slide: Path) -> str:
     whole, folder = absolute(slide), absolute(manifest).parent
     text = str(whole.relative_to(folder) if whole.is_relative_to(folder) else whole)
     return f"./{text}" if text.startswith("~") else text
-
-
-def id_of(slide: Path) -> str:
-    """What the files of a slide are called where nobody says: its stem, as far as a file may be called so."""
-    return safe_id(printable(slide_stem(slide))) or "slide"
-
-
-def safe_id(text: str) -> str:
-    """A text as the name of files: no blanks around it, no dot in front, which would hide it, no slashes or line ends.
-
-    What is too long is cut, and ends in eight hex digits that the whole text decides.
-    """
-    name = NO_FILE_NAME.sub("_", text.lstrip(".").strip())
-    if len(name.encode()) <= LONGEST_ID:
-        return name
-    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
-    return f"{name.encode()[: LONGEST_ID - 9].decode(errors='ignore')}_{digest}"
-
-
-def id_problem(slide_id: str) -> str:
-    """Why a slide_id that somebody gave cannot be one; empty where it can."""
-    if NO_FILE_NAME.search(slide_id):
-        return f"slide_id {' '.join(slide_id.split())} cannot be a file name: leave out slashes, line ends and a dot in front"
-    if (size := len(slide_id.encode())) > LONGEST_ID:
-        said = f"is {size} bytes long: give one of at most {LONGEST_ID} in the column slide_id"
-        return f"slide_id {slide_id[:40]}... {said}"
-    return ""
 
 
 def patient_of(name: str) -> str:

@@ -11,7 +11,8 @@ import numpy as np
 from annotations.errors import UserError
 from tiling.grid import GridPlan, tissue_fractions
 from tiling.readers import MAX_IMAGE_PIXELS
-from tiling.slide import Slide, SlideInfo, slide_stem
+from tiling.slide import Slide, SlideInfo
+from tiling.slideid import slide_stem
 from tiling.tissue import BLACK_OVERVIEW, check_brightness, is_black, is_dark, rasterise, tissue_mask, tissue_outlines
 from tiling.upright import TURNS, exif_orientation
 from tiling.urls import file_name

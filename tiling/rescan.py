@@ -12,7 +12,8 @@ from pathlib import Path
 from annotations.errors import UserError
 from tiling.atomic import atomic_path
 from tiling.csvfile import number_in
-from tiling.manifest import SlideItem, id_problem, manifest_rows, mpp_in, slide_of
+from tiling.manifest import SlideItem, manifest_rows, mpp_in, slide_of
+from tiling.slideid import id_problem
 from tiling.urls import place
 
 

@@ -28,8 +28,10 @@ from tiling.imagelist import ImageItem, box_file
 from tiling.import_boxes import Drawn, box_groups, clipped, joined, moved, placed, result_of, xml_boxes
 from tiling.resume import has_boxes
 from tiling.slidefile import SlideFile
+from tiling.slideid import safe_id
 from tiling.slidewrite import FORMAT_VERSION, GroupContent, SlideMeta, parameters_hash, source_stamp, write_slide_file
 from tiling.tile import THUMBNAIL_SIDE_PX, _overview
+from tiling.urls import printable
 
 if TYPE_CHECKING:
     from annotations.clip import TileBoxes
@@ -130,7 +132,7 @@ def plan_shards(
             part = tuple(members[start : start + per_shard])
             number = count[folder] = count.get(folder, -1) + 1
             boxes = tuple(coco.get(item.path) for item in part)
-            shards.append(Shard(f"{folder}-{number:04d}", part[0].path.parent, mpp, part, boxes))
+            shards.append(Shard(safe_id(printable(f"{folder}-{number:04d}")), part[0].path.parent, mpp, part, boxes))
     return shards
 
 

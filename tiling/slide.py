@@ -17,7 +17,8 @@ from tiling.levels import is_average, scale_is_average
 from tiling.mpp import Mpp, mpp_of
 from tiling.readers import Reader, open_reader
 from tiling.resample import area_resize
-from tiling.urls import file_name, url_of
+from tiling.slideid import slide_stem
+from tiling.urls import url_of
 
 RESAMPLE = ("fast", "exact", "pyramid")
 LEVEL_TOLERANCE = 1.01  # a level 1% coarser than wanted still serves: 2.0005 counts as 2
@@ -331,12 +332,6 @@ def cover(view: View, boxes_l0: np.ndarray) -> np.ndarray:
     low = np.floor(scaled[:, :2] + 1e-6)
     high = np.maximum(low + 1, np.ceil(scaled[:, 2:] - 1e-6))
     return np.concatenate([low, high], axis=1).astype(np.int64)
-
-
-def slide_stem(path: Path) -> str:
-    """File name without its extension, and without `.ome` before it."""
-    stem = Path(file_name(path)).stem
-    return stem[:-4] if stem.lower().endswith(".ome") else stem
 
 
 def _info(path: Path, reader: Reader, why: str, assume_mpp: float | None) -> SlideInfo:

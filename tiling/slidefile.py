@@ -16,6 +16,7 @@ import numpy as np
 from annotations.errors import UserError
 from tiling import codec
 from tiling.grid import side_l0
+from tiling.slideid import checked_id
 from tiling.slidewrite import FORMAT, FORMAT_VERSION, SlideMeta, replace_groups, source_stamp, write_slide_file
 from tiling.storedbytes import StoredBytes
 
@@ -93,7 +94,8 @@ class SlideFile:
 
     @property
     def slide_id(self) -> str:
-        return str(self.attrs["slide_id"])
+        """Names files: one that is a path, or no file name, is a UserError."""
+        return checked_id(str(self.attrs["slide_id"]), self.path)
 
     @property
     def patient_id(self) -> str:

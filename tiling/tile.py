@@ -17,7 +17,7 @@ from tiling.alignment import about_levels
 from tiling.claim import claim, same_settings
 from tiling.cohort import Outcome, available_cpus, run_cohort
 from tiling.grid import GridPlan, plan_grid
-from tiling.manifest import SlideItem, id_of
+from tiling.manifest import SlideItem
 from tiling.mend import mended
 from tiling.mpp import Mpp, settle_mpp
 from tiling.overview import MASK_SUFFIXES, OUTLINE_SUFFIXES, Overview, look, pen_shares, region_file, remarks
@@ -27,6 +27,7 @@ from tiling.resume import DAMAGED, Found, Stamp, found_at, refuse_other, up_to_d
 from tiling.scan import slide_items
 from tiling.slide import Slide, SlideInfo
 from tiling.slidefile import SlideFile
+from tiling.slideid import id_of
 from tiling.slidewrite import (
     FORMAT_VERSION,
     GroupContent,

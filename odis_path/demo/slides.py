@@ -104,15 +104,17 @@ def feature_collection(picture: Picture, seed: int) -> dict:
 
 def write_slide(job: SlideJob) -> Path:
     """Draw one slide and write its picture and its GeoJSON; the result depends on the job alone."""
-    from annotations.write import write_geojson
+    from annotations.write import encode_geojson
     from odis_path.demo.pyramid import write_svs
+    from tiling.atomic import atomic_path
 
     sequence = np.random.SeedSequence([job.seed, job.patient, job.number])
     picture = draw_slide(np.random.default_rng(sequence), job.side_px, job.mpp)
     path = job.out / "slides" / f"{job.slide_id}.svs"
     write_svs(path, picture.pixels, mpp=job.mpp, slide_id=job.slide_id)
     objects = feature_collection(picture, int(sequence.generate_state(1)[0]))
-    write_geojson(job.out / "annotations" / f"{job.slide_id}.geojson", objects)
+    with atomic_path(job.out / "annotations" / f"{job.slide_id}.geojson") as temporary:
+        temporary.write_bytes(encode_geojson(objects))
     return path
 
 
@@ -140,14 +142,16 @@ def write_cohort(
     """
     from annotations.errors import UserError
     from tiling.atomic import atomic_path
+    from tiling.claim import sweep
 
     if patients < 1 or slides_per_patient < 1:
         raise UserError(f"demo: {patients} patients x {slides_per_patient} slides: ask for at least one of each")
     if side_px < MIN_SIDE_PX or not 0.1 <= mpp <= 2:
         raise UserError(f"demo: side {side_px} px at {mpp} um/px: use at least {MIN_SIDE_PX} px and 0.1 to 2 um/px")
     out = Path(out)
-    for folder in (out / "slides", out / "annotations"):
+    for folder in (out, out / "slides", out / "annotations"):
         folder.mkdir(parents=True, exist_ok=True)
+        sweep(folder)
     jobs = [
         SlideJob(out, f"SYN-P{p:02d}-S{n}", p, n, side_px, mpp, seed)
         for p in range(1, patients + 1)

@@ -13,9 +13,10 @@ from annotations.errors import UserError
 from tiling.annotate_files import annotation_files
 from tiling.find import find_slides
 from tiling.imagelist import find_images
-from tiling.manifest import LONGEST_ID, SlideItem, id_of, read_manifest, safe_id
+from tiling.manifest import SlideItem, read_manifest
 from tiling.outcome import Outcome
 from tiling.scan import scan_slides
+from tiling.slideid import LONGEST_ID, id_of, safe_id
 from tiling.tile import tile_cohort
 from tiling.urls import path_of
 

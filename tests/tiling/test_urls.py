@@ -20,8 +20,9 @@ import pytest
 
 from annotations.errors import UserError
 from tiling.scan import find_slides, read_manifest, scan_slides
-from tiling.slide import Slide, slide_stem
+from tiling.slide import Slide
 from tiling.slidefile import SlideFile
+from tiling.slideid import slide_stem
 from tiling.tile import tile_cohort
 from tiling.urls import path_of, url_of, url_stamp, with_slashes
 
