@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import stat
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -55,12 +56,14 @@ def claim(path: Path) -> Iterator[None]:
 
 def is_claimed(lock: Path) -> bool:
     """Whether somebody holds this lock now."""
-    if fcntl is None or not lock.exists():
+    if fcntl is None or not os.path.lexists(lock):
         return False
     try:
         descriptor = _take(lock, shared=False)
     except BusyError:
         return True
+    except UserError:  # no lock at all: whoever wants to take it is told
+        return False
     if descriptor is not None:
         _drop(lock, descriptor)
     return False
@@ -115,7 +118,7 @@ def _joined(lock: Path, text: str) -> int | None:
         assert descriptor is not None
         with contextlib.suppress(OSError):
             # While a lock changes hands its file may be swept away, and another, empty one come.
-            if os.path.samestat(os.stat(lock), os.fstat(descriptor)) and os.fstat(descriptor).st_size:
+            if os.path.samestat(os.lstat(lock), os.fstat(descriptor)) and os.fstat(descriptor).st_size:
                 return descriptor
         _close(descriptor)
     raise UserError(f"{lock}: is held by a run that does not go on: end that run, or give another folder")
@@ -155,7 +158,10 @@ def sweep(folder: Path) -> None:
 
 
 def _take(lock: Path, *, shared: bool) -> int | None:
-    """A file descriptor that holds the lock; None where there are no locks. Raises BusyError where it is held."""
+    """A file descriptor that holds the lock; None where there are no locks.
+
+    Raises BusyError where it is held, UserError where something else has its name.
+    """
     if fcntl is None:
         return None
     how = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB
@@ -177,20 +183,54 @@ def _take(lock: Path, *, shared: bool) -> int | None:
             _close(descriptor)
             return None
         with contextlib.suppress(OSError):
-            if os.path.samestat(os.stat(lock), os.fstat(descriptor)):
+            if os.path.samestat(os.lstat(lock), os.fstat(descriptor)):
                 return descriptor
         _close(descriptor)  # its last holder removed the file meanwhile: take the new one
 
 
 def _opened(lock: Path) -> int:
-    """The lock file, made where there is none. Another user's may be for reading only, which is enough to lock it."""
+    """The lock file, made where there is none. Another user's may be for reading only, which is enough to lock it.
+
+    Raises UserError where something else has its name: that is neither followed nor written to.
+    """
+    while True:
+        try:
+            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        except FileExistsError:
+            with contextlib.suppress(FileNotFoundError):  # its last holder removed it meanwhile: make it anew
+                return _opened_again(lock)
+        except PermissionError:
+            return _opened_again(lock)
+        else:
+            with contextlib.suppress(OSError):
+                os.fchmod(descriptor, 0o666)  # whatever the umask: others who may write here take this lock, too
+            return descriptor
+
+
+def _opened_again(lock: Path) -> int:
+    """A lock file that is there. Raises OSError where there is none, UserError where something else has its name."""
+    _refuse_others(lock, os.lstat(lock))
+    how = os.O_NOFOLLOW | os.O_NONBLOCK  # it may be replaced after the look
     try:
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = os.open(lock, os.O_RDWR | how)
     except PermissionError:
-        return os.open(lock, os.O_RDONLY)
-    with contextlib.suppress(OSError):
-        os.fchmod(descriptor, 0o666)  # whatever the umask: others who may write here take this lock, too
+        descriptor = os.open(lock, os.O_RDONLY | how)
+    try:
+        _refuse_others(lock, os.fstat(descriptor))
+    except UserError:
+        os.close(descriptor)
+        raise
     return descriptor
+
+
+def _refuse_others(lock: Path, status: os.stat_result) -> None:
+    """Raises UserError for what is no plain file with this name alone."""
+    kinds = ((stat.S_ISLNK, "a symbolic link"), (stat.S_ISDIR, "a folder"), (stat.S_ISREG, ""))
+    what = next((name for is_kind, name in kinds if is_kind(status.st_mode)), "no plain file")
+    if not what and status.st_nlink > 1:
+        what = "a second name of another file"
+    if what:
+        raise UserError(f"{lock}: is {what}, not a lock of odis-path: nothing was written to it; take it away, then run again")
 
 
 def _read_only(descriptor: int) -> bool:
