@@ -72,7 +72,7 @@ def atomic_path(final: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and (error.errno in FULL or error.filename == str(temporary)):
-            raise _unwritten(final, error) from error
+            raise unwritten(final, error) from error
         raise
 
 
@@ -82,7 +82,7 @@ def check_writable(final: Path) -> None:
     try:
         temporary.touch()
     except OSError as error:
-        raise _unwritten(final, error) from error
+        raise unwritten(final, error) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -97,7 +97,7 @@ def _temporary(final: Path) -> Path:
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _unwritten(final, error) from error
+        raise unwritten(final, error) from error
     return final.parent / f".{final.name}.{machine()}-{os.getpid()}-{next(_numbers)}.tmp"
 
 
@@ -107,10 +107,11 @@ def _put_in_place(temporary: Path, final: Path) -> None:
         os.replace(temporary, final)
         _fsync_path(final.parent)
     except OSError as error:
-        raise _unwritten(final, error) from error
+        raise unwritten(final, error) from error
 
 
-def _unwritten(final: Path, error: OSError) -> UserError:
+def unwritten(final: Path, error: OSError) -> UserError:
+    """What is said of a file that cannot be written: a DiskFullError where there is no space."""
     if error.errno in FULL:
         return DiskFullError(
             f"{final}: cannot be written: {os.strerror(error.errno or 0)}: make room, then run the same command again "
@@ -132,7 +133,7 @@ def sweep_temporaries(folder: Path) -> int:
             if match["machine"] == machine():
                 dead = not _alive(int(match["pid"]))
             else:
-                dead = time.time() - entry.stat().st_mtime > ABANDONED_S
+                dead = time.time() - entry.stat(follow_symlinks=False).st_mtime > ABANDONED_S
             if dead:
                 os.unlink(entry.path)
                 removed += 1

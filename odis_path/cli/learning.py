@@ -22,6 +22,9 @@ def register(app: typer.Typer) -> None:
 def pretrain(
     config: Annotated[str, typer.Argument(help="A YAML file, or the name of a recipe, for example odis_wsi.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value, for example data.tiles=tiles.")] = None,
+    from_previous: Annotated[
+        bool, typer.Option("--from-previous", help="Where the newest checkpoint is damaged, go on from the last whole one.")
+    ] = False,
 ) -> None:
     """Train a model from a configuration; the same command under torchrun trains on any number of ranks."""
     from odis_path.model.source import check_start
@@ -33,7 +36,7 @@ def pretrain(
     from odis_path.train.loop import pretrain as run
     from odis_path.train.report_run import print_run
 
-    checkpoint = run(settings)
+    checkpoint = run(settings, from_previous=from_previous)
     print_run(checkpoint)
 
 

@@ -6,15 +6,15 @@ alone or under torchrun. A run that stops goes on from its newest checkpoint, bi
 
 from __future__ import annotations
 
-import csv
 import os
-import signal
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,15 +25,16 @@ from odis_path.data.dataset import StepSampler, TileIndex, collate, held_out_pat
 from odis_path.data.samples import TileSamples, kinds_of
 from odis_path.encode import FrozenEncoder
 from odis_path.losses import all_sum, counted_pairs
-from odis_path.pretraining import kept_in_checkpoint, side_of, slides_of
-from odis_path.train.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, load_into, save_checkpoint
+from odis_path.pretraining import kept_in_checkpoint, slides_of
+from odis_path.train.checkpoint import Checkpoint, latest_checkpoint, load_into, newest_checkpoint, save_checkpoint
 from odis_path.train.checks import as_begun, check_sizes, check_views, config_difference, data_difference, data_facts
 from odis_path.train.compiling import compile_blocks, compiles
 from odis_path.train.config import PretrainConfig
 from odis_path.train.distributed import Ranks, any_rank, mean_of_ranks, start_ranks, stop_ranks
 from odis_path.train.monitor import IdentityWatch, KnnProbe, identity_pairs
-from odis_path.train.runlog import RunLog, record_start
+from odis_path.train.runlog import RunLog, record_start, write_run_files
 from odis_path.train.schedule import StepValues, step_values
+from odis_path.train.signals import watch_signals
 from odis_path.train.step import (
     Criterion,
     Network,
@@ -47,6 +48,9 @@ from odis_path.train.step import (
     update_teacher,
 )
 from odis_path.train.tracking import open_trackers
+from tiling.claim import sweep
+
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -70,6 +74,7 @@ class Run:
     step: int = 0
     lost: set[int] = field(default_factory=set)  # tiles that could not be read from their slides, on this rank
     told: set[int] = field(default_factory=set)  # those of them that the log has
+    damaged: list[Path] = field(default_factory=list)  # newer checkpoints than the one it went on from, gone at the next
 
     @property
     def epoch(self) -> float:
@@ -80,15 +85,16 @@ class RunStoppedError(UserError):
     """SIGTERM or SIGUSR1 came: the run was saved and can go on."""
 
 
-def pretrain(config: PretrainConfig) -> Path:
+def pretrain(config: PretrainConfig, *, from_previous: bool = False) -> Path:
     """Train from a configuration; returns the newest checkpoint. Under torchrun every rank calls it.
 
     The run folder gets config.yaml, versions.json, split.csv, train.jsonl and checkpoint-<step>.pt. A folder with a
-    checkpoint of the same configuration goes on from there; one of another configuration is refused.
+    checkpoint of the same configuration goes on from there; one of another configuration is refused. from_previous: where
+    the newest checkpoint is damaged, go on from the newest that is whole; else that is an error.
     """
     ranks = start_ranks(config.run.device)
     try:
-        run = prepare(config, ranks)
+        run = prepare(config, ranks, from_previous=from_previous)
         if run.step >= run.total_steps:
             if ranks.first:
                 print(f"{run.folder}: already trained to step {run.step}, nothing to do", file=sys.stderr)
@@ -101,10 +107,12 @@ def pretrain(config: PretrainConfig) -> Path:
         stop_ranks()
 
 
-def prepare(config: PretrainConfig, ranks: Ranks) -> Run:
+def prepare(config: PretrainConfig, ranks: Ranks, *, from_previous: bool = False) -> Run:
     """Build data, networks and optimizer, and load the newest checkpoint of the run folder if there is one."""
     check_sizes(config, ranks.world)
     folder = Path(config.run.out)
+    if ranks.first:
+        sweep(folder)
     index = index_tiles(
         config.data.tiles, need_boxes=kinds_of(config) if config.data.boxless == "drop" else None,
         need_polygons=config.target.geometry == "polygon",
@@ -118,8 +126,7 @@ def prepare(config: PretrainConfig, ranks: Ranks) -> Run:
             f"{config.optim.batch_size}; tile more slides or set optim.batch_size={max(1, len(train_tiles) // 2)}"
         )
     torch.manual_seed(config.run.seed)
-    found = latest_checkpoint(folder)
-    checkpoint = None if found is None else load_checkpoint(found)
+    checkpoint, damaged = newest_checkpoint(folder, from_previous=from_previous)
     config, student = build_student(config, checkpoint)
     student.to(ranks.device)
     check_views(config, student.encoder.patch_px)
@@ -143,12 +150,12 @@ def prepare(config: PretrainConfig, ranks: Ranks) -> Run:
     criterion = Criterion(config, compiled=compiled).to(ranks.device)
     run = Run(
         config, ranks, folder, train_tiles, held_out, student, wrapped, teacher, criterion, optimizer, compiled,
-        data_facts(index, away), steps_per_epoch, total,
+        data_facts(index, away), steps_per_epoch, total, damaged=damaged,
     )  # fmt: skip
     if checkpoint is not None:
         resume(run, checkpoint)
-    elif ranks.first:
-        write_run_files(run, sorted(away))
+    else:
+        on_first(ranks, partial(write_run_files, run.folder, run.config, run.train, away), f"{run.folder}: not begun")
     base = config.model.name if config.model.weights == "timm" else config.model.weights
     run.data.setdefault("pretrained_on", kept_in_checkpoint(slides_of(run.train, away), base))
     return run
@@ -176,32 +183,14 @@ def resume(run: Run, checkpoint: Checkpoint) -> None:
     run.step = checkpoint.step
     if run.ranks.first:
         old = f", with {' '.join(kept)} as it began" if kept else ""
-        print(f"{run.folder}: going on from step {run.step} of {run.total_steps}{old}", file=sys.stderr)
-
-
-def write_run_files(run: Run, away: list[str]) -> None:
-    """config.yaml (resolved) and split.csv of a new run."""
-    import yaml
-
-    from tiling.atomic import atomic_path
-
-    try:
-        run.folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"run.out={run.folder} cannot be made: {error.strerror}; give a folder that can be written") from None
-    with atomic_path(run.folder / "config.yaml") as path:
-        path.write_text(yaml.safe_dump(run.config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
-    with atomic_path(run.folder / "split.csv") as path, path.open("w", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file)
-        rows.writerow(["slide_id", "patient_id", "split"])
-        for slide, patient in zip(run.train.slide_ids, run.train.patients, strict=True):
-            rows.writerow([slide, patient, side_of(patient, set(away))])
+        instead = f", not from {', '.join(path.name for path in run.damaged)}: damaged" if run.damaged else ""
+        print(f"{run.folder}: going on from step {run.step} of {run.total_steps}{old}{instead}", file=sys.stderr)
 
 
 def train(run: Run) -> None:
     """Steps from run.step to run.total_steps, with logs, k-NN and checkpoints on the way."""
     config, ranks = run.config, run.ranks
-    log = open_log(run)
+    log = on_first(ranks, partial(open_log, run), f"{run.folder}: not begun") or RunLog(run.folder, 0, active=False)
     e = config.eval
     probe = None
     if ranks.first and e.every_epochs:
@@ -214,13 +203,12 @@ def train(run: Run) -> None:
     try:
         for figures in steps(run):
             log.at(run.step)
+            done = run.step >= run.total_steps
+            scored = probe if run.step % every == 0 or done else None
             if figures is not None:
                 check_figures(run, figures)
-                log.write(figures)
-                tell_lost(run, log)
-            done = run.step >= run.total_steps
-            if probe is not None and probe.ready and (run.step % every == 0 or done):
-                score_teacher(run, probe, log)
+            if figures is not None or (e.every_epochs and run.step % every == 0):
+                on_first(ranks, partial(tell, run, log, figures, scored), f"{run.folder}: not logged at step {run.step}")
             stopping = any_rank(stop["asked"], ranks) if ranks.world == 1 or figures is not None else False
             if run.step % save_every == 0 or done or stopping:
                 save(run)
@@ -333,6 +321,15 @@ def check_figures(run: Run, figures: dict[str, Any]) -> None:
         )
 
 
+def tell(run: Run, log: RunLog, figures: dict[str, Any] | None, probe: KnnProbe | None) -> None:
+    """What there is to say after a step, into the log."""
+    if figures is not None:
+        log.write(figures)
+        tell_lost(run, log)
+    if probe is not None and probe.ready:
+        score_teacher(run, probe, log)
+
+
 def tell_lost(run: Run, log: RunLog) -> None:
     """Warn of tiles that could not be read, each once; others were taken in their place."""
     for i in sorted(run.lost - run.told):
@@ -355,14 +352,24 @@ def save(run: Run) -> None:
 
     A rank that went on might end, upon which a launcher kills the others, or look for a checkpoint that is not there yet.
     """
-    failed: UserError | None = None
-    if run.ranks.first:
+    on_first(run.ranks, partial(write_checkpoint, run), f"{run.folder}: not saved at step {run.step}")
+
+
+def on_first(ranks: Ranks, work: Callable[[], Result], failed: str) -> Result | None:
+    """Do on rank 0 what only it does; its result there, None on the others.
+
+    Every rank calls, and all end where a UserError is raised: one that went on would wait for the first for ever. failed: what
+    the others say.
+    """
+    result, problem = None, None
+    if ranks.first:
         try:
-            write_checkpoint(run)
+            result = work()
         except UserError as error:
-            failed = error
-    if any_rank(failed is not None, run.ranks):
-        raise failed or UserError(f"{run.folder}: not saved at step {run.step}, see what rank 0 says")
+            problem = error
+    if any_rank(problem is not None, ranks):
+        raise problem or UserError(f"{failed}, see what rank 0 says")
+    return result
 
 
 def write_checkpoint(run: Run) -> None:
@@ -374,36 +381,20 @@ def write_checkpoint(run: Run) -> None:
         "student": run.student.state_dict(), "teacher": run.teacher.state_dict(),
         "criterion": run.criterion.state_dict(), "optimizer": run.optimizer.state_dict(), "data": run.data,
     }  # fmt: skip
-    save_checkpoint(run.folder, run.step, run.epoch, run.config, state, run.config.run.keep)
-
-
-def watch_signals() -> dict[str, bool]:
-    """Note SIGTERM and SIGUSR1 (a scheduler's warning): the loop saves and stops after the step."""
-    asked = {"asked": False}
-
-    def note(_number: int, _frame: Any) -> None:
-        asked["asked"] = True
-
-    for name in ("SIGTERM", "SIGUSR1"):
-        if hasattr(signal, name):
-            try:
-                signal.signal(getattr(signal, name), note)
-            except ValueError:  # not the main thread: whoever embeds this loop stops it in their own way
-                break
-    return asked
+    save_checkpoint(run.folder, run.step, run.epoch, run.config, state, run.config.run.keep, run.damaged)
+    run.damaged = []
 
 
 def open_log(run: Run) -> RunLog:
-    """The log of rank 0 with its trackers, and versions.json; silent on other ranks."""
-    config, ranks = run.config, run.ranks
-    if ranks.first:
-        from odis_path.doctor import provenance
+    """The log of rank 0 with its trackers, and versions.json."""
+    from odis_path.doctor import provenance
 
-        record_start(run.folder, run.step, provenance(str(ranks.device), ranks.world))
+    config, ranks = run.config, run.ranks
+    record_start(run.folder, run.step, provenance(str(ranks.device), ranks.world))
     return RunLog(
-        run.folder, run.total_steps, active=ranks.first, first_step=run.step, title=f"pretraining {config.name}",
+        run.folder, run.total_steps, active=True, first_step=run.step, title=f"pretraining {config.name}",
         prototypes=config.head.out_dim, warmup_steps=round(config.optim.warmup_epochs * run.steps_per_epoch),
-        trackers=open_trackers(config, run.step) if ranks.first else (), identity=IdentityWatch(config),
+        trackers=open_trackers(config, run.step), identity=IdentityWatch(config),
     )  # fmt: skip
 
 

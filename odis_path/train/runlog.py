@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from annotations.errors import UserError
+from odis_path.data.dataset import TileIndex
+from odis_path.pretraining import side_of
+from odis_path.train.config import PretrainConfig
 from odis_path.train.monitor import COLLAPSE_SPREAD, IDENTITY_SHARE, CollapseWatch, IdentityWatch
 from odis_path.train.tracking import Tracker
-from tiling.atomic import atomic_path
+from tiling.atomic import atomic_path, unwritten
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -224,7 +230,7 @@ class RunLog:
     """
 
     def __init__(
-        self, folder: Path, total_steps: int, *, active: bool, first_step: int, title: str, prototypes: int = 0,
+        self, folder: Path, total_steps: int, *, active: bool, first_step: int = 0, title: str = "", prototypes: int = 0,
         warmup_steps: int = 0, trackers: Sequence[Tracker] = (), identity: IdentityWatch | None = None,
     ) -> None:  # fmt: skip
         self.active = active
@@ -239,7 +245,9 @@ class RunLog:
             self.progress.take(row, old=True)
             for watch in self._watches:
                 watch.see(row)
-        self._file = (folder / "train.jsonl").open("a", encoding="utf-8")
+        self._path = folder / "train.jsonl"
+        with self._writing():
+            self._file = self._path.open("ab", buffering=0)  # a row that was not written is not tried again when it is closed
         self._lock = threading.RLock()
         self._printed: float | None = None
         self._unsaid = False
@@ -255,8 +263,10 @@ class RunLog:
         """Append a row (it holds `step` and `epoch`), show its figures, and tell of a collapse."""
         if not self.active:
             return
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        with self._writing():
+            line = json.dumps(row).encode() + b"\n"
+            while line := line[self._file.write(line) or 0 :]:
+                pass
         with self._lock:
             self.progress.take(row)
         self._track(row)
@@ -283,15 +293,23 @@ class RunLog:
         """Flush the file, show the last state, close the trackers; a second call does nothing."""
         if not self.active or self._file.closed:
             return
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        if self._table is not None:
-            self._table.close()
-        elif self._unsaid:
-            self._say_line(time.monotonic())
-        for tracker in self._trackers:
-            tracker.close()
+        try:
+            with self._writing(), self._file:
+                os.fsync(self._file.fileno())
+        finally:
+            if self._table is not None:
+                self._table.close()
+            elif self._unsaid:
+                self._say_line(time.monotonic())
+            for tracker in self._trackers:
+                tracker.close()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise unwritten(self._path, error) from error
 
     def _say_line(self, now: float) -> None:
         self._printed, self._unsaid = now, False
@@ -332,6 +350,23 @@ def _forget_after(path: Path, step: int) -> list[dict[str, Any]]:
     with atomic_path(path) as temporary:
         temporary.write_text("".join(line + "\n" for line, _ in kept), encoding="utf-8")
     return [row for _, row in kept]
+
+
+def write_run_files(folder: Path, config: PretrainConfig, tiles: TileIndex, away: set[str]) -> None:
+    """config.yaml (resolved) and split.csv of a new run. tiles: of all slides; away: the held-out patients."""
+    import yaml
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"run.out={folder} cannot be made: {error.strerror}; give a folder that can be written") from None
+    with atomic_path(folder / "config.yaml") as path:
+        path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+    with atomic_path(folder / "split.csv") as path, path.open("w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(["slide_id", "patient_id", "split"])
+        for slide, patient in zip(tiles.slide_ids, tiles.patients, strict=True):
+            rows.writerow([slide, patient, side_of(patient, away)])
 
 
 def record_start(folder: Path, step: int, facts: dict[str, Any]) -> None:

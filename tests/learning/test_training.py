@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pytest
@@ -187,8 +187,8 @@ def test_a_torn_save_leaves_the_last_checkpoint(tiny_tiles: Path, tmp_path: Path
     config = tiny_config(tiny_tiles, tmp_path / "run")
     good = save_checkpoint(tmp_path / "run", 3, 0.5, config, {"student": {}}, keep=2)
 
-    def torn(_content: object, path: Path) -> None:
-        Path(path).write_bytes(b"half")
+    def torn(_content: object, file: IO[bytes]) -> None:
+        file.write(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", torn)
