@@ -22,6 +22,7 @@ from odis_path.tensorfile import state_crc32
 from odis_path.train.checkpoint import Checkpoint, load_checkpoint
 from odis_path.train.config import PretrainConfig
 from tiling.atomic import atomic_path
+from tiling.claim import sweep
 
 FORMATS = ("timm",)
 TOLERANCE = 1e-5  # of the largest feature: two builds of one model differ by rounding alone
@@ -73,7 +74,7 @@ def export_timm(checkpoint: str | Path, out: Path) -> TimmExport:
     `odis-path embed --mode full` is checked before either file appears.
     Raises UserError where the checkpoint or `out` is wrong, or where a plain forward pass cannot give those features.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     out = Path(out)
     if out.suffix != ".safetensors" or out.is_dir():
@@ -81,12 +82,13 @@ def export_timm(checkpoint: str | Path, out: Path) -> TimmExport:
     loaded = _checkpoint(Path(checkpoint))
     encoder = _teacher(loaded)
     name, kwargs = _architecture(encoder, loaded.config)
+    sweep(out.parent)
     result = _describe(loaded, encoder, name, kwargs, out)
     state = {key: value.contiguous().clone() for key, value in encoder.vit.state_dict().items()}
     facts = {key: json.dumps(value) for key, value in asdict(result).items()}
     try:
         with atomic_path(out) as temporary:
-            save_file(state, temporary, metadata={"format": "pt", **facts})
+            temporary.write_bytes(save(state, metadata={"format": "pt", **facts}))
             _verify(temporary, encoder, result)
         with atomic_path(result.sidecar) as temporary:
             temporary.write_text(json.dumps(asdict(result), indent=2) + "\n", encoding="utf-8")

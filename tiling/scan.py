@@ -59,7 +59,7 @@ def scan_slides(
     if workers is None and len(items) < POOL_FROM:
         workers = 1
     work = partial(header_row, mpp=mpp, assume_mpp=assume_mpp)
-    outcomes = run_cohort(items, work, title="scan", workers=workers, timeout=timeout)
+    outcomes = run_cohort(items, work, title="scan", workers=workers, timeout=timeout, folder=out.parent)
     tell_kept(out, before, items)
     with (
         atomic_path(out) as temporary,

@@ -31,6 +31,7 @@ from odis_path.evaluate.probes import (
 from odis_path.evaluate.problem import Problem, prepare
 from odis_path.evaluate.retrieval import Rule, judge, measures, retrieval_table, search
 from odis_path.evaluate.standardise import AUTO, CHOSEN_FROM, FITTED, STANDARDISE, Features, Metric, Standardise
+from tiling.claim import sweep
 
 FORMAT = "odis-path-results"
 PROBES = ("knn", "linear", "prototype", "retrieval")
@@ -113,6 +114,7 @@ def evaluate_features(
     settings = _settings(probe, k, weights, seed, max_rows, standardise)
     folders = dict(baselines or {})
     check_names(folders)
+    sweep(Path(out))
     tell("reading embeddings")
     problem = prepare(
         Path(feats), labels, probe=probe, groups=groups, level=level, split=split, folds=folds, seed=seed,

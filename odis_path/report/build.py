@@ -14,6 +14,9 @@ from odis_path.report import style
 from odis_path.report.cohort import Cohort, read_cohort
 from odis_path.report.collect import Findings, find_everything
 from odis_path.report.results import Evaluation, read_evaluation
+from tiling.atomic import atomic_path
+from tiling.claim import sweep
+from tiling.slideid import safe_id
 
 
 @dataclass(frozen=True)
@@ -100,12 +103,13 @@ class Report:
     ) -> FigureItem:
         """Save a matplotlib figure as PNG among the report's files."""
         path = self.files / self.unused(name, ".png")
-        style.save_png(figure, path)
+        with atomic_path(path) as temporary:
+            style.save_png(figure, temporary)
         return FigureItem(path, caption, alt, narrow, photo)
 
     def unused(self, name: str, suffix: str) -> str:
         """A file name made of `name` that no earlier figure or table has."""
-        clean = "".join(c if c.isalnum() or c in "-_." else "-" for c in name).strip("-.") or "figure"
+        clean = safe_id("".join(c if c.isalnum() or c in "-_." else "-" for c in name).strip("-.")) or "figure"
         number, candidate = 1, clean + suffix
         while candidate in self._used:
             number += 1
@@ -116,7 +120,8 @@ class Report:
     def write_csv(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
         import csv
 
-        with (self.files / self.unused(name, ".csv")).open("w", newline="", encoding="utf-8") as file:
+        path = self.files / self.unused(name, ".csv")
+        with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(columns)
             writer.writerows(rows)
@@ -139,6 +144,8 @@ def build_report(folder: Path, out: Path | None) -> Report:
 
     out = folder / "report.html" if out is None else out
     files = out.with_name(f"{out.stem}_files")
+    for written in (out.parent, files):
+        sweep(written)
     found = find_everything(folder, leave_out=files)
     cohort = read_cohort(found.slides)
     evaluations = [read_evaluation(e) for e in found.evaluations]
@@ -155,8 +162,6 @@ def build_report(folder: Path, out: Path | None) -> Report:
 
 def write_numbers(report: Report) -> None:
     """All numbers of the report as `report.json` among its files."""
-    from tiling.atomic import atomic_path
-
     with atomic_path(report.files / "report.json") as temporary:
         temporary.write_text(json.dumps(report.numbers, indent=1, default=str), encoding="utf-8")
 
@@ -166,7 +171,6 @@ def write_page(report: Report, parts: list[Section]) -> None:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     from odis_path import __version__
-    from tiling.atomic import atomic_path
 
     environment = Environment(
         loader=PackageLoader("odis_path.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,

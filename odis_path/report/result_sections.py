@@ -13,6 +13,7 @@ from odis_path.report.cohort import Cohort
 from odis_path.report.maps import Embeddings, draw_map, layout_2d, neighbourhood, read_embeddings
 from odis_path.report.result_figures import draw_confusion, draw_per_k, draw_scores
 from odis_path.report.results import MODEL, Evaluation, sentence
+from tiling.atomic import atomic_path
 
 MAX_MAPS = 4
 MAX_SENTENCES = 3
@@ -133,7 +134,8 @@ def results(report: Report) -> Section | None:
         for name, caption in DRAWN.items():
             if (found.folder / f"{name}.png").is_file():
                 copy = report.files / report.unused(f"{name}-{e.name}", ".png")
-                shutil.copyfile(found.folder / f"{name}.png", copy)
+                with atomic_path(copy) as temporary:
+                    shutil.copyfile(found.folder / f"{name}.png", temporary)
                 section.items.append(FigureItem(copy, f"{e.title}. {caption}", f"{name} of {e.name}", narrow=True))
         section.items += [_retrieval_table(e)] if e.retrieval else []
     series = [
