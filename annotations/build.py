@@ -13,7 +13,7 @@ import shapely
 from annotations.errors import UserError
 from annotations.positions import rings_from_lists
 from annotations.remarks import SHOWN_REPAIRS, Remarks
-from annotations.rings import polygons_from_rings, repaired, usable, why_lost
+from annotations.rings import polygons_from_rings, repaired, usable, why_dropped, why_lost
 from annotations.table import CELL, MAX_LABELS, UNCLASSIFIED, ObjectTable, empty_table
 
 Rings = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -96,7 +96,9 @@ def build_table(
     with np.errstate(over="ignore"):  # what leaves the numbers is dropped and counted
         xy = xy * scale
     outlines, of_row = polygons_from_rings(xy, length, ring_count, owner, counts)
-    return table_of_outlines(objects, outlines, of_row, np.unique(owner), points, counts, point_size_l0, scale, source)
+    gone = np.setdiff1d(owner, of_row)
+    objects.lost += zip(gone.tolist(), why_dropped((xy, length, ring_count), owner, gone), strict=True)
+    return table_of_outlines(objects, outlines, of_row, of_row, points, counts, point_size_l0, scale, source)
 
 
 def table_of_outlines(

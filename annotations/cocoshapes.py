@@ -13,7 +13,7 @@ import shapely
 from annotations.build import mended
 from annotations.classname import unpacked
 from annotations.cocofile import Annotation
-from annotations.rings import polygons_from_rings, usable, why_lost
+from annotations.rings import beyond, polygons_from_rings, usable, why_dropped, why_lost
 from annotations.runlength import Runs, outlines_of, runs_of
 
 BLOCK = 50_000  # annotations whose outlines are made together, which bounds memory
@@ -111,7 +111,10 @@ def _build(block: _Block, done: Outlined) -> None:
     length = np.array([len(ring) for ring in block.rings], dtype=np.int64)
     owner = np.array(block.ring_row, dtype=np.int64)
     xy = np.concatenate([np.zeros((0, 2)), *block.rings])
-    polygons, of_polygon = polygons_from_rings(xy, length, np.ones(len(length), np.int64), owner, {})
+    one_each = np.ones(len(length), np.int64)
+    polygons, of_polygon = polygons_from_rings(xy, length, one_each, owner, {})
+    gone = np.setdiff1d(owner, of_polygon)
+    done.reason |= zip(gone.tolist(), why_dropped((xy, length, one_each), owner, gone), strict=True)
     which, masks = outlines_of(block.masks)
     rows = np.concatenate([of_polygon, np.array(block.mask_row, dtype=np.int64)[which]])
     order = np.argsort(rows)
@@ -164,7 +167,8 @@ def _fill_with_boxes(rows: range, items: Sequence[Annotation], done: Outlined) -
             what = "masks_as_boxes" if isinstance(items[row].segmentation, dict) else "outlines_as_boxes"
             done.changed[row, what] += 1
             del done.reason[row]
-    why = dict(zip(boxed, np.where(numbers, "zero_area", "malformed").tolist(), strict=True))
+    far = beyond(xywh) & np.isfinite(xywh).all(axis=1)
+    why = dict(zip(boxed, np.select([numbers, far], ["zero_area", "beyond"], "malformed").tolist(), strict=True))
     for row in missing:
         if done.geometry[row] is None:
             done.reason.setdefault(row, why.get(row, "malformed" if items[row].bbox else "empty"))

@@ -14,7 +14,7 @@ from annotations.build import Objects, add, kind_of, table_of_outlines
 from annotations.classname import class_of
 from annotations.errors import UserError
 from annotations.measurements import confidence_of, numbers_of
-from annotations.rings import polygon_parts, usable
+from annotations.rings import beyond, polygon_parts, usable
 from annotations.table import CELL, PROPOSAL, TISSUE, ObjectTable
 
 CLASS_COLUMNS = ("label", "classification", "class", "class_name", "type", "name")
@@ -44,7 +44,7 @@ def read_geoparquet(data: bytes, source: str, *, kind: str, point_size_l0: float
 
 
 def _read(columns: Any, source: str, kind: str, point_size_l0: float | None, scale: float) -> ObjectTable:
-    geometry = _geometries(columns, source)
+    geometry, far = _geometries(columns, source)
     label, ids, kinds, sure = (
         next((name for name in names if name in columns.column_names), None)
         for names in (CLASS_COLUMNS, ID_COLUMNS, KIND_COLUMNS, CONFIDENCE_COLUMNS)
@@ -66,7 +66,7 @@ def _read(columns: Any, source: str, kind: str, point_size_l0: float | None, sca
         stated = [confidence_of(one) for one in packed]
         if stated.count(None) < n:
             objects.confidence = [float("nan") if value is None else value for value in stated]
-    _lose(objects, geometry, form, counts)
+    _lose(objects, geometry, far, form, counts)
     outlines, owner = _outlines(geometry, form, np.array(objects.kind, dtype=np.uint8), scale)
     at = np.flatnonzero(np.isin(form, _POINTS) & ~shapely.is_empty(geometry))
     xy, which = shapely.get_coordinates(geometry[at], return_index=True)
@@ -76,8 +76,8 @@ def _read(columns: Any, source: str, kind: str, point_size_l0: float | None, sca
     return _measured(table, rows, columns, {label, ids, kinds, sure}, packed)
 
 
-def _geometries(columns: Any, source: str) -> np.ndarray:
-    """The geometry of each row, two-dimensional, None where there is none or it is not finite."""
+def _geometries(columns: Any, source: str) -> tuple[np.ndarray, np.ndarray]:
+    """The geometry of each row in two dimensions, None where there is none or it is not finite; bool, beyond any slide."""
     stated = (columns.schema.metadata or {}).get(b"geo")
     geo = json.loads(stated) if stated else {}
     name = geo.get("primary_column", "geometry")
@@ -93,14 +93,15 @@ def _geometries(columns: Any, source: str) -> np.ndarray:
     geometry = np.asarray(shapely.force_2d(geometry), dtype=object).reshape(-1)
     xy, row = shapely.get_coordinates(geometry, return_index=True)
     geometry[np.unique(row[~usable(xy)])] = None
-    return geometry
+    return geometry, np.isin(np.arange(len(geometry)), row[beyond(xy)])
 
 
-def _lose(objects: Objects, geometry: np.ndarray, form: np.ndarray, counts: dict[str, int]) -> None:
+def _lose(objects: Objects, geometry: np.ndarray, far: np.ndarray, form: np.ndarray, counts: dict[str, int]) -> None:
     """Count what is no outline and no point."""
     empty = shapely.is_empty(geometry)
     reasons = {
-        "malformed": shapely.is_missing(geometry),
+        "beyond": far,
+        "malformed": shapely.is_missing(geometry) & ~far,
         "empty": empty,
         "lines_skipped": np.isin(form, _LINES) & ~empty,
     }

@@ -35,7 +35,7 @@ from annotations.geojson import (
 )
 from annotations.measurements import nuclei_as_geometry, stated_confidences, with_measurements
 from annotations.positions import IrregularPositionError, rings_from_json, rings_from_lists
-from annotations.rings import polygons_from_rings, why_lost
+from annotations.rings import polygons_from_rings, why_dropped, why_lost
 from annotations.table import CELL, TISSUE, ObjectTable, empty_table
 
 Kind = Literal["auto", "tissue", "cell"]
@@ -238,12 +238,13 @@ def _table(
         add(counts, name, n)
     is_text = bool(found.polygons) and isinstance(found.polygons[0], msgspec.Raw)
     rings = rings_from_json(found.polygons) if is_text else rings_from_lists(found.polygons)
-    before, of_group = polygons_from_rings(*rings, np.array(found.group, dtype=np.int64), counts)
+    groups = np.array(found.group, dtype=np.int64)
+    before, of_group = polygons_from_rings(*rings, groups, counts)
     outlines, kept, was_bad, reasons = mended(before, counts)
     feature_of = np.array(found.group_feature, dtype=np.int64)
     if len(of_group) < len(feature_of):
-        gone = np.setdiff1d(np.array(found.group, dtype=np.int64), of_group)
-        lost += [(row, "invalid_dropped") for row in feature_of[gone].tolist()]
+        gone = np.setdiff1d(groups, of_group)
+        lost += zip(feature_of[gone].tolist(), why_dropped(rings, groups, gone), strict=True)
     unkept = np.delete(np.arange(len(of_group)), kept)
     lost += zip(feature_of[of_group[unkept]].tolist(), why_lost(before[unkept]), strict=True)
     boxes, of_point = squares(np.array(found.points, dtype=np.float64).reshape(-1, 2), point_size_l0, counts)

@@ -18,6 +18,19 @@ def usable(xy: np.ndarray) -> np.ndarray:
         return np.all([np.abs(column) <= MAX_COORDINATE_L0 for column in xy.T], axis=0)
 
 
+def beyond(xy: np.ndarray) -> np.ndarray:
+    """(V,) bool: positions (V, 2) that are numbers, but on no conceivable slide."""
+    return (np.abs(xy) > MAX_COORDINATE_L0).any(axis=1)
+
+
+def why_dropped(rings: tuple[np.ndarray, np.ndarray, np.ndarray], group: np.ndarray, gone: np.ndarray) -> list[str]:
+    """Why polygons_from_rings, given the same, leaves out all of each of the groups `gone`: "beyond" or "invalid_dropped"."""
+    xy, length, ring_count = rings
+    group_of_ring = np.repeat(group, ring_count)
+    far = np.unique(np.repeat(group_of_ring, length)[beyond(xy)])
+    return np.where(np.isin(gone, far), "beyond", "invalid_dropped").tolist()
+
+
 def polygons_from_rings(
     xy: np.ndarray, length: np.ndarray, ring_count: np.ndarray, group: np.ndarray, counts: dict[str, int]
 ) -> tuple[np.ndarray, np.ndarray]:

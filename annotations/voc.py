@@ -11,7 +11,7 @@ import shapely
 
 from annotations.errors import UserError
 from annotations.remarks import SHOWN_IDS, Remarks
-from annotations.rings import usable
+from annotations.rings import beyond, usable
 from annotations.table import CELL, UNCLASSIFIED, ObjectTable, empty_table
 from annotations.xmltree import parse_xml
 
@@ -22,7 +22,8 @@ def read_voc(path: Path) -> tuple[ObjectTable, tuple[int, int] | None]:
     """Objects of one image (kind CELL) in its pixels, and its width and height where the file says them (else None).
 
     Corners (xmin, ymin, xmax, ymax) are taken as they stand. An object without a name is unclassified; ids count from 0
-    behind the file's stem. counts: "features"; "empty" without a box; "zero_area" with a box of no extent.
+    behind the file's stem. counts: "features"; "empty" without a box; "zero_area" with a box of no extent; "beyond" with one
+    that is on no conceivable image.
     Raises UserError where the file is missing, no XML, holds a document type or entities (refused unread), or a box
     that is no four numbers.
     """
@@ -42,7 +43,8 @@ def read_voc(path: Path) -> tuple[ObjectTable, tuple[int, int] | None]:
         row.append(i)
     xyxy = np.array(corners, dtype=np.float64).reshape(-1, 4)
     good = usable(xyxy) & (xyxy[:, 2] > xyxy[:, 0]) & (xyxy[:, 3] > xyxy[:, 1])
-    lost |= {row[i]: "zero_area" for i in np.flatnonzero(~good).tolist()}
+    far = beyond(xyxy)
+    lost |= {row[i]: "beyond" if far[i] else "zero_area" for i in np.flatnonzero(~good).tolist()}
     counts |= Counter(lost.values())
     remarks = _remarks(lost, [_text(item, "name") for item in objects], path.stem)
     size = _size(root)

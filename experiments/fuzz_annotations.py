@@ -53,6 +53,7 @@ LOSSES = (
     "malformed",
     "invalid_dropped",
     "zero_area",
+    "beyond",
     "vertices_dropped",
     "tangled",
     "repeated",

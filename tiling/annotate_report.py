@@ -35,6 +35,7 @@ WORDS = {
     "empty": "no geometry",
     "malformed": "not understood",
     "invalid_dropped": "fewer than 3 corners",
+    "beyond": "beyond any slide",
     "zero_area": "no area",
     "tangled": "crossing themselves too often to be repaired",
     "outside": "on no tile",

@@ -264,3 +264,35 @@ def test_what_geos_cannot_clip_is_intersected(monkeypatch):
     monkeypatch.setattr(shapely, "clip_by_rect", fails)
     found = clip_to_tiles(geometry, corner, 10.0, 10)
     assert found.xyxy.tolist() == wanted.xyxy.tolist() == [[0, 0, 10, 10], [0, 0, 6, 6]]
+
+
+FAR = [[-1e300, -1e300], [1e300, -1e300], [1e300, 1e300], [-1e300, 1e300], [-1e300, -1e300]]
+
+
+def test_a_rectangle_beyond_any_slide_is_called_that_in_every_dialect(tmp_path):
+    import geopandas
+
+    named = {"classification": {"name": "Tumor"}}
+    geometry = {"type": "Polygon", "coordinates": [FAR]}
+    (tmp_path / "a.geojson").write_text(json.dumps({"type": "Feature", "geometry": geometry, "properties": named}))
+    polygon = shapely.Polygon(FAR)
+    geopandas.GeoDataFrame({"classification": ["Tumor"]}, geometry=[polygon]).to_parquet(tmp_path / "a.parquet")
+    corners = "".join(f'<Coordinate Order="{i}" X="{x}" Y="{y}"/>' for i, (x, y) in enumerate(FAR))
+    (tmp_path / "a.xml").write_text(
+        '<ASAP_Annotations><Annotations><Annotation Name="1" Type="Polygon" PartOfGroup="Tumor">'
+        f"<Coordinates>{corners}</Coordinates></Annotation></Annotations></ASAP_Annotations>"
+    )
+    for form in ("geojson", "parquet", "xml"):
+        table = read_annotations(tmp_path / f"a.{form}")
+        assert len(table) == 0
+        assert table.remarks.skipped == {("Tumor", "beyond"): 1}, form
+
+
+def test_a_box_beyond_any_image_is_called_that(tmp_path):
+    from annotations.voc import read_voc
+
+    box = "".join(
+        f"<{name}>{value}</{name}>" for name, value in zip(("xmin", "ymin", "xmax", "ymax"), (-1e300, 0, 1e300, 5), strict=True)
+    )
+    (tmp_path / "a.xml").write_text(f"<annotation><object><name>Tumor</name><bndbox>{box}</bndbox></object></annotation>")
+    assert read_voc(tmp_path / "a.xml")[0].remarks.skipped == {("Tumor", "beyond"): 1}

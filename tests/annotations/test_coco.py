@@ -107,6 +107,8 @@ LOSSES = [
     ({"bbox": [1, NAN, 5, 5]}, "malformed"),
     ({"bbox": [1, 1, float("inf"), 5]}, "malformed"),
     ({"bbox": [1, None, 5, 5]}, "malformed"),
+    ({"bbox": [-1e300, -1e300, 2e300, 2e300]}, "beyond"),
+    ({"segmentation": [[-1e300, 0, 1e300, 0, 1e300, 1e300]]}, "beyond"),
     ({"bbox": [1, 1, 0, 5]}, "zero_area"),
     ({"bbox": [9, 9, -5, -5]}, "zero_area"),
     ({"segmentation": [[1, 1, 5, 5]]}, "invalid_dropped"),
