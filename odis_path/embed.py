@@ -11,21 +11,22 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-import h5py
 import numpy as np
 
 from annotations.errors import UserError
 from odis_path.baselines import KINDS
 from odis_path.embed_job import EmbedJob, check_options, other_encoder, parse_kinds
 from odis_path.encode import FrozenEncoder, encode, encode_objects, load_encoder
-from odis_path.featurefile import DATASETS, SLIDES_FILE, refuse_other_encoder
+from odis_path.featurefile import DATASETS, SLIDES_FILE, is_damaged, open_features, refuse_other_encoder
 from odis_path.features import embedded_already, read_features, write_features, write_slides_parquet
 from odis_path.model.source import fingerprint, is_checkpoint, settled_source
 from odis_path.pretraining import FILE as PRETRAINING_FILE
 from odis_path.pretraining import of_encoder
 from tiling.atomic import check_writable
+from tiling.checksums import DamagedError
 from tiling.claim import claim, same_settings
 from tiling.cohort import Outcome, one_line, run_cohort
+from tiling.resume import DAMAGED
 from tiling.slidefile import SlideFile, list_slide_files
 
 MOST_TORN = 0.5  # share of tiles that cannot be read; a slide with more of them fails
@@ -96,11 +97,8 @@ def tell_size(encoder: FrozenEncoder, files: list[Path]) -> None:
     """Print how the encoder pools, and the size it sees tiles at against the size it was trained at; once a size of tile."""
     sizes = set()
     for path in files:
-        try:
-            with h5py.File(path, "r", locking=False) as file:
-                sizes.add(int(file["coords"].attrs["patch_size"]))
-        except (OSError, KeyError):  # the slide's own failure, told with it
-            continue
+        with suppress(UserError), SlideFile(path) as file:  # the slide's own failure, told with it
+            sizes.add(file.patch_size)
     for size in sorted(sizes):
         print(f"embed: {encoder.about(size)}", file=sys.stderr)
 
@@ -173,14 +171,15 @@ def embed_slide(job: EmbedJob, path: Path) -> dict[str, Any]:
 
 def _embedded(job: EmbedJob, path: Path, target: Path) -> dict[str, Any]:
     level = "tile" if job.level == "slide" else job.level
-    counted, had = f"{level}s", _rows_in(target, level)
-    if embedded_already(target, level, path, job.parameters()):
+    damaged = target.exists() and is_damaged(target)
+    counted, had = f"{level}s", None if damaged else _rows_in(target, level)
+    if not damaged and embedded_already(target, level, path, job.parameters()):
         return {"skipped": True, counted: had}
     check_writable(target)
     encoder = shared_encoder(job.checkpoint, job.stamp, job.device, job.random_weights, job.pool, job.resize)
     file = TornSlideFile(path)
     with file:
-        if target.exists() and not job.overwrite:
+        if target.exists() and not damaged and not job.overwrite:
             refuse_other_encoder(target, level, file, encoder.name, job.mode)
         rows = None
         if level == "object":
@@ -193,7 +192,7 @@ def _embedded(job: EmbedJob, path: Path, target: Path) -> dict[str, Any]:
             parameters=job.parameters(), box_rows=rows if job.kinds else None, seen=seen_as(encoder, file.patch_size),
             pretraining=job.pretraining, overwrite=job.overwrite,
         )  # fmt: skip
-    redone = "the tiles, their boxes or what is asked changed" if had is not None else ""
+    redone = "the tiles, their boxes or what is asked changed" if had is not None else DAMAGED if damaged else ""
     torn = f"{len(file.torn)} tiles cannot be read from its slide (the first, row {min(file.torn)}): black" if file.torn else ""
     return {counted: len(features), "redone": redone, "message": torn}
 
@@ -214,6 +213,8 @@ class TornSlideFile(SlideFile):
         """As `SlideFile.tile`. Raises UserError where more than half of all cannot be read, or the slide is gone."""
         try:
             return super().tile(i)
+        except DamagedError:
+            raise
         except UserError:
             if self.has_pixels or len(self.torn) > MOST_TORN * len(self):
                 raise
@@ -231,11 +232,10 @@ class TornSlideFile(SlideFile):
 
 def _rows_in(target: Path, level: str) -> int | None:
     """How many features of this level a feature file has; None where there are none yet."""
-    try:
-        with h5py.File(target, "r", locking=False) as file:
-            return len(file[DATASETS[level]]) if DATASETS[level] in file else None
-    except OSError:
+    if not target.exists():
         return None
+    with open_features(target) as file:
+        return len(file.h5[DATASETS[level]]) if DATASETS[level] in file else None
 
 
 def object_rows(file: SlideFile, kinds: tuple[str, ...] | None) -> np.ndarray:

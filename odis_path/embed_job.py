@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import h5py
-
 from annotations.errors import UserError
 from odis_path.baselines import KINDS
-from odis_path.featurefile import DATASETS
+from odis_path.featurefile import DATASETS, open_features
 from odis_path.model.source import check_source, is_checkpoint
 
 Mode = Literal["full", "masked", "crop", "blackout"]
@@ -100,10 +98,10 @@ def other_encoder(out: Path, job: EmbedJob) -> str:
     wanted = identity(job.parameters())
     for path in sorted(out.glob("*.h5")) if out.is_dir() else []:
         try:
-            with h5py.File(path, "r", locking=False) as file:
-                held = [file[name].attrs for name in DATASETS.values() if name in file]
-                here = [(str(attrs.get("encoder")), json.loads(attrs.get("parameters") or "{}")) for attrs in held]
-        except (OSError, ValueError):
+            with open_features(path) as file:
+                held = [file.attrs(name) for name in DATASETS.values() if name in file]
+            here = [(str(attrs.get("encoder")), json.loads(attrs.get("parameters") or "{}")) for attrs in held]
+        except (UserError, ValueError):
             continue  # embedding it again tells what is wrong
         for encoder, parameters in here:
             if parameters and identity(parameters) != wanted:

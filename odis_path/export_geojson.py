@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 
 from annotations.errors import UserError
@@ -235,13 +235,12 @@ def _refuse_twins(paths: Sequence[Path]) -> None:
 
 def _source(path: Path) -> Path | None:
     """The slide file that a feature file was made of; None for any other file."""
-    from odis_path.featurefile import FORMAT
+    from odis_path.featurefile import FORMAT, open_features
 
-    try:
-        with h5py.File(path, "r", locking=False) as file:
-            return Path(str(file.attrs["source"])) if file.attrs.get("format") == FORMAT else None
-    except (OSError, KeyError):
-        return None
+    with suppress(UserError), open_features(path) as file:
+        attrs = file.attrs()
+        return Path(str(attrs["source"])) if attrs.get("format") == FORMAT else None
+    return None
 
 
 def read_predictions(path: Path) -> dict[str, Predicted]:

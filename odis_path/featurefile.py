@@ -13,20 +13,23 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 
 from annotations.errors import UserError
 from tiling.atomic import atomic_path
+from tiling.checkedfile import CheckedFile
+from tiling.checksums import DamagedError
 from tiling.h5new import new_h5
 from tiling.slidefile import SlideFile, tile_labels
 from tiling.slidewrite import GroupContent, parameters_hash, replace_groups, software_version, write_group
+from tiling.touched import was_touched
 
 FORMAT = "odis-path-features"
 FORMAT_VERSION = 1
 DATASETS = {"tile": "features", "object": "object_features"}
 SLIDES_FILE = "slides.parquet"
 _OBJECT_PARTS = ("object_features", "boxes", "objects")
+REMEDY = "run odis-path embed again: it is made anew"
 
 
 def write_features(
@@ -75,11 +78,11 @@ def write_features(
     if level == "object":
         content |= {"boxes": _boxes(boxes, rows), "objects": _objects(slide_file)}
     root = _root_attrs(slide_file, text, digest)
-    if not path.exists():
+    if not path.exists() or is_damaged(path):
         _write_new(path, content, root)
         return
     content |= dict.fromkeys(_stale(path, level, root, encoder, mode, overwrite=overwrite))
-    replace_groups(path, content, root_attrs=root)
+    replace_groups(path, content, root_attrs=root, remedy=REMEDY)
 
 
 def embedded_already(path: Path, level: str, slide_path: Path, parameters: Mapping[str, Any]) -> bool:
@@ -91,16 +94,14 @@ def embedded_already(path: Path, level: str, slide_path: Path, parameters: Mappi
     path = Path(path)
     if not path.exists():
         return False
-    try:
-        with h5py.File(path, "r", locking=False) as file:
-            dataset = file.get(DATASETS[level])
-            if dataset is None or dataset.attrs.get("parameters_sha256") != parameters_hash(parameters)[1]:
-                return False
-            had = {key: str(file.attrs.get(key, "")) for key in ("tiles_sha256", "objects_sha256", "patient_id", "source")}
-            other = level == "tile" and DATASETS["object"] in file
-            mode = dataset.attrs.get("mode")
-    except OSError:
-        return False
+    with open_features(path) as file:
+        stored = file.attrs(DATASETS[level]) if DATASETS[level] in file else {}
+        if stored.get("parameters_sha256") != parameters_hash(parameters)[1]:
+            return False
+        attrs = file.attrs()
+        had = {key: str(attrs.get(key, "")) for key in ("tiles_sha256", "objects_sha256", "patient_id", "source")}
+        other = level == "tile" and DATASETS["object"] in file
+        mode = stored.get("mode")
     with SlideFile(slide_path) as slide_file:
         root = _root_attrs(slide_file, *parameters_hash(parameters))
         if had == {key: str(root[key]) for key in had}:
@@ -108,8 +109,32 @@ def embedded_already(path: Path, level: str, slide_path: Path, parameters: Mappi
         objects_changed = had["objects_sha256"] != root["objects_sha256"]
         if had["tiles_sha256"] != root["tiles_sha256"] or (objects_changed and (level != "tile" or mode != "full" or other)):
             return False
-        replace_groups(path, {"tile_label": _tile_label(slide_file)}, root_attrs=root)
+        replace_groups(path, {"tile_label": _tile_label(slide_file)}, root_attrs=root, remedy=REMEDY)
     return True
+
+
+def open_features(path: Path) -> CheckedFile:
+    """A feature file, open for reading: what is read is compared with its checksum. UserError where it cannot be opened."""
+    try:
+        return CheckedFile(path, lambda _: REMEDY)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such feature file: make it with odis-path embed") from None
+    except PermissionError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}: ask for the right to read it") from None
+    except OSError:
+        raise DamagedError(f"{path}: not a readable feature file, damaged or cut off: {REMEDY}") from None
+
+
+def is_damaged(path: Path) -> bool:
+    """Whether a feature file does not hold what was written into it. Looked through where something touched it since."""
+    try:
+        with open_features(path) as file:
+            if was_touched(path):
+                file.check()
+            file.attrs()
+    except DamagedError:
+        return True
+    return False
 
 
 def _write_new(path: Path, content: Mapping[str, GroupContent], root: Mapping[str, Any]) -> None:
@@ -169,17 +194,13 @@ def _stale(path: Path, level: str, root: Mapping[str, Any], encoder: str, mode: 
     """What of an existing feature file no longer goes with the slide file. UserError for another encoder or mode, which
     goes where `overwrite` is given."""
     other = DATASETS["object" if level == "tile" else "tile"]
-    try:
-        with h5py.File(path, "r", locking=False) as file:
-            if file.attrs.get("format") != FORMAT:
-                raise UserError(f"{path}: exists and is not a feature file: give another --out")
-            tiles_changed = file.attrs.get("tiles_sha256") != root["tiles_sha256"]
-            objects_changed = file.attrs.get("objects_sha256") != root["objects_sha256"]
-            found = {key: str(file[other].attrs.get(key)) for key in ("encoder", "mode")} if other in file else None
-    except OSError as error:
-        raise UserError(
-            f"{path}: not a readable HDF5 file ({' '.join(str(error).split())}): remove it and embed again"
-        ) from None
+    with open_features(path) as file:
+        attrs = file.attrs()
+        if attrs.get("format") != FORMAT:
+            raise UserError(f"{path}: exists and is not a feature file: give another --out")
+        tiles_changed = attrs.get("tiles_sha256") != root["tiles_sha256"]
+        objects_changed = attrs.get("objects_sha256") != root["objects_sha256"]
+        found = {key: str(file.attrs(other).get(key)) for key in ("encoder", "mode")} if other in file else None
     if found is None:
         return []
     goes_with_objects = level == "tile" or found["mode"] != "full"
@@ -208,5 +229,5 @@ def write_slides_parquet(path: Path, rows: Iterable[Mapping[str, Any]], pretrain
         ("mode", pa.string()), ("features", pa.list_(pa.float32())),
     ], metadata={"pretraining": pretraining})  # fmt: skip
     with atomic_path(Path(path)) as temporary:
-        pq.write_table(pa.Table.from_pylist(table, schema=schema), temporary)
+        pq.write_table(pa.Table.from_pylist(table, schema=schema), temporary, write_page_checksum=True)
     return Path(path)

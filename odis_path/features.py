@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 
 from annotations.errors import UserError
@@ -18,10 +17,12 @@ from odis_path.featurefile import (
     FORMAT,
     SLIDES_FILE,
     embedded_already,
+    open_features,
     write_features,
     write_slides_parquet,
 )
 from odis_path.pretraining import Pretraining, common_note, read_note
+from tiling.checkedfile import CheckedFile
 from tiling.slidefile import h5_files
 from tiling.slideid import checked_id
 
@@ -138,11 +139,8 @@ def levels_in(folder: Path) -> list[str]:
     """The levels a folder has embeddings of, in the order tile, object, slide."""
     found = set()
     for path in h5_files(folder) if folder.is_dir() else [folder]:
-        try:
-            with h5py.File(path, "r", locking=False) as file:
-                found |= {level for level, name in DATASETS.items() if name in file}
-        except OSError:
-            continue
+        with suppress(UserError), open_features(path) as file:  # said where it is read
+            found |= {level for level, name in DATASETS.items() if name in file}
     if (folder / SLIDES_FILE).exists() or folder.suffix == ".parquet":
         found.add("slide")
     return [level for level in ("tile", "object", "slide") if level in found]
@@ -151,20 +149,20 @@ def levels_in(folder: Path) -> list[str]:
 def _read_index(path: Path, level: str) -> FeatureSet | None:
     """Everything of one file but the embeddings; None where it has none of the level."""
     name = DATASETS[level]
-    try:
-        with h5py.File(path, "r", locking=False) as file:
-            if file.attrs.get("format") != FORMAT:
-                raise UserError(f"{path}: format {file.attrs.get('format')!r} is not {FORMAT}: give a folder that embed wrote")
-            if name not in file:
-                return None
-            coords, shape = file["coords"][...], file[name].shape
-            attrs, root = dict(file[name].attrs), dict(file.attrs)
-            mpp = float(file["coords"].attrs.get("mpp", np.nan))
+    with open_features(path) as file:
+        root = file.attrs()
+        if root.get("format") != FORMAT:
+            raise UserError(f"{path}: format {root.get('format')!r} is not {FORMAT}: give a folder that embed wrote")
+        if name not in file:
+            return None
+        coords, attrs = file.array("coords"), file.attrs(name)
+        with file.reading(name, f"/{name}"):
+            shape, mpp = file.h5[name].shape, float(file.attrs("coords").get("mpp", np.nan))
+            parameters = json.loads(attrs.get("parameters") or root.get("parameters") or "{}")
+        try:
             columns = _tile_columns(file, coords) if level == "tile" else _object_columns(file, coords)
-    except (OSError, KeyError) as error:
-        raise UserError(f"{path}: not a readable feature file ({_line(error)}): embed this slide again") from None
-    except (IndexError, ValueError) as error:
-        raise UserError(f"{path}: rows do not match ({_line(error)}): embed this slide again") from None
+        except (IndexError, ValueError, KeyError) as error:
+            raise UserError(f"{path}: rows do not match ({_line(error)}): embed this slide again") from None
     count = len(columns["tile"])
     if len(shape) != 2 or shape[0] != count:
         raise UserError(f"{path}: /{name} has shape {shape} for {count} {level}s: embed this slide again")
@@ -173,44 +171,49 @@ def _read_index(path: Path, level: str) -> FeatureSet | None:
         level=level, x=np.zeros((count, 0), dtype=np.float32), slide_id=_repeat(slide_id, count),
         patient_id=_repeat(str(root.get("patient_id", "")), count), encoder=str(attrs.get("encoder", "")),
         mode=str(attrs.get("mode", "")), mpp=mpp, sources={slide_id: Path(str(root.get("source", "")))},
-        parameters=json.loads(attrs.get("parameters") or root.get("parameters") or "{}"), dim=shape[1],
-        pretraining=str(attrs.get("pretraining", "")), **columns,
+        parameters=parameters, dim=shape[1], pretraining=str(attrs.get("pretraining", "")), **columns,
     )  # fmt: skip
 
 
-def _tile_columns(file: h5py.File, coords: np.ndarray) -> dict[str, Any]:
+def _tile_columns(file: CheckedFile, coords: np.ndarray) -> dict[str, Any]:
     count = len(coords)
     label = np.full(count, -1, dtype=np.int64)
     names: tuple[str, ...] = ()
     if "tile_label" in file:
-        label = file["tile_label"][...].astype(np.int64)
-        names = tuple(str(n) for n in file["tile_label"].attrs["labels"])
+        label = file.array("tile_label").astype(np.int64)
+        names = tuple(str(n) for n in file.attrs("tile_label")["labels"])
         if len(label) != count:
             raise ValueError(f"{len(label)} tile labels for {count} tiles")
+        _refuse_labels(label, names)
     return {
         "coords": coords, "tile": np.arange(count), "object": np.full(count, -1, dtype=np.int64), "label": label,
         "labels": names, "xyxy": np.full((count, 4), np.nan, dtype=np.float32), "visible": np.ones(count, dtype=np.float32),
     }  # fmt: skip
 
 
-def _object_columns(file: h5py.File, coords: np.ndarray) -> dict[str, Any]:
-    offsets, row = file["boxes/offsets"][...], file["boxes/object"][...].astype(np.int64)
+def _object_columns(file: CheckedFile, coords: np.ndarray) -> dict[str, Any]:
+    offsets, row = file.array("boxes/offsets"), file.array("boxes/object").astype(np.int64)
     if len(offsets) != len(coords) + 1 or offsets[-1] != len(row):
         raise ValueError(f"box offsets for {len(offsets) - 1} tiles and {offsets[-1]} boxes, with {len(coords)} and {len(row)}")
     tile = np.repeat(np.arange(len(coords)), np.diff(offsets))
+    label, names = file.array("objects/label").astype(np.int64), tuple(str(n) for n in file.attrs("objects")["labels"])
+    _refuse_labels(label, names)
     return {
-        "coords": coords[tile], "tile": tile, "object": row, "label": file["objects/label"][...].astype(np.int64)[row],
-        "labels": tuple(str(n) for n in file["objects"].attrs["labels"]), "xyxy": file["boxes/xyxy"][...],
-        "visible": file["boxes/visible"][...],
+        "coords": coords[tile], "tile": tile, "object": row, "label": label[row], "labels": names,
+        "xyxy": file.array("boxes/xyxy"), "visible": file.array("boxes/visible"),
     }  # fmt: skip
 
 
+def _refuse_labels(label: np.ndarray, names: tuple[str, ...]) -> None:
+    """ValueError where a label, int64 (n,), is not -1 and names no class."""
+    wrong = label[(label < -1) | (label >= len(names))]
+    if len(wrong):
+        raise ValueError(f"label {wrong[0]}, where there are {len(names)} classes")
+
+
 def _read_rows(path: Path, level: str, rows: np.ndarray) -> np.ndarray:
-    try:
-        with h5py.File(path, "r", locking=False) as file:
-            x = file[DATASETS[level]][...][rows].astype(np.float32)
-    except (OSError, KeyError) as error:
-        raise UserError(f"{path}: not a readable feature file ({_line(error)}): embed this slide again") from None
+    with open_features(path) as file:
+        x = file.array(DATASETS[level])[rows].astype(np.float32)
     refuse_bad_rows(x, str(path))
     return x
 
@@ -286,9 +289,9 @@ def read_slides_parquet(path: Path) -> FeatureSet:
     if not path.is_file():
         raise UserError(f"{path}: no such file: run odis-path embed --level slide first")
     try:
-        table = pq.read_table(path)
+        table = pq.read_table(path, page_checksum_verification=True)
         rows = table.to_pylist()
-    except (OSError, pa.ArrowInvalid) as error:
+    except (OSError, pa.ArrowException, ValueError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a readable parquet file ({_line(error)}): embed --level slide again") from None
     columns = {"slide_id", "patient_id", "encoder", "mode", "features"}
     if not rows or not columns <= set(rows[0]):
@@ -319,7 +322,8 @@ def read_slides_parquet(path: Path) -> FeatureSet:
 def _sources_beside(folder: Path) -> dict[str, Path]:
     sources = {}
     for path in h5_files(folder):
-        with suppress(OSError), h5py.File(path, "r", locking=False) as file:
-            if file.attrs.get("format") == FORMAT:
-                sources[str(file.attrs["slide_id"])] = Path(str(file.attrs["source"]))
+        with suppress(UserError), open_features(path) as file:
+            attrs = file.attrs()
+            if attrs.get("format") == FORMAT:
+                sources[str(attrs["slide_id"])] = Path(str(attrs["source"]))
     return sources

@@ -22,6 +22,7 @@ from tiling.annotate_report import CHANGED, RESULT_ATTR, by_label, message, plac
 from tiling.append import PARTS_ATTR, appended, new_files, parts_of, read_groups
 from tiling.claim import changes, claim, same_settings
 from tiling.cohort import Outcome, available_cpus, run_cohort
+from tiling.resume import DAMAGED
 from tiling.slidefile import SlideFile, list_slide_files
 from tiling.slidewrite import parameters_hash, replace_groups
 
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
 METHOD_VERSION = 4  # raise it when reading or clipping changes, so that old boxes are made anew
 HASH_ATTR, RECORD_ATTR = "annotation_sha256", "annotation_parameters"
 LEFT_OUT = (
-    "points_skipped", "lines_skipped", "empty", "malformed", "ignored", "invalid_dropped", "zero_area", "tangled", "repeated",
-    "unlisted_image",
+    "points_skipped", "lines_skipped", "empty", "malformed", "ignored", "invalid_dropped", "beyond", "zero_area", "tangled",
+    "repeated", "unlisted_image",
 )  # fmt: skip
 POINT_SIZE = re.compile(r"^\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*(um|µm|μm|px|)\s*$")
 
@@ -185,19 +186,24 @@ def _annotated(path: Path, files: Sequence[Path], how: Reading) -> dict[str, Any
     with SlideFile(path) as file:
         record = _record(file, files, how.settings)
         digest = parameters_hash(record)[1]
-        attrs = file.group_attrs("objects")
+        damaged = file.boxes_damaged
+        attrs = {} if damaged else file.group_attrs("objects")
         if file.has_boxes and attrs.get(HASH_ATTR) == digest:
             return _outcome(json.loads(attrs[RESULT_ATTR]), done=True)
         groups, result = _groups(file, files, how)
     _sign(groups, digest, record, result)
     replace_groups(path, groups)
-    redone = {"redone": changes(*_in_words(json.loads(attrs[RECORD_ATTR]), record))} if RECORD_ATTR in attrs else {}
+    redone = {"redone": DAMAGED} if damaged else {}
+    if RECORD_ATTR in attrs:
+        redone = {"redone": changes(*_in_words(json.loads(attrs[RECORD_ATTR]), record))}
     return {**_outcome(result), **redone}
 
 
 def _appended(path: Path, files: Sequence[Path], how: Reading) -> dict[str, Any]:
     """The same with what is there left in its place; where nothing is, there is nothing to add to."""
     with SlideFile(path) as file:
+        if file.boxes_damaged:
+            raise UserError(f"{path}: its objects and boxes are damaged: annotate it anew, without --append")
         attrs = file.group_attrs("objects")
         if not file.has_boxes:
             return _annotated(path, files, how)

@@ -11,6 +11,7 @@ import h5py
 import numpy as np
 
 from annotations.errors import UserError
+from tiling.checkedfile import CheckedFile
 
 PARTS_ATTR = "annotation_parts"  # JSON: the record of every run whose objects are in the groups
 Groups = dict[str, dict[str, Any]]
@@ -48,8 +49,8 @@ def new_files(path: Path, files: Sequence[Path], record: Mapping[str, Any], part
 
 def read_groups(path: Path) -> Groups:
     """/objects and /boxes of a slide file in the form that replace_groups takes."""
-    with h5py.File(path, "r", locking=False) as file:
-        return {name: _group(file[name]) for name in ("objects", "boxes")}
+    with CheckedFile(path, lambda _: "annotate it anew, without --append") as file:
+        return {name: _group(file, name) for name in ("objects", "boxes")}
 
 
 def appended(path: Path, old: Groups, new: Groups) -> Groups:
@@ -81,13 +82,16 @@ def appended(path: Path, old: Groups, new: Groups) -> Groups:
     return {"objects": objects, "boxes": {**merged, "attrs": dict(old["boxes"].get("attrs", {}))}}
 
 
-def _group(group: h5py.Group) -> dict[str, Any]:
-    content: dict[str, Any] = {"attrs": {key: _plain(value) for key, value in group.attrs.items()}}
-    for name, node in group.items():
+def _group(file: CheckedFile, name: str) -> dict[str, Any]:
+    content: dict[str, Any] = {"attrs": {key: _plain(value) for key, value in file.attrs(name).items()}}
+    with file.reading(name, f"/{name}"):
+        nodes = dict(file.h5[name].items())
+    for key, node in nodes.items():
+        full = f"{name}/{key}"
         if isinstance(node, h5py.Group):
-            content[name] = _group(node)
+            content[key] = _group(file, full)
         else:
-            content[name] = node.asstr()[...] if h5py.check_string_dtype(node.dtype) else node[...]
+            content[key] = file.texts(full) if h5py.check_string_dtype(node.dtype) else file.array(full)
     return content
 
 

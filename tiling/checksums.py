@@ -11,7 +11,11 @@ from annotations.errors import UserError
 
 
 class DamagedError(UserError):
-    """A file does not hold what was written into it."""
+    """A file does not hold what was written into it. what: the damage alone, without the file and the remedy."""
+
+    def __init__(self, message: str, what: str = "") -> None:
+        super().__init__(message)
+        self.what = what
 
 
 @lru_cache(maxsize=1)
@@ -35,7 +39,9 @@ def value_crc32(value: Any) -> int:
         return crc32(_encoded(value))
     array = np.asarray(value)
     if array.dtype.kind in "OUS":
-        texts = [_encoded(text) for text in array.ravel().tolist()]
+        texts = array.ravel().tolist()
+        if set(map(type, texts)) != {bytes}:
+            texts = [_encoded(text) for text in texts]
         lengths = np.array([*array.shape, *map(len, texts)], dtype=np.int64)
         return crc32(b"".join(texts), crc32(lengths.tobytes()))
     head = crc32(f"{array.dtype.str}{array.shape}".encode())

@@ -196,14 +196,10 @@ def finish(
     """
     from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
 
     untried = [outcome for outcome in outcomes if outcome.message == NOT_TRIED]
     failures = [outcome for outcome in outcomes if not outcome.ok and outcome.message != NOT_TRIED]
-    longest = [
-        max((len(text) for text in texts), default=0) for texts in ([o.item for o in failures], [o.message for o in failures])
-    ]
-    console = Console(width=None if sys.stdout.isatty() else max(160, sum(longest) + 20))
+    console = Console(width=None if sys.stdout.isatty() else 160)
     skipped = sum(outcome.skipped for outcome in outcomes)
     summary = Table(title=title, title_justify="left")
     values = {"done": len(outcomes) - skipped - len(failures) - len(untried), "skipped": skipped, "failed": len(failures)}
@@ -219,16 +215,27 @@ def finish(
     for line in _notes(outcomes):  # before the rest: there may be thousands
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     console.print(summary)
-    if failures:
-        table = Table("item", "problem", title="failures", title_justify="left")
-        for outcome in failures:
-            table.add_row(Text(outcome.item), Text(outcome.message))
-        console.print(table)
+    show_failures(failures)
     if untried:
         line = f"not tried: {len(untried)}, from {untried[0].item} on: put right what stopped the run, then run it again"
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     console.print(f"output: {out}", markup=False, highlight=False, soft_wrap=True)
     return 1 if failures or untried else 0
+
+
+def show_failures(failures: Sequence[Outcome], title: str = "failures") -> int:
+    """Print a table of failures, each on one line where the output is no terminal; return their number."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    if failures:
+        longest = max(len(outcome.item) for outcome in failures) + max(len(outcome.message) for outcome in failures)
+        table = Table("item", "problem", title=title, title_justify="left")
+        for outcome in failures:
+            table.add_row(Text(outcome.item), Text(outcome.message))
+        Console(width=None if sys.stdout.isatty() else max(160, longest + 20)).print(table)
+    return len(failures)
 
 
 def _notes(outcomes: Sequence[Outcome]) -> list[str]:

@@ -16,6 +16,11 @@ from typing import Any
 import h5py
 
 from tiling.atomic import atomic_path
+from tiling.checkedfile import write_attr_checksums
+from tiling.touched import mark_untouched
+
+# The first format of HDF5 whose own structures have checksums; every HDF5 since 1.10 (2016) reads it.
+FORMAT_VERSIONS = ("v110", "v110")
 
 
 class NewFile(h5py.File):
@@ -36,17 +41,20 @@ class NewFile(h5py.File):
 
 
 @contextmanager
-def new_h5(final: Path) -> Iterator[NewFile]:
-    """An HDF5 file open for writing, which appears as `final` when the block ends well.
+def new_h5(final: Path, *, mark: bool = True) -> Iterator[NewFile]:
+    """An HDF5 file open for writing, which appears as `final`, its attributes with checksums, when the block ends well.
 
+    mark: as not touched since it was written (see `tiling.touched`); False where something unchecked is copied into it.
     Raises DiskFullError where there is no space, OSError where writing fails otherwise.
     """
     with atomic_path(final) as temporary:
         sink = _Sink(temporary)
         try:
-            with NewFile(sink, "w") as file:
+            with NewFile(sink, "w", libver=FORMAT_VERSIONS, track_order=True) as file:
                 file.sink = sink
                 yield file
+                write_attr_checksums(file)
+                file.visititems(lambda _, node: write_attr_checksums(node))
         except Exception:
             # What HDF5 makes of a lost write is no news; the write is.
             if sink.error is not None:
@@ -56,6 +64,8 @@ def new_h5(final: Path) -> Iterator[NewFile]:
             sink.close()
         if sink.error is not None:
             raise sink.error
+        if mark:
+            mark_untouched(temporary)
 
 
 class _Sink:

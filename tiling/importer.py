@@ -50,6 +50,7 @@ from tiling.slidewrite import (
     write_slide_file,
 )
 from tiling.tile import THUMBNAIL_SIDE_PX, _made, _overview
+from tiling.touched import was_touched
 from tiling.urls import from_home
 
 DEFAULT_SIZE_PX = 224
@@ -345,6 +346,7 @@ def _done(path: Path, parameters: dict[str, Any], item: ImageItem) -> dict[str, 
         return None
     try:
         with SlideFile(path) as file:
+            file.check(boxes=(touched := was_touched(path)), pixels=touched)
             attrs, patient_id, source = file.attrs, file.patient_id, file.source
             done: dict[str, Any] = {"tiles": len(file), "boxes": len(file.boxes_table()["object"]), **result_of(file)}
             if item.label:

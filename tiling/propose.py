@@ -15,6 +15,7 @@ from tiling.claim import claim, same_settings
 from tiling.cohort import Outcome, run_cohort
 from tiling.gather import gather_slide
 from tiling.nuclei import LABELS, Proposals, ProposalSettings, propose_tile, slide_levels
+from tiling.resume import DAMAGED
 from tiling.slidefile import SlideFile, list_slide_files
 from tiling.slidewrite import parameters_hash, replace_groups
 
@@ -61,8 +62,10 @@ def _proposed(path: Path, replace: bool, settings: ProposalSettings) -> dict[str
     with SlideFile(path) as file:
         parameters = {"method_version": METHOD_VERSION, **asdict(settings)}
         digest = parameters_hash({**parameters, "tiles": file.attrs["parameters_sha256"]})[1]
-        was_proposed = HASH_ATTR in file.group_attrs("objects")
-        if file.has_boxes:
+        damaged, was_proposed = file.boxes_damaged, file.has_attr("objects", HASH_ATTR)
+        if damaged and not (was_proposed or replace):
+            raise UserError(f"{path}: its objects and boxes are damaged: run annotate again, or give --replace")
+        if file.has_boxes and not damaged:
             objects = file.objects_table()
             if file.group_attrs("objects").get(HASH_ATTR) == digest:
                 return {"skipped": True, **_counts(objects["label"])}
@@ -74,7 +77,7 @@ def _proposed(path: Path, replace: bool, settings: ProposalSettings) -> dict[str
         groups = proposal_groups(found, file.mpp)
     groups["objects"]["attrs"][HASH_ATTR] = digest  # on the group, so that it goes when annotate replaces the group
     replace_groups(path, groups)
-    redone = {"redone": "the tiles or the method changed"} if was_proposed else {}
+    redone = {"redone": DAMAGED if damaged else "the tiles or the method changed"} if was_proposed else {}
     return {**_counts(groups["objects"]["label"]), **redone}
 
 

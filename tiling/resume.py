@@ -12,6 +12,7 @@ from annotations.errors import UserError
 from tiling.claim import changes
 from tiling.slidefile import SlideFile
 from tiling.slidewrite import check_ours, parameters_hash, source_stamp
+from tiling.touched import was_touched
 from tiling.urls import absolute, place, url_of
 
 DAMAGED = "the file was damaged"
@@ -36,11 +37,15 @@ class Found:
 
 
 def found_at(path: Path) -> Found | None:
-    """The slide file at `path`; None where there is none, or a damaged one. UserError where it is no slide file at all."""
+    """The slide file at `path`; None where there is none, or a damaged one. UserError where it is no slide file at all.
+
+    All that tile wrote is compared with its checksums; stored tiles where something touched the file since it was written.
+    """
     if not path.exists():
         return None
     try:
         with SlideFile(path) as file:
+            file.check(boxes=False, pixels=was_touched(path))
             return Found(
                 tiles=len(file),
                 bad_tiles=len(file.bad_tiles),

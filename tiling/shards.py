@@ -31,6 +31,7 @@ from tiling.slidefile import SlideFile
 from tiling.slideid import safe_id
 from tiling.slidewrite import FORMAT_VERSION, GroupContent, SlideMeta, parameters_hash, source_stamp, write_slide_file
 from tiling.tile import THUMBNAIL_SIDE_PX, _overview
+from tiling.touched import was_touched
 from tiling.urls import printable
 
 if TYPE_CHECKING:
@@ -254,6 +255,7 @@ def _done(path: Path, parameters: dict[str, Any]) -> dict[str, Any] | None:
         return None
     try:
         with SlideFile(path) as file:
+            file.check(boxes=(touched := was_touched(path)), pixels=touched)
             if file.attrs["parameters_sha256"] != parameters_hash(parameters)[1] or int(file.group_attrs("images")["failed"]):
                 return None
             return {"tiles": len(file), "boxes": len(file.boxes_table()["object"]), **result_of(file)}

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-import errno
-import json
-import os
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 
 from annotations.errors import UserError
 from tiling import codec
-from tiling.grid import side_l0
-from tiling.slideid import checked_id
-from tiling.slidewrite import FORMAT, FORMAT_VERSION, SlideMeta, replace_groups, source_stamp, write_slide_file
+from tiling.checkedfile import CRC_ATTR, CheckedFile
+from tiling.checksums import DamagedError, crc32
+from tiling.slideheader import SlideHeader
+from tiling.slidewrite import (
+    FORMAT,
+    FORMAT_VERSION,
+    SlideMeta,
+    outline_crc32,
+    replace_groups,
+    source_stamp,
+    write_slide_file,
+)
 from tiling.storedbytes import StoredBytes
+from tiling.tilelabels import tile_labels
+from tiling.touched import was_touched
 
 __all__ = [
     "FORMAT",
@@ -32,136 +39,21 @@ __all__ = [
     "write_slide_file",
 ]
 
-TISSUE_KIND = 0  # annotations.table.TISSUE, kept apart so that reading a file imports no geometry
 
-
-class SlideFile:
+class SlideFile(SlideHeader):
     """One slide file, open for reading; a context manager. Arrays are read on first use and kept.
 
-    Raises UserError where the file is missing, is not HDF5 or was not written by odis-path. Not picklable: open it by
-    path in the process that reads it.
+    What is read is compared with its checksum (see `tiling.checkedfile`). Raises UserError where the file is missing, is not
+    HDF5 or was not written by odis-path, DamagedError where it is damaged. Not picklable: open it by path in the process that
+    reads it.
     """
-
-    def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
-        self._slide: Any = None
-        try:
-            # Files are replaced by renaming, never written in place, so no lock is needed (and none works on some
-            # network mounts). A chunk cache of zero makes HDF5 read just the bytes of one tile, not its whole chunk.
-            self._file = h5py.File(self.path, "r", locking=False, rdcc_nbytes=0)
-        except FileNotFoundError:
-            raise UserError(f"{self.path}: no such slide file: make it with odis-path tile") from None
-        except PermissionError as error:
-            why = os.strerror(error.errno or errno.EACCES)
-            raise UserError(f"{self.path}: cannot be read: {why}: ask for the right to read it") from None
-        except OSError as error:
-            why = os.strerror(error.errno) if error.errno else str(error)
-            way_out = "tile the slide again, or take the file away"
-            raise UserError(f"{self.path}: not a readable HDF5 file ({why}): {way_out}") from None
-        found = self._file.attrs.get("format")
-        version = int(self._file.attrs.get("format_version", 0))
-        if found != FORMAT or version > FORMAT_VERSION:
-            self._file.close()
-            newer = f"format_version {version} (this software reads {FORMAT_VERSION})"
-            what = f"format {found!r}" if found != FORMAT else newer
-            raise UserError(f"{self.path}: {what}: not a slide file this odis-path reads; make it with odis-path tile")
-
-    def close(self) -> None:
-        self._file.close()
-        if self._slide is not None:
-            self._slide.close()
-
-    def __enter__(self) -> SlideFile:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-    def __len__(self) -> int:
-        return len(self.coords)
-
-    # --- what the file says about itself
-
-    @cached_property
-    def attrs(self) -> dict[str, Any]:
-        """Root attributes."""
-        return dict(self._file.attrs)
-
-    @cached_property
-    def coords_attrs(self) -> dict[str, Any]:
-        """Attributes of /coords, ready to be copied to a feature file."""
-        return dict(self._file["coords"].attrs)
-
-    @property
-    def slide_id(self) -> str:
-        """Names files: one that is a path, or no file name, is a UserError."""
-        return checked_id(str(self.attrs["slide_id"]), self.path)
-
-    @property
-    def patient_id(self) -> str:
-        """May be empty."""
-        return str(self.attrs.get("patient_id", ""))
-
-    @property
-    def parameters(self) -> dict[str, Any]:
-        return json.loads(self.attrs["parameters"])
-
-    @property
-    def source(self) -> Path:
-        """The slide (or image) the tiles came from."""
-        return Path(str(self.attrs["source"]))
-
-    @property
-    def bounds_xy(self) -> tuple[int, int]:
-        """Offset of the scanned area in level-0 pixels (OpenSlide bounds-x, bounds-y)."""
-        return int(self.attrs.get("bounds_x", 0)), int(self.attrs.get("bounds_y", 0))
-
-    @property
-    def dimensions_l0(self) -> tuple[int, int]:
-        """Width and height of the slide in level-0 pixels."""
-        return int(self.coords_attrs["level0_width"]), int(self.coords_attrs["level0_height"])
-
-    @property
-    def mpp(self) -> float:
-        """Micrometres per target pixel."""
-        return float(self.coords_attrs["mpp"])
-
-    @property
-    def mpp_level0(self) -> float:
-        """Micrometres per level-0 pixel."""
-        return float(self.coords_attrs["mpp_level0"])
-
-    @property
-    def patch_size(self) -> int:
-        """Side of a tile in target pixels."""
-        return int(self.coords_attrs["patch_size"])
-
-    @property
-    def patch_size_level0(self) -> int:
-        """Side of a tile in level-0 pixels, rounded; `size_l0` is the exact one."""
-        return int(self.coords_attrs["patch_size_level0"])
-
-    @property
-    def size_l0(self) -> float:
-        """Exact side of a tile in level-0 pixels."""
-        return side_l0(self.patch_size, self.mpp, self.mpp_level0)
-
-    @property
-    def overlap(self) -> int:
-        """Overlap of neighbouring tiles in target pixels."""
-        return int(self.coords_attrs["overlap"])
 
     # --- tiles
 
     @cached_property
-    def coords(self) -> np.ndarray:
-        """int64 (N, 2): top-left x, y of each tile in level-0 pixels."""
-        return self._file["coords"][...]
-
-    @cached_property
     def tissue_fraction(self) -> np.ndarray:
         """float32 (N,)"""
-        return self._file["tissue_fraction"][...]
+        return self._checked.array("tissue_fraction")
 
     @cached_property
     def pen_share(self) -> np.ndarray | None:
@@ -174,31 +66,47 @@ class SlideFile:
         return self._quality("blur")
 
     def _quality(self, name: str) -> np.ndarray | None:
-        return self._file[f"quality/{name}"][...] if f"quality/{name}" in self._file else None
+        return self._checked.array(f"quality/{name}") if f"quality/{name}" in self._checked else None
 
     @cached_property
     def has_pixels(self) -> bool:
-        return "pixels" in self._file
+        return "pixels" in self._checked
 
     @cached_property
     def _pixel_offsets(self) -> np.ndarray:
-        return self._file["pixels/offsets"][...]
+        return self._offsets("pixels/offsets", len(self._pixels))
+
+    @cached_property
+    def _pixel_crc32s(self) -> np.ndarray | None:
+        """uint32 (N,); None where the file is of a version without."""
+        if "pixels/crc32" not in self._checked:
+            return None
+        sums = self._checked.array("pixels/crc32")
+        self._expect("pixels/crc32", sums.shape == (len(self),))
+        return sums
 
     @cached_property
     def _pixels(self) -> StoredBytes:
-        return StoredBytes(self._file, "pixels/data")
+        with self._checked.reading("pixels/data", "/pixels/data"):
+            return StoredBytes(self._file, "pixels/data")
 
     def tile_bytes(self, i: int) -> bytes:
-        """Tile i as JPEG or PNG; from /pixels, or read from the slide and encoded as JPEG."""
-        i = self._checked(i)
+        """Tile i as JPEG or PNG; from /pixels, or read from the slide and encoded as JPEG.
+
+        Raises DamagedError where its bytes are not those that were stored.
+        """
+        i = self._number(i)
         if not self.has_pixels:
             return codec.encode_jpeg(self.tile(i))
         start, stop = self._pixel_offsets[i : i + 2].tolist()
-        return self._pixels.read(start, stop)
+        data = self._pixels.read(start, stop)
+        if self._pixel_crc32s is not None and crc32(data) != self._pixel_crc32s[i]:
+            raise self._checked.damaged("pixels", f"tile {i} does not match its checksum")
+        return data
 
     def tile(self, i: int) -> np.ndarray:
         """Tile i as uint8 (S, S, 3); from /pixels, or read from the slide named in `source`."""
-        i = self._checked(i)
+        i = self._number(i)
         if self.has_pixels:
             return codec.decode(self.tile_bytes(i))
         x, y = self.coords[i].tolist()
@@ -207,7 +115,7 @@ class SlideFile:
 
     def tiles(self, numbers: np.ndarray) -> np.ndarray:
         """Tiles `numbers`, int (n,), as uint8 (n, S, S, 3). Neighbours in ascending order are quicker than one by one."""
-        numbers = np.array([self._checked(int(i)) for i in numbers], dtype=np.int64)
+        numbers = np.array([self._number(int(i)) for i in numbers], dtype=np.int64)
         side = self.patch_size
         found = np.empty((len(numbers), side, side, 3), np.uint8)
         if self.has_pixels or (np.diff(numbers) < 0).any():
@@ -223,7 +131,7 @@ class SlideFile:
         """Side of a tile in level-0 pixels and in its own."""
         return self.size_l0, self.patch_size
 
-    def _checked(self, i: int) -> int:
+    def _number(self, i: int) -> int:
         if not -len(self) <= i < len(self):
             raise IndexError(f"tile {i} of {len(self)} in {self.path}")
         return i % len(self)
@@ -256,25 +164,25 @@ class SlideFile:
     @cached_property
     def bad_tiles(self) -> np.ndarray:
         """Rows of tiles that could not be decoded whole when the slide was tiled: int64 (K,), usually none."""
-        return self._file["bad_tiles"][...] if "bad_tiles" in self._file else np.zeros(0, np.int64)
+        return self._checked.array("bad_tiles") if "bad_tiles" in self._checked else np.zeros(0, np.int64)
 
     # --- boxes and objects
 
     @cached_property
     def has_boxes(self) -> bool:
-        return "boxes" in self._file
+        return "boxes" in self._checked
 
     @cached_property
     def _box_offsets(self) -> np.ndarray:
-        return self._file["boxes/offsets"][...]
+        return self._offsets("boxes/offsets", len(self._box_xyxy))
 
     @cached_property
     def _box_xyxy(self) -> np.ndarray:
-        return self._file["boxes/xyxy"][...]
+        return self._checked.array("boxes/xyxy")
 
     def box_rows(self, i: int) -> slice:
         """Rows of /boxes that belong to tile i; empty where the file has no boxes."""
-        i = self._checked(i)
+        i = self._number(i)
         if not self.has_boxes:
             return slice(0, 0)
         return slice(int(self._box_offsets[i]), int(self._box_offsets[i + 1]))
@@ -294,36 +202,45 @@ class SlideFile:
                 "object": np.zeros(0, np.int32),
                 "visible": np.zeros(0, np.float32),
             }
-        return {name: self._file["boxes"][name][...] for name in ("xyxy", "offsets", "object", "visible")}
+        table = {name: self._checked.array(f"boxes/{name}") for name in ("object", "visible")}
+        for name, column in table.items():
+            self._expect(f"boxes/{name}", column.shape == (len(self._box_xyxy),))
+        return {"xyxy": self._box_xyxy, "offsets": self._box_offsets, **table}
 
     @cached_property
     def has_polygons(self) -> bool:
         """Whether annotate stored the clipped outlines too."""
-        return self.has_boxes and "polygon" in self._file["boxes"]
+        return self.has_boxes and "boxes/polygon" in self._checked
 
     @cached_property
-    def _polygon(self) -> tuple[h5py.Dataset, h5py.Dataset, h5py.Dataset]:
+    def _polygon(self) -> tuple[Any, Any, Any, np.ndarray | None]:
+        """The datasets offsets, ring_offsets and xy, and the checksums of the outlines, uint32 (M,)."""
         if not self.has_polygons:
             raise UserError(f"{self.path}: holds no polygons: run odis-path annotate with --polygons (or import)")
-        group = self._file["boxes/polygon"]
-        return group["offsets"], group["ring_offsets"], group["xy"]
+        name = "boxes/polygon/crc32"
+        sums = self._checked.array(name) if name in self._checked else None
+        with self._checked.reading("boxes/polygon", "/boxes/polygon"):
+            group = self._file["boxes/polygon"]
+            return group["offsets"], group["ring_offsets"], group["xy"], sums
 
     def polygon(self, row: int) -> list[np.ndarray]:
         """The clipped outline behind row `row` of /boxes: rings float64 (k, 2), x, y in target pixels of the tile.
 
         Outlines, holes and parts alike, filled by the even-odd rule; a ring does not repeat its first position. Raises
-        UserError where the file has no polygons, IndexError where it has no such row.
+        UserError where the file has no polygons, IndexError where it has no such row, DamagedError where it does not match.
         """
-        offsets, ring_offsets, xy = self._polygon
+        offsets, ring_offsets, xy, sums = self._polygon
         row = int(row)
         if not 0 <= row < len(offsets) - 1:
             raise IndexError(f"box {row} of {len(offsets) - 1} in {self.path}")
-        first, stop = offsets[row : row + 2].tolist()
-        if first == stop:
-            return []
-        ends = ring_offsets[first : stop + 1]
-        start = int(ends[0])
-        points = xy[start : int(ends[-1])].astype(np.float64)
+        with self._checked.reading("boxes/polygon", f"outline {row}"):
+            first, stop = offsets[row : row + 2].tolist()
+            ends = ring_offsets[first : stop + 1]
+            start = int(ends[0])
+            points = xy[start : int(ends[-1])] if first != stop else xy[:0]
+            if sums is not None and outline_crc32(points, ends, start) != sums[row]:
+                raise self._checked.damaged("boxes/polygon", f"outline {row} does not match its checksum")
+        points = points.astype(np.float64)
         return [points[a:b] for a, b in pairwise((ends - start).tolist())]
 
     def objects_table(self, *, ids: bool = True) -> dict[str, Any]:
@@ -332,35 +249,78 @@ class SlideFile:
         ids: read id too, which takes most of the time. confidence float32 (K,), NaN where a detector did not say, is there only
         where the file has it.
         """
-        if "objects" not in self._file:
+        if "objects" not in self._checked:
             empty = {"label": np.zeros(0, np.int16), "kind": np.zeros(0, np.uint8), "area_um2": np.zeros(0, np.float32)}
             return {**empty, "id": np.zeros(0, object), "labels": []}
-        group = self._file["objects"]
-        stored = [name for name in ("label", "kind", "area_um2", "confidence") if name != "confidence" or name in group]
-        table: dict[str, Any] = {name: group[name][...] for name in stored}
+        table: dict[str, Any] = {name: self._checked.array(f"objects/{name}") for name in ("label", "kind", "area_um2")}
+        if "objects/confidence" in self._checked:
+            table["confidence"] = self._checked.array("objects/confidence")
         if ids:
-            table["id"] = group["id"].asstr()[...]
-        table["labels"] = [str(name) for name in group.attrs["labels"]]
+            table["id"] = self._checked.texts("objects/id")
+        for name, column in table.items():
+            self._expect(f"objects/{name}", column.shape == table["label"].shape)
+        table["labels"] = [str(name) for name in self.group_attrs("objects").get("labels", ())]
+        self._expect("objects/label", bool(((table["label"] >= -1) & (table["label"] < len(table["labels"]))).all()))
         return table
 
     def group_attrs(self, name: str) -> dict[str, Any]:
         """Attributes of a top-level group or dataset; empty where there is none."""
-        return dict(self._file[name].attrs) if name in self._file else {}
+        return self._checked.attrs(name) if name in self._checked else {}
 
     # --- the overview
 
     def thumbnail(self) -> tuple[np.ndarray, float] | None:
         """uint8 (h, w, 3) overview and its downsample (level-0 pixels per pixel); None where the file has none."""
-        if "thumbnail" not in self._file or "jpeg" not in self._file["thumbnail"]:
+        if "thumbnail/jpeg" not in self._checked:
             return None
-        group = self._file["thumbnail"]
-        return codec.decode(group["jpeg"][...].tobytes()), float(group.attrs["downsample"])
+        data, attrs = self._checked.array("thumbnail/jpeg").tobytes(), self.group_attrs("thumbnail")
+        with self._checked.reading("thumbnail", "/thumbnail"):
+            return codec.decode(data), float(attrs["downsample"])
 
     def tissue_mask(self) -> np.ndarray | None:
         """bool (h, w) on the thumbnail's grid; None where the file has none."""
-        if "thumbnail" not in self._file or "tissue" not in self._file["thumbnail"]:
-            return None
-        return self._file["thumbnail/tissue"][...].astype(bool)
+        return self._checked.array("thumbnail/tissue").astype(bool) if "thumbnail/tissue" in self._checked else None
+
+    # --- damage
+
+    def check(self, *, boxes: bool = True, others: bool = True, pixels: bool = True) -> None:
+        """Read, and compare with its checksum, what annotate and propose wrote (`boxes`), all others, and every stored tile.
+
+        Raises DamagedError for the first thing that does not match, or does not fit the others.
+        """
+        self._checked.check(
+            lambda name: name != "pixels/data" and (boxes if name.partition("/")[0] in ("boxes", "objects") else others)
+        )
+        if boxes:
+            objects, row = self.objects_table(ids=False), self.boxes_table()["object"]
+            self._expect("boxes/object", bool(((row >= 0) & (row < len(objects["label"]))).all()))
+        if others:
+            self._expect("tissue_fraction", self.tissue_fraction.shape == (len(self),))
+            _ = (self.mpp, self.mpp_level0, self.patch_size, self.dimensions_l0, self.slide_id, self.parameters)
+        if others and self.has_pixels:
+            _ = self._pixel_offsets, self._pixel_crc32s
+            for i in range(len(self) if pixels else 0):
+                self.tile_bytes(i)
+
+    def has_attr(self, name: str, key: str) -> bool:
+        """Whether an object of the file has an attribute, be its value damaged or not."""
+        return name in self._checked and key in self._file[name].attrs
+
+    @property
+    def boxes_damaged(self) -> bool:
+        """Whether what annotate and propose wrote does not match its checksums; looked at where something touched the file."""
+        if not was_touched(self.path):
+            return False
+        try:
+            self.check(others=False, pixels=False)
+        except DamagedError:
+            return True
+        return False
+
+    @property
+    def has_checksums(self) -> bool:
+        """Whether the file is of a version with checksums."""
+        return CRC_ATTR in self._file["coords"].attrs
 
 
 def list_slide_files(folder: Path | str) -> list[Path]:
@@ -386,32 +346,7 @@ def h5_files(folder: Path) -> list[Path]:
 def is_slide_file(path: Path) -> bool:
     """True where the file is HDF5 and says format odis-path, and where it cannot be read: it may have been one."""
     try:
-        with h5py.File(path, "r", locking=False) as file:
-            return file.attrs.get("format") == FORMAT
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError):
+        with CheckedFile(path, lambda _: "") as file:
+            return file.h5.attrs.get("format") == FORMAT or file.attrs().get("format") == FORMAT
+    except (OSError, UserError, RuntimeError, KeyError, ValueError, TypeError):
         return True
-
-
-def tile_labels(file: SlideFile, min_share: float = 0.5) -> tuple[np.ndarray, list[str]]:
-    """The tissue class of each tile: the label with the largest clipped area, where it covers `min_share` of the tile.
-
-    Only tissue objects (kind 0) with a class count. Returns int16 (N,), -1 where no class reaches the share, and the
-    label names. The area of an object in a tile is visible * area_um2.
-    """
-    objects, boxes = file.objects_table(), file.boxes_table()
-    names: list[str] = objects["labels"]
-    labels = np.full(len(file), -1, np.int16)
-    if not names or not len(file) or not len(boxes["object"]):
-        return labels, names
-    tile = np.repeat(np.arange(len(file)), np.diff(boxes["offsets"]))
-    row = boxes["object"]
-    counts = (objects["kind"][row] == TISSUE_KIND) & (objects["label"][row] >= 0)
-    tile, row = tile[counts], row[counts]
-    area = boxes["visible"][counts].astype(float) * objects["area_um2"][row]
-    table = np.zeros((len(file), len(names)))
-    np.add.at(table, (tile, objects["label"][row]), area)
-    best = table.argmax(axis=1)
-    tile_area_um2 = (file.patch_size * file.mpp) ** 2
-    enough = table[np.arange(len(file)), best] >= (min_share - 1e-4) * tile_area_um2
-    labels[enough & (table.max(axis=1) > 0)] = best[enough & (table.max(axis=1) > 0)]
-    return labels, names

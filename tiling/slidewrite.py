@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,17 @@ import h5py
 import numpy as np
 
 from annotations.errors import UserError
+from tiling.checkedfile import CRC_ATTR, TEXTS_ATTR, CheckedFile, attr_checksums, write_attr_checksums
+from tiling.checksums import DamagedError, crc32, value_crc32
 from tiling.grid import side_l0
 from tiling.h5new import new_h5
+from tiling.touched import was_touched
 from tiling.urls import absolute, shown, url_of, url_stamp
 
 FORMAT = "odis-path"
 FORMAT_VERSION = 1
 CHUNK_BYTES = 1 << 20
+REMEDY = "run odis-path tile again (import, for imported images): it is made anew"  # for a damaged slide file
 
 # name -> array, list of str or mapping (a group within), and "attrs" -> dict: one group; an array or (array, attrs): a
 # dataset at the root; None: the group goes away.
@@ -87,15 +92,18 @@ def check_ours(path: Path) -> None:
     One that is missing, or damaged so that HDF5 does not open it, may be.
     """
     try:
-        file = h5py.File(path, "r", locking=False)
+        file = CheckedFile(path, lambda _: "")
     except PermissionError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}: ask for the right to read it") from None
     except OSError:
         return
     with file:
         try:
-            ours, version = file.attrs.get("format") == FORMAT, int(file.attrs.get("format_version", 0))
-        except (OSError, RuntimeError, ValueError, TypeError, KeyError):
+            attrs = file.attrs()
+            ours, version = attrs.get("format") == FORMAT, int(attrs.get("format_version", 0))
+        except DamagedError:
+            return
+        except (ValueError, TypeError):
             ours, version = False, 0
     if not ours or version > FORMAT_VERSION:
         by = f"made by a newer odis-path (format_version {version})" if ours else "not made by odis-path tile"
@@ -133,7 +141,7 @@ def write_slide_file(
         file["coords"].attrs.update(coords_attrs(meta))
         _write_array(file, "tissue_fraction", fraction.astype(np.float32))
         if pixels is not None:
-            written = _write_pixels(file.create_group("pixels"), file.checked(pixels))
+            written = _write_pixels(file.create_group("pixels", track_order=True), file.checked(pixels))
             if written != count:
                 raise ValueError(f"{written} tiles of pixels for {count} coords")
         for name, content in (groups or {}).items():
@@ -160,20 +168,28 @@ def coords_attrs(meta: SlideMeta) -> dict[str, Any]:
     }
 
 
-def replace_groups(path: Path, groups: Mapping[str, GroupContent], *, root_attrs: Mapping[str, Any] | None = None) -> None:
+def replace_groups(
+    path: Path, groups: Mapping[str, GroupContent], *, root_attrs: Mapping[str, Any] | None = None, remedy: str = REMEDY
+) -> None:
     """Add, replace or (content None) remove top-level groups of an HDF5 file, crash-safe.
 
     groups: name -> {dataset name: array or list of str, group name: {...}, "attrs": {...}}. A root dataset is given as
     an array or as (array, attrs). Everything else is copied to a new file beside the old one, which then takes its name;
-    the old file's space is not carried along.
+    the old file's space is not carried along. Copies keep their checksums: what was damaged stays told. Raises DamagedError,
+    with the remedy, where HDF5 cannot read what is to be copied.
     """
-    with new_h5(path) as new, h5py.File(path, "r", locking=False) as old:
-        for key, value in old.attrs.items():
-            new.attrs[key] = value
-        new.attrs.update(dict(root_attrs or {}))
-        for name in new.checked(old):
+    with new_h5(path, mark=not was_touched(path)) as new, CheckedFile(path, lambda _: remedy) as old:
+        with old.reading("", "its attributes"):
+            before, changed = dict(old.h5.attrs), dict(root_attrs or {})
+            kept = {key: value for key, value in attr_checksums(old.h5, before).items() if key not in changed}
+        new.attrs.update({key: value for key, value in (before | changed).items() if key != TEXTS_ATTR})
+        write_attr_checksums(new, kept)
+        with old.reading("", "its groups"):
+            names = list(old.h5)
+        for name in new.checked(names):
             if name not in groups:
-                old.copy(name, new)
+                with old.reading(name, f"/{name}"):
+                    old.h5.copy(name, new)
         for name, content in groups.items():
             write_group(new, name, content)
 
@@ -183,7 +199,9 @@ def write_group(file: h5py.Group, name: str, content: GroupContent) -> None:
     if content is None:
         return
     if isinstance(content, Mapping):
-        group = file.create_group(name)
+        group = file.create_group(name, track_order=True)
+        if name == "polygon":
+            content = {**content, CRC_ATTR: outline_crc32s(content)}
         for key, value in content.items():
             if key == "attrs":
                 _write_attrs(group, value)
@@ -195,6 +213,21 @@ def write_group(file: h5py.Group, name: str, content: GroupContent) -> None:
     array, attrs = content if isinstance(content, tuple) else (content, {})
     _write_array(file, name, array)
     _write_attrs(file[name], attrs)
+
+
+def outline_crc32s(outlines: Mapping[str, Any]) -> np.ndarray:
+    """CRC-32 of each outline, uint32 (M,): they are read one by one. See `outline_crc32`."""
+    xy, ring_offsets, offsets = (np.ascontiguousarray(outlines[name]) for name in ("xy", "ring_offsets", "offsets"))
+    rows = pairwise(offsets.tolist())
+    return np.array([outline_crc32(xy, ring_offsets[first : stop + 1]) for first, stop in rows], dtype=np.uint32)
+
+
+def outline_crc32(xy: np.ndarray, ends: np.ndarray, start: int = 0) -> int:
+    """CRC-32 of one outline. xy: float32 (k, 2), from position `start` on; ends: int64, of its rings in all of xy."""
+    head = crc32(ends.view(np.uint8))
+    if not len(ends):
+        return head
+    return crc32(xy[int(ends[0]) - start : int(ends[-1]) - start].reshape(-1).view(np.uint8), head)
 
 
 def _write_root(file: h5py.File, meta: SlideMeta) -> None:
@@ -229,7 +262,7 @@ def _write_attrs(node: h5py.Group | h5py.Dataset, attrs: Mapping[str, Any]) -> N
 
 
 def _write_array(group: h5py.Group, name: str, value: Any) -> None:
-    """One dataset: small ones in one piece, others in chunks of whole rows that hold about 1 MiB."""
+    """One dataset with its checksum: small ones in one piece, others in chunks of whole rows that hold about 1 MiB."""
     is_text = isinstance(value, list | tuple) and (not value or isinstance(value[0], str))
     array = np.asarray(value, dtype=object) if is_text else np.asarray(value)
     if array.dtype.kind in "OUS":
@@ -242,12 +275,15 @@ def _write_array(group: h5py.Group, name: str, value: Any) -> None:
     if array.ndim and row_bytes and row_bytes * len(array) > CHUNK_BYTES:
         chunks = (min(len(array), max(2, CHUNK_BYTES // row_bytes)), *array.shape[1:])
     is_picture = array.dtype == np.uint8 and array.ndim == 2  # a mask: nothing else here is worth compressing
-    group.create_dataset(name, data=array, dtype=dtype, chunks=chunks, compression="gzip" if is_picture else None)
+    packed = "gzip" if is_picture else None
+    dataset = group.create_dataset(name, data=array, dtype=dtype, chunks=chunks, compression=packed, track_order=True)
+    dataset.attrs[CRC_ATTR] = np.uint32(value_crc32(array))
 
 
 def _write_pixels(group: h5py.Group, pixels: Iterable[bytes]) -> int:
-    """Append encoded tiles end to end, holding about 1 MiB at a time; then the offsets. Returns the number of tiles."""
+    """Append encoded tiles end to end, holding about 1 MiB at a time; then offsets and checksums. Returns their number."""
     lengths: list[int] = []
+    crc32s: list[int] = []
     buffer = bytearray()
     data: h5py.Dataset | None = None
 
@@ -265,6 +301,7 @@ def _write_pixels(group: h5py.Group, pixels: Iterable[bytes]) -> int:
 
     for tile in pixels:
         lengths.append(len(tile))
+        crc32s.append(crc32(tile))
         buffer += tile
         if len(buffer) >= CHUNK_BYTES:
             flush()
@@ -273,4 +310,5 @@ def _write_pixels(group: h5py.Group, pixels: Iterable[bytes]) -> int:
     offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
     np.cumsum(lengths, out=offsets[1:])
     _write_array(group, "offsets", offsets)
+    _write_array(group, CRC_ATTR, np.array(crc32s, dtype=np.uint32))
     return len(lengths)

@@ -28,6 +28,9 @@ class StoredBytes:
         if None in self._at:
             self._piece = 0
 
+    def __len__(self) -> int:
+        return len(self._data)
+
     def read(self, start: int, stop: int) -> bytes:
         """Bytes start:stop."""
         if not self._piece:

@@ -17,6 +17,7 @@ from odis_path.data import colour, crops, mim, targets
 from odis_path.data.dataset import KINDS, OpenSlides, TileIndex
 from odis_path.data.polygons import polygon_mask
 from odis_path.data.targets import Target
+from tiling.checksums import DamagedError
 from tiling.slidefile import SlideFile
 
 if TYPE_CHECKING:
@@ -61,8 +62,8 @@ class TileSamples(torch.utils.data.Dataset[dict[str, np.ndarray]]):
             try:
                 return found, file.tile(row)
             except (UserError, ValueError, OSError) as error:
-                if file.has_pixels:
-                    said = " ".join(str(error).split())
+                if file.has_pixels or isinstance(error, DamagedError):
+                    said = error.what if isinstance(error, DamagedError) else " ".join(str(error).split())
                     raise UserError(f"{file.path}: tile {row} cannot be decoded ({said}): tile the slide again") from None
                 file.check_source()
                 last = error

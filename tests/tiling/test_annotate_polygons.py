@@ -28,7 +28,7 @@ def test_the_outlines_are_stored_beside_the_boxes(tmp_path: Path) -> None:
     assert outcome.ok
     with h5py.File(path) as file:
         group = file["boxes/polygon"]
-        assert set(group) == {"xy", "ring_offsets", "offsets"}
+        assert set(group) == {"xy", "ring_offsets", "offsets", "crc32"}
         assert [group[name].dtype for name in ("xy", "ring_offsets", "offsets")] == [np.float32, np.int64, np.int64]
         assert group["offsets"].shape == (len(file["boxes/object"]) + 1,)
         assert set(file["boxes"]) == {"xyxy", "offsets", "object", "visible", "polygon"}

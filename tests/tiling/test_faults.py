@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from annotations.errors import UserError
 from tiling.annotate import annotate_cohort
 from tiling.atomic import DiskFullError, atomic_path, machine, sweep_temporaries
+from tiling.checksums import value_crc32
 from tiling.claim import BusyError, claim, is_claimed, lock_of, same_settings, sweep
 from tiling.cohort import NOT_TRIED, Outcome, finish
 from tiling.propose import propose_cohort
@@ -233,12 +234,15 @@ def whole(stage: Stage, tmp_path_factory: pytest.TempPathFactory) -> Callable[[s
 
 
 def same_source(undisturbed: dict[str, Any], base: Path) -> dict[str, Any]:
-    """Feature files name the slide file they are of: put the folder of this run in."""
-    return {
-        name: {key: str(base / "tiles" / name) if key == "/@source" and "features" in found else value
-               for key, value in found.items()} if name.endswith(".h5") else found
-        for name, found in undisturbed.items()
-    }  # fmt: skip
+    """Feature files name the slide file they are of: put the folder of this run in, and its checksum."""
+    moved = {}
+    for name, found in undisturbed.items():
+        moved[name] = found
+        if name.endswith(".h5") and "features" in found:
+            source, sums = str(base / "tiles" / name), list(found["/@attrs_crc32"])
+            sums[[key for key in found if key.startswith("/@")].index("/@source")] = value_crc32(source)
+            moved[name] = {**found, "/@source": source, "/@attrs_crc32": sums}
+    return moved
 
 
 @pytest.mark.parametrize("command", COMMANDS)
