@@ -225,9 +225,9 @@ def _refuse_twins(paths: Sequence[Path]) -> None:
     owners: dict[str, Path] = {}
     for path in paths:
         try:
-            with h5py.File(path, "r", locking=False) as file:
-                slide_id = str(file.attrs["slide_id"])
-        except (OSError, KeyError, RuntimeError):  # a failure of its own
+            with SlideFile(path) as file:
+                slide_id = file.slide_id
+        except UserError:  # a failure of its own
             continue
         if (first := owners.setdefault(slide_id, path)) != path:
             raise UserError(f"{path}: slide_id {slide_id} is also in {first.name}: one slide, one file")

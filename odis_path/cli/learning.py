@@ -74,12 +74,19 @@ def embed(
     raise typer.Exit(finish(outcomes, "embed", out, columns, perf_counter() - begun))
 
 
-def doctor() -> None:
-    """Check the install: versions, slide readers, GPU, a tiny run of each part."""
+def doctor(
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="[DIR]", help="Look through slide files, feature files and checkpoints below it.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Files read at once; default: one per CPU.")] = None,
+) -> None:
+    """Check the install; with DIR check what was written there: every file is read and compared with its checksums."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
+    if folder is not None:
+        raise typer.Exit(_verify(folder, workers))
     from odis_path.doctor import examine
 
     checks = examine()
@@ -90,6 +97,24 @@ def doctor() -> None:
         table.add_row(check.what, "yes" if check.ok else "NO", escape(check.found))
     Console().print(table)
     raise typer.Exit(0 if all(check.ok for check in checks) else 1)
+
+
+def _verify(folder: Path, workers: int | None) -> int:
+    """Print what there is below a folder and what of it is damaged; return the exit code (1 where something is)."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from odis_path.verify import by_kind, verify
+    from tiling.cohort import show_failures
+
+    outcomes = verify(folder, workers)
+    table = Table(title="odis-path doctor", title_justify="left")
+    for title in ("kind", "files", "well", "damaged", "without checksums"):
+        table.add_column(title, justify="left" if title == "kind" else "right")
+    for kind in by_kind(outcomes):
+        table.add_row(kind.kind, *(f"{n:,}" for n in (kind.files, kind.files - kind.damaged, kind.damaged, kind.unchecked)))
+    Console().print(table)
+    return 1 if show_failures([outcome for outcome in outcomes if not outcome.ok], "damaged") else 0
 
 
 def demo(

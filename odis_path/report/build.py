@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from annotations.errors import UserError
 from odis_path.report import style
 from odis_path.report.cohort import Cohort, read_cohort
 from odis_path.report.collect import Findings, find_everything
@@ -154,7 +155,15 @@ def build_report(folder: Path, out: Path | None) -> Report:
         for old in (*files.glob("*.png"), *files.glob("*.csv")):
             old.unlink()
     report = Report(found, cohort, evaluations, files, out, problems=[*found.problems, *cohort.problems])
-    parts = [section for make in sections.ORDER if (section := make(report)) is not None and section.items]
+    parts = []
+    for make in sections.ORDER:
+        try:
+            section = make(report)
+        except UserError as error:  # a damaged file costs the part that shows it
+            report.problems.append(f"{make.__name__} left out: {error}")
+            continue
+        if section is not None and section.items:
+            parts.append(section)
     write_numbers(report)
     write_page(report, parts)
     return report

@@ -96,6 +96,7 @@ def read_row(path: Path) -> SlideRow:
     from tiling.slidefile import SlideFile
 
     with SlideFile(path) as file:
+        file.check(pixels=False)
         objects = file.objects_table()
         return SlideRow(
             path=path,

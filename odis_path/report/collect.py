@@ -123,7 +123,7 @@ def _h5_format(path: Path, problems: list[str]) -> str:
     try:
         with h5py.File(path, "r", locking=False) as file:
             return str(file.attrs.get("format", ""))
-    except OSError:
+    except Exception:  # HDF5 has many for a damaged file
         problems.append(f"{path.name}: not a readable HDF5 file")
         return ""
 
@@ -141,6 +141,8 @@ def _add_evaluation(found: Findings, path: Path) -> None:
 def _add_run(found: Findings, folder: Path) -> None:
     import yaml
 
+    from odis_path.train.report_run import read_rows
+
     name = _name(found.root, folder)
     try:
         text = (folder / "config.yaml").read_text(encoding="utf-8")
@@ -150,20 +152,18 @@ def _add_run(found: Findings, folder: Path) -> None:
     if not isinstance(config, dict):
         found.problems.append(f"{name}/config.yaml: not readable as YAML")
         return
-    rows = []
-    for number, line in enumerate((folder / "train.jsonl").read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            found.problems.append(f"{name}/train.jsonl: line {number} is not JSON (a run that was cut off?)")
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
+    try:
+        rows, wrong = read_rows(folder / "train.jsonl")
+    except OSError as error:
+        found.problems.append(f"{name}/train.jsonl: cannot be read: {error.strerror}")
+        return
+    for number in wrong:
+        found.problems.append(f"{name}/train.jsonl: line {number} is not JSON (a run that was cut off, or a damaged file)")
     versions: Any = {}
     if (folder / "versions.json").is_file():
         try:
             versions = json.loads((folder / "versions.json").read_text(encoding="utf-8"))
-        except ValueError:
+        except (OSError, ValueError):
             found.problems.append(f"{name}/versions.json: not readable as JSON")
     checkpoint = max(folder.glob("checkpoint-*.pt"), default=None)
     versions = versions if isinstance(versions, dict) else {}

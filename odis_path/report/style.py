@@ -29,6 +29,7 @@ RC: Any = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "text.color": INK,
+    "text.parse_math": False,  # a $ in a name of a class or a slide is a $
     "axes.labelcolor": INK,
     "axes.edgecolor": MUTED,
     "axes.titlesize": 11.5,

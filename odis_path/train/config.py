@@ -293,7 +293,7 @@ def load_config(source: str | Path, overrides: list[str] | None = None) -> Pretr
 
     Raises UserError in one line that names the file, the key, the value and what would be right.
     """
-    from omegaconf import OmegaConf
+    from omegaconf import DictConfig, ListConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
@@ -304,9 +304,14 @@ def load_config(source: str | Path, overrides: list[str] | None = None) -> Pretr
             raise UserError(f"{item}: not an override; write key.sub=value, for example optim.epochs=20")
     try:
         loaded = OmegaConf.load(path)
+        if not isinstance(loaded, DictConfig):
+            what = "a list" if isinstance(loaded, ListConfig) else f"{type(loaded).__name__}"
+            raise UserError(f"{path}: holds {what}, not a mapping of sections such as data: and optim:")
         merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(overrides))
         values = OmegaConf.to_container(merged, resolve=True)
-    except (OmegaConfBaseException, YAMLError, ValueError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except (OmegaConfBaseException, YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: holds {type(values).__name__}, not a mapping of sections such as data: and optim:")

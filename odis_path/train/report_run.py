@@ -1,4 +1,4 @@
-"""The closing lines of `odis-path pretrain`."""
+"""The rows of a run's log, and the closing lines of `odis-path pretrain`."""
 
 from __future__ import annotations
 
@@ -9,15 +9,24 @@ from typing import Any
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The rows of train.jsonl; [] where there is none, a torn last line is left out."""
+    """The rows of train.jsonl; [] where there is none, lines that are no rows are left out."""
     path = folder / "train.jsonl"
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    return read_rows(path)[0] if path.exists() else []
+
+
+def read_rows(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """The rows of a train.jsonl, and the numbers (from 1) of lines that are none: cut off, damaged, or no object."""
+    rows, wrong = [], []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
+            row = json.loads(line.decode("utf-8"))
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict):
+            rows.append(row)
+        else:
+            wrong.append(number)
+    return rows, wrong
 
 
 def print_run(checkpoint: Path) -> None:

@@ -21,6 +21,7 @@ from odis_path.data.dataset import TileIndex
 from odis_path.pretraining import side_of
 from odis_path.train.config import PretrainConfig
 from odis_path.train.monitor import COLLAPSE_SPREAD, IDENTITY_SHARE, CollapseWatch, IdentityWatch
+from odis_path.train.report_run import read_rows
 from odis_path.train.tracking import Tracker
 from tiling.atomic import atomic_path, unwritten
 
@@ -333,23 +334,19 @@ def _terminal() -> bool:
 
 
 def _forget_after(path: Path, step: int) -> list[dict[str, Any]]:
-    """Drop the rows of steps after `step` (a run that died past its last checkpoint does them again), torn last line too.
+    """Drop the rows of steps after `step` (a run that died past its last checkpoint does them again), and lines that are none.
 
     Returns the rows kept.
     """
     if not path.exists():
         return []
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-            if row["step"] <= step:
-                kept.append((line, row))
-        except (json.JSONDecodeError, KeyError, TypeError):
-            continue
+    rows, wrong = read_rows(path)
+    if wrong and wrong[0] <= len(rows):  # not only the last one, which a killed run leaves half
+        print(f"{path}: lines {', '.join(map(str, wrong[:5]))} are no JSON, damaged: left out", file=sys.stderr)
+    kept = [row for row in rows if isinstance(row.get("step"), int | float) and row["step"] <= step]
     with atomic_path(path) as temporary:
-        temporary.write_text("".join(line + "\n" for line, _ in kept), encoding="utf-8")
-    return [row for _, row in kept]
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    return kept
 
 
 def write_run_files(folder: Path, config: PretrainConfig, tiles: TileIndex, away: set[str]) -> None:

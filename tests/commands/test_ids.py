@@ -36,8 +36,8 @@ def slide_file(folder: Path, name: str) -> Path:
 
 def renamed(path: Path, slide_id: str) -> Path:
     with h5py.File(path, "r+") as file:
-        file.attrs.modify("slide_id", slide_id)
-        file["coords"].attrs.modify("name", slide_id)
+        file.attrs["slide_id"] = slide_id
+        file["coords"].attrs["name"] = slide_id
     return path
 
 
@@ -107,7 +107,7 @@ def test_ids_of_feature_files_and_tables_are_checked_too(slide_id: str, slides: 
     with SlideFile(slides / "good.h5") as file:
         write_features(tmp_path / "f" / "S.h5", level="tile", features=np.eye(4), slide_file=file, encoder="e", mode="full")
     with h5py.File(tmp_path / "f" / "S.h5", "r+") as file:
-        file.attrs.modify("slide_id", slide_id)
+        file.attrs["slide_id"] = slide_id
     with pytest.raises(UserError, match=r"S\.h5: slide_id"):
         read_features(tmp_path / "f")
     row = {"slide_id": slide_id, "patient_id": "P", "n_tiles": 1, "encoder": "e", "mode": "full", "features": [1.0, 2.0]}

@@ -1,0 +1,128 @@
+"""Look through all that the commands wrote below a folder, and compare it with its checksums."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from annotations.errors import UserError
+from tiling.cohort import Outcome, run_cohort
+
+SLIDE, FEATURES, EMBEDDINGS = "slide files", "feature files", "slides.parquet"
+CHECKPOINT, WEIGHTS, UNKNOWN = "checkpoints", "exported weights", "unreadable .h5"
+PATTERNS = ("*.h5", "checkpoint-*.pt", "*.safetensors", "slides.parquet")
+
+
+@dataclass(frozen=True)
+class Verified:
+    """Counts of one kind of file. unchecked: read as a whole, but it holds no checksums (it is of an earlier version)."""
+
+    kind: str
+    files: int
+    damaged: int
+    unchecked: int
+
+
+def verify(folder: Path, workers: int | None = None) -> list[Outcome]:
+    """Read every slide file, feature file and checkpoint below a folder, all pixels too; an outcome for each.
+
+    `info` of an outcome: `kind`, and `unchecked` where the file holds no checksums. A damaged file has failed, its `message`
+    says what to do. Hidden files and those of other programs are left out. Raises UserError where the folder is missing or
+    holds nothing of ours.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder: give the one that the other odis-path commands wrote into")
+    paths = sorted({path for pattern in PATTERNS for path in folder.rglob(pattern)})
+    paths = [
+        path for path in paths if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
+    outcomes = run_cohort(paths, verify_file, title="doctor", workers=workers, name=lambda path: str(path.relative_to(folder)))
+    for outcome in outcomes:
+        outcome.ok = outcome.ok and not outcome.message
+    ours = [outcome for outcome in outcomes if outcome.info.get("kind") or not outcome.ok]
+    if not ours:
+        raise UserError(f"{folder}: holds no slide file, feature file or checkpoint: give the folder of a cohort or of a run")
+    return ours
+
+
+def verify_file(path: Path) -> dict[str, Any]:
+    """`kind` of a file ("" where it is not ours), `unchecked`, and in `message` what is wrong with it and what to do."""
+    kind, check = _kind(path)
+    try:
+        return {"kind": kind, "unchecked": not check(path)}
+    except UserError as error:
+        return {"kind": kind, "unchecked": False, "message": str(error)}
+
+
+def by_kind(outcomes: Sequence[Outcome]) -> list[Verified]:
+    """The counts of each kind of file that there is."""
+    kinds = [str(outcome.info.get("kind") or UNKNOWN) for outcome in outcomes]
+    damaged = Counter(kind for kind, outcome in zip(kinds, outcomes, strict=True) if not outcome.ok)
+    unchecked = Counter(kind for kind, outcome in zip(kinds, outcomes, strict=True) if outcome.info.get("unchecked"))
+    return [Verified(kind, count, damaged[kind], unchecked[kind]) for kind, count in sorted(Counter(kinds).items())]
+
+
+def _kind(path: Path) -> tuple[str, Any]:
+    """What a file is, and the function that reads it and says whether it holds checksums."""
+    if path.suffix == ".pt":
+        return CHECKPOINT, _check_checkpoint
+    if path.suffix == ".safetensors":
+        return WEIGHTS, _check_weights
+    if path.suffix == ".parquet":
+        return EMBEDDINGS, _check_embeddings
+    import h5py
+
+    from odis_path.featurefile import FORMAT
+    from tiling.slidefile import is_slide_file
+
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            if file.attrs.get("format") == FORMAT:
+                return FEATURES, _check_features
+    except Exception:  # HDF5 has many: what cannot be read may have been one of ours
+        return UNKNOWN, _check_slide
+    return (SLIDE, _check_slide) if is_slide_file(path) else ("", lambda _: True)
+
+
+def _check_slide(path: Path) -> bool:
+    from tiling.slidefile import SlideFile
+
+    with SlideFile(path) as file:
+        file.check()
+        return file.has_checksums
+
+
+def _check_features(path: Path) -> bool:
+    from odis_path.featurefile import open_features
+    from tiling.checkedfile import CRC_ATTR
+
+    with open_features(path) as file:
+        file.check()
+        return CRC_ATTR in file.h5["coords"].attrs
+
+
+def _check_embeddings(path: Path) -> bool:
+    from odis_path.features import read_slides_parquet
+
+    read_slides_parquet(path)
+    return True
+
+
+def _check_checkpoint(path: Path) -> bool:
+    from odis_path.tensorfile import check_zip
+
+    return check_zip(path, "a readable checkpoint", "copy it again, or take an older checkpoint")
+
+
+def _check_weights(path: Path) -> bool:
+    from odis_path.tensorfile import load_safetensors
+
+    try:
+        return load_safetensors(path, "export or copy it again")[1]
+    except UserError:
+        raise
+    except Exception as error:  # safetensors has its own
+        raise UserError(f"{path}: not readable, damaged or cut off ({error}): export or copy it again") from None
