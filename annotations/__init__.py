@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from annotations.clip import TileBoxes, clip_to_tiles
     from annotations.coco import read_coco
     from annotations.frame import SlideFrame
-    from annotations.geodataframe import as_geodataframe
     from annotations.group import annotation_groups
     from annotations.read import read_annotations
     from annotations.table import CELL, PROPOSAL, TISSUE, ObjectTable, concatenate, empty_table
@@ -27,7 +26,6 @@ _HOME = {
     "SlideFrame": "frame",
     "TileBoxes": "clip",
     "annotation_groups": "group",
-    "as_geodataframe": "geodataframe",
     "clip_to_tiles": "clip",
     "concatenate": "table",
     "empty_table": "table",
@@ -49,7 +47,6 @@ __all__ = [
     "TileBoxes",
     "UserError",
     "annotation_groups",
-    "as_geodataframe",
     "clip_to_tiles",
     "concatenate",
     "empty_table",

@@ -56,7 +56,7 @@ _TYPE_OF_OLD_ID = {
 
 
 def read_annotations(
-    path: Path,
+    path: Path | str,
     *,
     kind: Kind = "auto",
     point_size_l0: float | None = None,

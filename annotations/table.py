@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import shapely
@@ -13,7 +13,11 @@ import shapely
 from annotations.errors import UserError
 from annotations.remarks import Remarks, join_remarks
 
+if TYPE_CHECKING:
+    import geopandas
+
 TISSUE, CELL, PROPOSAL = 0, 1, 2
+KINDS = ("tissue", "cell", "proposal")
 UNCLASSIFIED = -1
 MAX_LABELS = int(np.iinfo(np.int16).max)
 
@@ -70,6 +74,24 @@ class ObjectTable:
         """The class of each object, None where it has none."""
         names = (*self.labels, None)
         return [names[i] for i in self.label.tolist()]
+
+    def to_geodataframe(self) -> geopandas.GeoDataFrame:
+        """One row an object: id, label (None where unclassified), kind (tissue, cell, proposal), source, confidence, a column
+        a measurement, geometry. Coordinates are level-0 pixels, so there is no coordinate reference system (crs is None).
+        """
+        import geopandas
+
+        nothing = np.full(len(self), None, dtype=object)
+        columns: dict[str, Any] = {
+            "id": self.id,
+            "label": np.array([*self.class_names(), None], dtype=object)[:-1],
+            "kind": np.array([KINDS[kind] for kind in self.kind.tolist()], dtype=object),
+            "source": nothing if self.source is None else self.source,
+            "confidence": np.full(len(self), np.nan, np.float32) if self.confidence is None else self.confidence,
+        }
+        for name, values in (self.measurements or {}).items():
+            columns[name if name not in columns and name != "geometry" else f"{name} (measured)"] = values
+        return geopandas.GeoDataFrame(columns, geometry=self.geometry, crs=None)
 
 
 _COLUMNS = ("geometry", "id", "label", "kind")

@@ -146,7 +146,7 @@ def run_tiles(file: Path) -> dict[str, Any]:
 
 def run_cohort_of_slides(file: Path, cells: int) -> dict[str, Any]:
     """A folder of slides with one file each: seconds, and how many were at work at a time."""
-    from tiling import annotate_cohort
+    from tiling.annotate import annotate
 
     folder = file.parent / "cohort"
     folder.mkdir()
@@ -155,7 +155,7 @@ def run_cohort_of_slides(file: Path, cells: int) -> dict[str, Any]:
         write_slide(folder / f"s{i:03d}.h5")
         (folder / f"s{i:03d}.geojson").hardlink_to(file.parent / "each.geojson")
     begin = time.perf_counter()
-    outcomes = annotate_cohort(folder, folder)
+    outcomes = annotate(folder, folder)
     seconds = time.perf_counter() - begin
     assert all(outcome.ok for outcome in outcomes), [outcome.message for outcome in outcomes if not outcome.ok][:1]
     cores = len(os.sched_getaffinity(0))

@@ -41,7 +41,7 @@ from tiling.codec import decode, decode_jpeg
 from tiling.direct import DirectReader
 from tiling.slide import Slide, cover
 from tiling.slidefile import SlideFile, replace_groups
-from tiling.tile import tile_cohort
+from tiling.tile import tile
 
 MPP, TILE_PX, BOXES, PATCH_PX = 0.5, 256, 8, 16
 BEYOND_DECODING_US = 50.0
@@ -54,8 +54,8 @@ def prepare(work: Path, slides: int, side: int) -> tuple[Path, Path]:
         path = work / f"slide{number}_{side}.svs"
         paths.append(path if path.exists() else write_slide(path, side, side))
     folders = work / f"stored_{slides}_{side}", work / f"coords_{slides}_{side}"
-    for folder, pixels in zip(folders, (True, False), strict=True):
-        for outcome in tile_cohort(paths, folder, MPP, TILE_PX, tissue="none", pixels=pixels):
+    for folder, pixels in zip(folders, ("jpeg", "none"), strict=True):
+        for outcome in tile(paths, folder, MPP, TILE_PX, tissue="none", pixels=pixels):
             if not outcome.ok:
                 raise SystemExit(f"{outcome.item}: {outcome.message}")
             if not outcome.skipped:

@@ -168,11 +168,11 @@ def read_ours(path: Path, threads: int) -> float:
 
 def tile_ours(path: Path, out: Path, workers: int) -> float:
     """Seconds of a whole `tile` with pixels written."""
-    from tiling.tile import tile_cohort
+    from tiling.tile import tile
 
     (out / f"{path.stem}.h5").unlink(missing_ok=True)
     begin = time.perf_counter()
-    (outcome,) = tile_cohort([path], out, TARGET_MPP, PATCH_PX, tissue="none", workers=workers)
+    (outcome,) = tile([path], out, TARGET_MPP, PATCH_PX, tissue="none", workers=workers)
     assert outcome.ok, outcome.message
     return time.perf_counter() - begin
 
@@ -220,8 +220,8 @@ def size_of(path: Path) -> tuple[int, int]:
 def peak_memory_mb(path: Path, out: Path) -> float:
     """Most resident memory of a fresh process that tiles the slide alone, in MB."""
     code = (
-        "import re, sys; from tiling.tile import tile_cohort;"
-        f"(one,) = tile_cohort([sys.argv[1]], sys.argv[2], {TARGET_MPP}, {PATCH_PX}, tissue='auto', workers=1);"
+        "import re, sys; from tiling.tile import tile;"
+        f"(one,) = tile([sys.argv[1]], sys.argv[2], {TARGET_MPP}, {PATCH_PX}, tissue='auto', workers=1);"
         "assert one.ok, one.message;"
         # Not ru_maxrss, which a child takes over from its parent.
         "print(int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) / 1024)"

@@ -41,7 +41,7 @@ from odis_path.export_geojson import read_predictions
 from odis_path.features import read_features, read_slides_parquet, write_features, write_slides_parquet
 from odis_path.model.vit import build_encoder
 from odis_path.model.weights import load_weights
-from odis_path.report import write_report
+from odis_path.report import report
 from odis_path.report.collect import find_everything
 from odis_path.train import loop
 from odis_path.train.checkpoint import load_checkpoint
@@ -234,7 +234,7 @@ def read_log(path: Path) -> Any:
 
 
 def read_report(path: Path) -> Any:
-    write_report(path.parent, path.parent / "report.html")
+    report(path.parent, path.parent / "report.html")
     return 0
 
 

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from odis_path.data.dataset import index_tiles
-from odis_path.encode import batches, encode, load_encoder
+from odis_path.encode import batches, load_encoder
 from odis_path.evaluate.knn import knn_scores
 from odis_path.train.config import load_config
 from odis_path.train.loop import pretrain
@@ -70,7 +70,7 @@ def run(tiles: Path, keys: list[str], seed: int, epochs: float, away: list[str])
             with SlideFile(some.paths[slide]) as file:
                 names.append(known[file.slide_id, *map(int, file.coords[row])])
         pixels = read_tiles(some)
-        parts.append((np.concatenate([encode(encoder, pixels[s]) for s in batches(len(pixels), 64)]), np.array(names)))
+        parts.append((np.concatenate([encoder.encode(pixels[s]) for s in batches(len(pixels), 64)]), np.array(names)))
     (gallery, known_names), (queries, names) = parts
     classes, numbers = np.unique(known_names, return_inverse=True)
     chosen = classes[knn_scores(gallery, numbers, queries, len(classes), 20).argmax(1)]

@@ -10,9 +10,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from odis_path import __version__
+from tiling.cohort import Result
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 PACKAGES = (
     "torch", "torchvision", "timm", "numpy", "h5py", "openslide-python", "openslide-bin", "tiffslide", "tifffile",
@@ -71,8 +75,39 @@ def provenance(device: str, ranks: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def examine() -> list[Check]:
-    """All checks; a failing one says what to do."""
+@dataclass(frozen=True)
+class Checks(Result):
+    """Everything the doctor looked at."""
+
+    checks: tuple[Check, ...]
+
+    @property
+    def failed(self) -> list[Check]:
+        return [check for check in self.checks if not check.ok]
+
+    def show(self, console: Console) -> None:
+        """A table with a row a check."""
+        from rich.markup import escape
+        from rich.table import Table
+
+        table = Table(title="odis-path doctor")
+        for title in ("what", "well", "found"):
+            table.add_column(title)
+        for check in self.checks:
+            table.add_row(check.what, "yes" if check.ok else "NO", escape(check.found))
+        console.print(table)
+
+
+def doctor(folder: Path | str | None = None, workers: int | None = None) -> Result:
+    """Check the install: versions, slide readers, GPU, a tiny run of each part. A failing check says what to do.
+
+    folder: look instead through all slide files, feature files and checkpoints below it, each compared with its checksums,
+    by `workers` processes (None: one per CPU). Raises UserError where it is missing or holds nothing of ours.
+    """
+    if folder is not None:
+        from odis_path.verify import verify
+
+        return verify(Path(folder), workers)
     found = versions()
     checks = [Check("Python", sys.version_info >= (3, 11), f"{found['python']} (3.11 or newer)")]
     for package in PACKAGES:
@@ -91,7 +126,7 @@ def examine() -> list[Check]:
             checks.append(Check(what, True, probe()))
         except Exception as error:  # whatever is broken, the doctor names it and goes on
             checks.append(Check(what, False, f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"))
-    return checks
+    return Checks(tuple(checks))
 
 
 def _readers() -> str:

@@ -9,6 +9,7 @@ from contextlib import suppress
 from functools import lru_cache, partial
 from pathlib import Path
 from threading import Lock
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import numpy as np
 from annotations.errors import UserError
 from odis_path.baselines import KINDS
 from odis_path.embed_job import EmbedJob, check_options, other_encoder, parse_kinds
-from odis_path.encode import FrozenEncoder, encode, encode_objects, load_encoder
+from odis_path.encode import FrozenEncoder, encode_objects, load_encoder
 from odis_path.featurefile import DATASETS, SLIDES_FILE, is_damaged, open_features, refuse_other_encoder
 from odis_path.features import embedded_already, read_features, write_features, write_slides_parquet
 from odis_path.model.source import fingerprint, is_checkpoint, settled_source
@@ -25,7 +26,7 @@ from odis_path.pretraining import of_encoder
 from tiling.atomic import check_writable
 from tiling.checksums import DamagedError
 from tiling.claim import claim, same_settings
-from tiling.cohort import Outcome, one_line, run_cohort
+from tiling.cohort import Outcome, Outcomes, one_line, run_cohort
 from tiling.resume import DAMAGED
 from tiling.slidefile import SlideFile, list_slide_files
 
@@ -33,10 +34,10 @@ MOST_TORN = 0.5  # share of tiles that cannot be read; a slide with more of them
 OBJECTS_A_PASS = 64  # objects that share one pass over the patches of a tile
 
 
-def embed_cohort(
-    folder: Path,
-    checkpoint: str,
-    out: Path,
+def embed(
+    folder: Path | str,
+    checkpoint: Path | str,
+    out: Path | str,
     *,
     level: str = "tile",
     mode: str = "full",
@@ -49,7 +50,7 @@ def embed_cohort(
     pool: str | None = None,
     resize: int | None = None,
     overwrite: bool = False,
-) -> list[Outcome]:
+) -> Outcomes:
     """Write `<out>/<slide_id>.h5` (level tile, object) or `<out>/slides.parquet` (level slide: the mean over tiles).
 
     checkpoint: a checkpoint file, a run folder (its newest checkpoint as the run begins), a timm model name, or a folder in the
@@ -58,15 +59,16 @@ def embed_cohort(
     settings, and where `out` holds embeddings of another encoder, which are replaced with `overwrite` only; what fails on a
     slide is that slide's outcome. pretraining.csv in `out` names the slides that the encoder was trained on.
     """
-    check_options(checkpoint, level=level, mode=mode, kinds=kinds, dtype=dtype, pool=pool, resize=resize)
-    files, out = [path.absolute() for path in list_slide_files(folder)], Path(out).absolute()  # workers may run elsewhere
-    source = checkpoint_file(checkpoint)
+    begun = perf_counter()
+    check_options(str(checkpoint), level=level, mode=mode, kinds=kinds, dtype=dtype, pool=pool, resize=resize)
+    files, target = [path.absolute() for path in list_slide_files(folder)], Path(out).absolute()  # workers may run elsewhere
+    source = checkpoint_file(str(checkpoint))
     trained = of_encoder(source, random_weights=random_weights)
     job = EmbedJob(
-        source, out, level, mode, parse_kinds(kinds), batch, dtype, random_weights, device,  # type: ignore[arg-type]
+        source, target, level, mode, parse_kinds(kinds), batch, dtype, random_weights, device,  # type: ignore[arg-type]
         checkpoint_stamp(source), pool, resize, trained.note(), overwrite,
     )  # fmt: skip
-    another = other_encoder(out, job)
+    another = other_encoder(target, job)
     if another and not overwrite:
         raise UserError(another)
     encoder = None
@@ -75,22 +77,22 @@ def embed_cohort(
     if encoder is not None:
         tell_size(encoder, files)
     if level == "slide":
-        check_writable(out / SLIDES_FILE)
-    with same_settings(out, "embed", job.settings()):
+        check_writable(target / SLIDES_FILE)
+    with same_settings(target, "embed", job.settings()):
         if another:
             for name in (SLIDES_FILE, PRETRAINING_FILE):
-                (out / name).unlink(missing_ok=True)
+                (target / name).unlink(missing_ok=True)
         with suppress(UserError):  # each slide tells that the folder cannot be written
-            trained.write(out)
+            trained.write(target)
         outcomes = run_cohort(
             files, partial(embed_slide, job), title=f"embed ({level}, {mode})", workers=1, scheduler=scheduler,
-            name=lambda path: path.stem, folder=out, wrote=partial(feature_file, out),
+            name=lambda path: path.stem, folder=target, wrote=partial(feature_file, target),
         )  # fmt: skip
         if level == "slide":
-            write_slide_rows(out, files, outcomes, job.pretraining)
+            write_slide_rows(target, files, outcomes, job.pretraining)
         if any(outcome.ok for outcome in outcomes):
-            trained.write(out)
-    return outcomes
+            trained.write(target)
+    return Outcomes(outcomes, "embed", out, ("objects",) if level == "object" else ("tiles",), perf_counter() - begun)
 
 
 def tell_size(encoder: FrozenEncoder, files: list[Path]) -> None:
@@ -289,7 +291,7 @@ def encode_rows(
         return file.tiles(numbers)[back]
 
     for part, tiles in read_ahead([slice(i, i + job.batch) for i in range(0, len(tile_of), job.batch)], read):
-        features[part] = encode(encoder, tiles, None if boxes is None else boxes[part], job.mode)
+        features[part] = encoder.encode(tiles, None if boxes is None else boxes[part], job.mode)
     return features
 
 

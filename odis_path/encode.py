@@ -27,7 +27,7 @@ from odis_path.model.create import POOL_WORDS, WORDS_OF_POOL, create_vit, embedd
 from odis_path.model.source import is_checkpoint, settled_source
 from odis_path.model.vit import ObjViT, wrapped
 
-__all__ = ["MODES", "FrozenEncoder", "Mode", "encode", "encode_objects", "load_encoder"]
+__all__ = ["MODES", "FrozenEncoder", "Mode", "encode_objects", "load_encoder"]
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,30 @@ class FrozenEncoder:
             f"{line}, trained at {self.trained_px} px: positions are interpolated; --resize {self.trained_px} for its own size"
         )
 
+    @torch.inference_mode()
+    def encode(self, tiles: np.ndarray, boxes: np.ndarray | None = None, mode: Mode = "full") -> np.ndarray:
+        """Embeddings of tiles, or of one box in each.
+
+        tiles: uint8 (B, S, S, 3); boxes: (B, 4) in tile px, needed by every mode but full. Returns float32 (B, D).
+        """
+        if mode != "full" and boxes is None:
+            raise ValueError(f"mode {mode} needs boxes")
+        side = tiles.shape[1]
+        grid = self.grid(side)
+        size = grid * self.module.patch_px
+        if mode == "crop" and boxes is not None:
+            images = torch.stack([_cut(tile, box, size) for tile, box in zip(tiles, boxes, strict=True)]).to(self.device)
+        else:
+            images = _whole(self, tiles, size)
+        mask = None
+        if mode in ("masked", "blackout") and boxes is not None:
+            mask = torch.from_numpy(box_masks(boxes, side, grid)).to(self.device)
+            if mode == "blackout":
+                keep = mask.reshape(-1, 1, grid, grid).float()
+                images = images * F.interpolate(keep, size=(size, size), mode="nearest")
+                mask = None
+        return _obj(self, images, mask)
+
 
 def pick_device(name: str = "auto") -> torch.device:
     """auto: the GPU where there is one."""
@@ -85,7 +109,7 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def load_encoder(
-    source: str,
+    source: Path | str,
     *,
     device: str = "auto",
     random_weights: bool = False,
@@ -100,7 +124,7 @@ def load_encoder(
     in px that tiles are resized to. Raises UserError where `source` is none of these, where its weights lack a token, norm or
     positions, and for what pool or resize cannot be.
     """
-    where, source = pick_device(device), settled_source(source)
+    where, source = pick_device(device), settled_source(str(source))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if is_checkpoint(source):
@@ -155,31 +179,6 @@ def _from_checkpoint(path: Path, where: torch.device, random_weights: bool, pool
     data, size = checkpoint.config.data, checkpoint.config.views.global_size
     how = "as asked" if pool else "as trained"
     return FrozenEncoder(module.eval().to(where), name, data.mean, data.std, where, size, how=how)
-
-
-@torch.inference_mode()
-def encode(encoder: FrozenEncoder, tiles: np.ndarray, boxes: np.ndarray | None = None, mode: Mode = "full") -> np.ndarray:
-    """Embeddings of tiles, or of one box in each.
-
-    tiles: uint8 (B, S, S, 3); boxes: (B, 4) in tile px, needed by every mode but full. Returns float32 (B, D).
-    """
-    if mode != "full" and boxes is None:
-        raise ValueError(f"mode {mode} needs boxes")
-    side = tiles.shape[1]
-    grid = encoder.grid(side)
-    size = grid * encoder.module.patch_px
-    if mode == "crop" and boxes is not None:
-        images = torch.stack([_cut(tile, box, size) for tile, box in zip(tiles, boxes, strict=True)]).to(encoder.device)
-    else:
-        images = _whole(encoder, tiles, size)
-    mask = None
-    if mode in ("masked", "blackout") and boxes is not None:
-        mask = torch.from_numpy(box_masks(boxes, side, grid)).to(encoder.device)
-        if mode == "blackout":
-            keep = mask.reshape(-1, 1, grid, grid).float()
-            images = images * F.interpolate(keep, size=(size, size), mode="nearest")
-            mask = None
-    return _obj(encoder, images, mask)
 
 
 @torch.inference_mode()

@@ -6,7 +6,7 @@ import json
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -23,13 +23,16 @@ from odis_path.train.checkpoint import Checkpoint, load_checkpoint
 from odis_path.train.config import PretrainConfig
 from tiling.atomic import atomic_path
 from tiling.claim import sweep
+from tiling.cohort import Result, show_lines
 
-FORMATS = ("timm",)
+if TYPE_CHECKING:
+    from rich.console import Console
+
 TOLERANCE = 1e-5  # of the largest feature: two builds of one model differ by rounding alone
 
 
 @dataclass(frozen=True)
-class TimmExport:
+class TimmExport(Result):
     """Two files and how to use them. The sidecar (`<name>.json`) holds the same facts, and so does the file's metadata.
 
     kwargs: arguments of timm.create_model, layer classes as words; mean, std: of the pixels in [0, 1]; mpp: micrometres per
@@ -59,12 +62,13 @@ class TimmExport:
     def sidecar(self) -> Path:
         return Path(self.weights).with_suffix(".json")
 
-
-def export(checkpoint: str | Path, to: str, out: str | Path) -> TimmExport:
-    """Export a checkpoint file or run folder in the form `to`. Raises UserError for a form that does not exist."""
-    if to not in FORMATS:
-        raise UserError(f"--to {to}: no such export; there is: {', '.join(FORMATS)}")
-    return export_timm(checkpoint, Path(out))
+    def show(self, console: Console) -> None:
+        """The two files and what they hold, a line each."""
+        show_lines(console, [
+            f"{self.weights}: {self.model}, {self.embed_dim} features, from {self.source}",
+            f"{self.sidecar}: mean {list(self.mean)}, std {list(self.std)}, mpp {self.mpp or 'unknown'}",
+            self.python,
+        ])  # fmt: skip
 
 
 def export_timm(checkpoint: str | Path, out: Path) -> TimmExport:

@@ -7,13 +7,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
 
 from annotations.errors import UserError
 from tiling.atomic import atomic_path
-from tiling.cohort import Outcome, run_cohort
+from tiling.cohort import Outcomes, run_cohort
 from tiling.csvfile import number_in, read_csv_file, whole_number_in
 from tiling.slidefile import SlideFile, h5_files, list_slide_files
 from tiling.slideid import checked_id
@@ -44,7 +45,7 @@ def export_geojson(
     predictions: Path | str | None = None,
     origin: str = "auto",
     workers: int | None = None,
-) -> list[Outcome]:
+) -> Outcomes:
     """Write `<out>/<slide_id>.geojson` for every slide file of a folder (or of the slides behind a folder of features).
 
     what: some of tissue (regions of the mask), tiles (squares, with their class where tiles have one, and their share of
@@ -54,6 +55,7 @@ def export_geojson(
     from the slide's, "auto" is "bounds" where there are any.
     Each outcome's info has the number of features of each part. Raises UserError for options and files that cannot be.
     """
+    begun = perf_counter()
     if origin not in ("auto", "level0", "bounds"):
         raise UserError(f"--origin {origin}: is one of auto, level0, bounds")
     parts = tuple(what) if what is not None else ("tissue", "labels") if predictions else ("tissue", "tiles", "boxes")
@@ -69,7 +71,8 @@ def export_geojson(
     out = Path(out)
     items = [(path, found.get(path.stem)) for path in paths]
     work = partial(export_slide, out=out, parts=parts, origin=origin)
-    return run_cohort(items, work, title="export", workers=workers, name=_name, folder=out)
+    outcomes = run_cohort(items, work, title="export", workers=workers, name=_name, folder=out)
+    return Outcomes(outcomes, "export", out, PARTS if what is None else parts, perf_counter() - begun)
 
 
 def export_slide(item: tuple[Path, Predicted | None], out: Path, parts: Sequence[str], origin: str) -> dict[str, Any]:

@@ -84,7 +84,9 @@ class FeatureSet:
 _ROW_ARRAYS = ("x", "slide_id", "patient_id", "coords", "tile", "object", "xyxy", "visible", "label")
 
 
-def read_features(folder: Path, level: str = "tile", select: Callable[[FeatureSet], np.ndarray] | None = None) -> FeatureSet:
+def read_features(
+    folder: Path | str, level: str = "tile", select: Callable[[FeatureSet], np.ndarray] | None = None
+) -> FeatureSet:
     """Read one level ("tile", "object", "slide") of a folder of feature files, or of one file.
 
     select: given everything but the embeddings (x has no columns then), returns the ascending rows to read; only theirs

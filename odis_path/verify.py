@@ -6,10 +6,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from annotations.errors import UserError
-from tiling.cohort import Outcome, run_cohort
+from tiling.cohort import Outcome, Result, run_cohort, show_failures
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 SLIDE, FEATURES, EMBEDDINGS = "slide files", "feature files", "slides.parquet"
 CHECKPOINT, WEIGHTS, UNKNOWN = "checkpoints", "exported weights", "unreadable .h5"
@@ -26,10 +29,38 @@ class Verified:
     unchecked: int
 
 
-def verify(folder: Path, workers: int | None = None) -> list[Outcome]:
-    """Read every slide file, feature file and checkpoint below a folder, all pixels too; an outcome for each.
+@dataclass(frozen=True)
+class Verification(Result):
+    """What became of every file that was looked at."""
 
-    `info` of an outcome: `kind`, and `unchecked` where the file holds no checksums. A damaged file has failed, its `message`
+    outcomes: tuple[Outcome, ...]
+
+    @property
+    def failed(self) -> list[Outcome]:
+        return [outcome for outcome in self.outcomes if not outcome.ok]
+
+    def width(self) -> int:
+        """As many columns as keep each failure on one line."""
+        return max(160, 20 + sum(max(map(len, texts), default=0) for texts in zip(*((o.item, o.message) for o in self.failed))))
+
+    def show(self, console: Console) -> None:
+        """The kinds of files with their counts, and the damaged ones."""
+        from rich.table import Table
+
+        table = Table(title="odis-path doctor", title_justify="left")
+        for title in ("kind", "files", "well", "damaged", "without checksums"):
+            table.add_column(title, justify="left" if title == "kind" else "right")
+        for kind in by_kind(self.outcomes):
+            counts = (kind.files, kind.files - kind.damaged, kind.damaged, kind.unchecked)
+            table.add_row(kind.kind, *(f"{count:,}" for count in counts))
+        console.print(table)
+        show_failures(console, self.failed, "damaged")
+
+
+def verify(folder: Path, workers: int | None = None) -> Verification:
+    """Read every slide file, feature file and checkpoint below a folder, all pixels too.
+
+    `info` of a file's outcome: `kind`, and `unchecked` where the file holds no checksums. A damaged file has failed, its `message`
     says what to do. Hidden files and those of other programs are left out. Raises UserError where the folder is missing or
     holds nothing of ours.
     """
@@ -45,7 +76,7 @@ def verify(folder: Path, workers: int | None = None) -> list[Outcome]:
     ours = [outcome for outcome in outcomes if outcome.info.get("kind") or not outcome.ok]
     if not ours:
         raise UserError(f"{folder}: holds no slide file, feature file or checkpoint: give the folder of a cohort or of a run")
-    return ours
+    return Verification(tuple(ours))
 
 
 def verify_file(path: Path) -> dict[str, Any]:

@@ -6,35 +6,27 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tiling.annotate import annotate_cohort
-    from tiling.cohort import Outcome, finish, run_cohort
+    from tiling.cohort import Outcome, Outcomes, run_cohort
     from tiling.grid import GridPlan, plan_grid
     from tiling.importer import import_images
-    from tiling.propose import propose_cohort
-    from tiling.scan import scan_slides
     from tiling.slide import Slide, SlideInfo
     from tiling.slidefile import SlideFile, list_slide_files, tile_labels
     from tiling.slidewrite import SlideMeta, replace_groups, write_slide_file
-    from tiling.tile import tile_cohort
     from tiling.tissue import tissue_mask, tissue_outlines
 
 _HOME = {
     "GridPlan": "grid",
     "Outcome": "cohort",
+    "Outcomes": "cohort",
     "Slide": "slide",
     "SlideFile": "slidefile",
     "SlideInfo": "slide",
     "SlideMeta": "slidewrite",
-    "annotate_cohort": "annotate",
-    "finish": "cohort",
     "import_images": "importer",
     "list_slide_files": "slidefile",
     "plan_grid": "grid",
-    "propose_cohort": "propose",
     "replace_groups": "slidewrite",
     "run_cohort": "cohort",
-    "scan_slides": "scan",
-    "tile_cohort": "tile",
     "tile_labels": "slidefile",
     "tissue_mask": "tissue",
     "tissue_outlines": "tissue",
@@ -44,20 +36,16 @@ _HOME = {
 __all__ = [
     "GridPlan",
     "Outcome",
+    "Outcomes",
     "Slide",
     "SlideFile",
     "SlideInfo",
     "SlideMeta",
-    "annotate_cohort",
-    "finish",
     "import_images",
     "list_slide_files",
     "plan_grid",
-    "propose_cohort",
     "replace_groups",
     "run_cohort",
-    "scan_slides",
-    "tile_cohort",
     "tile_labels",
     "tissue_mask",
     "tissue_outlines",

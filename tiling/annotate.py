@@ -12,13 +12,14 @@ from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 
 from annotations.errors import UserError
 from tiling.annotate_files import annotation_files, frame_of, match_files, owner_of, stamp
-from tiling.annotate_report import CHANGED, RESULT_ATTR, by_label, message, placement
+from tiling.annotate_report import CHANGED, RESULT_ATTR, BoxOutcomes, by_label, message, placement
 from tiling.append import PARTS_ATTR, appended, new_files, parts_of, read_groups
 from tiling.claim import changes, claim, same_settings
 from tiling.cohort import Outcome, available_cpus, run_cohort
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from annotations.table import ObjectTable
 
 METHOD_VERSION = 4  # raise it when reading or clipping changes, so that old boxes are made anew
+COUNTED = ("objects", "boxes", "repaired", "left_out", "outside")  # keys of Outcome.info that are summed
 HASH_ATTR, RECORD_ATTR = "annotation_sha256", "annotation_parameters"
 LEFT_OUT = (
     "points_skipped", "lines_skipped", "empty", "malformed", "ignored", "invalid_dropped", "beyond", "zero_area", "tangled",
@@ -79,7 +81,7 @@ class Reading:
     processes: int = 1
 
 
-def annotate_cohort(
+def annotate(
     folder: Path | str,
     annotations: Path | str | Sequence[Path | str],
     origin: str = "auto",
@@ -96,7 +98,8 @@ def annotate_cohort(
     annotation_mpp: float | None = None,
     nuclei: bool = False,
     split_values: bool = False,
-) -> list[Outcome]:
+    verbose: bool = False,
+) -> BoxOutcomes:
     """Clip annotations to the tiles of every slide file of a folder and store them as /objects and /boxes.
 
     annotations: files of any dialect that annotations.read_annotations reads, and folders of them; a file belongs to the
@@ -110,12 +113,14 @@ def annotate_cohort(
     (annotations.read_classmap); strict_classes: one it does not name fails the slide. annotation_mpp: micrometres per unit of
     the annotations' coordinates, where they are not of level 0. nuclei: take the nucleus of a QuPath cell for it.
     split_values: each connected piece (4-connected) of a value of a mask is an object, as in a mask of 0 and 255.
+    verbose: list the outlines that were repaired, too, in the summary.
 
     Each outcome's info has objects, boxes, repaired, left_out, outside. A slide without annotations is fine and says so;
     one with the same boxes already is skipped. timeout: seconds after which a slide is given up. Raises UserError for
     settings and paths that cannot be, where no annotation file belongs to any slide, and where another run annotates the
     folder with other settings.
     """
+    begun = perf_counter()
     if origin not in ("auto", "level0", "bounds"):
         raise UserError(f"--origin {origin}: is one of auto, level0, bounds")
     if kind not in ("auto", "tissue", "cell"):
@@ -124,6 +129,20 @@ def annotate_cohort(
         cast("Origin", origin), cast("Kind", kind), *parse_point_size(point_size), polygons,
         _class_map(classes, strict_classes), _checked_mpp(annotation_mpp), nuclei, split_values,
     )  # fmt: skip
+    items, unused = _matched(folder, annotations)
+    used = sorted({path for _, own in items for path in own})
+    processes = 1 if scheduler or stream else max(1, available_cpus() // min(workers or available_cpus(), len(items)))
+    work = partial(annotate_slide, settings=settings, append=append, stream=stream, processes=processes)
+    folder = Path(folder)
+    how: dict[str, Any] = {"workers": workers, "scheduler": scheduler, "timeout": timeout, "folder": folder, "wrote": _file_of}
+    with same_settings(folder, "annotate", {**asdict(settings), "append": append, "annotations": _in_short(used)}):
+        outcomes = run_cohort(items, work, title="annotate", name=_name, **how)
+    _tell_names(items, outcomes, unused)
+    return BoxOutcomes(outcomes, "annotate", folder, COUNTED, perf_counter() - begun, verbose=verbose)
+
+
+def _matched(folder: Path | str, annotations: Path | str | Sequence[Path | str]) -> tuple[list[Work], list[str]]:
+    """Every slide file with its annotation files, and the names of files that belong to no slide."""
     slides = {path.stem: path.absolute() for path in list_slide_files(folder)}
     files = annotation_files(annotations)
     matched = match_files(list(slides), files)
@@ -134,15 +153,7 @@ def annotate_cohort(
         raise UserError(f"{folder}: no annotation file is named after a slide ({first}): name them <slide_id>.geojson")
     used = {path for each in matched.values() for path in each}
     unused = [path.name for path in files if path not in used]
-    items: list[Work] = [(path, matched[slide_id]) for slide_id, path in slides.items()]
-    processes = 1 if scheduler or stream else max(1, available_cpus() // min(workers or available_cpus(), len(items)))
-    work = partial(annotate_slide, settings=settings, append=append, stream=stream, processes=processes)
-    folder = Path(folder)
-    how: dict[str, Any] = {"workers": workers, "scheduler": scheduler, "timeout": timeout, "folder": folder, "wrote": _file_of}
-    with same_settings(folder, "annotate", {**asdict(settings), "append": append, "annotations": _in_short(sorted(used))}):
-        outcomes = run_cohort(items, work, title="annotate", name=_name, **how)
-    _tell_names(items, outcomes, unused)
-    return outcomes
+    return [(path, matched[slide_id]) for slide_id, path in slides.items()], unused
 
 
 def _tell_names(items: Sequence[Work], outcomes: Sequence[Outcome], unused: Sequence[str]) -> None:
@@ -171,7 +182,7 @@ def annotate_slide(
 ) -> dict[str, Any]:
     """Annotate one slide file; returns objects, boxes, repaired, outside, left_out, origin, `message`, `skipped`.
 
-    append, stream: as in annotate_cohort. processes: at most so many read one large file together.
+    append, stream: as in annotate. processes: at most so many read one large file together.
     """
     path, files = item
     if not files:

@@ -5,19 +5,21 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from annotations.errors import UserError
-from tiling.cohort import Outcome
+from tiling.cohort import Outcome, Outcomes, show_lines
 from tiling.slidefile import SlideFile
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from annotations.clip import TileBoxes
     from annotations.stream import Clipped, Grid
     from annotations.table import ObjectTable
@@ -57,7 +59,6 @@ CHANGED = {
     "crowds": "crowds (iscrowd), each taken as one object",
     "shared_ids": "objects that share their id with another",
 }
-WIDTH = 160  # of what is not a terminal
 SLIDES_EACH = 3  # what is said of more slides is said once
 
 
@@ -226,24 +227,51 @@ def label_rows(results: Iterable[Mapping[str, Any]]) -> list[tuple[str, int, int
     return sorted(rows, key=lambda row: (-row[1], row[0]))
 
 
-def print_labels(folder: Path, outcomes: Sequence[Outcome], lines: Sequence[str] = (), *, verbose: bool = False) -> None:
-    """The table of classes on stdout, behind some lines; verbose: the outlines that were repaired, too (the first 200 of a
-    slide), and what was left out, where it is known by its id.
+class BoxOutcomes(Outcomes):
+    """The outcomes of a command that stores boxes, told with a table of their classes.
+
+    stored: what was made of the boxes, a result a slide file; None: as the slide files in `out` say, read when it is asked for.
+    notes: lines on what belongs to no item. verbose: tell the outlines that were repaired, too (the first 200 of a slide), and
+    what was left out, where it is known by its id.
     """
-    results = results_of(Path(folder), outcomes)
-    more = [line for slide_id, result in results.items() for line in _details(slide_id, result)] if verbose else []
-    print_classes(results.values(), [*lines, *more])
+
+    def __init__(
+        self,
+        outcomes: Iterable[Outcome],
+        title: str,
+        out: Path | str,
+        columns: Sequence[str],
+        wall_s: float,
+        *,
+        stored: Sequence[Mapping[str, Any]] | None = None,
+        notes: Sequence[str] = (),
+        verbose: bool = False,
+    ) -> None:
+        super().__init__(outcomes, title, out, columns, wall_s)
+        self.notes, self._stored, self._verbose = tuple(notes), stored, verbose
+
+    @property
+    def results(self) -> list[Mapping[str, Any]]:
+        """What became of the boxes, one result a slide file or image, as slide files keep it."""
+        return list(results_of(Path(self.out), self).values() if self._stored is None else self._stored)
+
+    def show(self, console: Console) -> None:
+        """As `Outcomes.show`, what is said of many items once; then the classes."""
+        items = [replace(outcome) for outcome in self]  # whose messages are shortened
+        lines = [*told_once(items), *(f"note: {line}" for line in self.notes)]
+        Outcomes(items, self.title, self.out, self.columns, self.wall_s).show(console)
+        if self._verbose:
+            results = results_of(Path(self.out), self).items()
+            lines += [line for slide_id, result in results for line in _details(slide_id, result)]
+        show_lines(console, lines)
+        show_classes(console, self.results)
 
 
-def print_classes(results: Iterable[Mapping[str, Any]], lines: Sequence[str] = ()) -> None:
-    """Some lines, then the table of the classes of all results, where there are any."""
-    from rich.console import Console
+def show_classes(console: Console, results: Iterable[Mapping[str, Any]]) -> None:
+    """Write the table of the classes of all results, where there are any."""
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(width=None if sys.stdout.isatty() else WIDTH)
-    for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
     rows = label_rows(results)
     if not rows:
         return

@@ -6,28 +6,34 @@ may share a folder: what another run is at is left to it, and looked at again in
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from annotations.errors import UserError
 from tiling.claim import is_claimed, sweep
 from tiling.outcome import BUSY, DIED, FULL, STOPS, Job, Outcome, guarded, one_line
 from tiling.sight import Sight, witnessed
 
-__all__ = ["DIED", "Outcome", "available_cpus", "finish", "one_line", "run_cohort"]
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["DIED", "Outcome", "Outcomes", "Result", "available_cpus", "one_line", "run_cohort"]
 
 Item = TypeVar("Item")
 
 PLAIN_LINE_EVERY_S = 30.0
 MOST_FULL = 2  # so many items for which the disk was full end the run: after one, a smaller item may still fit
 POLL_S = 0.5  # how often the locks of other runs are looked at, in the end
+SUMMARY_WIDTH = 160  # columns of what is written elsewhere than to a terminal
 NOT_TRIED = "not tried: stopped before it"
 
 
@@ -186,56 +192,131 @@ class _Progress:
         return f"ETA {each * (self.total - self.count):.0f} s"
 
 
-def finish(
-    outcomes: Sequence[Outcome], title: str, out: Path | str, columns: Sequence[str] = (), wall_s: float | None = None
-) -> int:
-    """Print a summary, a table of failures and where the output is; return the exit code (1 where an item failed).
+class Result(ABC):
+    """What a command made: `print` it, take its `summary` as text, or let a notebook show it."""
 
-    columns: keys of `Outcome.info`, numbers to be summed over the items. wall_s: seconds by the clock on the wall, which
-    several workers share; theirs are summed in a column of their own. Off a terminal a failure stays on one line.
+    @property
+    def failed(self) -> Sequence[Any]:
+        """What of it failed; nothing, where a command that fails raises UserError instead."""
+        return ()
+
+    @abstractmethod
+    def show(self, console: Console) -> None:
+        """Write it to a console."""
+
+    def width(self) -> int | None:
+        """Columns it needs where it is not written to a terminal; None: as many as $COLUMNS says."""
+        return None
+
+    def print(self) -> None:
+        """Write it to stdout."""
+        from rich.console import Console
+
+        self.show(Console(width=None if sys.stdout.isatty() else self.width()))
+
+    def summary(self) -> str:
+        """The same as plain text."""
+        return self._recorded().export_text()
+
+    def _repr_html_(self) -> str:
+        return self._recorded().export_html(code_format="<pre>{code}</pre>", inline_styles=True)
+
+    def _recorded(self) -> Console:
+        from rich.console import Console
+
+        console = Console(file=io.StringIO(), record=True, width=self.width() or SUMMARY_WIDTH)
+        self.show(console)
+        return console
+
+
+class Outcomes(Result, Sequence[Outcome]):
+    """The outcomes of a command's items in their order, and how they are told.
+
+    title: the command. out: where the output is. columns: keys of `Outcome.info`, numbers to be summed over the items.
+    wall_s: seconds by the clock on the wall, which several workers share; theirs are summed in a column of their own.
     """
-    from rich.console import Console
-    from rich.table import Table
 
-    untried = [outcome for outcome in outcomes if outcome.message == NOT_TRIED]
-    failures = [outcome for outcome in outcomes if not outcome.ok and outcome.message != NOT_TRIED]
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    skipped = sum(outcome.skipped for outcome in outcomes)
-    summary = Table(title=title, title_justify="left")
-    values = {"done": len(outcomes) - skipped - len(failures) - len(untried), "skipped": skipped, "failed": len(failures)}
-    if untried:
-        values["not tried"] = len(untried)
-    sums = {key: sum(outcome.info.get(key, 0) for outcome in outcomes) for key in columns}
-    times = {} if wall_s is None else {"seconds": float(wall_s)}
-    times["worker seconds"] = float(sum(outcome.seconds for outcome in outcomes))
-    shown = {**values, **sums, **times}
-    for head in shown:
-        summary.add_column(head, justify="right")
-    summary.add_row(*(f"{value:,}" if isinstance(value, int) else f"{value:,.1f}" for value in shown.values()))
-    for line in _notes(outcomes):  # before the rest: there may be thousands
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-    console.print(summary)
-    show_failures(failures)
-    if untried:
-        line = f"not tried: {len(untried)}, from {untried[0].item} on: put right what stopped the run, then run it again"
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-    console.print(f"output: {out}", markup=False, highlight=False, soft_wrap=True)
-    return 1 if failures or untried else 0
+    def __init__(
+        self,
+        outcomes: Iterable[Outcome],
+        title: str,
+        out: Path | str,
+        columns: Sequence[str] = (),
+        wall_s: float | None = None,
+    ) -> None:
+        self._items = list(outcomes)
+        self.title, self.out, self.columns, self.wall_s = title, out, tuple(columns), wall_s
+
+    @overload
+    def __getitem__(self, index: int) -> Outcome: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Outcome]: ...
+    def __getitem__(self, index: int | slice) -> Outcome | list[Outcome]:
+        return self._items[index]
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __repr__(self) -> str:
+        return f"Outcomes({self.title}: {', '.join(f'{count} {name}' for name, count in self.counts().items())})"
+
+    @property
+    def failed(self) -> list[Outcome]:
+        """The items that failed, and those that were not tried because the run stopped before them."""
+        return [outcome for outcome in self if not outcome.ok]
+
+    def counts(self) -> dict[str, int]:
+        """How many items are done, skipped, failed and (only where there are any) not tried."""
+        skipped = sum(outcome.skipped for outcome in self)
+        untried = sum(outcome.message == NOT_TRIED for outcome in self)
+        failed = len(self.failed) - untried
+        counts = {"done": len(self) - skipped - failed - untried, "skipped": skipped, "failed": failed}
+        return counts | ({"not tried": untried} if untried else {})
+
+    def width(self) -> int | None:
+        """As many columns as keep each failure on one line."""
+        failures = [outcome for outcome in self.failed if outcome.message != NOT_TRIED]
+        names, messages = ([outcome.item for outcome in failures], [outcome.message for outcome in failures])
+        return max(SUMMARY_WIDTH, sum(max(map(len, texts), default=0) for texts in (names, messages)) + 20)
+
+    def show(self, console: Console) -> None:
+        """Notes, the sums, a table of failures, and where the output is."""
+        from rich.table import Table
+
+        sums = {key: sum(outcome.info.get(key, 0) for outcome in self) for key in self.columns}
+        times = {} if self.wall_s is None else {"seconds": float(self.wall_s)}
+        times["worker seconds"] = float(sum(outcome.seconds for outcome in self))
+        values = {**self.counts(), **sums, **times}
+        table = Table(title=self.title, title_justify="left")
+        for head in values:
+            table.add_column(head, justify="right")
+        table.add_row(*(f"{value:,}" if isinstance(value, int) else f"{value:,.1f}" for value in values.values()))
+        show_lines(console, _notes(self))  # before the rest: there may be thousands
+        console.print(table)
+        untried = [outcome for outcome in self.failed if outcome.message == NOT_TRIED]
+        show_failures(console, [outcome for outcome in self.failed if outcome.message != NOT_TRIED])
+        if untried:
+            again = "put right what stopped the run, then run it again"
+            show_lines(console, [f"not tried: {len(untried)}, from {untried[0].item} on: {again}"])
+        show_lines(console, [f"output: {self.out}"])
 
 
-def show_failures(failures: Sequence[Outcome], title: str = "failures") -> int:
-    """Print a table of failures, each on one line where the output is no terminal; return their number."""
-    from rich.console import Console
+def show_failures(console: Console, failures: Sequence[Outcome], title: str = "failures") -> None:
+    """Write a table with a row a failure, where there are any."""
     from rich.table import Table
     from rich.text import Text
 
     if failures:
-        longest = max(len(outcome.item) for outcome in failures) + max(len(outcome.message) for outcome in failures)
         table = Table("item", "problem", title=title, title_justify="left")
         for outcome in failures:
             table.add_row(Text(outcome.item), Text(outcome.message))
-        Console(width=None if sys.stdout.isatty() else max(160, longest + 20)).print(table)
-    return len(failures)
+        console.print(table)
+
+
+def show_lines(console: Console, lines: Iterable[str]) -> None:
+    """Write lines as they are, each on one line however long."""
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _notes(outcomes: Sequence[Outcome]) -> list[str]:

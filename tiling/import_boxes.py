@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -249,9 +248,3 @@ def result_of(file: SlideFile) -> dict[str, Any]:
         return {}
     result = json.loads(text)
     return {"result": result, "message": result.get("message", "")}
-
-
-def tell(notes: Sequence[str]) -> None:
-    """Say on stderr what nobody asked a report of."""
-    for line in notes:
-        print(f"import: {line}", file=sys.stderr)

@@ -9,12 +9,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
 
 from annotations.errors import UserError
 from tiling import codec
+from tiling.annotate_report import BoxOutcomes
 from tiling.atomic import atomic_path
 from tiling.claim import claim, same_settings
 from tiling.cohort import Outcome, available_cpus, one_line, run_cohort
@@ -30,12 +32,12 @@ from tiling.import_boxes import (
     coco_boxes,
     placed,
     result_of,
-    tell,
     xml_boxes,
 )
 from tiling.mpp import Mpp, check_mpp, mpp_of
 from tiling.readers import MAX_IMAGE_PIXELS, ImageReader
 from tiling.resume import has_boxes, refuse_other
+from tiling.scan import listed
 from tiling.shards import NOMINAL_MPP, ShardSettings, import_shards
 from tiling.slide import Slide, SlideInfo
 from tiling.slidefile import SlideFile
@@ -58,6 +60,7 @@ LARGEST_TILE_PX = 1024  # images of one square size up to this are taken to be t
 DEFAULT_SHARD = 1000
 POOL_FROM = 200  # an image takes milliseconds: fewer are not worth starting processes for, unless asked
 SUB_IFDS = 330  # TIFF tag: pages beneath one
+COUNTED = ("tiles", "boxes")  # keys of Outcome.info that are summed
 LABEL_COLUMNS = ("slide_id", "x", "y", "label", "patient_id", "image")
 Work = tuple[ImageItem, Drawn | None]
 LabelRow = tuple[ImageItem, str, int, int]  # image, slide_id, x, y
@@ -83,22 +86,21 @@ def import_images(
     out: Path | str,
     coco: Path | str | None = None,
     mpp: float | None = None,
-    size_px: int | None = None,
+    size: int | None = None,
     manifest: Path | str | None = None,
-    workers: int | None = 1,
+    workers: int | None = None,
     fit: str = "tiles",
     boxes: Path | str | None = None,
     no_mpp: bool = False,
     shard: int | None = None,
     scheduler: str | None = None,
     polygons: bool = False,
-    report: BoxReport | None = None,
-) -> list[Outcome]:
+) -> BoxOutcomes:
     """Write slide files for images (IMAGE_EXTENSIONS); one outcome per slide file, and one per image that failed alone.
 
     images: a folder (searched recursively) or files. fit "tiles": each image is a slide file `<out>/<slide_id>.h5`, cut into
-    whole tiles of `size_px` from its top-left corner, at its own resolution; size_px None: the images' side where all are
-    one square size up to 1024, else 224. fit "crop": each image is one tile, its centre square resized to `size_px` (None:
+    whole tiles of `size` px from its top-left corner, at its own resolution; size None: the images' side where all are
+    one square size up to 1024, else 224. fit "crop": each image is one tile, its centre square resized to `size` px (None:
     224); "squash": all of it resized to a square; the tiles of one folder go to files of up to `shard` images (None: 1000),
     `<out>/<folder>-<number>.h5`, and a manifest's slide_id is not used.
     mpp: micrometres per pixel of the images, before the manifest's and the files' own; the tiles of fit "crop" have it times
@@ -106,48 +108,39 @@ def import_images(
     manifest: a CSV with the column image and any of patient_id, slide_id, mpp. coco: a COCO file, or boxes: a folder of
     PASCAL VOC style `<stem>.xml`; the objects go through the same map as the pixels and are clipped to the tiles. Where the
     COCO file states another size of an image, its objects are scaled, a box file is refused then. polygons: store the
-    clipped outlines too (/boxes/polygon). report: gets what became of the boxes by class, and notes on those of no image
-    here, which are printed where there is none.
-    Class folders one level below `images` are also written as labels, `<out>/labels.csv`.
-    workers None: one per CPU. A file that is there with the same parameters and sources is skipped. Raises UserError
-    for inputs that cannot be, and where another run imports into `out` with other settings; a bad image is a failed outcome.
+    clipped outlines too (/boxes/polygon). Class folders one level below `images` are also written as labels,
+    `<out>/labels.csv`. workers None: one per CPU, where there are many images. A file that is there with the same parameters
+    and sources is skipped. Raises UserError for inputs that cannot be, and where another run imports there otherwise.
     """
-    _check_options(mpp, size_px, fit, coco, boxes, no_mpp, shard, polygons)
+    begun = perf_counter()
+    _check_options(mpp, size, fit, coco, boxes, no_mpp, shard, polygons)
     items = [replace(item, path=item.path.absolute()) for item in find_images(images)]  # workers may run elsewhere
-    if manifest is not None:
-        items = apply_manifest(items, Path(manifest))
+    items = items if manifest is None else apply_manifest(items, Path(manifest))
     told = BoxReport()
     drawn, digest = coco_boxes(items, Path(coco), told) if coco is not None else ({}, "")
     folder = box_folder(items, Path(boxes)) if boxes is not None else None
-    if workers is None:
-        workers = 1 if len(items) < POOL_FROM else available_cpus()
+    workers = workers or (1 if len(items) < POOL_FROM else available_cpus())
     settings: ImportSettings | ShardSettings
     if fit == "tiles":
-        mpp = NOMINAL_MPP if no_mpp else mpp
-        size_px = size_px or default_size_px([item.path for item in items])
-        settings = ImportSettings(mpp, size_px, digest, folder, no_mpp, polygons)
+        size = size or default_size_px([item.path for item in items])
+        settings = ImportSettings(NOMINAL_MPP if no_mpp else mpp, size, digest, folder, no_mpp, polygons)
     else:
-        settings = ShardSettings(fit, size_px or DEFAULT_SIZE_PX, folder, digest, mpp, no_mpp, polygons)
-    out = _made(Path(out))
+        settings = ShardSettings(fit, size or DEFAULT_SIZE_PX, folder, digest, mpp, no_mpp, polygons)
+    made = _made(Path(out))
     labelled = any(item.label for item in items)
     asked = {"fit": fit, **asdict(settings), "manifest": manifest and _sha256(Path(manifest))}
     if labelled or fit != "tiles":  # labels.csv and the numbers of shards tell of all images of a run
-        several = [images] if isinstance(images, Path | str) else images
-        asked |= {"images": ", ".join(str(from_home(each).absolute()) for each in several), "shard": shard}
-    how: dict[str, Any] = {"title": "import", "workers": workers, "scheduler": scheduler, "folder": out}
-    with same_settings(out, "import", asked):
+        asked |= {"images": ", ".join(str(from_home(path).absolute()) for path in listed(images)), "shard": shard}
+    how: dict[str, Any] = {"title": "import", "workers": workers, "scheduler": scheduler, "folder": made}
+    with same_settings(made, "import", asked):
         if isinstance(settings, ImportSettings):
-            outcomes, rows = _import_each(items, drawn, out, settings, how)
+            outcomes, rows = _import_each(items, drawn, made, settings, how)
         else:
-            outcomes, rows = import_shards(items, drawn, out, settings, shard or DEFAULT_SHARD, how)
+            outcomes, rows = import_shards(items, drawn, made, settings, shard or DEFAULT_SHARD, how)
         if labelled:
-            _write_labels(out / "labels.csv", rows)
-    told.results += [result for outcome in outcomes if (result := outcome.info.pop("result", None)) is not None]
-    if report is None:
-        tell(told.notes)
-    else:
-        report.results, report.notes = report.results + told.results, report.notes + told.notes
-    return outcomes
+            _write_labels(made / "labels.csv", rows)
+    told.results += [outcome.info.pop("result") for outcome in outcomes if "result" in outcome.info]
+    return BoxOutcomes(outcomes, "import", out, COUNTED, perf_counter() - begun, stored=told.results, notes=told.notes)
 
 
 def _check_options(

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
 
 from annotations.errors import UserError
 from tiling.claim import claim, same_settings
-from tiling.cohort import Outcome, run_cohort
+from tiling.cohort import Outcomes, run_cohort
 from tiling.gather import gather_slide
 from tiling.nuclei import LABELS, Proposals, ProposalSettings, propose_tile, slide_levels
 from tiling.resume import DAMAGED
@@ -23,17 +24,18 @@ PROPOSAL_KIND = 2  # annotations.table.PROPOSAL
 METHOD_VERSION = 2  # raise it when the method changes, so that old proposals are made anew
 LEVEL_TILES = 48  # tiles looked at to learn a slide's levels
 COUNTED = ("nuclei", "clusters", "glands", "vessels", "nests")  # in the order of LABELS
+GATHERED = ("clusters", "parts")  # with from_cells
 HASH_ATTR = "proposal_sha256"
 
 
-def propose_cohort(
+def propose(
     folder: Path | str,
     workers: int | None = None,
     scheduler: str | None = None,
     replace: bool = False,
     timeout: float | None = None,
     from_cells: bool = False,
-) -> list[Outcome]:
+) -> Outcomes:
     """Add proposals to every slide file of a folder.
 
     A file with proposals of the same method is skipped. One with boxes from annotations fails with a line that says so,
@@ -42,6 +44,7 @@ def propose_cohort(
     UserError where the folder is missing or holds no slide file, where both `replace` and `from_cells` are set, and where
     another run proposes in the folder with other settings.
     """
+    begun = perf_counter()
     if replace and from_cells:
         raise UserError("--replace overwrites the annotations that --from-cells needs: give one of them")
     files = [path.absolute() for path in list_slide_files(folder)]
@@ -49,7 +52,8 @@ def propose_cohort(
     folder = Path(folder)
     how: dict[str, Any] = {"workers": workers, "scheduler": scheduler, "timeout": timeout, "folder": folder, "wrote": Path}
     with same_settings(folder, "propose", {"method": METHOD_VERSION, "replace": replace, "from_cells": from_cells}):
-        return run_cohort(files, work, title="propose", name=_name, **how)
+        outcomes = run_cohort(files, work, title="propose", name=_name, **how)
+    return Outcomes(outcomes, "propose", folder, GATHERED if from_cells else COUNTED, perf_counter() - begun)
 
 
 def propose_slide(path: Path, replace: bool = False, settings: ProposalSettings | None = None) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy as np
 from annotations.errors import UserError
 from tiling.alignment import about_levels
 from tiling.atomic import atomic_path, check_writable
-from tiling.cohort import Outcome, run_cohort
+from tiling.cohort import Outcome, Outcomes, run_cohort
 from tiling.csvfile import SUFFIXES
 from tiling.find import find_slides
 from tiling.grid import FINEST_SHARE
@@ -31,14 +32,14 @@ COLUMNS = (
 POOL_FROM = 64  # headers are read in milliseconds: fewer slides than this are not worth starting processes for
 
 
-def scan_slides(
-    slides: Sequence[Path | str],
-    out: Path | str,
+def scan(
+    slides: Path | str | Sequence[Path | str],
+    out: Path | str = "manifest.csv",
     mpp: float | None = None,
     assume_mpp: float | None = None,
     workers: int | None = None,
     timeout: float | None = None,
-) -> list[Outcome]:
+) -> Outcomes:
     """Read the headers of slides (files, folders searched recursively, globs) and write the manifest CSV `out`.
 
     One row per slide: what it is, which reader reads it and why that one, and what is wrong with it. An unreadable or cut
@@ -48,13 +49,14 @@ def scan_slides(
     one per CPU where there are many slides. timeout: seconds after which a slide is given up.
     Raises UserError for a path that does not exist or holds no slide, and where `out` cannot be written or is no manifest.
     """
+    begun = perf_counter()
     check_mpp(mpp, "--mpp")
     check_mpp(assume_mpp, "--assume-mpp")
     out = Path(out)
     if os.path.isdir(out):
         raise UserError(f"{out}: is a folder: give the manifest a file name, for instance {out / 'manifest.csv'}")
     before = manifest_before(out)
-    items = [before.onto(item) for item in find_slides(slides, before.slide_ids)]
+    items = [before.onto(item) for item in find_slides(listed(slides), before.slide_ids)]
     check_writable(out)
     if workers is None and len(items) < POOL_FROM:
         workers = 1
@@ -68,7 +70,7 @@ def scan_slides(
         writer = csv.DictWriter(file, dict.fromkeys((*COLUMNS, *before.columns)))
         writer.writeheader()
         writer.writerows(_row(out, before, item, outcome) for item, outcome in zip(items, outcomes, strict=True))
-    return outcomes
+    return Outcomes(outcomes, "scan", out, ("no_mpp", "will_fail"), perf_counter() - begun)
 
 
 def _row(out: Path, before: Before, item: SlideItem, outcome: Outcome) -> dict[str, Any]:
@@ -137,8 +139,14 @@ def cut_off(path: Path) -> str:
     return f"{beyond} of its {stored} stored tiles lie beyond its end at {size:,} bytes" if beyond else ""
 
 
-def slide_items(inputs: Sequence[Path | str]) -> list[SlideItem]:
+def listed(paths: Path | str | Sequence[Path | str]) -> Sequence[Path | str]:
+    """One path, or several, as several."""
+    return [paths] if isinstance(paths, Path | str) else paths
+
+
+def slide_items(inputs: Path | str | Sequence[Path | str]) -> list[SlideItem]:
     """The work list of a cohort: one manifest (a .csv or .tsv file), or slides as files, folders and globs."""
+    inputs = listed(inputs)
     paths = [Path(value) for value in inputs]
     manifests = [path for path in paths if path.suffix.lower() in SUFFIXES]
     if not manifests:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from annotations.errors import UserError
 from tiling import codec
 from tiling.alignment import about_levels
 from tiling.claim import claim, same_settings
-from tiling.cohort import Outcome, available_cpus, run_cohort
+from tiling.cohort import Outcomes, available_cpus, run_cohort
 from tiling.grid import GridPlan, plan_grid
 from tiling.manifest import SlideItem
 from tiling.mend import mended
@@ -44,50 +45,87 @@ THUMBNAIL_SIDE_PX = 1024
 TISSUE_METHOD = 3  # raised whenever --tissue auto finds other tissue than before
 
 
-def tile_cohort(
-    inputs: Sequence[Path | str],
+def tile(
+    inputs: Path | str | Sequence[Path | str],
     out: Path | str,
-    mpp: float,
-    size_px: int,
-    overlap_px: int = 0,
+    mpp: float | None = None,
+    size: int = 224,
+    overlap: int = 0,
     min_tissue: float = 0.1,
-    tissue: str | Path = "auto",
-    pixels: bool | str = True,
+    tissue: Path | str = "auto",
+    pixels: str = "jpeg",
     assume_mpp: float | None = None,
     workers: int | None = None,
     scheduler: str | None = None,
+    *,
+    mag: float | None = None,
     quality: int = 90,
-    exclude: str | Path = "",
-    pen: str = "drop",
-    tissue_out: str | Path = "",
-    timeout: float | None = None,
     reader: str = "auto",
     resample: str = "fast",
-) -> list[Outcome]:
+    exclude: Path | str = "",
+    pen: str = "drop",
+    tissue_out: Path | str = "",
+    timeout: float | None = None,
+    settings: TileSettings | None = None,
+) -> Outcomes:
     """Write `<out>/<slide_id>.h5` for every slide of a manifest, or of files, folders and globs.
 
-    See `TileSettings` for the settings. pixels: True, False, or "copy" for the slide's own encoded tiles where they are the
-    tiles wanted. Where there are more workers than slides, each slide gets several threads. A slide whose file is there with
-    the same parameters and the same source is skipped. timeout: seconds after which a slide is given up. Raises UserError for
-    inputs or settings that cannot be, and where another run is at work in `out` with other settings; a bad slide is a failed
-    outcome.
+    See `TileSettings` for the options, which may be given as one in their place; mag: magnification, for mpp = 10 / mag. Where
+    there are more workers than slides, each slide gets several threads. A slide whose file is there with the same parameters
+    and the same source is skipped. timeout: seconds after which a slide is given up. Raises UserError for inputs or settings
+    that cannot be, and where another run is at work in `out` with other settings; a bad slide is a failed outcome.
     """
-    if isinstance(pixels, str) and pixels != "copy":
-        raise UserError(f"--pixels {pixels}: is copy, where it is more than a switch")
-    more: dict[str, Any] = {"exclude": str(exclude), "pen": pen, "tissue_out": str(tissue_out)}
-    more |= {"copy": pixels == "copy", "reader": reader, "resample": resample}
-    first = (mpp, size_px, overlap_px, min_tissue, str(tissue), bool(pixels), assume_mpp, quality)
-    settings = TileSettings(*first, **more).check().anywhere()
+    wanted = TileSettings(
+        mpp=_one_mpp(mpp, mag) if settings is None else settings.mpp,
+        size=size,
+        overlap=overlap,
+        min_tissue=min_tissue,
+        tissue=str(tissue),
+        pixels=pixels,
+        assume_mpp=assume_mpp,
+        quality=quality,
+        reader=reader,
+        resample=resample,
+        exclude=str(exclude),
+        pen=pen,
+        tissue_out=str(tissue_out),
+    )
+    if settings is not None:
+        if (mpp, mag) != (None, None) or wanted != TileSettings(settings.mpp):
+            raise UserError("tile: takes settings, or its options one by one: put all of them into settings")
+        wanted = settings
+    return _tile_all(inputs, out, wanted.check().anywhere(), workers, scheduler, timeout)
+
+
+def _tile_all(
+    inputs: Path | str | Sequence[Path | str],
+    out: Path | str,
+    wanted: TileSettings,
+    workers: int | None,
+    scheduler: str | None,
+    timeout: float | None,
+) -> Outcomes:
+    begun = perf_counter()
     items = [replace(item, path=absolute(item.path)) for item in slide_items(inputs)]
-    out = _made(Path(out))
-    if settings.tissue_out:
-        _made(Path(settings.tissue_out), "--tissue-out")
+    folder = _made(Path(out))
+    if wanted.tissue_out:
+        _made(Path(wanted.tissue_out), "--tissue-out")
     cores = 1 if scheduler else available_cpus() if workers is None else workers
-    work = partial(tile_slide, out=out, settings=settings, threads=max(1, cores // max(1, len(items))))
-    how: dict[str, Any] = {"workers": workers, "scheduler": scheduler, "timeout": timeout, "folder": out}
-    how["wrote"] = partial(_file_of, out=out)
-    with same_settings(out, "tile", asdict(settings)):
-        return run_cohort(items, work, title="tile", name=str, **how)
+    work = partial(tile_slide, out=folder, settings=wanted, threads=max(1, cores // max(1, len(items))))
+    how: dict[str, Any] = {"workers": workers, "scheduler": scheduler, "timeout": timeout, "folder": folder}
+    how["wrote"] = partial(_file_of, out=folder)
+    with same_settings(folder, "tile", asdict(wanted)):
+        outcomes = run_cohort(items, work, title="tile", name=str, **how)
+    return Outcomes(outcomes, "tile", out, ("tiles", "bad_tiles", "megapixels"), perf_counter() - begun)
+
+
+def _one_mpp(mpp: float | None, mag: float | None) -> float:
+    """The resolution that was asked for in one of two ways."""
+    if (mpp is None) == (mag is None):
+        raise UserError("give the resolution of the tiles once: --mpp 0.5, or --mag 20 for the same")
+    if mag is not None and mag <= 0:
+        raise UserError(f"--mag {mag}: is a number above 0, for instance 20")
+    return mpp if mpp is not None else 10 / (mag or 1)
 
 
 def _file_of(item: SlideItem, out: Path) -> Path:
@@ -157,7 +195,7 @@ def _tiled(slide: Slide, task: Task, threads: int, mpp: Mpp, now: Stamp) -> dict
     overview = _looked(slide, task, mpp_l0)
     plan = _plan(settings, info, mpp_l0, overview)
     blur = np.full(len(plan.coords), np.nan, np.float32)  # filled in while the tiles are encoded
-    quality = {"pen": pen_shares(overview, plan)} | ({"blur": blur} if settings.pixels else {})
+    quality = {"pen": pen_shares(overview, plan)} | ({"blur": blur} if settings.stores_pixels else {})
     twin = _twin(path, item)
     clear_tissue(settings.tissue_out, path, overview, info.bounds_xy)
     groups: dict[str, GroupContent] = {
@@ -170,7 +208,7 @@ def _tiled(slide: Slide, task: Task, threads: int, mpp: Mpp, now: Stamp) -> dict
         meta=_meta(task, info, mpp_l0, parameters),
         coords=plan.coords,
         tissue_fraction=plan.tissue_fraction,
-        pixels=_pixels(slide, plan, settings, threads, blur, bad, groups) if settings.pixels else None,
+        pixels=_pixels(slide, plan, settings, threads, blur, bad, groups) if settings.stores_pixels else None,
         groups=groups,
     )
     write_tissue(settings.tissue_out, path, again=True)
@@ -185,7 +223,7 @@ def _tiled(slide: Slide, task: Task, threads: int, mpp: Mpp, now: Stamp) -> dict
         f"nothing of it in --exclude {settings.exclude}" if settings.exclude and task.exclude is None else "",
     ]
     message = "; ".join(remark for remark in said if remark)
-    megapixels = len(plan.coords) * plan.size_l0**2 / 1e6 if settings.pixels else 0.0
+    megapixels = len(plan.coords) * plan.size_l0**2 / 1e6 if settings.stores_pixels else 0.0
     counts = {"tiles": len(plan.coords), "bad_tiles": len(bad), "megapixels": megapixels, "reader": info.reader}
     anew = why_anew(task.there, parameters, now) if task.there is not None else DAMAGED if task.damaged else ""
     return {**counts, "mpp_source": mpp.source, "message": message, "redone": anew}
@@ -229,23 +267,23 @@ def _parameters(settings: TileSettings, mpp_level0: float, outlines: Path | None
     extra: dict[str, Any] = {"tissue_method": TISSUE_METHOD, "pen": settings.pen} if tissue == "auto" else {}
     if exclude is not None:
         extra["exclude"] = _sha256(exclude)
-    usual = TileSettings(settings.mpp, settings.size_px)
+    if settings.pixels == "copy":
+        extra["copy"] = True
+    usual = TileSettings(settings.mpp)
     extra |= {
-        name: getattr(settings, name)
-        for name in ("copy", "reader", "resample")
-        if getattr(settings, name) != getattr(usual, name)
+        name: getattr(settings, name) for name in ("reader", "resample") if getattr(settings, name) != getattr(usual, name)
     }
     return {
         **extra,
         "format_version": FORMAT_VERSION,
         "mpp": settings.mpp,
         "mpp_level0": mpp_level0,
-        "size_px": settings.size_px,
-        "overlap_px": settings.overlap_px,
+        "size_px": settings.size,
+        "overlap_px": settings.overlap,
         "min_tissue": settings.min_tissue,
         "tissue": tissue,
-        "pixels": settings.pixels,
-        "quality": settings.quality if settings.pixels else None,
+        "pixels": settings.stores_pixels,
+        "quality": settings.quality if settings.stores_pixels else None,
     }
 
 
@@ -275,8 +313,8 @@ def _meta(task: Task, info: SlideInfo, mpp_level0: float, parameters: dict[str, 
         height_l0=info.height_l0,
         mpp=settings.mpp,
         mpp_level0=mpp_level0,
-        patch_px=settings.size_px,
-        overlap_px=settings.overlap_px,
+        patch_px=settings.size,
+        overlap_px=settings.overlap,
         patient_id=item.patient_id,
         bounds_xy=info.bounds_xy,
         parameters=parameters,
@@ -285,7 +323,7 @@ def _meta(task: Task, info: SlideInfo, mpp_level0: float, parameters: dict[str, 
 
 
 def _plan(settings: TileSettings, info: SlideInfo, mpp_level0: float, overview: Overview) -> GridPlan:
-    size = (info.width_l0, info.height_l0, mpp_level0, settings.mpp, settings.size_px, settings.overlap_px)
+    size = (info.width_l0, info.height_l0, mpp_level0, settings.mpp, settings.size, settings.overlap)
     try:
         return plan_grid(*size, overview.mask, overview.downsample, settings.min_tissue)
     except UserError as error:
@@ -314,7 +352,7 @@ def _pixels(
     """The tiles as JPEG; blur and bad are filled in on the way, and at the end bad_tiles among the groups, written later."""
     if not len(plan.coords):  # a tile may be wider than any memory, where it is wider than the slide
         return
-    how: dict[str, Any] = {"quality": settings.quality, "copy": settings.copy, "threads": threads}
+    how: dict[str, Any] = {"quality": settings.quality, "copy": settings.pixels == "copy", "threads": threads}
     yield from encoded_tiles(slide, plan, **how, judge=blur_score, scores=blur, bad=bad)
     if bad:
         groups["bad_tiles"] = np.array(sorted(bad), np.int64)
@@ -332,7 +370,7 @@ def _about_pixels(slide: Slide, plan: GridPlan, settings: TileSettings, bad: dic
     if slide.left_out:
         sizes = ", ".join(f"1/{slide.downsample(level):.0f}" for level in sorted(slide.left_out))
         said.append(f"its level of {sizes} is no average of level 0, so a finer one is read")
-    if settings.pixels and settings.copy and len(plan.coords) and stored_level(slide, plan) is None:
+    if settings.pixels == "copy" and len(plan.coords) and stored_level(slide, plan) is None:
         said.append(f"recoded at quality {settings.quality}: its stored tiles are not the tiles wanted")
     return said
 

@@ -11,32 +11,39 @@ from tiling.mpp import check_mpp
 from tiling.readers import ORDER
 from tiling.slide import RESAMPLE
 
+PIXELS = ("none", "jpeg", "copy")
+
 
 @dataclass(frozen=True)
 class TileSettings:
     """What is asked of every slide of a cohort.
 
-    mpp: micrometres per target pixel. size_px, overlap_px: target pixels. min_tissue: least share of tissue in a tile.
-    tissue: "auto", "none", or a folder of outlines named by slide. pixels: store encoded tiles. assume_mpp: level-0 mpp
-    for slides that have none. quality: of the JPEGs. exclude: a folder of outlines or masks, named by slide, of what is not
-    wanted. pen: "drop" or "keep" what has the colours of pen ink. tissue_out: a folder for the outlines of the tissue.
-    copy: store the slide's own encoded tiles where they are the tiles wanted. reader, resample: see `Slide.open`.
+    mpp: micrometres per target pixel. size: side of a tile, overlap: of neighbours, both in target pixels. min_tissue: least
+    share of tissue in a tile. tissue: "auto", "none", or a folder of outlines named by slide. pixels: store encoded tiles
+    ("jpeg"), the slide's own encoded tiles where they are the tiles wanted ("copy"), or coordinates alone ("none").
+    assume_mpp: level-0 mpp for slides that have none. quality: of the JPEGs. reader, resample: see `Slide.open`. exclude: a
+    folder of outlines or masks, named by slide, of what is not wanted. pen: "drop" or "keep" what has the colours of pen ink.
+    tissue_out: a folder for the outlines of the tissue.
     """
 
     mpp: float
-    size_px: int
-    overlap_px: int = 0
+    size: int = 224
+    overlap: int = 0
     min_tissue: float = 0.1
     tissue: str = "auto"
-    pixels: bool = True
+    pixels: str = "jpeg"
     assume_mpp: float | None = None
     quality: int = 90
+    reader: str = "auto"
+    resample: str = "fast"
     exclude: str = ""
     pen: str = "drop"
     tissue_out: str = ""
-    copy: bool = False
-    reader: str = "auto"
-    resample: str = "fast"
+
+    @property
+    def stores_pixels(self) -> bool:
+        """Whether the slide files hold the tiles, or where they are alone."""
+        return self.pixels != "none"
 
     def check(self) -> TileSettings:
         """Raises UserError for a value that cannot be."""
@@ -46,6 +53,8 @@ class TileSettings:
             raise UserError(f"--min-tissue {self.min_tissue}: is a share between 0 and 1")
         if not 1 <= self.quality <= 100:
             raise UserError(f"--quality {self.quality}: JPEG quality lies between 1 and 100")
+        if self.pixels not in PIXELS:
+            raise UserError(f"--pixels {self.pixels}: is one of {', '.join(PIXELS)}")
         if self.tissue not in ("auto", "none") and not Path(self.tissue).is_dir():
             raise UserError(f"--tissue {self.tissue}: is neither auto, none nor a folder of GeoJSON outlines")
         if self.exclude and not Path(self.exclude).is_dir():
@@ -59,7 +68,7 @@ class TileSettings:
             raise UserError(f"--reader {self.reader}: choose among auto, {', '.join(ORDER)}")
         if self.resample not in RESAMPLE:
             raise UserError(f"--resample {self.resample}: choose among {', '.join(RESAMPLE)}")
-        plan_grid(self.size_px, self.size_px, self.mpp, self.mpp, self.size_px, self.overlap_px)
+        plan_grid(self.size, self.size, self.mpp, self.mpp, self.size, self.overlap)
         return self
 
     def anywhere(self) -> TileSettings:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
+
+from odis_path.cli.slides import end
 
 
 def register(app: typer.Typer) -> None:
@@ -45,17 +47,15 @@ def evaluate(
     """Judge embeddings by a probe, patients kept apart, with intervals and with baselines beside."""
     from rich.console import Console
 
-    from odis_path.evaluate.run import evaluate_features
+    from odis_path.evaluate.run import evaluate as run
 
-    console = Console()
-    with console.status("starting") as status:
-        results = evaluate_features(
+    with Console().status("starting") as status:
+        result = run(
             feats, labels, probe=probe, out=out, groups=groups, level=level, split=split, k=parse_ks(k),
             weights=weights, standardise=standardise, folds=folds, seed=seed, bootstrap=bootstrap, max_rows=max_rows,
-            baselines=parse_baselines(baseline or []), overwrite=overwrite, tell=status.update,
+            baseline=parse_baselines(baseline or []), overwrite=overwrite, tell=status.update,
         )  # fmt: skip
-    print_results(results, console)
-    typer.echo(f"results in {out}: results.json, table.csv, predictions.csv and figures")
+    end(result)
 
 
 def parse_ks(text: str) -> tuple[int, ...]:
@@ -81,40 +81,3 @@ def parse_baselines(entries: list[str]) -> dict[str, Path]:
             raise UserError(f"--baseline {entry}: the name {name.strip()} is given twice")
         found[name.strip()] = Path(folder)
     return found
-
-
-def print_results(results: dict[str, Any], console: Any) -> None:
-    """Headline and baselines as a table, warnings below it."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    rest = [name for name in results["headline"] if name not in ("balanced_accuracy", "macro_f1")]
-    title = (
-        f"{results['probe']} probe of {results['encoder']}: {results['n']} {results['level']}s, "
-        f"{len(results['labels'])} classes, {results['n_groups']} groups, {results['split']}"
-    )
-    table = Table(title=title)
-    table.add_column("")
-    table.add_column("standardised")
-    for name in ("balanced accuracy", "model minus it", "macro F1", *rest):
-        table.add_column(name, justify="right")
-    headline = results["headline"]
-    first = [spell(headline["balanced_accuracy"]), "", spell(headline["macro_f1"]), *(spell(headline[name]) for name in rest)]
-    table.add_row("[bold]this model", results["standardise"]["chosen"] or "", *first)
-    for name, values in results["baselines"].items():
-        cells = [values["balanced_accuracy"], values["difference"], values["macro_f1"], *(values.get(key) for key in rest)]
-        table.add_row(escape(name), values["standardise"] or "", *map(spell, cells))
-    console.print(table)
-    console.print(f"intervals: {results['settings']['interval']}", style="dim", markup=False, highlight=False)
-    console.print(results["pretraining"]["in_words"], markup=False, highlight=False)
-    for warning in results["warnings"]:
-        console.print(f"note: {warning}", markup=False, highlight=False)
-
-
-def spell(value: dict[str, Any] | None) -> str:
-    """0.812 (0.77 to 0.85), or 0.812 (no interval)"""
-    if value is None or value["point"] is None:
-        return ""
-    if value["low"] is None:
-        return f"{value['point']:.3f}{' (no interval)' if value.get('why') else ''}"
-    return f"{value['point']:.3f} ({value['low']:.2f} to {value['high']:.2f})"

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from time import perf_counter
 from typing import Annotated
 
 import typer
 
-FORMATS = ("timm", "geojson")
+from odis_path.cli.slides import end
 
 
 def register(app: typer.Typer) -> None:
@@ -35,24 +34,7 @@ def export(
     workers: Annotated[int | None, typer.Option(min=1, help="geojson: processes.", show_default=False)] = None,
 ) -> None:
     """Write a trained encoder, or what slide files hold, in the form that other programs read."""
-    from annotations.errors import UserError
+    from odis_path.export_run import export as run
 
-    if to not in FORMATS:
-        raise UserError(f"--to {to}: no such export; there is: {', '.join(FORMATS)}")
-    if to == "geojson":
-        from odis_path.export_geojson import export_geojson
-        from tiling.cohort import finish
-
-        parts = None if what is None else [part.strip() for part in what.split(",") if part.strip()]
-        begun = perf_counter()
-        outcomes = export_geojson(source, out, parts, predictions, origin, workers)
-        columns = parts or ("tissue", "tiles", "boxes", "labels")
-        raise typer.Exit(finish(outcomes, "export", out, columns, perf_counter() - begun))
-    if what is not None or predictions is not None:
-        raise UserError(f"--to {to}: takes no --what and no --predictions, which go with --to geojson")
-    from odis_path.export import export as run
-
-    result = run(source, to, out)
-    typer.echo(f"{result.weights}: {result.model}, {result.embed_dim} features, from {result.source}")
-    typer.echo(f"{result.sidecar}: mean {list(result.mean)}, std {list(result.std)}, mpp {result.mpp or 'unknown'}")
-    typer.echo(result.python)
+    parts = None if what is None else [part.strip() for part in what.split(",") if part.strip()]
+    end(run(source, to, out, what=parts, predictions=predictions, origin=origin, workers=workers))

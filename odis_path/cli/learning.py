@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
-from time import perf_counter
 from typing import Annotated
 
 import typer
 
-from odis_path.cli.slides import Scheduler
+from odis_path.cli.slides import Scheduler, end
 
 
 def register(app: typer.Typer) -> None:
@@ -27,17 +28,11 @@ def pretrain(
     ] = False,
 ) -> None:
     """Train a model from a configuration; the same command under torchrun trains on any number of ranks."""
-    from odis_path.model.source import check_start
-    from odis_path.train.config import load_config
+    from odis_path.train.run import pretrain as run
 
-    settings = load_config(config, overrides)
-    goes_on = any(Path(settings.run.out).glob("checkpoint-*.pt"))
-    check_start(settings.model.name, None if goes_on else settings.model.weights)
-    from odis_path.train.loop import pretrain as run
-    from odis_path.train.report_run import print_run
-
-    checkpoint = run(settings, from_previous=from_previous)
-    print_run(checkpoint)
+    trained = run(config, overrides, from_previous=from_previous)
+    if os.environ.get("RANK", "0") == "0":
+        end(trained)
 
 
 def embed(
@@ -62,16 +57,13 @@ def embed(
 
     check_options(checkpoint, level=level, mode=mode, kinds=kinds, dtype=dtype, pool=pool, resize=resize)
     list_slide_files(folder)
-    from odis_path.embed import embed_cohort
-    from tiling.cohort import finish
+    from odis_path.embed import embed as run
 
-    begun = perf_counter()
-    outcomes = embed_cohort(
-        folder, checkpoint, out, level=level, mode=mode, kinds=kinds, batch=batch, dtype=dtype,
-        random_weights=random_weights, device=device, scheduler=scheduler, pool=pool, resize=resize, overwrite=overwrite,
+    outcomes = run(
+        folder, checkpoint, out, level=level, mode=mode, kinds=kinds, batch=batch, dtype=dtype, pool=pool, resize=resize,
+        random_weights=random_weights, device=device, overwrite=overwrite, scheduler=scheduler,
     )  # fmt: skip
-    columns = ("objects",) if level == "object" else ("tiles",)
-    raise typer.Exit(finish(outcomes, "embed", out, columns, perf_counter() - begun))
+    end(outcomes)
 
 
 def doctor(
@@ -81,40 +73,10 @@ def doctor(
     workers: Annotated[int | None, typer.Option(min=1, help="Files read at once; default: one per CPU.")] = None,
 ) -> None:
     """Check the install; with DIR check what was written there: every file is read and compared with its checksums."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
+    from odis_path.doctor import doctor as run
 
-    if folder is not None:
-        raise typer.Exit(_verify(folder, workers))
-    from odis_path.doctor import examine
+    end(run(folder, workers))
 
-    checks = examine()
-    table = Table(title="odis-path doctor")
-    for title in ("what", "well", "found"):
-        table.add_column(title)
-    for check in checks:
-        table.add_row(check.what, "yes" if check.ok else "NO", escape(check.found))
-    Console().print(table)
-    raise typer.Exit(0 if all(check.ok for check in checks) else 1)
-
-
-def _verify(folder: Path, workers: int | None) -> int:
-    """Print what there is below a folder and what of it is damaged; return the exit code (1 where something is)."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from odis_path.verify import by_kind, verify
-    from tiling.cohort import show_failures
-
-    outcomes = verify(folder, workers)
-    table = Table(title="odis-path doctor", title_justify="left")
-    for title in ("kind", "files", "well", "damaged", "without checksums"):
-        table.add_column(title, justify="left" if title == "kind" else "right")
-    for kind in by_kind(outcomes):
-        table.add_row(kind.kind, *(f"{n:,}" for n in (kind.files, kind.files - kind.damaged, kind.damaged, kind.unchecked)))
-    Console().print(table)
-    return 1 if show_failures([outcome for outcome in outcomes if not outcome.ok], "damaged") else 0
 
 
 def demo(
@@ -132,10 +94,10 @@ def demo(
     workers: Annotated[int | None, typer.Option(help="Worker processes; default: one a core.")] = None,
 ) -> None:
     """Run the whole chain: slides, tiles, boxes, pretraining, embeddings, probes, report."""
-    from odis_path.demo.pipeline import DemoSettings, run_demo
+    from odis_path.demo.pipeline import demo as run
 
-    settings = DemoSettings(
-        out=out, slides=slides, geojson=geojson, assume_mpp=assume_mpp, manifest=manifest, point_size=point_size,
-        config=config, epochs=epochs, patients=patients, slide_px=slide_px, seed=seed, workers=workers,
+    result = run(
+        out, slides=slides, geojson=geojson, assume_mpp=assume_mpp, manifest=manifest, point_size=point_size, config=config,
+        epochs=epochs, patients=patients, slide_px=slide_px, seed=seed, workers=workers, stream=sys.stdout,
     )  # fmt: skip
-    raise typer.Exit(run_demo(settings))
+    end(result)

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from odis_path.cli.slides import end
+
 
 def register(app: typer.Typer) -> None:
     """Add the command to the root application."""
@@ -18,10 +20,6 @@ def report(
     out: Annotated[Path | None, typer.Option(help="The HTML file; default: report.html in DIR.")] = None,
 ) -> None:
     """Write one self-contained HTML page about everything found in a folder."""
-    from odis_path.report.build import build_report
+    from odis_path.report.build import report as run
 
-    made = build_report(folder, out)
-    for problem in made.problems:
-        typer.echo(f"problem: {problem}")
-    typer.echo(f"report: {made.page}")
-    raise typer.Exit(1 if made.found.problems or made.cohort.problems else 0)
+    end(run(folder, out))

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from time import perf_counter
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from typer.core import TyperCommand
 
 if TYPE_CHECKING:
-    from tiling.cohort import Outcome
-
-STORED = ("jpeg", "copy")  # what --pixels may be followed by
+    from tiling.cohort import Result
 
 
 def _not_empty(value: str | None) -> str | None:
@@ -35,34 +31,16 @@ SlideDir = Annotated[Path, typer.Argument(metavar="DIR", help="Folder that tile 
 def register(app: typer.Typer) -> None:
     """Add the commands of this module to the application."""
     app.command("scan")(scan)
-    app.command("tile", cls=_TileCommand)(tile)
+    app.command("tile")(tile)
     app.command("import")(import_)
     app.command("annotate")(annotate)
     app.command("propose")(propose)
 
 
-class _TileCommand(TyperCommand):
-    """`tile`, whose switch --pixels may be given a value: --pixels copy, --pixels=jpeg. A slide called so is ./copy."""
-
-    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
-        return super().parse_args(ctx, _with_encoding(args))
-
-
-def _with_encoding(args: list[str]) -> list[str]:
-    """Command line words with a value of --pixels taken over into --encoding."""
-    words, end = list(args), args.index("--") if "--" in args else len(args)
-    for i in reversed(range(end)):
-        if words[i].startswith("--pixels="):
-            words[i : i + 1] = ["--pixels", "--encoding", words[i].partition("=")[2]]
-        elif words[i] == "--pixels" and i + 1 < end and words[i + 1] in STORED:
-            words.insert(i + 1, "--encoding")
-    return words
-
-
-def _end(outcomes: list[Outcome], title: str, out: Path, columns: tuple[str, ...], begun: float) -> None:
-    from tiling.cohort import finish
-
-    raise typer.Exit(finish(outcomes, title, out, columns, perf_counter() - begun))
+def end(result: Result) -> None:
+    """Print what a command made and end it, with 1 where something failed."""
+    result.print()
+    raise typer.Exit(1 if result.failed else 0)
 
 
 def scan(
@@ -74,11 +52,9 @@ def scan(
     timeout: Timeout = None,
 ) -> None:
     """List slides with size, levels, mpp and vendor, and which will fail and why: the work list of a cohort."""
-    from tiling.scan import scan_slides
+    from tiling.scan import scan as run
 
-    begun = perf_counter()
-    outcomes = scan_slides(slides, out, mpp, assume_mpp, workers, timeout)
-    _end(outcomes, "scan", out, ("no_mpp", "will_fail"), begun)
+    end(run(slides, out, mpp=mpp, assume_mpp=assume_mpp, workers=workers, timeout=timeout))
 
 
 def tile(
@@ -93,15 +69,16 @@ def tile(
     min_tissue: Annotated[float, typer.Option(help="Least share of tissue in a tile.")] = 0.1,
     tissue: Annotated[str, typer.Option(metavar="auto|none|GEOJSON_DIR", help="Where the tissue is.")] = "auto",
     pixels: Annotated[
-        bool,
+        str,
         typer.Option(
-            help="Store the tiles, or read them from the slide each time. --pixels copy: the slide's own bytes, not recoded, "
-            "where its stored tiles are the tiles; else, and with --pixels jpeg, coded at --quality."
+            metavar="none|jpeg|copy",
+            help="none: coordinates alone, tiles are read from the slide each time. jpeg: stored, coded at --quality. copy: "
+            "the slide's own bytes, not recoded, where its stored tiles are the tiles.",
         ),
-    ] = True,
+    ] = "jpeg",
+    no_pixels: Annotated[bool, typer.Option("--no-pixels", help="The same as --pixels none.")] = False,
     assume_mpp: Annotated[float | None, typer.Option(help="Level-0 mpp of slides that have none.")] = None,
     quality: Annotated[int, typer.Option(help="JPEG quality of stored tiles.")] = 90,
-    encoding: Annotated[str, typer.Option(metavar="jpeg|copy", hidden=True)] = "jpeg",
     reader: Annotated[
         str, typer.Option(metavar="auto|direct|openslide|tiffslide|image", help="What reads the slides.")
     ] = "auto",
@@ -124,23 +101,14 @@ def tile(
     timeout: Timeout = None,
 ) -> None:
     """Cut slides into tiles where there is tissue."""
-    from annotations.errors import UserError
-    from tiling.tile import tile_cohort
+    from tiling.tile import tile as run
 
-    if (mpp is None) == (mag is None):
-        raise UserError("give the resolution of the tiles once: --mpp 0.5, or --mag 20 for the same")
-    if mag is not None and mag <= 0:
-        raise UserError(f"--mag {mag}: is a number above 0, for instance 20")
-    if encoding not in STORED:
-        raise UserError(f"--pixels {encoding}: may be followed by copy or jpeg: leave it out, or take --no-pixels")
-    stored = ("copy" if encoding == "copy" else True) if pixels else False
-    wanted_mpp = mpp if mpp is not None else 10 / (mag or 1)
-    begun = perf_counter()
-    outcomes = tile_cohort(
-        inputs, out, wanted_mpp, size, overlap, min_tissue, tissue, stored, assume_mpp, workers, scheduler, quality,
-        reader=reader, resample=resample, exclude=exclude, pen=pen, tissue_out=tissue_out, timeout=timeout,
+    outcomes = run(
+        inputs, out, mpp=mpp, mag=mag, size=size, overlap=overlap, min_tissue=min_tissue, tissue=tissue,
+        pixels="none" if no_pixels else pixels, assume_mpp=assume_mpp, quality=quality, reader=reader, resample=resample,
+        exclude=exclude, pen=pen, tissue_out=tissue_out, workers=workers, scheduler=scheduler, timeout=timeout,
     )  # fmt: skip
-    _end(outcomes, "tile", out, ("tiles", "bad_tiles", "megapixels"), begun)
+    end(outcomes)
 
 
 def import_(
@@ -161,20 +129,13 @@ def import_(
     scheduler: Scheduler = None,
 ) -> None:
     """Turn a class-folder tile set, or images with boxes, into the same files that tile writes."""
-    from tiling.annotate_report import print_classes, told_once
-    from tiling.cohort import finish
-    from tiling.import_boxes import BoxReport
     from tiling.importer import import_images
 
-    begun, report = perf_counter(), BoxReport()
     outcomes = import_images(
-        images, out, coco=coco, mpp=mpp, size_px=size, manifest=manifest, workers=workers, fit=fit, boxes=boxes,
-        no_mpp=no_mpp, shard=shard, scheduler=scheduler, polygons=polygons, report=report,
+        images, out, coco=coco, mpp=mpp, size=size, manifest=manifest, fit=fit, boxes=boxes, no_mpp=no_mpp, shard=shard,
+        polygons=polygons, workers=workers, scheduler=scheduler,
     )  # fmt: skip
-    lines = [*told_once(outcomes), *(f"note: {line}" for line in report.notes)]
-    code = finish(outcomes, "import", out, ("tiles", "boxes"), perf_counter() - begun)
-    print_classes(report.results, lines)
-    raise typer.Exit(code)
+    end(outcomes)
 
 
 def annotate(
@@ -208,34 +169,15 @@ def annotate(
     timeout: Timeout = None,
 ) -> None:
     """Clip annotations to the tiles and store them as boxes."""
-    from tiling.annotate import annotate_cohort
-    from tiling.annotate_report import print_labels, told_once
-    from tiling.cohort import finish
+    from tiling.annotate import annotate as run
 
-    begun = perf_counter()
-    outcomes = annotate_cohort(
-        folder,
-        [*annotations, *(more or [])],
-        classes=classes,
-        strict_classes=strict_classes,
-        annotation_mpp=annotation_mpp,
-        nuclei=nuclei,
-        split_values=split_values,
-        append=append,
-        stream=stream,
-        origin=origin,
-        kind=kind,
-        point_size=point_size,
-        workers=workers,
-        scheduler=scheduler,
-        polygons=polygons,
+    outcomes = run(
+        folder, [*annotations, *(more or [])], origin=origin, kind=kind, point_size=point_size, polygons=polygons,
+        classes=classes, strict_classes=strict_classes, annotation_mpp=annotation_mpp, nuclei=nuclei,
+        split_values=split_values, append=append, stream=stream, verbose=verbose, workers=workers, scheduler=scheduler,
         timeout=timeout,
-    )
-    of_many = told_once(outcomes)
-    columns = ("objects", "boxes", "repaired", "left_out", "outside")
-    code = finish(outcomes, "annotate", folder, columns, perf_counter() - begun)
-    print_labels(folder, outcomes, of_many, verbose=verbose)
-    raise typer.Exit(code)
+    )  # fmt: skip
+    end(outcomes)
 
 
 def propose(
@@ -249,11 +191,6 @@ def propose(
     timeout: Timeout = None,
 ) -> None:
     """Propose class-agnostic boxes (nuclei, glands) where there are no annotations."""
-    from tiling.propose import propose_cohort
+    from tiling.propose import propose as run
 
-    begun = perf_counter()
-    outcomes = propose_cohort(
-        folder, workers=workers, scheduler=scheduler, replace=replace, timeout=timeout, from_cells=from_cells
-    )
-    columns = ("clusters", "parts") if from_cells else ("nuclei", "clusters", "glands", "vessels", "nests")
-    _end(outcomes, "propose", folder, columns, begun)
+    end(run(folder, workers=workers, scheduler=scheduler, replace=replace, from_cells=from_cells, timeout=timeout))

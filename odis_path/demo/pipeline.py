@@ -10,13 +10,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from annotations.errors import UserError
+from tiling.cohort import Result, show_lines
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 TILE_PX = 128
 MPP = 0.5
 STEPS = 700  # optimisation steps of the demo recipe: a few minutes on two cores
+STDERR = 2  # the descriptor: a notebook's sys.stderr is no file
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
@@ -36,26 +41,47 @@ class DemoSettings:
     slide_px: int = 2048
     seed: int = 0
     workers: int | None = None
+    stream: TextIO | None = None
+
+    def tell(self, line: str) -> None:
+        """Say what is being done, on the stream or on stderr."""
+        print(line, file=self.stream or sys.stderr, flush=True)
+
+    def command(self, arguments: list[str], *, may_fail: bool = False) -> int:
+        """Run one `odis-path` command in a process of its own, as a user would; its failure ends the demo with its message."""
+        self.tell("$ odis-path " + " ".join(arguments))
+        words = [sys.executable, "-m", "odis_path", *arguments]
+        code = subprocess.run(words, check=False, stdout=None if self.stream is sys.stdout else STDERR).returncode
+        if code and not may_fail:
+            raise UserError(f"odis-path {arguments[0]}: ended with code {code}; its message is above")
+        return code
 
 
 @dataclass
-class Stages:
-    """Seconds of each stage, told as they pass and written to timings.json."""
+class DemoResult(Result):
+    """Seconds of each stage, told as they pass and written to timings.json, and the closing lines.
 
-    out: Path
+    page: the report. scores: one line an evaluation.
+    """
+
+    settings: DemoSettings
     seconds: dict[str, float] = field(default_factory=dict)
+    scores: list[str] = field(default_factory=list)
+
+    @property
+    def page(self) -> Path:
+        return (self.settings.out / "report.html").resolve()
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        print(f"\n=== {len(self.seconds) + 1}. {name}", flush=True)
+        self.settings.tell(f"\n=== {len(self.seconds) + 1}. {name}")
         begin = time.perf_counter()
         yield
         self.seconds[name] = time.perf_counter() - begin
-        (self.out / "timings.json").write_text(json.dumps(self.seconds, indent=2), encoding="utf-8")
+        (self.settings.out / "timings.json").write_text(json.dumps(self.seconds, indent=2), encoding="utf-8")
 
-    def table(self) -> None:
-        """Each stage with its share of the whole."""
-        from rich.console import Console
+    def show(self, console: Console) -> None:
+        """Each stage with its share of the whole, the scores, and where the report is."""
         from rich.table import Table
 
         total = sum(self.seconds.values())
@@ -64,48 +90,68 @@ class Stages:
             table.add_column(title, justify="left" if title == "stage" else "right")
         for name, seconds in self.seconds.items():
             table.add_row(name, f"{seconds:.1f}", f"{seconds / total:.0%}")
-        Console().print(table)
+        console.print(table)
+        show_lines(console, [*self.scores, "", f"open {self.page}"])
 
 
-def run_demo(settings: DemoSettings) -> int:
-    """Run the chain; returns the exit code. Done stages are skipped when the same command runs again."""
-    out = settings.out
+def demo(
+    out: Path | str,
+    slides: Path | str | None = None,
+    geojson: Path | str | None = None,
+    assume_mpp: float | None = None,
+    manifest: Path | str | None = None,
+    point_size: str | None = None,
+    config: str | None = None,
+    epochs: float | None = None,
+    patients: int = 10,
+    slide_px: int = 2048,
+    seed: int = 0,
+    workers: int | None = None,
+    *,
+    stream: TextIO | None = None,
+) -> DemoResult:
+    """Run the whole chain: slides, tiles, boxes, pretraining, embeddings, probes, report.
+
+    slides, geojson: your own slides and their annotations, in place of generated ones. stream: where it says what it does;
+    None: stderr. Done stages are skipped when it runs again. Raises UserError where a stage cannot be done.
+    """
+    settings = DemoSettings(
+        out=Path(out), slides=_path(slides), geojson=_path(geojson), assume_mpp=assume_mpp, manifest=_path(manifest),
+        point_size=point_size, config=config, epochs=epochs, patients=patients, slide_px=slide_px, seed=seed, workers=workers,
+        stream=stream,
+    )  # fmt: skip
     if settings.slides is not None and not settings.slides.exists():
-        raise UserError(f"{settings.slides}: no such slide or folder")
+        raise UserError(f"{slides}: no such slide or folder")
     if settings.geojson is not None and not settings.geojson.exists():
-        raise UserError(f"{settings.geojson}: no such GeoJSON file or folder")
-    out.mkdir(parents=True, exist_ok=True)
-    stages = Stages(out)
-    with stages.stage("slides"):
+        raise UserError(f"{geojson}: no such GeoJSON file or folder")
+    settings.out.mkdir(parents=True, exist_ok=True)
+    return run_stages(settings)
+
+
+def _path(value: Path | str | None) -> Path | None:
+    return None if value is None else Path(value)
+
+
+def run_stages(settings: DemoSettings) -> DemoResult:
+    """Run the stages one after the other."""
+    result = DemoResult(settings)
+    with result.stage("slides"):
         slides, annotations, manifest = settings.slides, settings.geojson, settings.manifest
         if slides is None:
             slides, annotations, manifest = make_slides(settings)
-    with stages.stage("tile"):
+    with result.stage("tile"):
         make_tiles(settings, slides, manifest)
-    with stages.stage("annotate" if annotations else "propose"):
+    with result.stage("annotate" if annotations else "propose"):
         make_boxes(settings, annotations)
-    with stages.stage("pretrain"):
+    with result.stage("pretrain"):
         make_model(settings)
-    with stages.stage("embed"):
-        make_features(out)
-    with stages.stage("evaluate"):
-        evaluated = make_probes(out)
-    with stages.stage("report"):
-        command(["report", str(out)])
-    stages.table()
-    for line in evaluated:
-        print(line)
-    print(f"\nopen {(out / 'report.html').resolve()}")
-    return 0
-
-
-def command(arguments: list[str], *, may_fail: bool = False) -> int:
-    """Run one `odis-path` command in a process of its own, as a user would; its failure ends the demo with its message."""
-    print("$ odis-path " + " ".join(arguments), flush=True)
-    code = subprocess.run([sys.executable, "-m", "odis_path", *arguments], check=False).returncode
-    if code and not may_fail:
-        raise UserError(f"odis-path {arguments[0]}: ended with code {code}; its message is above")
-    return code
+    with result.stage("embed"):
+        make_features(settings)
+    with result.stage("evaluate"):
+        result.scores = make_probes(settings)
+    with result.stage("report"):
+        settings.command(["report", str(settings.out)])
+    return result
 
 
 def make_slides(settings: DemoSettings) -> tuple[Path, Path, Path]:
@@ -115,7 +161,7 @@ def make_slides(settings: DemoSettings) -> tuple[Path, Path, Path]:
     cohort = settings.out / "cohort"
     done = cohort / "manifest.csv"
     if not done.exists():
-        print("the slides of this demo are synthetic: drawn by a program from a seed, no patient's tissue")
+        settings.tell("the slides of this demo are synthetic: drawn by a program from a seed, no patient's tissue")
         write_cohort(
             cohort, patients=settings.patients, side_px=settings.slide_px, seed=settings.seed, workers=settings.workers or 2
         )
@@ -128,13 +174,13 @@ def make_tiles(settings: DemoSettings, slides: Path, manifest: Path | None) -> N
     if is_image_folder(slides):
         mpp = ["--mpp", str(settings.assume_mpp)] if settings.assume_mpp else []
         table = ["--manifest", str(manifest)] if manifest else []
-        command(["import", str(slides), "--out", str(out / "tiles"), "--size", str(TILE_PX), *mpp, *table, *workers])
+        settings.command(["import", str(slides), "--out", str(out / "tiles"), "--size", str(TILE_PX), *mpp, *table, *workers])
         return
     mpp = ["--assume-mpp", str(settings.assume_mpp)] if settings.assume_mpp else []
     if manifest is None:
         manifest = out / "manifest.csv"
-        command(["scan", str(slides), "--out", str(manifest)], may_fail=True)
-    code = command(
+        settings.command(["scan", str(slides), "--out", str(manifest)], may_fail=True)
+    code = settings.command(
         ["tile", str(manifest), "--out", str(out / "tiles"), "--mpp", str(MPP), "--size", str(TILE_PX), *mpp, *workers],
         may_fail=True,
     )
@@ -155,10 +201,10 @@ def make_boxes(settings: DemoSettings, annotations: Path | None) -> None:
     tiles = str(settings.out / "tiles")
     workers = ["--workers", str(settings.workers)] if settings.workers else []
     if annotations is None:
-        command(["propose", tiles, *workers])
+        settings.command(["propose", tiles, *workers])
         return
     size = ["--point-size", settings.point_size] if settings.point_size else []
-    command(["annotate", tiles, "--annotations", str(annotations), *size, *workers])
+    settings.command(["annotate", tiles, "--annotations", str(annotations), *size, *workers])
 
 
 def make_model(settings: DemoSettings) -> None:
@@ -169,7 +215,7 @@ def make_model(settings: DemoSettings) -> None:
         overrides += fit_recipe(out / "tiles")
     if settings.epochs is not None:
         overrides.append(f"optim.epochs={settings.epochs}")
-    command(["pretrain", settings.config or "demo", *overrides])
+    settings.command(["pretrain", settings.config or "demo", *overrides])
 
 
 def fit_recipe(tiles: Path) -> list[str]:
@@ -194,15 +240,18 @@ def fit_recipe(tiles: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def make_features(out: Path) -> None:
+def make_features(settings: DemoSettings) -> None:
     """Tile, slide and object embeddings of the trained encoder, and tile and object ones of an untrained twin."""
+    out = settings.out
     tiles, run = str(out / "tiles"), str(out / "run")
     for name, extra in (("odis", []), ("random", ["--random-weights"])):
-        command(["embed", tiles, "--checkpoint", run, "--out", str(out / "features" / f"{name}-tile"), *extra])
+        settings.command(["embed", tiles, "--checkpoint", run, "--out", str(out / "features" / f"{name}-tile"), *extra])
         objects = ["--level", "object", "--mode", "masked", "--kinds", object_kind(out / "tiles")]
-        command(["embed", tiles, "--checkpoint", run, "--out", str(out / "features" / f"{name}-object"), *objects, *extra])
+        settings.command(
+            ["embed", tiles, "--checkpoint", run, "--out", str(out / "features" / f"{name}-object"), *objects, *extra]
+        )
     slide = ["--level", "slide", "--out", str(out / "features" / "odis-tile")]
-    command(["embed", tiles, "--checkpoint", run, *slide])
+    settings.command(["embed", tiles, "--checkpoint", run, *slide])
 
 
 def object_kind(tiles: Path) -> str:
@@ -211,9 +260,9 @@ def object_kind(tiles: Path) -> str:
     return kinds.split("[")[1].rstrip("]")
 
 
-def make_probes(out: Path) -> list[str]:
+def make_probes(settings: DemoSettings) -> list[str]:
     """k-NN and linear probes on held-out patients; what cannot be probed is said, not hidden. Returns the closing lines."""
-    lines = []
+    out, lines = settings.out, []
     probes = [("tile", "knn", "tile-knn"), ("tile", "linear", "tile-linear"), ("object", "knn", "object-knn")]
     split = ["--split", str(out / "run" / "split.csv")] if has_test_split(out / "run" / "split.csv") else []
     for level, probe, name in probes:
@@ -223,7 +272,7 @@ def make_probes(out: Path) -> list[str]:
             "--level", level, "--out", str(out / "evaluation" / name),
             "--baseline", f"random weights={features / f'random-{level}'}", *split,
         ]  # fmt: skip
-        if command(arguments, may_fail=True):
+        if settings.command(arguments, may_fail=True):
             lines.append(f"{level} {probe}: not evaluated; its message above says why")
             continue
         lines.append(headline(out / "evaluation" / name / "results.json", f"{level} {probe}"))

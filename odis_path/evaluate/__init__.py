@@ -6,9 +6,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from odis_path.evaluate.run import evaluate_features
+    from odis_path.evaluate.run import evaluate
 
-__all__ = ["evaluate_features"]
+__all__ = ["evaluate"]
 
 
 def __getattr__(name: str) -> Any:

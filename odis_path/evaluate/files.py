@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +14,11 @@ from annotations.errors import UserError
 from odis_path.evaluate.bootstrap import Judged
 from odis_path.evaluate.problem import Problem
 from tiling.atomic import atomic_path
+from tiling.cohort import Result, show_lines
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from rich.console import Console
 
 FIGURES = ("confusion", "roc", "k_curve", "c_curve", "shots")
 _PARTS = ("point", "low", "high")
@@ -33,6 +35,67 @@ def refuse_other_results(out: Path, encoder: str) -> None:
         raise UserError(
             f"{path}: is of another encoder, {there}, not {encoder}: give another --out, or --overwrite to replace it"
         )
+
+
+class EvaluationResult(Result, Mapping[str, Any]):
+    """The content of results.json, and the folder it lies in."""
+
+    def __init__(self, results: Mapping[str, Any], folder: Path) -> None:
+        self._results, self.folder = dict(results), folder
+
+    def __getitem__(self, key: str) -> Any:
+        return self._results[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._results)
+
+    def __len__(self) -> int:
+        return len(self._results)
+
+    def __repr__(self) -> str:
+        return f"EvaluationResult({self.folder}: {self['probe']} probe of {self['encoder']})"
+
+    def show(self, console: Console) -> None:
+        """Headline and baselines as a table, warnings below it, and where the files are."""
+        from rich.table import Table
+
+        headline = self["headline"]
+        rest = [name for name in headline if name not in ("balanced_accuracy", "macro_f1")]
+        title = (
+            f"{self['probe']} probe of {self['encoder']}: {self['n']} {self['level']}s, "
+            f"{len(self['labels'])} classes, {self['n_groups']} groups, {self['split']}"
+        )
+        table = Table(title=title)
+        table.add_column("")
+        table.add_column("standardised")
+        for name in ("balanced accuracy", "model minus it", "macro F1", *rest):
+            table.add_column(name, justify="right")
+        for name, standardised, values in self._rows():
+            shown = (values["balanced_accuracy"], values.get("difference"), values["macro_f1"], *map(values.get, rest))
+            table.add_row(name, standardised or "", *map(estimate_text, shown))
+        console.print(table)
+        console.print(f"intervals: {self['settings']['interval']}", style="dim", markup=False, highlight=False)
+        console.print(self["pretraining"]["in_words"], markup=False, highlight=False)
+        for warning in self["warnings"]:
+            console.print(f"note: {warning}", markup=False, highlight=False)
+        show_lines(console, [f"results in {self.folder}: results.json, table.csv, predictions.csv and figures"])
+
+    def _rows(self) -> Iterator[tuple[str, str | None, Mapping[str, Any]]]:
+        """Name, what was done to the features, and the measures: of the model, then of each baseline."""
+        from rich.markup import escape
+
+        yield "[bold]this model", self["standardise"]["chosen"], self["headline"]
+        for name, values in self["baselines"].items():
+            yield escape(name), values["standardise"], values
+
+
+def estimate_text(value: Mapping[str, Any] | None) -> str:
+    """0.812 (0.77 to 0.85), or 0.812 (no interval); empty where there is no estimate."""
+    if value is None or value["point"] is None:
+        return ""
+    if value["low"] is None:
+        return f"{value['point']:.3f}{' (no interval)' if value.get('why') else ''}"
+    return f"{value['point']:.3f} ({value['low']:.2f} to {value['high']:.2f})"
 
 
 def write_all(out: Path, results: dict[str, Any], problem: Problem, judged: Judged) -> None:

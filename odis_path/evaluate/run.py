@@ -15,7 +15,7 @@ import numpy as np
 from annotations.errors import UserError
 from odis_path.evaluate.bootstrap import Estimate, Judged, estimate_classes, estimate_mean
 from odis_path.evaluate.candidates import candidates, check_names
-from odis_path.evaluate.files import refuse_other_results, write_all
+from odis_path.evaluate.files import EvaluationResult, refuse_other_results, write_all
 from odis_path.evaluate.knn import TEMPERATURE, Weights
 from odis_path.evaluate.metrics import confusion_matrix, f1_scores, precisions, recalls
 from odis_path.evaluate.probes import (
@@ -84,12 +84,12 @@ class Verdict:
         return Counter(self.hows).most_common(1)[0][0] if self.hows else None
 
 
-def evaluate_features(
-    feats: Path,
+def evaluate(
+    feats: Path | str,
     labels: Path | str,
     *,
     probe: str,
-    out: Path,
+    out: Path | str,
     groups: str = "patient_id",
     level: str = "auto",
     split: Path | str | None = None,
@@ -100,19 +100,19 @@ def evaluate_features(
     seed: int = 0,
     bootstrap: int = 1000,
     max_rows: int = 20000,
-    baselines: Mapping[str, Path] | None = None,
+    baseline: Mapping[str, Path | str] | None = None,
     overwrite: bool = False,
     tell: Callable[[str], None] = lambda message: None,
-) -> dict[str, Any]:
+) -> EvaluationResult:
     """Judge the embeddings of a folder; write results.json, predictions.csv, table.csv and figures into out.
 
     labels: a CSV, or "annotations" for the labels stored with the embeddings. split: a CSV, or "auto" for that of the run that
-    made the encoder. baselines: name -> another feature folder. overwrite: a result of another encoder in out is replaced.
+    made the encoder. baseline: name -> another feature folder. overwrite: a result of another encoder in out is replaced.
     tell is called with a word on what is being done. Returns the content of results.json. Raises UserError where the
     result would be void: unknown patients, one class, a patient on two sides, broken embeddings.
     """
     settings = _settings(probe, k, weights, seed, max_rows, standardise)
-    folders = dict(baselines or {})
+    folders = {name: Path(folder) for name, folder in (baseline or {}).items()}
     check_names(folders)
     sweep(Path(out))
     tell("reading embeddings")
@@ -139,7 +139,7 @@ def evaluate_features(
         "split": None if split is None else str(split), "baselines": {name: str(folder) for name, folder in folders.items()},
     }  # fmt: skip
     write_all(Path(out), results, problem, model.judged)
-    return results
+    return EvaluationResult(results, Path(out))
 
 
 def _settings(probe: str, k: Sequence[int], weights: str, seed: int, max_rows: int, standardise: str) -> Settings:

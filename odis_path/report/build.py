@@ -8,7 +8,7 @@ import io
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from annotations.errors import UserError
 from odis_path.report import style
@@ -17,7 +17,11 @@ from odis_path.report.collect import Findings, find_everything
 from odis_path.report.results import Evaluation, read_evaluation
 from tiling.atomic import atomic_path
 from tiling.claim import sweep
+from tiling.cohort import Result, show_lines
 from tiling.slideid import safe_id
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 @dataclass(frozen=True)
@@ -87,8 +91,11 @@ class Section:
 
 
 @dataclass
-class Report:
-    """What sections draw on, and where they put their pictures and numbers."""
+class Report(Result):
+    """What sections draw on, and where they put their pictures and numbers.
+
+    page: the HTML file. problems: what could not be shown, and why.
+    """
 
     found: Findings
     cohort: Cohort
@@ -128,6 +135,15 @@ class Report:
             writer.writerows(rows)
 
     @property
+    def failed(self) -> list[str]:
+        """Files of the folder that cannot be read."""
+        return [*self.found.problems, *self.cohort.problems]
+
+    def show(self, console: Console) -> None:
+        """The problems, a line each, and where the page is."""
+        show_lines(console, [*(f"problem: {problem}" for problem in self.problems), f"report: {self.page}"])
+
+    @property
     def class_names(self) -> list[str]:
         """Every class of the report, tissue first, in the order colours are given."""
         names = [n for kind in ("tissue", "cell", "proposal") for n in self.cohort.classes(kind)]
@@ -139,11 +155,16 @@ class Report:
         return style.class_colors(self.class_names)
 
 
-def build_report(folder: Path, out: Path | None) -> Report:
-    """Write the page and the files beside it (`odis_path.report.write_report`); its `problems` say what could not be shown."""
+def report(folder: Path | str, out: Path | str | None = None) -> Report:
+    """Write the report of a folder to `out` (None: `<folder>/report.html`), one HTML page about everything the folder holds.
+
+    Pictures and numbers also go to `<out without .html>_files/`. Its `problems` say what could not be shown. Raises UserError
+    where there is nothing to report.
+    """
     from odis_path.report import sections
 
-    out = folder / "report.html" if out is None else out
+    folder = Path(folder)
+    out = folder / "report.html" if out is None else Path(out)
     files = out.with_name(f"{out.stem}_files")
     for written in (out.parent, files):
         sweep(written)
@@ -154,19 +175,19 @@ def build_report(folder: Path, out: Path | None) -> Report:
     if (files / "report.json").is_file():  # an earlier report's files; nobody else's are touched
         for old in (*files.glob("*.png"), *files.glob("*.csv")):
             old.unlink()
-    report = Report(found, cohort, evaluations, files, out, problems=[*found.problems, *cohort.problems])
+    made = Report(found, cohort, evaluations, files, out, problems=[*found.problems, *cohort.problems])
     parts = []
     for make in sections.ORDER:
         try:
-            section = make(report)
+            section = make(made)
         except UserError as error:  # a damaged file costs the part that shows it
-            report.problems.append(f"{make.__name__} left out: {error}")
+            made.problems.append(f"{make.__name__} left out: {error}")
             continue
         if section is not None and section.items:
             parts.append(section)
-    write_numbers(report)
-    write_page(report, parts)
-    return report
+    write_numbers(made)
+    write_page(made, parts)
+    return made
 
 
 def write_numbers(report: Report) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from annotations.errors import UserError
 from odis_path.data.dataset import TileIndex
-from odis_path.encode import FrozenEncoder, batches, encode
+from odis_path.encode import FrozenEncoder, batches
 from odis_path.train.config import PretrainConfig
 from tiling.slidefile import SlideFile, tile_labels
 
@@ -73,8 +73,8 @@ class KnnProbe:
         """Balanced accuracy on the queries, and the spread of their embeddings (0: collapsed)."""
         from odis_path.evaluate.knn import balanced_accuracy, knn_scores
 
-        gallery = np.concatenate([encode(encoder, self.gallery[s]) for s in batches(len(self.gallery), _BATCH)])
-        queries = np.concatenate([encode(encoder, self.queries[s]) for s in batches(len(self.queries), _BATCH)])
+        gallery = np.concatenate([encoder.encode(self.gallery[s]) for s in batches(len(self.gallery), _BATCH)])
+        queries = np.concatenate([encoder.encode(self.queries[s]) for s in batches(len(self.queries), _BATCH)])
         classes = len(self.names)
         scores = knn_scores(gallery, self.gallery_labels, queries, classes, min(self.k, len(gallery)))
         unit = queries / np.maximum(np.linalg.norm(queries, axis=1, keepdims=True), 1e-12)

@@ -17,7 +17,6 @@ from annotations import (
     TISSUE,
     SlideFrame,
     UserError,
-    as_geodataframe,
     concatenate,
     read_annotations,
     read_classmap,
@@ -244,7 +243,7 @@ def test_geodataframe_and_back_through_geoparquet(tmp_path: Path) -> None:
         {"type": "Feature", "id": "c", "geometry": NUCLEUS, "properties": {"objectType": "cell", "measurements": {"Area": 4}}},
     ]
     table = read_annotations(save(tmp_path / "a.geojson", items), measurements=True)
-    frame = as_geodataframe(table)
+    frame = table.to_geodataframe()
     assert isinstance(frame, geopandas.GeoDataFrame)
     assert frame.crs is None
     assert list(frame.columns) == ["id", "label", "kind", "source", "confidence", "Area", "geometry"]
@@ -254,7 +253,7 @@ def test_geodataframe_and_back_through_geoparquet(tmp_path: Path) -> None:
     assert same(back.geometry, table.geometry)
     assert (labels(back), back.id.tolist(), back.kind.tolist()) == (["Tumor", None], ["t", "c"], [TISSUE, CELL])
     assert np.array_equal(back.measurements["Area"], [np.nan, 4], equal_nan=True)
-    assert len(as_geodataframe(table.taken(np.zeros(2, bool)))) == 0
+    assert len(table.taken(np.zeros(2, bool)).to_geodataframe()) == 0
 
 
 def test_geoparquet_of_others(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 from annotations import CELL, TISSUE, UserError, read_annotations, table_features, write_geojson
 from odis_path.cli import app
 from odis_path.export_geojson import export_geojson
-from tiling import SlideMeta, annotate_cohort, write_slide_file
+from tiling import SlideMeta, write_slide_file
+from tiling.annotate import annotate
 from tiling.codec import encode_jpeg
 
 RING = [[150, 20], [250, 20], [250, 60], [150, 60], [150, 20]]
@@ -45,7 +46,7 @@ def annotated(tmp_path: Path, **options) -> Path:
         )
     ]
     (tmp_path / "a.geojson").write_text(json.dumps(items))
-    assert annotate_cohort(tmp_path / "s", tmp_path / "a.geojson", origin="level0")[0].ok
+    assert annotate(tmp_path / "s", tmp_path / "a.geojson", origin="level0")[0].ok
     return path
 
 

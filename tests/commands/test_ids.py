@@ -141,7 +141,7 @@ def test_names_in_a_coco_file_and_names_of_images_stay_inside(tmp_path: Path) ->
     }
     (tmp_path / "c.json").write_text(json.dumps(content))
     before = everything(tmp_path)
-    outcomes = import_images(images, out, coco=tmp_path / "c.json", mpp=0.5, size_px=32)
+    outcomes = import_images(images, out, coco=tmp_path / "c.json", mpp=0.5, size=32)
     assert [outcome.message for outcome in outcomes if not outcome.ok] == []
     new = everything(tmp_path) - before - {out}
     assert {path.parent for path in new} == {out}

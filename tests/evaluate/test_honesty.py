@@ -16,7 +16,7 @@ import pytest
 from conftest import Cohort
 
 from annotations.errors import UserError
-from odis_path.evaluate.run import evaluate_features
+from odis_path.evaluate.run import evaluate
 from odis_path.pretraining import FILE, Pretraining, Slide, kept_in_checkpoint, read_note
 
 
@@ -28,7 +28,7 @@ def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(feats: Path, out: Path, **options: Any) -> dict[str, Any]:
     values: dict[str, Any] = {"labels": "annotations", "probe": "knn", "folds": 3, "out": out, "level": "tile"}
-    return evaluate_features(feats, **{**values, **options})
+    return evaluate(feats, **{**values, **options})
 
 
 def note_into(folder: Path, note: str) -> None:
@@ -126,7 +126,7 @@ def test_each_baselines_encoder_has_its_own_count(cohort: Cohort, feats: Path, t
     pretraining = trained_on("p0", base="hub-model.pth")
     pretraining.write(feats)
     note_into(feats, pretraining.note())
-    found = run(cohort.noise, tmp_path / "out", baselines={"other": feats})
+    found = run(cohort.noise, tmp_path / "out", baseline={"other": feats})
     assert found["baselines"]["other"]["pretraining"]["seen"] == 1
     assert "began from hub-model.pth" in found["baselines"]["other"]["pretraining"]["in_words"]
     assert not found["pretraining"]["known"]
@@ -167,7 +167,7 @@ def test_weights_that_a_run_began_from_count_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize("how", ["none", "zscore", "whiten", "centre-slide"])
 @pytest.mark.parametrize("probe", ["knn", "prototype", "retrieval"])
 def test_the_model_and_every_baseline_get_the_same(cohort: Cohort, tmp_path: Path, probe: str, how: str) -> None:
-    found = run(cohort.good, tmp_path, probe=probe, standardise=how, baselines={"noise": cohort.noise}, k=[5])
+    found = run(cohort.good, tmp_path, probe=probe, standardise=how, baseline={"noise": cohort.noise}, k=[5])
     assert found["standardise"]["chosen"] == how
     assert {name: values["standardise"] for name, values in found["baselines"].items()} == {
         "majority": None, "rgb_mean": how, "texture": how, "noise": how,

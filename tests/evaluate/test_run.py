@@ -12,7 +12,7 @@ import pytest
 from conftest import CLASSES, Cohort
 
 from annotations.errors import UserError
-from odis_path.evaluate.run import evaluate_features
+from odis_path.evaluate.run import evaluate
 
 KEYS = {
     "format", "probe", "level", "mode", "encoder", "labels", "n", "n_patients", "groups", "split", "headline", "baselines",
@@ -22,12 +22,12 @@ KEYS = {
 
 def run(cohort: Cohort, out: Path, **options: Any) -> dict[str, Any]:
     values: dict[str, Any] = {"labels": "annotations", "probe": "knn", "bootstrap": 50, "folds": 3, "out": out}
-    return evaluate_features(cohort.good, **{**values, **options})
+    return evaluate(cohort.good, **{**values, **options})
 
 
 @pytest.mark.parametrize("probe", ["knn", "linear", "prototype", "retrieval"])
 def test_every_probe_writes_a_whole_result(cohort: Cohort, tmp_path: Path, probe: str) -> None:
-    results = run(cohort, tmp_path, probe=probe, level="tile", baselines={"noise": cohort.noise})
+    results = run(cohort, tmp_path, probe=probe, level="tile", baseline={"noise": cohort.noise})
     assert json.loads((tmp_path / "results.json").read_text()) == results
     assert set(results) >= KEYS
     assert results["n"] == 96

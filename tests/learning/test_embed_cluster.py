@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from annotations.errors import UserError
-from odis_path.embed import checkpoint_file, checkpoint_stamp, embed_cohort, shared_encoder
-from odis_path.encode import encode, load_encoder
+from odis_path.embed import checkpoint_file, checkpoint_stamp, embed, shared_encoder
+from odis_path.encode import load_encoder
 from odis_path.features import read_features, read_slides_parquet
 from odis_path.train import loop
 from odis_path.train.checkpoint import latest_checkpoint
@@ -72,7 +72,7 @@ def features_of(checkpoint: Path, tiles: Path, *, random_weights: bool = False) 
     """What the first slide's tiles become with a checkpoint, loaded here and now."""
     with SlideFile(tiles / "S0.h5") as slide:
         pixels = np.stack([slide.tile(i) for i in range(len(slide))])
-    return encode(load_encoder(str(checkpoint), device="cpu", random_weights=random_weights), pixels)
+    return load_encoder(str(checkpoint), device="cpu", random_weights=random_weights).encode(pixels)
 
 
 def forbid_passes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,7 +86,7 @@ def test_a_run_folder_that_trained_on_is_embedded_with_its_new_weights(
     tiny_tiles: Path, run_folder: Path, tmp_path: Path
 ) -> None:
     for name in ("before", "after"):
-        assert all(o.ok for o in embed_cohort(tiny_tiles, str(run_folder), tmp_path / name, dtype="float32", device="cpu"))
+        assert all(o.ok for o in embed(tiny_tiles, str(run_folder), tmp_path / name, dtype="float32", device="cpu"))
         expected = features_of(run_folder, tiny_tiles)
         assert np.allclose(read_features(tmp_path / name / "S0.h5").x, expected, atol=1e-5)
         train_on(run_folder)
@@ -97,7 +97,7 @@ def test_a_cluster_takes_the_commands_checkpoint_each_time(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("before", "after"):
-        outcomes = embed_cohort(tiny_tiles, "run", Path(name), dtype="float32", device="cpu", scheduler=scheduler)
+        outcomes = embed(tiny_tiles, "run", Path(name), dtype="float32", device="cpu", scheduler=scheduler)
         assert [o.message for o in outcomes if not o.ok] == []
         expected = features_of(run_folder, tiny_tiles)
         assert np.allclose(read_features(tmp_path / name / "S0.h5").x, expected, atol=1e-5)
@@ -110,7 +110,7 @@ def test_random_weights_are_the_same_on_a_worker_with_threads(
     for turn in range(3):
         out, run = tmp_path / f"out{turn}", copytree(run_folder, tmp_path / f"run{turn}")  # loaded anew each time
         how = {"dtype": "float32", "device": "cpu", "random_weights": True, "scheduler": scheduler}
-        assert all(o.ok for o in embed_cohort(tiny_tiles, str(run), out, **how))  # type: ignore[arg-type]
+        assert all(o.ok for o in embed(tiny_tiles, str(run), out, **how))  # type: ignore[arg-type]
         expected = features_of(run, tiny_tiles, random_weights=True)
         assert np.allclose(read_features(out / "S0.h5").x, expected, atol=1e-5)
 
@@ -138,7 +138,7 @@ def test_threads_pass_through_an_encoder_one_at_a_time(run_folder: Path) -> None
     handle = encoder.module.register_forward_pre_hook(slow)
     tiles = np.zeros((2, 32, 32, 3), np.uint8)
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda _: encode(encoder, tiles), range(8)))
+        list(pool.map(lambda _: encoder.encode(tiles), range(8)))
     handle.remove()
     assert most == [1] * 8
 
@@ -161,7 +161,7 @@ def test_a_checkpoint_replaced_in_mid_run_fails_the_slides_after_it(
     (tmp_path / "out").mkdir()
     calls = iter([lambda *_: None])  # what the command itself loads
     monkeypatch.setattr("odis_path.embed.shared_encoder", lambda *args: next(calls, replaced_then_loaded)(*args))
-    outcomes = embed_cohort(tiny_tiles, str(run_folder), tmp_path / "out", device="cpu")
+    outcomes = embed(tiny_tiles, str(run_folder), tmp_path / "out", device="cpu")
     assert not any(o.ok for o in outcomes)
     assert all("is not the file that this run began with" in o.message for o in outcomes)
 
@@ -178,9 +178,9 @@ def test_however_a_model_is_named_it_is_the_same_one(
     tiny_tiles: Path, run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    embed_cohort(tiny_tiles, "run", tmp_path / "out")
+    embed(tiny_tiles, "run", tmp_path / "out")
     for name in (str(run_folder), checkpoint_file("run"), os.path.relpath(checkpoint_file("run"))):
-        again = embed_cohort(tiny_tiles, name, tmp_path / "out")
+        again = embed(tiny_tiles, name, tmp_path / "out")
         assert [(o.skipped, o.info["tiles"]) for o in again] == [(True, 12)] * 6
     assert checkpoint_file("vit_tiny_patch16_224") == "vit_tiny_patch16_224"
 
@@ -189,7 +189,7 @@ def test_a_missing_checkpoint_is_one_line_on_a_cluster_too(tiny_tiles: Path, tmp
     (tmp_path / "empty").mkdir()
     for name, words in ((tmp_path / "none.pt", "no such checkpoint"), (tmp_path / "empty", "no checkpoint-")):
         with pytest.raises(UserError, match=words):
-            embed_cohort(tiny_tiles, str(name), tmp_path / "out", scheduler="tcp://127.0.0.1:1")
+            embed(tiny_tiles, str(name), tmp_path / "out", scheduler="tcp://127.0.0.1:1")
 
 
 def test_a_run_with_other_settings_is_refused_while_one_is_at_work(
@@ -198,19 +198,19 @@ def test_a_run_with_other_settings_is_refused_while_one_is_at_work(
     other = {"model": "run/checkpoint-00000099.pt", "mode": "crop"}
     words = r"another run of odis-path embed .*mode crop, now full; model run/checkpoint-00000099\.pt, now run/checkpoint-0"
     with same_settings(tmp_path / "out", "embed", other), pytest.raises(UserError, match=words):
-        embed_cohort(tiny_tiles, str(run_folder), tmp_path / "out")
+        embed(tiny_tiles, str(run_folder), tmp_path / "out")
     held = []
     monkeypatch.setattr(
         "odis_path.embed.write_slides_parquet", lambda path, *_: held.append(is_claimed(path.parent / ".embed.odis-lock"))
     )
-    embed_cohort(tiny_tiles, str(run_folder), tmp_path / "out", level="slide")
+    embed(tiny_tiles, str(run_folder), tmp_path / "out", level="slide")
     assert held == [True]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [*(f"S{i}.h5" for i in range(6)), "pretraining.csv"]
 
 
 def test_equal_runs_at_once_share_the_work(tiny_tiles: Path, run_folder: Path, tmp_path: Path) -> None:
     with ThreadPoolExecutor(2) as pool:
-        runs = [pool.submit(embed_cohort, tiny_tiles, str(run_folder), tmp_path / "out", level="slide") for _ in range(2)]
+        runs = [pool.submit(embed, tiny_tiles, str(run_folder), tmp_path / "out", level="slide") for _ in range(2)]
         first, second = (run.result(120) for run in runs)
     assert all(o.ok for o in first + second)
     assert [a.skipped + b.skipped for a, b in zip(first, second, strict=True)] == [1] * 6
@@ -220,7 +220,7 @@ def test_equal_runs_at_once_share_the_work(tiny_tiles: Path, run_folder: Path, t
 def test_slides_that_all_fail_are_told_at_level_slide(run_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "tiles").mkdir()
     (tmp_path / "tiles" / "S0.h5").write_bytes(b"torn")
-    (failed,) = embed_cohort(tmp_path / "tiles", str(run_folder), tmp_path / "out", level="slide")
+    (failed,) = embed(tmp_path / "tiles", str(run_folder), tmp_path / "out", level="slide")
     assert not failed.ok
     assert "S0.h5" in failed.message
     assert not (tmp_path / "out" / "slides.parquet").exists()
@@ -230,7 +230,7 @@ def test_only_slides_without_tiles_are_told_so(run_folder: Path, tmp_path: Path)
     (tmp_path / "tiles").mkdir()
     write_tiny_slide(tmp_path / "tiles", "S0", "P0", 0, 0, polygons=False)
     with pytest.raises(UserError, match="no slide has a tile"):
-        embed_cohort(tmp_path / "tiles", str(run_folder), tmp_path / "out", level="slide")
+        embed(tmp_path / "tiles", str(run_folder), tmp_path / "out", level="slide")
 
 
 def test_a_slide_whose_embeddings_are_bad_fails_alone_at_level_slide(
@@ -242,7 +242,7 @@ def test_a_slide_whose_embeddings_are_bad_fails_alone_at_level_slide(
         return read_features(path, level)
 
     monkeypatch.setattr("odis_path.embed.read_features", read)
-    outcomes = embed_cohort(tiny_tiles, str(run_folder), tmp_path, level="slide")
+    outcomes = embed(tiny_tiles, str(run_folder), tmp_path, level="slide")
     assert {o.item: o.message for o in outcomes if not o.ok} == {"S2": f"{tmp_path / 'S2.h5'}: all 12 embeddings are the same"}
     assert len(read_slides_parquet(tmp_path)) == 5
 
@@ -252,25 +252,25 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_embedded(
 ) -> None:
     forbid_passes(monkeypatch)
     (tmp_path / "file").touch()
-    outcomes = embed_cohort(tiny_tiles, str(run_folder), tmp_path / "file" / "out")
+    outcomes = embed(tiny_tiles, str(run_folder), tmp_path / "file" / "out")
     assert all("S" in o.message and "cannot be written: Not a directory" in o.message for o in outcomes)
     with pytest.raises(UserError, match=r"slides\.parquet: cannot be written: Not a directory"):
-        embed_cohort(tiny_tiles, str(run_folder), tmp_path / "file" / "out", level="slide")
+        embed(tiny_tiles, str(run_folder), tmp_path / "file" / "out", level="slide")
 
 
 def test_a_folder_of_another_encoder_is_refused_before_anything_is_embedded(
     tiny_tiles: Path, run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    embed_cohort(tiny_tiles, str(run_folder), tmp_path / "out", level="object", mode="masked")
+    embed(tiny_tiles, str(run_folder), tmp_path / "out", level="object", mode="masked")
     forbid_passes(monkeypatch)
-    outcomes = embed_cohort(tiny_tiles, str(run_folder), tmp_path / "out", mode="full")
+    outcomes = embed(tiny_tiles, str(run_folder), tmp_path / "out", mode="full")
     assert all("one folder holds one encoder and mode" in o.message for o in outcomes)
     (tmp_path / "out" / "S0.h5").write_bytes((tiny_tiles / "S0.h5").read_bytes())
-    assert "is not a feature file" in embed_cohort(tiny_tiles, str(run_folder), tmp_path / "out", mode="full")[0].message
+    assert "is not a feature file" in embed(tiny_tiles, str(run_folder), tmp_path / "out", mode="full")[0].message
 
 
 def test_skipped_slides_are_counted_with_their_rows(tiny_tiles: Path, run_folder: Path, tmp_path: Path) -> None:
     for level, name, count in (("tile", "tiles", 12), ("object", "objects", 24)):
         for skipped in (False, True):
-            outcomes = embed_cohort(tiny_tiles, str(run_folder), tmp_path, level=level)
+            outcomes = embed(tiny_tiles, str(run_folder), tmp_path, level=level)
             assert [(o.skipped, o.info[name]) for o in outcomes] == [(skipped, count)] * 6

@@ -13,12 +13,12 @@ import torch
 from annotations.errors import UserError
 from odis_path.data.dataset import OpenSlides, StepSampler, collate, index_tiles, open_files
 from odis_path.data.samples import TileSamples
-from odis_path.embed import embed_cohort
+from odis_path.embed import embed
 from odis_path.features import read_features
 from odis_path.train import loop
-from tiling.propose import propose_cohort
+from tiling.propose import propose
 from tiling.slidefile import SlideFile
-from tiling.tile import tile_cohort
+from tiling.tile import tile
 
 from .conftest import tiny_config
 
@@ -53,9 +53,9 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("slides")
     slides = [write_slide(folder / f"S{seed}.svs", seed) for seed in range(4)]
     stored, bare = folder / "stored", folder / "bare"
-    for out, pixels in ((stored, True), (bare, False)):
-        outcomes = tile_cohort(slides, out, 0.5, 64, pixels=pixels, quality=98, workers=1)
-        outcomes += propose_cohort(out, workers=1)
+    for out, pixels in ((stored, "jpeg"), (bare, "none")):
+        outcomes = [*tile(slides, out, 0.5, 64, pixels=pixels, quality=98, workers=1)]
+        outcomes += propose(out, workers=1)
         assert all(outcome.ok for outcome in outcomes), [outcome.message for outcome in outcomes]
     return stored, bare
 
@@ -82,8 +82,8 @@ def test_workers_read_slides_of_their_own_in_any_order(both: tuple[Path, Path], 
     loader = torch.utils.data.DataLoader(data, batch_sampler=sampler, collate_fn=collate, num_workers=2)
     seen = 0
     for keys, batch in zip(sampler, loader, strict=True):
-        for (_, i), tile in zip(keys, batch["tile"].numpy(), strict=True):
-            np.testing.assert_array_equal(tile, expected[i])
+        for (_, i), pixels in zip(keys, batch["tile"].numpy(), strict=True):
+            np.testing.assert_array_equal(pixels, expected[i])
             seen += 1
     assert seen == 96
 
@@ -92,7 +92,7 @@ def test_a_model_trains_and_embeds_from_coords_alone(both: tuple[Path, Path], tm
     config = tiny_config(both[1], tmp_path / "run", optim={"epochs": 0.5}, eval={"every_epochs": 0}, data={"workers": 2})
     run = loop.pretrain(config).parent
     for folder, name in zip(both, ("stored", "bare"), strict=True):
-        assert all(outcome.ok for outcome in embed_cohort(folder, str(run), tmp_path / name, dtype="float32", batch=7))
+        assert all(outcome.ok for outcome in embed(folder, str(run), tmp_path / name, dtype="float32", batch=7))
     one, other = (read_features(tmp_path / name / "S1.h5").x for name in ("stored", "bare"))
     assert one.shape == other.shape == (24, 32)
     cosine = (one * other).sum(1) / np.linalg.norm(one, axis=1) / np.linalg.norm(other, axis=1)
@@ -113,7 +113,7 @@ def test_tiles_read_together_are_tiles_read_alone(both: tuple[Path, Path]) -> No
 
 def test_a_slide_that_is_gone_or_another_one_is_told_before_training(both: tuple[Path, Path], tmp_path: Path) -> None:
     slide = write_slide(tmp_path / "A.svs", 9)
-    tile_cohort([slide], tmp_path / "bare", 0.5, 64, pixels=False, workers=1)
+    tile([slide], tmp_path / "bare", 0.5, 64, pixels="none", workers=1)
     assert len(index_tiles(tmp_path / "bare")) == 24
     with slide.open("ab") as file:
         file.write(b"more")

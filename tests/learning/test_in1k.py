@@ -43,7 +43,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (folder / "boxes").mkdir(exist_ok=True)
             (folder / "boxes" / f"{name}_{i}.xml").write_text(text)
     out = folder / "tiles"
-    outcomes = import_images(folder / "train", out, fit="crop", no_mpp=True, size_px=32, shard=5, boxes=folder / "boxes")
+    outcomes = import_images(folder / "train", out, fit="crop", no_mpp=True, size=32, shard=5, boxes=folder / "boxes")
     assert all(outcome.ok for outcome in outcomes)
     return out
 

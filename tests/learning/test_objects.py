@@ -15,8 +15,8 @@ from odis_path.data import crops
 from odis_path.data.dataset import collate, index_tiles
 from odis_path.data.samples import TileSamples
 from odis_path.data.targets import Target, choose_box, more_boxes, whole_tile
-from odis_path.embed import embed_cohort
-from odis_path.encode import MODES, FrozenEncoder, encode
+from odis_path.embed import embed
+from odis_path.encode import MODES, FrozenEncoder
 from odis_path.features import read_features
 from odis_path.losses import cross_view_loss
 from odis_path.train import loop
@@ -187,9 +187,9 @@ def test_read_only_objects_embed_in_one_pass_as_they_do_in_many(
 ) -> None:
     config = tiny_config(tiny_tiles, tmp_path / "run", optim={"epochs": 0.34}, **VARIANTS["read_only"])
     loop.pretrain(config)
-    embed_cohort(tiny_tiles, str(tmp_path / "run"), tmp_path / "shared", level="object", mode="masked", dtype="float32")
+    embed(tiny_tiles, str(tmp_path / "run"), tmp_path / "shared", level="object", mode="masked", dtype="float32")
     monkeypatch.setattr("odis_path.embed.OBJECTS_A_PASS", 1)
-    embed_cohort(tiny_tiles, str(tmp_path / "run"), tmp_path / "alone", level="object", mode="masked", dtype="float32")
+    embed(tiny_tiles, str(tmp_path / "run"), tmp_path / "alone", level="object", mode="masked", dtype="float32")
     shared, alone = read_features(tmp_path / "shared", "object"), read_features(tmp_path / "alone", "object")
     assert len(shared.x) == 6 * 24
     assert np.allclose(shared.x, alone.x, atol=1e-5)
@@ -306,7 +306,7 @@ def test_every_method_embeds_in_every_mode(name: str) -> None:
     encoder = FrozenEncoder(build_network(config, student=False).encoder.eval(), name, (0.5,) * 3, (0.2,) * 3, CPU.device)  # type: ignore[arg-type]
     tiles = np.random.default_rng(0).integers(0, 255, (2, 32, 32, 3), dtype=np.uint8)
     boxes = np.array([[4.0, 4, 20, 20], [8, 0, 32, 12]])
-    found = {mode: encode(encoder, tiles, boxes, mode) for mode in MODES}  # type: ignore[arg-type]
+    found = {mode: encoder.encode(tiles, boxes, mode) for mode in MODES}  # type: ignore[arg-type]
     assert all(x.shape == (2, 32) and np.isfinite(x).all() for x in found.values())
     for a, b in combinations(MODES, 2):
         assert np.abs(found[a] - found[b]).max() > 1e-5, (a, b)

@@ -15,8 +15,8 @@ from torch.nn import functional
 
 from annotations.errors import UserError
 from odis_path import features
-from odis_path.embed import embed_cohort
-from odis_path.encode import encode, encode_objects, load_encoder
+from odis_path.embed import embed
+from odis_path.encode import encode_objects, load_encoder
 from odis_path.features import read_features
 from odis_path.model.create import create_vit
 from tiling.slidefile import SlideFile
@@ -54,7 +54,7 @@ def test_the_embedding_is_the_models_own_feature(kind: str, file: str, tmp_path:
     source, model = hub_folder(tmp_path / "model", architecture, file=file, **arguments)
     encoder = load_encoder(source, device="cpu")
     assert encoder.pool == pool
-    np.testing.assert_allclose(encode(encoder, TILES), own_feature(model, TILES), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(encoder.encode(TILES), own_feature(model, TILES), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["gap", "eva02", "attention", "registers"])
@@ -64,7 +64,7 @@ def test_a_tile_of_another_size_is_seen_as_timm_sees_it(kind: str, tmp_path: Pat
     model = timm.create_model(source, pretrained=True, dynamic_img_size=True).eval()
     tiles = np.random.default_rng(1).integers(0, 256, (2, 48, 48, 3), dtype=np.uint8)
     encoder = load_encoder(source, device="cpu")
-    np.testing.assert_allclose(encode(encoder, tiles), own_feature(model, tiles), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(encoder.encode(tiles), own_feature(model, tiles), rtol=0, atol=1e-5)
     assert (encoder.size_px(48), encoder.trained_px) == (48, 32)
     assert "tiles of 48 px are seen at 48 px, trained at 32 px: positions are interpolated; --resize 32" in encoder.about(48)
     assert encoder.about(32).endswith("tiles of 32 px are seen at 32 px, as trained")
@@ -81,14 +81,14 @@ def test_a_folder_may_hold_any_public_layout(layout: str, tmp_path: Path) -> Non
     architecture = "vit_small_patch14_reg4_dinov2" if "dinov2" in layout else "vit_tiny_patch16_224"
     arguments = {"num_classes": 0}
     source, model = hub_folder(tmp_path / "model", architecture, change=LAYOUTS[layout], **arguments)
-    np.testing.assert_allclose(encode(load_encoder(source), TILES), own_feature(model, TILES), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(load_encoder(source).encode(TILES), own_feature(model, TILES), rtol=0, atol=1e-5)
 
 
 def test_what_config_says_of_pooling_beside_its_arguments_counts(tmp_path: Path) -> None:
     """timm's `save_for_hf` writes it there, and timm's own loading passes over it."""
     source, model = hub_folder(tmp_path / "model", "vit_tiny_patch16_224", config={"global_pool": "avg"})
     expected = model.forward_features(pixels(TILES))[:, 1:].mean(1).detach().numpy()
-    np.testing.assert_allclose(encode(load_encoder(source), TILES), expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(load_encoder(source).encode(TILES), expected, rtol=0, atol=1e-5)
 
 
 def without(*keys: str) -> Any:
@@ -147,7 +147,7 @@ def test_a_head_that_config_does_not_count_is_left_aside(tmp_path: Path) -> None
     source, model = hub_folder(
         tmp_path / "model", "vit_tiny_patch16_224", change=lambda s: {**s, **head}, num_classes=0, cfg={"num_classes": 1000}
     )
-    np.testing.assert_allclose(encode(load_encoder(source), TILES), own_feature(model, TILES), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(load_encoder(source).encode(TILES), own_feature(model, TILES), rtol=0, atol=1e-5)
 
 
 def test_published_weights_of_a_name_are_checked_as_files_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,14 +182,14 @@ def test_pool_is_the_users_choice(kind: str, tmp_path: Path) -> None:
     for pool, feature in expected.items():
         encoder = load_encoder(source, device="cpu", pool=pool)
         assert (encoder.pool, encoder.dim) == (pool, feature.shape[1])
-        np.testing.assert_allclose(encode(encoder, TILES), feature, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(encoder.encode(TILES), feature, rtol=0, atol=1e-5)
 
 
 def test_a_norm_after_pooling_is_taken_by_whatever_is_pooled(tmp_path: Path) -> None:
     source, model = hub_folder(tmp_path / "model", "eva02_tiny_patch14_224")
     token, mean = (model.fc_norm(torch.from_numpy(part)).detach().numpy() for part in tokens_of(model))
     for pool, feature in {"cls": token, "cls+mean": np.concatenate([token, mean], axis=1)}.items():
-        np.testing.assert_allclose(encode(load_encoder(source, pool=pool), TILES), feature, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(load_encoder(source, pool=pool).encode(TILES), feature, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,7 @@ def test_a_pool_that_cannot_be_is_one_line(kind: str, pool: str, words: str, tin
     architecture, arguments, _ = KINDS[kind]
     source, _ = hub_folder(tmp_path / "model", architecture, **arguments)
     with pytest.raises(UserError, match=words):
-        embed_cohort(tiny_tiles, source, tmp_path / "out", pool=pool)
+        embed(tiny_tiles, source, tmp_path / "out", pool=pool)
     assert not (tmp_path / "out").exists()
 
 
@@ -219,7 +219,7 @@ def test_pooling_that_is_not_ours_is_refused_until_another_is_asked_for(pooling:
 def test_a_config_without_pooling_takes_the_class_token_and_says_so(tmp_path: Path) -> None:
     source, model = hub_folder(tmp_path / "model", "vit_tiny_patch16_224", global_pool="")
     encoder = load_encoder(source, device="cpu")
-    np.testing.assert_allclose(encode(encoder, TILES), tokens_of(model)[0], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(encoder.encode(TILES), tokens_of(model)[0], rtol=0, atol=1e-5)
     assert "pooling cls (its config names none)" in encoder.about(32)
 
 
@@ -250,17 +250,17 @@ def test_a_box_of_an_averaged_model_is_the_mean_of_its_patches(kind: str, tmp_pa
         patches = model.forward_features(pixels(TILES))[:, model.num_prefix_tokens :]
         means = torch.stack([patches[i][torch.from_numpy(mask)].mean(0) for i, mask in enumerate(in_box())])
         expected = model.fc_norm(means).numpy()
-    np.testing.assert_allclose(encode(encoder, TILES, BOX, "masked"), expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(encoder.encode(TILES, BOX, "masked"), expected, rtol=0, atol=1e-5)
     together = encode_objects(encoder, TILES, [BOX[i : i + 1] for i in range(3)])
     np.testing.assert_allclose(together, expected, rtol=0, atol=1e-5)
     cut = np.repeat(
         np.repeat(TILES[:1, 8:16, 8:16], 4, axis=1), 4, axis=2
     )  # any picture: crop is the model's own feature of it
-    assert encode(encoder, cut, BOX[2:], "crop").shape == (1, encoder.dim)
+    assert encoder.encode(cut, BOX[2:], "crop").shape == (1, encoder.dim)
     black = TILES.copy()
     black[~np.repeat(np.repeat(in_box().reshape(3, 4, 4), 8, 1), 8, 2)] = 0
-    np.testing.assert_allclose(encode(encoder, TILES, BOX, "blackout"), own_feature(model, black), rtol=0, atol=1e-5)
-    np.testing.assert_allclose(encode(encoder, TILES, BOX[[2, 2, 2]], "crop"), own_feature(model, TILES), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(encoder.encode(TILES, BOX, "blackout"), own_feature(model, black), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(encoder.encode(TILES, BOX[[2, 2, 2]], "crop"), own_feature(model, TILES), rtol=0, atol=1e-5)
 
 
 def test_a_box_of_a_model_with_attention_pooling_is_pooled_over_its_patches(tmp_path: Path) -> None:
@@ -269,7 +269,7 @@ def test_a_box_of_a_model_with_attention_pooling_is_pooled_over_its_patches(tmp_
     with torch.no_grad():
         patches = model.forward_features(pixels(TILES))
         expected = torch.cat([model.attn_pool(patches[i : i + 1, torch.from_numpy(mask)]) for i, mask in enumerate(in_box())])
-    np.testing.assert_allclose(encode(encoder, TILES, BOX, "masked"), expected.numpy(), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(encoder.encode(TILES, BOX, "masked"), expected.numpy(), rtol=0, atol=1e-5)
     together = encode_objects(encoder, TILES, [BOX[i : i + 1] for i in range(3)])
     np.testing.assert_allclose(together, expected.numpy(), rtol=0, atol=1e-5)
 
@@ -277,8 +277,8 @@ def test_a_box_of_a_model_with_attention_pooling_is_pooled_over_its_patches(tmp_
 def test_class_token_and_mean_of_a_box_are_of_one_masked_pass(tmp_path: Path) -> None:
     source, _ = hub_folder(tmp_path / "model", "vit_tiny_patch16_224")
     both, token = (load_encoder(source, device="cpu", pool=pool) for pool in ("cls+mean", "cls"))
-    found = encode(both, TILES, BOX, "masked")
-    np.testing.assert_allclose(found[:, :32], encode(token, TILES, BOX, "masked"), rtol=0, atol=1e-6)
+    found = both.encode(TILES, BOX, "masked")
+    np.testing.assert_allclose(found[:, :32], token.encode(TILES, BOX, "masked"), rtol=0, atol=1e-6)
     with torch.no_grad():
         patches = token.module(pixels(TILES), torch.from_numpy(in_box())).patches
     means = [patches[i][torch.from_numpy(mask)].mean(0).numpy() for i, mask in enumerate(in_box())]
@@ -294,9 +294,9 @@ def test_resize_shows_tiles_at_the_models_size_with_their_boxes(tmp_path: Path) 
     with torch.no_grad():
         whole = model.forward_head(model.forward_features(small), pre_logits=True)
         masked = plain.module(small, torch.from_numpy(in_box())).obj
-    np.testing.assert_allclose(encode(encoder, tiles), whole, rtol=0, atol=1e-5)
-    np.testing.assert_allclose(encode(encoder, tiles, 2 * BOX, "masked"), masked, rtol=0, atol=1e-5)
-    assert encode(encoder, tiles, 2 * BOX, "crop").shape == (3, 32)
+    np.testing.assert_allclose(encoder.encode(tiles), whole, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(encoder.encode(tiles, 2 * BOX, "masked"), masked, rtol=0, atol=1e-5)
+    assert encoder.encode(tiles, 2 * BOX, "crop").shape == (3, 32)
     assert (encoder.size_px(64), plain.size_px(64)) == (32, 64)
     with pytest.raises(UserError, match=r"--resize 30: no multiple of the patch of .*, 8 px; take 24 or 32"):
         load_encoder(source, device="cpu", resize=30)
@@ -306,11 +306,11 @@ def test_feature_files_name_pool_size_used_and_size_trained_at(
     tiny_tiles: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, model = hub_folder(tmp_path / "model", "vit_betwixt_patch16_reg4_gap_256")
-    embed_cohort(tiny_tiles, source, tmp_path / "a", dtype="float32", device="cpu")
+    embed(tiny_tiles, source, tmp_path / "a", dtype="float32", device="cpu")
     line = [text for text in capsys.readouterr().err.splitlines() if text.startswith("embed: local-dir:")]
     assert len(line) == 1
     assert "pooling mean (as trained); tiles of 64 px are seen at 64 px, trained at 32 px" in line[0]
-    embed_cohort(tiny_tiles, source, tmp_path / "b", dtype="float32", device="cpu", resize=32)
+    embed(tiny_tiles, source, tmp_path / "b", dtype="float32", device="cpu", resize=32)
     for folder, size in (("a", 64), ("b", 32)):
         with h5py.File(tmp_path / folder / "S0.h5") as file:
             attrs = file["features"].attrs
@@ -318,7 +318,7 @@ def test_feature_files_name_pool_size_used_and_size_trained_at(
     with SlideFile(tiny_tiles / "S1.h5") as slide:
         tiles = np.stack([slide.tile(i) for i in range(12)])
     encoder = load_encoder(source, device="cpu", resize=32)
-    assert np.allclose(read_features(tmp_path / "b" / "S1.h5").x, encode(encoder, tiles), atol=1e-5)
+    assert np.allclose(read_features(tmp_path / "b" / "S1.h5").x, encoder.encode(tiles), atol=1e-5)
     assert model.num_prefix_tokens == 4
 
 
@@ -326,16 +326,16 @@ def test_another_pool_or_size_is_embedded_again_and_never_mixed(tiny_tiles: Path
     source, _ = hub_folder(tmp_path / "model", "vit_tiny_patch16_224")
 
     def skipped(out: str, **options: Any) -> set[bool]:
-        return {o.skipped for o in embed_cohort(tiny_tiles, source, tmp_path / out, device="cpu", **options)}
+        return {o.skipped for o in embed(tiny_tiles, source, tmp_path / out, device="cpu", **options)}
 
     assert skipped("a") == {False}
     assert skipped("a") == {True}
     assert skipped("a", pool="mean") == {False}
     assert skipped("a", pool="mean") == {True}
     assert skipped("a", pool="mean", resize=32) == {False}
-    outcome = embed_cohort(tiny_tiles, source, tmp_path / "a", level="object", pool="cls", device="cpu")[0]
+    outcome = embed(tiny_tiles, source, tmp_path / "a", level="object", pool="cls", device="cpu")[0]
     assert "one folder holds one encoder" in outcome.message
-    embed_cohort(tiny_tiles, source, tmp_path / "other", device="cpu")
+    embed(tiny_tiles, source, tmp_path / "other", device="cpu")
     (tmp_path / "a" / "S0.h5").unlink()
     (tmp_path / "other" / "S0.h5").rename(tmp_path / "a" / "S0.h5")
     with pytest.raises(UserError, match=r"encoder is .*pool mean"):
@@ -344,13 +344,13 @@ def test_another_pool_or_size_is_embedded_again_and_never_mixed(tiny_tiles: Path
 
 def test_other_weights_or_config_in_the_folder_are_embedded_again(tiny_tiles: Path, tmp_path: Path) -> None:
     source, _ = hub_folder(tmp_path / "model", "vit_tiny_patch16_224")
-    embed_cohort(tiny_tiles, source, tmp_path / "out", device="cpu")
-    assert all(o.skipped for o in embed_cohort(tiny_tiles, str(tmp_path / "model"), tmp_path / "out", device="cpu"))
+    embed(tiny_tiles, source, tmp_path / "out", device="cpu")
+    assert all(o.skipped for o in embed(tiny_tiles, str(tmp_path / "model"), tmp_path / "out", device="cpu"))
     config = tmp_path / "model" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "global_pool": "avg"}))
-    assert not any(o.skipped for o in embed_cohort(tiny_tiles, source, tmp_path / "out", device="cpu"))
+    assert not any(o.skipped for o in embed(tiny_tiles, source, tmp_path / "out", device="cpu"))
     hub_folder(tmp_path / "model", "vit_tiny_patch16_224", change=lambda s: {k: v + 0.1 for k, v in s.items()})
-    assert not any(o.skipped for o in embed_cohort(tiny_tiles, source, tmp_path / "out", device="cpu"))
+    assert not any(o.skipped for o in embed(tiny_tiles, source, tmp_path / "out", device="cpu"))
 
 
 def test_random_weights_are_of_the_same_architecture_and_pooled_alike(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from annotations.errors import UserError
-from odis_path.encode import encode, load_encoder
+from odis_path.encode import load_encoder
 from odis_path.export import export_timm
 from odis_path.model.published import PUBLISHED, published
 from odis_path.model.vit import build_encoder
@@ -37,7 +37,7 @@ def test_a_published_model_is_pooled_as_its_authors_do(name: str, pool: str, tmp
     encoder = load_encoder(source, device="cpu")
     assert encoder.pool == pool
     expected = {"cls": token, "cls+mean": np.concatenate([token, mean], axis=1)}[pool]
-    np.testing.assert_allclose(encode(encoder, TILES), expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(encoder.encode(TILES), expected, rtol=0, atol=1e-5)
     assert load_encoder(source, device="cpu", pool="mean").pool == "mean"
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from annotations.errors import UserError
-from odis_path.embed import embed_cohort
+from odis_path.embed import embed
 from odis_path.features import read_features
 from odis_path.pretraining import FILE, of_encoder
 from odis_path.train import loop
@@ -38,7 +38,7 @@ def seen_slides(folder: Path) -> dict[str, str]:
 def test_embeddings_say_whom_their_encoder_saw(tiny_tiles: Path, run_folder: Path, tmp_path: Path, level: str) -> None:
     copy = Path(shutil.copytree(run_folder, tmp_path / "run"))
     mode = "masked" if level == "object" else "full"
-    embed_cohort(tiny_tiles, str(copy), tmp_path / "feats", level=level, mode=mode)
+    embed(tiny_tiles, str(copy), tmp_path / "feats", level=level, mode=mode)
     shutil.move(copy, tmp_path / "elsewhere")
     found = read_features(tmp_path / "feats", level).pretraining_in(tmp_path / "feats")
     assert found.kind == "run"
@@ -77,21 +77,21 @@ def test_older_checkpoints_are_answered_by_their_run_folder(run_folder: Path, tm
 
 def test_others_are_not_known_and_the_untrained_saw_nobody(tiny_tiles: Path, run_folder: Path, tmp_path: Path) -> None:
     assert of_encoder("vit_tiny_patch16_224", random_weights=False).kind == "unknown"
-    embed_cohort(tiny_tiles, str(run_folder), tmp_path, random_weights=True)
+    embed(tiny_tiles, str(run_folder), tmp_path, random_weights=True)
     assert read_features(tmp_path).pretraining_in(tmp_path).kind == "none"
     assert not (tmp_path / FILE).exists()
 
 
 def test_another_encoder_into_the_same_folder_needs_overwrite(tiny_tiles: Path, run_folder: Path, tmp_path: Path) -> None:
     feats = tmp_path / "feats"
-    embed_cohort(tiny_tiles, str(run_folder), feats, level="slide")
-    embed_cohort(tiny_tiles, str(run_folder), feats, level="object")
+    embed(tiny_tiles, str(run_folder), feats, level="slide")
+    embed(tiny_tiles, str(run_folder), feats, level="object")
     before = {path.name: path.read_bytes() for path in feats.iterdir() if not path.name.startswith(".")}
     with pytest.raises(UserError, match=r"S0\.h5: holds embeddings of another encoder, odis:.*--overwrite") as error:
-        embed_cohort(tiny_tiles, str(run_folder), feats, random_weights=True)
+        embed(tiny_tiles, str(run_folder), feats, random_weights=True)
     assert "\n" not in str(error.value)
     assert {path.name: path.read_bytes() for path in feats.iterdir() if not path.name.startswith(".")} == before
-    assert all(o.ok for o in embed_cohort(tiny_tiles, str(run_folder), feats, random_weights=True, overwrite=True))
+    assert all(o.ok for o in embed(tiny_tiles, str(run_folder), feats, random_weights=True, overwrite=True))
     with h5py.File(feats / "S0.h5") as file:
         assert file["features"].attrs["encoder"].startswith("random:")
         assert "object_features" not in file, "the other level of the other encoder is gone"
@@ -100,8 +100,8 @@ def test_another_encoder_into_the_same_folder_needs_overwrite(tiny_tiles: Path, 
 
 def test_a_checkpoint_that_only_moved_is_the_same(tiny_tiles: Path, run_folder: Path, tmp_path: Path) -> None:
     first = Path(shutil.copytree(run_folder, tmp_path / "first"))
-    embed_cohort(tiny_tiles, str(first), tmp_path / "feats", dtype="float32")
+    embed(tiny_tiles, str(first), tmp_path / "feats", dtype="float32")
     x = read_features(tmp_path / "feats").x
     shutil.move(first, tmp_path / "second")
-    assert all(o.ok for o in embed_cohort(tiny_tiles, str(tmp_path / "second"), tmp_path / "feats", dtype="float32"))
+    assert all(o.ok for o in embed(tiny_tiles, str(tmp_path / "second"), tmp_path / "feats", dtype="float32"))
     assert np.allclose(read_features(tmp_path / "feats").x, x)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from annotations.errors import UserError
-from odis_path.embed import embed_cohort
+from odis_path.embed import embed
 from odis_path.model.source import check_start
 
 BAD_FOLDERS = {
@@ -40,7 +40,7 @@ def test_a_folder_that_cannot_be_used_is_told_before_torch_is_loaded(kind: str, 
     make, words = BAD_FOLDERS[kind]
     make(tmp_path / "model")
     with pytest.raises(UserError, match=words):
-        embed_cohort(tiny_tiles, f"local-dir:{tmp_path / 'model'}", tmp_path / "out")
+        embed(tiny_tiles, f"local-dir:{tmp_path / 'model'}", tmp_path / "out")
     if kind not in ("transformers", "no weights"):
         return
     program = "import sys; from odis_path.cli import main\ntry: main()\nfinally: print('torch' in sys.modules, file=sys.stderr)"

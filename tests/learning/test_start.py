@@ -17,7 +17,7 @@ from odis_path.data import crops
 from odis_path.data.dataset import index_tiles
 from odis_path.data.samples import TileSamples
 from odis_path.data.targets import Target
-from odis_path.embed import embed_cohort
+from odis_path.embed import embed
 from odis_path.encode import load_encoder
 from odis_path.losses import counted_pairs
 from odis_path.model.names import is_model_name
@@ -27,7 +27,7 @@ from odis_path.train.checkpoint import latest_checkpoint, load_checkpoint
 from odis_path.train.distributed import Ranks
 from odis_path.train.step import build_network, token_spread
 from tiling.slidefile import replace_groups
-from tiling.tile import tile_cohort
+from tiling.tile import tile
 
 from .conftest import tiny_config, write_tiny_slide
 from .test_from_slides import write_slide
@@ -165,7 +165,7 @@ def test_a_torn_slide_without_stored_pixels_costs_its_tiles_and_no_run(
     content = bytearray(slides[0].read_bytes())
     content[begin + length // 2 : begin + length] = bytes(length - length // 2)
     slides[0].write_bytes(content)
-    outcomes = tile_cohort(slides, tmp_path / "tiles", 0.5, 64, pixels=False, tissue="none", workers=1)
+    outcomes = tile(slides, tmp_path / "tiles", 0.5, 64, pixels="none", tissue="none", workers=1)
     assert all(outcome.ok for outcome in outcomes), outcomes
     config = tiny_config(
         tmp_path / "tiles", tmp_path / "run", data={"workers": 2, "holdout": 0}, optim={"epochs": 1, "batch_size": 12},
@@ -178,7 +178,7 @@ def test_a_torn_slide_without_stored_pixels_costs_its_tiles_and_no_run(
     said = capsys.readouterr().err
     assert said.count("cannot be read from its slide, another is taken in its place") == len(lost)
     assert "S0.h5: tile" in said
-    outcomes = embed_cohort(tmp_path / "tiles", str(tmp_path / "run"), tmp_path / "features")
+    outcomes = embed(tmp_path / "tiles", str(tmp_path / "run"), tmp_path / "features")
     assert all(outcome.ok for outcome in outcomes), outcomes
     told = [outcome.message for outcome in outcomes]
     assert told[0].startswith(f"{len(lost)} tiles cannot be read from its slide (the first, row ")

@@ -20,7 +20,7 @@ from odis_path.train.checkpoint import load_checkpoint
 from odis_path.train.config import PretrainConfig
 from odis_path.train.distributed import Ranks
 from odis_path.train.monitor import IdentityWatch
-from odis_path.train.report_run import print_run
+from odis_path.train.run import TrainedRun
 from odis_path.train.runlog import Progress, RunLog
 from tiling.slidefile import SlideFile
 
@@ -186,7 +186,7 @@ def test_many_identity_pairs_are_told_once_with_the_keys_to_change(
 def test_at_the_default_nothing_is_told(tiny_tiles: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = loop.pretrain(tiny_config(tiny_tiles, tmp_path / "run", data={"kinds": ["tissue"]}, eval={"every_epochs": 0}))
     assert "same crop" not in capsys.readouterr().err
-    print_run(path)
+    TrainedRun(path).print()
     assert "identity pairs" in capsys.readouterr().out
 
 

@@ -107,11 +107,11 @@ def write_run(out: Path, tiles: Path) -> None:
 def everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Slides, tiles, boxes, a run, features and two evaluations; treated as read-only by the tests."""
     from odis_path.demo.slides import write_cohort
-    from tiling.tile import tile_cohort
+    from tiling.tile import tile
 
     folder = tmp_path_factory.mktemp("everything")
     write_cohort(folder / "cohort", patients=3, slides_per_patient=1, side_px=SIDE_PX, workers=1)
-    tile_cohort([folder / "cohort" / "manifest.csv"], folder / "tiles", 0.5, TILE_PX, workers=1)
+    tile([folder / "cohort" / "manifest.csv"], folder / "tiles", 0.5, TILE_PX, workers=1)
     for path in sorted((folder / "tiles").glob("*.h5")):
         add_boxes(path, folder / "cohort" / "annotations" / f"{path.stem}.geojson")
     write_run(folder / "runs" / "tiny", folder / "tiles")

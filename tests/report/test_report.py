@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from annotations.errors import UserError
-from odis_path.report import write_report
+from odis_path.report.build import report
 
 SECTIONS = ["headline", "cohort", "slides", "crops", "training", "results", "maps", "attention", "settings"]
 VOID = {"meta", "img", "link", "br", "hr", "input"}
@@ -54,13 +54,13 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def report(everything: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_report(everything, tmp_path_factory.mktemp("out") / "report.html")
+def written(everything: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return report(everything, tmp_path_factory.mktemp("out") / "report.html").page
 
 
 @pytest.fixture(scope="module")
-def page(report: Path) -> Page:
-    return Page(report.read_text(encoding="utf-8"))
+def page(written: Path) -> Page:
+    return Page(written.read_text(encoding="utf-8"))
 
 
 def test_a_complete_folder_gives_every_section_and_leaves_nothing_out(page: Page) -> None:
@@ -68,11 +68,11 @@ def test_a_complete_folder_gives_every_section_and_leaves_nothing_out(page: Page
     assert "Left out of this report" not in page.text
 
 
-def test_the_page_needs_no_network_and_runs_no_script(page: Page, report: Path) -> None:
+def test_the_page_needs_no_network_and_runs_no_script(page: Page, written: Path) -> None:
     assert not page.all("script")
     assert not page.all("link")
     assert all((i["src"] or "").startswith("data:image/") for i in page.all("img"))
-    assert not re.search(r"https?://", report.read_text(encoding="utf-8"))
+    assert not re.search(r"https?://", written.read_text(encoding="utf-8"))
     assert any("default-src 'none'" in (m.get("content") or "") for m in page.all("meta"))
 
 
@@ -84,8 +84,8 @@ def test_every_picture_is_a_picture_and_has_a_text_for_those_who_do_not_see_it(p
             assert np.asarray(image.convert("L")).std() > 5
 
 
-def test_every_figure_also_lies_beside_the_page_as_png(page: Page, report: Path) -> None:
-    beside = report.with_name("report_files")
+def test_every_figure_also_lies_beside_the_page_as_png(page: Page, written: Path) -> None:
+    beside = written.with_name("report_files")
     assert len(list(beside.glob("*.png"))) == len(page.all("img"))
     names = {p.stem for p in beside.glob("*.png")}
     assert {"scores", "training", "crop-pairs", "attention-tiny", "confusion-knn", "map-features-tile"} <= names
@@ -110,17 +110,17 @@ def test_settings_hold_the_tiling_the_configuration_and_the_hash_of_the_data(pag
     assert '"scikit-learn"' in page.text
 
 
-def test_the_page_repeats_whom_the_encoder_saw_and_what_was_done_to_features(page: Page, report: Path) -> None:
+def test_the_page_repeats_whom_the_encoder_saw_and_what_was_done_to_features(page: Page, written: Path) -> None:
     assert "The encoder was pretrained on 1 of the 3 tested patients." in page.text, "in the headline's words"
     assert "5 folds; the encoder was pretrained on 1 of the 3 tested patients" in page.text, "in the table"
     assert "zscore" in page.text
     assert "whiten" in page.text
-    first = json.loads((report.with_name("report_files") / "report.json").read_text())["evaluations"][0]
+    first = json.loads((written.with_name("report_files") / "report.json").read_text())["evaluations"][0]
     assert first["standardised"] == {"this model": "zscore", "same network, untrained": "whiten", "mean colour": ""}
 
 
-def test_the_numbers_lie_beside_the_page_as_csv_and_json(report: Path) -> None:
-    beside = report.with_name("report_files")
+def test_the_numbers_lie_beside_the_page_as_csv_and_json(written: Path) -> None:
+    beside = written.with_name("report_files")
     numbers = json.loads((beside / "report.json").read_text())
     assert numbers["cohort"]["slides"] == 3
     assert numbers["evaluations"][0]["scores"]["balanced_accuracy"] == pytest.approx({"point": 0.8, "low": 0.75, "high": 0.85})
@@ -136,21 +136,21 @@ def test_the_numbers_lie_beside_the_page_as_csv_and_json(report: Path) -> None:
 def test_a_second_report_replaces_the_first_and_does_not_report_on_it(everything: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(everything / "evaluation", folder)
-    first = write_report(folder)
+    first = report(folder).page
     shutil.rmtree(folder / "linear")
-    second = write_report(folder)
+    second = report(folder).page
     assert first == second == folder / "report.html"
     assert {p.name for p in (folder / "report_files").glob("confusion*.png")} == {"confusion-knn.png"}
 
 
 def test_evaluations_alone_give_headline_results_and_settings(everything: Path, tmp_path: Path) -> None:
-    page = Page(write_report(everything / "evaluation", tmp_path / "r.html").read_text())
+    page = Page(report(everything / "evaluation", tmp_path / "r.html").page.read_text())
     assert [s["id"] for s in page.all("section")] == ["headline", "results", "settings"]
     assert "synthetic" not in page.text
 
 
 def test_slide_files_alone_give_cohort_and_slides(everything: Path, tmp_path: Path) -> None:
-    page = Page(write_report(everything / "tiles", tmp_path / "r.html").read_text())
+    page = Page(report(everything / "tiles", tmp_path / "r.html").page.read_text())
     assert [s["id"] for s in page.all("section")] == ["headline", "cohort", "slides", "settings"]
 
 
@@ -159,7 +159,7 @@ def test_broken_files_are_named_and_the_rest_is_reported(everything: Path, tmp_p
     shutil.copytree(everything / "evaluation", folder)
     (folder / "linear" / "results.json").write_text("{cut of")
     (folder / "slide.h5").write_bytes(b"not HDF5")
-    page = Page(write_report(folder).read_text())
+    page = Page(report(folder).page.read_text())
     assert "slide.h5: not a readable HDF5 file" in page.text
     assert "linear/results.json: not readable as JSON" in page.text
     assert "right 80% of the time" in page.text
@@ -169,31 +169,31 @@ def test_names_with_markup_are_shown_as_they_are(everything: Path, tmp_path: Pat
     results = json.loads((everything / "evaluation" / "knn" / "results.json").read_text())
     results["labels"][0] = "<script>alert(1)</script>"
     (tmp_path / "results.json").write_text(json.dumps(results))
-    assert "<script" not in write_report(tmp_path).read_text()
+    assert "<script" not in report(tmp_path).page.read_text()
 
 
 def test_an_evaluation_that_lacks_parts_is_reported_as_far_as_it_goes(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text(json.dumps({"probe": "knn", "headline": {"balanced_accuracy": 0.5, "auroc": None}}))
-    page = Page(write_report(tmp_path).read_text())
+    page = Page(report(tmp_path).page.read_text())
     assert "0.500" in page.text
 
 
 def test_nothing_to_report_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no slide files") as caught:
-        write_report(tmp_path)
+        report(tmp_path)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "report.html").exists()
     with pytest.raises(UserError, match="no such folder"):
-        write_report(tmp_path / "missing")
+        report(tmp_path / "missing")
 
 
 @pytest.mark.browser
-def test_chromium_shows_every_picture_without_a_complaint(report: Path, tmp_path: Path) -> None:
+def test_chromium_shows_every_picture_without_a_complaint(written: Path, tmp_path: Path) -> None:
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("no chromium on PATH")
     check = tmp_path / "check.html"
-    html = report.read_text(encoding="utf-8")
+    html = written.read_text(encoding="utf-8")
     html = html.replace("default-src 'none';", "default-src 'none'; script-src 'unsafe-inline';")
     html = html.replace(
         "</body>",

@@ -17,7 +17,7 @@ from tiling.alignment import Verdict, about_levels
 from tiling.manifest import SlideItem
 from tiling.scan import header_row
 from tiling.slide import Slide, SlideInfo
-from tiling.tile import tile_cohort
+from tiling.tile import tile
 
 WIDTH, HEIGHT = 2100, 1600
 TILE = 256
@@ -127,9 +127,7 @@ def padded_levels(picture: np.ndarray) -> list[np.ndarray]:
 def test_levels_padded_to_whole_tiles_give_the_tiles_of_level_0_alone(padded_levels: list[np.ndarray], tmp_path: Path) -> None:
     write(tmp_path / "padded.tif", padded_levels)
     write(tmp_path / "single.tif", padded_levels[:1])
-    outcomes = tile_cohort(
-        [tmp_path / "padded.tif", tmp_path / "single.tif"], tmp_path / "t", 0.5, 64, min_tissue=0.3, workers=1
-    )
+    outcomes = tile([tmp_path / "padded.tif", tmp_path / "single.tif"], tmp_path / "t", 0.5, 64, min_tissue=0.3, workers=1)
     with h5py.File(tmp_path / "t/padded.h5") as one, h5py.File(tmp_path / "t/single.h5") as other:
         assert len(one["coords"]) > 50
         np.testing.assert_array_equal(one["coords"][...], other["coords"][...])
@@ -165,7 +163,7 @@ def test_stored_tiles_of_a_padded_level_are_copied_from_where_they_lie(padded_le
 
     write(tmp_path / "padded.tif", padded_levels)
     how: dict[str, Any] = {"tissue": "none", "pixels": "copy", "resample": "pyramid", "workers": 1}
-    (outcome,) = tile_cohort([tmp_path / "padded.tif"], tmp_path / "t", 1.0, TILE, **how)
+    (outcome,) = tile([tmp_path / "padded.tif"], tmp_path / "t", 1.0, TILE, **how)
     assert outcome.ok
     assert "recoded" not in outcome.message
     level = padded_levels[1]

@@ -12,7 +12,8 @@ import pytest
 from test_annotate import feature, rectangle, save, slide_file
 
 from annotations import stream
-from tiling import SlideFile, annotate_cohort, replace_groups, slidewrite
+from tiling import SlideFile, replace_groups, slidewrite
+from tiling.annotate import annotate
 
 TISSUE = (rectangle(50, 20, 250, 160, "stroma"), rectangle(10, 110, 30, 120, "gland"))
 CELLS = (
@@ -41,9 +42,9 @@ def contents(path: Path) -> dict:
 def test_added_is_as_read_together(tmp_path: Path, polygons: bool) -> None:
     tissue, cells = save(tmp_path / "a_1.geojson", *TISSUE), save(tmp_path / "a_2.geojson", *CELLS)
     one, two = (slide_file(tmp_path / name, "a") for name in ("one", "two"))
-    annotate_cohort(one.parent, [tissue, cells], polygons=polygons)
-    annotate_cohort(two.parent, tissue, polygons=polygons)
-    (outcome,) = annotate_cohort(two.parent, cells, append=True)
+    annotate(one.parent, [tissue, cells], polygons=polygons)
+    annotate(two.parent, tissue, polygons=polygons)
+    (outcome,) = annotate(two.parent, cells, append=True)
     assert outcome.ok
     assert not outcome.skipped
     assert outcome.info["objects"] == 3
@@ -58,26 +59,26 @@ def test_added_is_as_read_together(tmp_path: Path, polygons: bool) -> None:
 def test_where_there_is_nothing_it_is_a_plain_run(tmp_path: Path) -> None:
     path = slide_file(tmp_path / "s", "a")
     source = save(tmp_path / "a.geojson", *TISSUE)
-    (outcome,) = annotate_cohort(tmp_path / "s", source, append=True)
+    (outcome,) = annotate(tmp_path / "s", source, append=True)
     assert (outcome.info["objects"], outcome.message) == (2, "")
     before = contents(path)
-    assert annotate_cohort(tmp_path / "s", source)[0].skipped
+    assert annotate(tmp_path / "s", source)[0].skipped
     assert contents(path) == before
 
 
 def test_the_same_again_is_skipped_and_says_so(tmp_path: Path) -> None:
     path = slide_file(tmp_path / "s", "a")
     tissue, cells = save(tmp_path / "a_1.geojson", *TISSUE), save(tmp_path / "a_2.geojson", *CELLS)
-    annotate_cohort(tmp_path / "s", tissue)
-    annotate_cohort(tmp_path / "s", cells, append=True)
+    annotate(tmp_path / "s", tissue)
+    annotate(tmp_path / "s", cells, append=True)
     before = path.read_bytes()
     for again in (cells, tissue, [tissue, cells]):
-        (outcome,) = annotate_cohort(tmp_path / "s", again, append=True)
+        (outcome,) = annotate(tmp_path / "s", again, append=True)
         assert (outcome.ok, outcome.skipped) == (True, True)
         assert outcome.message.startswith("nothing added: the objects of a_")
         assert path.read_bytes() == before
     more = save(tmp_path / "a_3.geojson", rectangle(0, 0, 9, 9))
-    (outcome,) = annotate_cohort(tmp_path / "s", [tissue, cells, more], append=True)
+    (outcome,) = annotate(tmp_path / "s", [tissue, cells, more], append=True)
     assert (outcome.info["objects"], outcome.skipped) == (1, False)
     assert len(contents(path)["objects"]) == 6
 
@@ -85,14 +86,14 @@ def test_the_same_again_is_skipped_and_says_so(tmp_path: Path) -> None:
 def test_a_file_that_changed_or_is_read_otherwise_is_refused(tmp_path: Path) -> None:
     path = slide_file(tmp_path / "s", "a")
     tissue, cells = save(tmp_path / "a_1.geojson", *TISSUE), save(tmp_path / "a_2.geojson", *CELLS)
-    annotate_cohort(tmp_path / "s", tissue)
-    annotate_cohort(tmp_path / "s", cells, append=True)
+    annotate(tmp_path / "s", tissue)
+    annotate(tmp_path / "s", cells, append=True)
     before = path.read_bytes()
-    (outcome,) = annotate_cohort(tmp_path / "s", cells, append=True, kind="tissue")
+    (outcome,) = annotate(tmp_path / "s", cells, append=True, kind="tissue")
     assert not outcome.ok
     assert "objects of a_2.geojson are there already, with other settings (kind): leave out --append" in outcome.message
     os.utime(cells, ns=(1, 1))
-    (outcome,) = annotate_cohort(tmp_path / "s", cells, append=True)
+    (outcome,) = annotate(tmp_path / "s", cells, append=True)
     assert not outcome.ok
     assert "with another content" in outcome.message
     assert path.read_bytes() == before
@@ -101,22 +102,22 @@ def test_a_file_that_changed_or_is_read_otherwise_is_refused(tmp_path: Path) -> 
 def test_without_append_all_is_replaced(tmp_path: Path) -> None:
     path = slide_file(tmp_path / "s", "a")
     tissue, cells = save(tmp_path / "a_1.geojson", *TISSUE), save(tmp_path / "a_2.geojson", *CELLS)
-    annotate_cohort(tmp_path / "s", tissue)
+    annotate(tmp_path / "s", tissue)
     first = contents(path)
-    annotate_cohort(tmp_path / "s", cells, append=True)
-    (outcome,) = annotate_cohort(tmp_path / "s", tissue)
+    annotate(tmp_path / "s", cells, append=True)
+    (outcome,) = annotate(tmp_path / "s", tissue)
     assert not outcome.skipped
     assert contents(path) == first
     with SlideFile(path) as file:
         assert "annotation_parts" not in file.group_attrs("objects")
-    annotate_cohort(tmp_path / "s", cells, append=True)  # which is no longer there
+    annotate(tmp_path / "s", cells, append=True)  # which is no longer there
 
 
 def test_outlines_for_all_or_for_none(tmp_path: Path) -> None:
     path = slide_file(tmp_path / "s", "a")
-    annotate_cohort(tmp_path / "s", save(tmp_path / "a_1.geojson", *TISSUE))
+    annotate(tmp_path / "s", save(tmp_path / "a_1.geojson", *TISSUE))
     before = path.read_bytes()
-    (outcome,) = annotate_cohort(tmp_path / "s", save(tmp_path / "a_2.geojson", *CELLS), append=True, polygons=True)
+    (outcome,) = annotate(tmp_path / "s", save(tmp_path / "a_2.geojson", *CELLS), append=True, polygons=True)
     assert not outcome.ok
     assert "outlines are stored for all boxes or for none" in outcome.message
     assert path.read_bytes() == before
@@ -133,7 +134,7 @@ def test_proposals_are_added_to_and_columns_filled(tmp_path: Path) -> None:
     boxes["visible"] = np.ones(1, np.float32)
     more = {"score": np.full(1, 0.5, np.float32), "attrs": {"labels": ["nucleus"], "proposed": "yes"}}
     replace_groups(path, {"objects": {**objects, **more}, "boxes": boxes})
-    (outcome,) = annotate_cohort(tmp_path / "s", save(tmp_path / "a.geojson", *CELLS), append=True)
+    (outcome,) = annotate(tmp_path / "s", save(tmp_path / "a.geojson", *CELLS), append=True)
     assert outcome.ok, outcome.message
     found = contents(path)
     assert [name for name, *_ in found["objects"]] == ["nucleus", "lymphocyte", "gland", "new"]
@@ -141,12 +142,12 @@ def test_proposals_are_added_to_and_columns_filled(tmp_path: Path) -> None:
     with h5py.File(path) as file:
         np.testing.assert_array_equal(file["objects/score"][...], np.array([0.5, np.nan, np.nan, np.nan], np.float32))
         assert file["objects"].attrs["proposed"] == "yes"
-    assert annotate_cohort(tmp_path / "s", tmp_path / "a.geojson", append=True)[0].skipped
+    assert annotate(tmp_path / "s", tmp_path / "a.geojson", append=True)[0].skipped
 
 
 def test_a_crash_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = slide_file(tmp_path / "s", "a")
-    annotate_cohort(tmp_path / "s", save(tmp_path / "a_1.geojson", *TISSUE))
+    annotate(tmp_path / "s", save(tmp_path / "a_1.geojson", *TISSUE))
     before = path.read_bytes()
     write = slidewrite._write_array
 
@@ -158,23 +159,23 @@ def test_a_crash_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.Monke
     with monkeypatch.context() as patched:
         patched.setattr(slidewrite, "_write_array", power_cut)
         cells = save(tmp_path / "a_2.geojson", *CELLS)
-        (outcome,) = annotate_cohort(tmp_path / "s", cells, append=True, workers=1)
+        (outcome,) = annotate(tmp_path / "s", cells, append=True, workers=1)
     assert "power cut" in outcome.message
     assert path.read_bytes() == before
-    assert annotate_cohort(tmp_path / "s", cells, append=True)[0].info["objects"] == 3
+    assert annotate(tmp_path / "s", cells, append=True)[0].info["objects"] == 3
 
 
 def test_stream_gives_the_same_boxes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one, two = (slide_file(tmp_path / name, "a", bounds=(30, 10)) for name in ("one", "two"))
     many = [feature({"type": "Polygon", "coordinates": [[[x, 5], [x + 9, 5], [x, 70]]]}) for x in range(300)]
     source = save(tmp_path / "a.geojson", *many)
-    annotate_cohort(one.parent, source)
+    annotate(one.parent, source)
     monkeypatch.setattr(stream, "LARGE_BYTES", 0)
     called: list[str] = []
     monkeypatch.setattr(
         stream, "clip_table", lambda table, grid, clip=stream.clip_table: called.append("part") or clip(table, grid)
     )
-    annotate_cohort(two.parent, source, stream=True)
+    annotate(two.parent, source, stream=True)
     assert called
     assert contents(one) == contents(two)
     with h5py.File(one) as a, h5py.File(two) as b:

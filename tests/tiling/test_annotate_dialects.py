@@ -14,7 +14,8 @@ from annotations import read_annotations
 from annotations.errors import UserError
 from odis_path.cli import app
 from odis_path.export_geojson import export_geojson
-from tiling import SlideFile, SlideMeta, annotate_cohort, write_slide_file
+from tiling import SlideFile, SlideMeta, write_slide_file
+from tiling.annotate import annotate
 from tiling.annotate_report import label_rows, results_of
 
 RING = [[0, 0], [20, 0], [20, 20], [0, 20], [0, 0]]
@@ -60,7 +61,7 @@ MAP = "Tumour: [tumor, TUM]\nStroma:\n"
 def test_classes_are_mapped_and_told(tmp_path: Path) -> None:
     path = slide_file(tmp_path / "s")
     source, classes = save(tmp_path / "a.geojson", ITEMS), save(tmp_path / "map.yaml", MAP)
-    (outcome,) = annotate_cohort(tmp_path / "s", source, classes=classes)
+    (outcome,) = annotate(tmp_path / "s", source, classes=classes)
     assert "classes that --classes does not name: fat" in outcome.message
     assert "1 objects lie outside the slide" in outcome.message
     with SlideFile(path) as file:
@@ -75,14 +76,14 @@ def test_classes_are_mapped_and_told(tmp_path: Path) -> None:
         ("Stroma", 1, 2, 0, 0, ""),
     ]
     assert results["a"]["repairs"] == ["bow: Self-intersection[40 10]"]
-    assert annotate_cohort(tmp_path / "s", source, classes=classes)[0].skipped
-    (outcome,) = annotate_cohort(tmp_path / "s", source, classes=classes, strict_classes=True)
+    assert annotate(tmp_path / "s", source, classes=classes)[0].skipped
+    (outcome,) = annotate(tmp_path / "s", source, classes=classes, strict_classes=True)
     assert not outcome.ok
     assert outcome.message.startswith("fat: not named in ")
     with pytest.raises(UserError, match="--strict-classes: needs --classes"):
-        annotate_cohort(tmp_path / "s", source, strict_classes=True)
+        annotate(tmp_path / "s", source, strict_classes=True)
     with pytest.raises(UserError, match="--annotation-mpp 0"):
-        annotate_cohort(tmp_path / "s", source, annotation_mpp=0)
+        annotate(tmp_path / "s", source, annotation_mpp=0)
 
 
 def test_the_command_ends_with_a_table_of_classes(tmp_path: Path) -> None:
@@ -145,7 +146,7 @@ def test_what_reading_changed_is_told(tmp_path: Path) -> None:
     slide_file(tmp_path / "s")
     ring = [*RING[:2], [None, 7], [1e308, 3], *RING[2:]]
     item = {**feature(ring, "a"), "geometry": {"type": "Polygon", "coordinates": [ring, [[1, 1], [2, 2]]]}}
-    (outcome,) = annotate_cohort(tmp_path / "s", save(tmp_path / "a.geojson", [item]))
+    (outcome,) = annotate(tmp_path / "s", save(tmp_path / "a.geojson", [item]))
     assert outcome.message.split("; ") == [
         "2 positions left out that are no numbers, or beyond any slide",
         "1 holes left out that are no rings, or in no region",
@@ -159,10 +160,10 @@ def test_confidence_is_stored_where_there_is_any_and_stays(tmp_path: Path) -> No
         with h5py.File(path) as file:
             return file["objects/confidence"][...].tolist() if "objects/confidence" in file else None
 
-    annotate_cohort(tmp_path / "s", save(tmp_path / "a_1.geojson", [feature(RING, "a")]))
+    annotate(tmp_path / "s", save(tmp_path / "a_1.geojson", [feature(RING, "a")]))
     assert stored() is None
     boxes = [{"image_id": 1, "category_id": 3, "bbox": [x, 5, 10, 10], "score": x / 32} for x in (8, 24)]
-    annotate_cohort(tmp_path / "s", save(tmp_path / "a_2.json", boxes), append=True)
+    annotate(tmp_path / "s", save(tmp_path / "a_2.json", boxes), append=True)
     confidence = stored()
     assert confidence is not None
     assert np.array_equal(confidence, [np.nan, 0.25, 0.75], equal_nan=True)
@@ -181,7 +182,7 @@ def test_coco_outlines_left_out_are_told_by_class(tmp_path: Path) -> None:
         "categories": [{"id": 1, "name": "gland"}],
         "annotations": [{"image_id": 1, "category_id": 1, **shape} for shape in shapes],
     }
-    outcomes = annotate_cohort(tmp_path / "s", save(tmp_path / "a.json", document))
+    outcomes = annotate(tmp_path / "s", save(tmp_path / "a.json", document))
     (row,) = label_rows(results_of(tmp_path / "s", outcomes).values())
     assert row == ("gland", 1, 1, 1, 3, "1 no geometry, 1 fewer than 3 corners, 1 no area")
 
@@ -190,12 +191,12 @@ def test_hovernet_at_half_the_magnification(tmp_path: Path) -> None:
     path = slide_file(tmp_path / "s")
     nuclei = {"mag": 20, "nuc": {"4": {"contour": [[10, 10], [20, 10], [20, 20], [10, 20]], "type": 2, "type_prob": 0.5}}}
     source = save(tmp_path / "a.json", nuclei)
-    (outcome,) = annotate_cohort(tmp_path / "s", source)
+    (outcome,) = annotate(tmp_path / "s", source)
     assert "HoVer-Net at 20x, the slide taken as 40x: scaled by 2" in outcome.message
     with SlideFile(path) as file:
         assert file.boxes(0).tolist() == [[20, 20, 40, 40]]
         assert file.objects_table()["kind"].tolist() == [1]
-    annotate_cohort(tmp_path / "s", source, annotation_mpp=1.0)
+    annotate(tmp_path / "s", source, annotation_mpp=1.0)
     with SlideFile(path) as file:
         assert file.boxes(0).tolist() == [[40, 40, 80, 80]]
 
@@ -207,40 +208,40 @@ def test_xml_masks_and_their_folders(tmp_path: Path) -> None:
     xml = f"<Annotations><Annotation Name='x'>{region}</Annotation></Annotations>"
     save(tmp_path / "x" / "a.xml", xml.format("".join(f'<Vertex X="{x}" Y="{y}"/>' for x, y in RING)))
     (tmp_path / "x" / "a.png").write_bytes(b"a picture beside it")
-    assert annotate_cohort(tmp_path / "s", tmp_path / "x")[0].info["objects"] == 1
+    assert annotate(tmp_path / "s", tmp_path / "x")[0].info["objects"] == 1
     mask = np.zeros((150, 200), np.uint8)
     mask[0:2, 1:3] = 3
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "a.png").write_bytes(imagecodecs.png_encode(mask))
     sidecar = save(tmp_path / "m" / "a.classes.json", {"3": "gland"})
-    assert annotate_cohort(tmp_path / "s", tmp_path / "m")[0].info["objects"] == 1
+    assert annotate(tmp_path / "s", tmp_path / "m")[0].info["objects"] == 1
     with SlideFile(path) as file:
         assert file.boxes(0).tolist() == [[10, 0, 30, 20]]
         assert file.objects_table()["labels"] == ["gland"]
     sidecar.write_text('{"3": "vessel, renamed"}')
-    assert not annotate_cohort(tmp_path / "s", tmp_path / "m")[0].skipped
+    assert not annotate(tmp_path / "s", tmp_path / "m")[0].skipped
 
 
 def test_ndpa_needs_its_slide(tmp_path: Path) -> None:
     slide_file(tmp_path / "s")
     text = "<annotations><ndpviewstate><annotation type='pin'><x>1</x><y>1</y></annotation></ndpviewstate></annotations>"
-    (outcome,) = annotate_cohort(tmp_path / "s", save(tmp_path / "a.ndpi.ndpa", text))
+    (outcome,) = annotate(tmp_path / "s", save(tmp_path / "a.ndpi.ndpa", text))
     assert not outcome.ok
     assert "bring the NDPI slide back" in outcome.message
 
 
 def test_the_origin_that_was_taken_is_told(tmp_path: Path) -> None:
     slide_file(tmp_path / "s", bounds=(1000, 1000), offset=1000)
-    (outcome,) = annotate_cohort(tmp_path / "s", save(tmp_path / "a.geojson", [feature(RING, "a")]))
+    (outcome,) = annotate(tmp_path / "s", save(tmp_path / "a.geojson", [feature(RING, "a")]))
     said = "origin: the scanned area's corner, moved by (1000, 1000) (0 objects on tiles from the slide's corner, 1 so)"
     assert said in outcome.message
-    (outcome,) = annotate_cohort(tmp_path / "s", save(tmp_path / "a.geojson", [feature(shifted(RING, 1000, 1000), "a")]))
+    (outcome,) = annotate(tmp_path / "s", save(tmp_path / "a.geojson", [feature(shifted(RING, 1000, 1000), "a")]))
     assert "origin: the slide's corner (1 objects on tiles, 0 from the scanned area's corner)" in outcome.message
 
 
 def test_annotations_off_the_tissue_are_told_with_both_extents(tmp_path: Path) -> None:
     slide_file(tmp_path / "s")
-    (outcome,) = annotate_cohort(tmp_path / "s", save(tmp_path / "a.geojson", [feature(shifted(RING, 700), "a")]))
+    (outcome,) = annotate(tmp_path / "s", save(tmp_path / "a.geojson", [feature(shifted(RING, 700), "a")]))
     for text in ("off the tissue: 0 of 1", "they span x 700..720, y 0..20", "the tiles x 0..400, y 0..200", "--annotation-mpp"):
         assert text in outcome.message
 
@@ -260,7 +261,7 @@ def test_how_much_of_the_annotations_is_off_the_tissue_is_told(tmp_path: Path, c
     items = [feature([[side / 20 * x + dx, side / 20 * y + dy] for x, y in RING], "a") for dx, dy in corners]
     # What has no area to speak of and lies off the tiles does not make a warning.
     items += [feature([[x / 20 + 900, y / 20] for x, y in RING], "crumb") for _ in range(3 * (side == 90))]
-    (outcome,) = annotate_cohort(tmp_path / "s", save(tmp_path / "a.geojson", items))
+    (outcome,) = annotate(tmp_path / "s", save(tmp_path / "a.geojson", items))
     assert ("off the tissue" in outcome.message) == bool(said)
     assert said in outcome.message
 
@@ -271,6 +272,6 @@ def test_overlapping_tiles_do_not_count_an_object_twice(tmp_path: Path) -> None:
     (tmp_path / "s").mkdir()
     write_slide_file(tmp_path / "s" / "a.h5", meta=meta, coords=coords)
     items = [feature(shifted(RING, 100, 10), "on"), *(feature(shifted(RING, 600 + 30 * i, 10), "off") for i in range(3))]
-    (outcome,) = annotate_cohort(tmp_path / "s", save(tmp_path / "a.geojson", items))
+    (outcome,) = annotate(tmp_path / "s", save(tmp_path / "a.geojson", items))
     assert (outcome.info["objects"], outcome.info["boxes"]) == (4, 4)
     assert "1 of 4 objects touch a tile, 25% of their area is on tiles" in outcome.message

@@ -11,7 +11,8 @@ import pytest
 from test_annotate import feature, rectangle, save, slide_file
 
 from annotations.errors import UserError
-from tiling import SlideFile, annotate_cohort, replace_groups, slidewrite
+from tiling import SlideFile, replace_groups, slidewrite
+from tiling.annotate import annotate
 
 BLOB = feature({"type": "Polygon", "coordinates": [[[60.5, 20], [140, 33.3], [151.25, 70], [90, 61], [60.5, 20]]]})
 
@@ -24,7 +25,7 @@ def ring_area(ring: np.ndarray) -> float:
 def test_the_outlines_are_stored_beside_the_boxes(tmp_path: Path) -> None:
     path = slide_file(tmp_path / "s", "a", mpp=0.3)
     source = save(tmp_path / "a.geojson", rectangle(50, 20, 250, 60), BLOB)
-    (outcome,) = annotate_cohort(tmp_path / "s", source, polygons=True)
+    (outcome,) = annotate(tmp_path / "s", source, polygons=True)
     assert outcome.ok
     with h5py.File(path) as file:
         group = file["boxes/polygon"]
@@ -51,7 +52,7 @@ def test_a_run_with_another_flag_is_made_anew(tmp_path: Path) -> None:
     path = slide_file(tmp_path / "s", "a")
     source = save(tmp_path / "a.geojson", BLOB)
     for polygons, skipped in ((False, False), (True, False), (True, True), (False, False), (False, True), (True, False)):
-        (outcome,) = annotate_cohort(tmp_path / "s", source, polygons=polygons)
+        (outcome,) = annotate(tmp_path / "s", source, polygons=polygons)
         assert (outcome.ok, outcome.skipped) == (True, skipped)
         with SlideFile(path) as file:
             assert file.has_polygons is polygons
@@ -64,7 +65,7 @@ def test_boxes_are_the_same_with_and_without(tmp_path: Path) -> None:
     source = save(tmp_path / "a.geojson", rectangle(50, 20, 150, 60), BLOB)
     tables = []
     for polygons in (False, True):
-        annotate_cohort(tmp_path / "s", source, polygons=polygons)
+        annotate(tmp_path / "s", source, polygons=polygons)
         with SlideFile(path) as file:
             tables.append(file.boxes_table())
     for name, array in tables[0].items():
@@ -78,12 +79,12 @@ def test_a_file_without_polygons_says_what_to_run(tmp_path: Path) -> None:
             assert not file.has_polygons
             with pytest.raises(UserError, match=r"a\.h5: holds no polygons: run odis-path annotate with --polygons"):
                 file.polygon(0)
-        annotate_cohort(tmp_path / "s", save(tmp_path / "a.geojson", BLOB))
+        annotate(tmp_path / "s", save(tmp_path / "a.geojson", BLOB))
 
 
 def test_a_crash_leaves_the_old_outlines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = slide_file(tmp_path / "s", "a")
-    annotate_cohort(tmp_path / "s", save(tmp_path / "a.geojson", BLOB), polygons=True)
+    annotate(tmp_path / "s", save(tmp_path / "a.geojson", BLOB), polygons=True)
     before = path.read_bytes()
     write = slidewrite._write_array
 
@@ -93,7 +94,7 @@ def test_a_crash_leaves_the_old_outlines(tmp_path: Path, monkeypatch: pytest.Mon
         write(group, name, value)
 
     monkeypatch.setattr(slidewrite, "_write_array", power_cut)
-    (outcome,) = annotate_cohort(tmp_path / "s", save(tmp_path / "a.geojson", rectangle(1, 1, 9, 9)), polygons=True, workers=1)
+    (outcome,) = annotate(tmp_path / "s", save(tmp_path / "a.geojson", rectangle(1, 1, 9, 9)), polygons=True, workers=1)
     assert not outcome.ok
     assert "power cut" in outcome.message
     assert path.read_bytes() == before
@@ -102,7 +103,7 @@ def test_a_crash_leaves_the_old_outlines(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_other_groups_come_and_go_and_outlines_stay(tmp_path: Path) -> None:
     path = slide_file(tmp_path / "s", "a")
-    annotate_cohort(tmp_path / "s", save(tmp_path / "a.geojson", BLOB), polygons=True)
+    annotate(tmp_path / "s", save(tmp_path / "a.geojson", BLOB), polygons=True)
     with SlideFile(path) as file:
         before = file.polygon(1)
     replace_groups(path, {"more": {"rows": np.arange(3)}})
@@ -114,7 +115,7 @@ def test_many_outlines_are_stored_in_chunks_of_a_mebibyte(tmp_path: Path) -> Non
     path = slide_file(tmp_path / "s", "a")
     angle = np.linspace(0, 2 * np.pi, 40_000)
     rings = [np.stack([50 + r * np.cos(angle), 50 + r * np.sin(angle)], 1).tolist() for r in range(10, 46, 5)]
-    annotate_cohort(tmp_path / "s", save(tmp_path / "a.geojson", *(rounded(ring) for ring in rings)), polygons=True)
+    annotate(tmp_path / "s", save(tmp_path / "a.geojson", *(rounded(ring) for ring in rings)), polygons=True)
     with h5py.File(path) as file:
         xy = file["boxes/polygon/xy"]
         assert xy.shape[0] > 250_000

@@ -19,8 +19,8 @@ import pytest
 from annotations.errors import UserError
 from tiling.atomic import DiskFullError
 from tiling.claim import claim, is_claimed, lock_of
-from tiling.cohort import DIED, NOT_TRIED, Outcome, finish, run_cohort
-from tiling.scan import read_manifest, scan_slides
+from tiling.cohort import DIED, NOT_TRIED, Outcome, Outcomes, run_cohort
+from tiling.scan import read_manifest, scan
 
 ROOT = Path(__file__).parents[2]
 
@@ -131,7 +131,9 @@ def test_a_full_disk_ends_the_run_and_says_what_was_not_tried(workers: int, caps
     untried = [outcome.item for outcome in outcomes if outcome.message == NOT_TRIED]
     assert len(untried) >= 7
     assert outcomes[0].ok
-    assert finish(outcomes, "tile", Path("out")) == 1
+    stopped = Outcomes(outcomes, "tile", Path("out"))
+    stopped.print()
+    assert stopped.failed
     printed = capsys.readouterr().out
     assert printed.count("No space left on device") == 2
     assert f"not tried: {len(untried)}, from slow on" in printed
@@ -185,21 +187,23 @@ def test_the_same_work_runs_on_a_dask_cluster() -> None:
     assert summary(outcomes) == EXPECTED
 
 
-def test_finish_sums_columns_lists_failures_and_gives_the_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
+def test_outcomes_sum_columns_and_list_failures(capsys: pytest.CaptureFixture[str]) -> None:
     outcomes = run_cohort([row[0] for row in EXPECTED], work, title="t", workers=1)
-    assert finish(outcomes, "tile", Path("some/out"), ("tiles",)) == 1
+    told = Outcomes(outcomes, "tile", Path("some/out"), ("tiles",))
+    told.print()
+    assert {outcome.item for outcome in told.failed} == {name for name, ok, *_ in EXPECTED if not ok}
     printed = capsys.readouterr().out
     assert "bad.svs: broken: copy it again" in printed
     assert "ZeroDivisionError: by zero" in printed
     assert "note: odd: noted" in printed
     assert printed.rstrip().endswith("output: some/out")
     assert "9" in printed  # tiles of one, old and odd
-    assert finish([outcome for outcome in outcomes if outcome.ok], "tile", Path("out")) == 0
+    assert not Outcomes([outcome for outcome in outcomes if outcome.ok], "tile", Path("out")).failed
 
 
 def test_seconds_are_those_of_the_run_and_those_of_workers_are_summed_beside(capsys: pytest.CaptureFixture[str]) -> None:
     outcomes = [Outcome(f"S{i}", ok=True, seconds=100.0) for i in range(40)]
-    finish(outcomes, "tile", Path("out"), wall_s=1012.34)
+    Outcomes(outcomes, "tile", Path("out"), wall_s=1012.34).print()
     lines = capsys.readouterr().out.splitlines()
     heads, cells = ([cell.strip() for cell in lines[i].replace("│", "┃").split("┃")] for i in (2, 4))
     row = dict(zip(heads, cells, strict=True))
@@ -208,13 +212,13 @@ def test_seconds_are_those_of_the_run_and_those_of_workers_are_summed_beside(cap
 
 def test_a_failure_stays_on_one_line_however_long(capsys: pytest.CaptureFixture[str]) -> None:
     long = [Outcome("a slide of a very long name" * 3, ok=False, message="short"), Outcome("b", ok=False, message="why " * 99)]
-    finish(long, "tile", Path("out"))
+    Outcomes(long, "tile", Path("out")).print()
     assert sum("why" in line for line in capsys.readouterr().out.splitlines()) == 1
 
 
 def test_a_remark_on_many_items_is_one_line_and_stands_before_the_sums(capsys: pytest.CaptureFixture[str]) -> None:
     outcomes = [Outcome(f"S{i}", ok=True, message="no mpp" if i % 2 else "", info={"redone": "it changed"}) for i in range(9)]
-    finish(outcomes, "tile", Path("out"))
+    Outcomes(outcomes, "tile", Path("out")).print()
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == ["note: made anew: S0 and 8 more: it changed", "note: S1 and 3 more: no mpp"]
     assert lines[2].strip() == "tile"
@@ -246,7 +250,7 @@ def test_scan_says_which_slides_tile_will_refuse_and_why(tmp_path: Path, make_sl
     whole = (tmp_path / "cut.tif").read_bytes()
     (tmp_path / "cut.tif").write_bytes(whole[: len(whole) * 2 // 3])
     begin = time.process_time()
-    outcomes = {outcome.item: outcome for outcome in scan_slides([tmp_path], tmp_path / "m.csv", mpp=0.5)}
+    outcomes = {outcome.item: outcome for outcome in scan([tmp_path], tmp_path / "m.csv", mpp=0.5)}
     assert time.process_time() - begin < 2
     with (tmp_path / "m.csv").open() as file:
         rows = {row["slide_id"]: row for row in csv.DictReader(file)}
@@ -259,5 +263,5 @@ def test_scan_says_which_slides_tile_will_refuse_and_why(tmp_path: Path, make_sl
     assert rows["good"]["problem"] == ""
     assert rows["good"]["reader"]
     assert rows["good"]["why"]
-    (outcome,) = scan_slides([tmp_path / "silent.svs"], tmp_path / "m.csv", assume_mpp=0.25)
+    (outcome,) = scan([tmp_path / "silent.svs"], tmp_path / "m.csv", assume_mpp=0.25)
     assert (outcome.info["will_fail"], outcome.message) == (0, "")

@@ -16,8 +16,8 @@ from odis_path.evaluate.splits import read_split
 from odis_path.export_geojson import read_predictions
 from tiling import SlideFile, import_images
 from tiling.csvfile import number_in, read_csv_file, whole_number_in
-from tiling.scan import read_manifest, scan_slides
-from tiling.tile import tile_cohort
+from tiling.scan import read_manifest, scan
+from tiling.tile import tile
 
 TABLE = [["slide_id", "path", "patient_id", "mpp"], ["A", "a.tif", "P1", "0,5"], ["B", "b.tif", "P2", "0,25"]]
 AS_SAVED = {
@@ -102,7 +102,7 @@ def test_a_manifest_of_semicolons_and_decimal_commas_is_tiled(
 ) -> None:
     make_slide(tmp_path / "with, comma; and more.svs", picture, levels=1, mpp=None)
     (tmp_path / "m.tsv").write_text("slide_id\tpath\tmpp\tpatient_id\r\nA\twith, comma; and more.svs\t0,5\tP1\r\n")
-    (outcome,) = tile_cohort([tmp_path / "m.tsv"], tmp_path / "out", mpp=1.0, size_px=64, workers=1)
+    (outcome,) = tile([tmp_path / "m.tsv"], tmp_path / "out", mpp=1.0, size=64, workers=1)
     assert outcome.ok, outcome.message
     with SlideFile(tmp_path / "out" / "A.h5") as file:
         assert (file.mpp_level0, file.patient_id, file.source.name) == (0.5, "P1", "with, comma; and more.svs")
@@ -114,7 +114,7 @@ def test_scan_keeps_what_people_wrote_into_a_manifest_saved_with_semicolons(
     first = make_slide(tmp_path / "cohort" / "a, one.svs", picture, levels=1)
     shutil.copy(first, tmp_path / "cohort" / "b; two.svs")
     manifest = tmp_path / "manifest.csv"
-    scan_slides([tmp_path / "cohort"], manifest)
+    scan([tmp_path / "cohort"], manifest)
     with manifest.open(newline="") as file:
         rows = list(csv.DictReader(file))
     for row, patient, mpp in zip(rows, ("P1", "P2"), ("0,25", "0,5"), strict=True):
@@ -124,7 +124,7 @@ def test_scan_keeps_what_people_wrote_into_a_manifest_saved_with_semicolons(
         writer.writeheader()
         writer.writerows(rows)
     for _ in range(2):
-        scan_slides([tmp_path / "cohort"], manifest)
+        scan([tmp_path / "cohort"], manifest)
         again = [row for _, row in read_csv_file(manifest).rows]
         assert [row["patient_id"] for row in again] == ["P1", "P2"]
         assert [row["mpp"] for row in again] == ["0.25", "0.5"]

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 
 from annotations.errors import UserError
-from tiling.annotate import annotate_cohort
+from tiling.annotate import annotate
 from tiling.checksums import DamagedError
 from tiling.cohort import Outcome
 from tiling.importer import import_images
-from tiling.propose import propose_cohort
+from tiling.propose import propose
 from tiling.slidefile import SlideFile, SlideMeta, list_slide_files, replace_groups, write_slide_file
-from tiling.tile import tile_cohort
+from tiling.tile import tile
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +34,12 @@ def annotated(slide: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A slide file with pixels, objects, boxes and outlines."""
     folder = tmp_path_factory.mktemp("annotated")
     assert tiled(slide, folder).ok
-    annotate_cohort(folder, outlines(folder), polygons=True)
+    annotate(folder, outlines(folder), polygons=True)
     return folder / "S.h5"
 
 
 def tiled(slide: Path, out: Path) -> Outcome:
-    (outcome,) = tile_cohort([slide], out, 0.5, 64, workers=1)
+    (outcome,) = tile([slide], out, 0.5, 64, workers=1)
     return outcome
 
 
@@ -162,12 +162,12 @@ def test_damage_that_changed_no_time_is_seen_when_it_is_met_and_then_made_anew(s
 def test_damaged_boxes_are_told_and_made_anew_by_annotate(name: str, annotated: Path, tmp_path: Path) -> None:
     path = Path(shutil.copy(annotated, tmp_path / "S.h5"))
     before = contents(path)
-    (outcome,) = annotate_cohort(tmp_path, annotated.parent / "S.geojson", polygons=True)
+    (outcome,) = annotate(tmp_path, annotated.parent / "S.geojson", polygons=True)
     assert outcome.skipped
     flip(path, place(path, name) + 1)
     with SlideFile(path) as file, pytest.raises(DamagedError, match=rf"/{name} .*run odis-path annotate \(or propose\) again"):
         file.check()
-    (outcome,) = annotate_cohort(tmp_path, annotated.parent / "S.geojson", polygons=True)
+    (outcome,) = annotate(tmp_path, annotated.parent / "S.geojson", polygons=True)
     assert outcome.info["redone"] == "the file was damaged"
     assert contents(path) == before
 
@@ -182,10 +182,10 @@ def test_a_damaged_outline_is_told(annotated: Path, tmp_path: Path) -> None:
 
 def test_damaged_proposals_are_made_anew_by_propose(slide: Path, tmp_path: Path) -> None:
     tiled(slide, tmp_path)
-    propose_cohort(tmp_path)
+    propose(tmp_path)
     before = contents(tmp_path / "S.h5")
     flip(tmp_path / "S.h5", place(tmp_path / "S.h5", "boxes/xyxy") + 2)
-    (outcome,) = propose_cohort(tmp_path)
+    (outcome,) = propose(tmp_path)
     assert outcome.info["redone"] == "the file was damaged"
     assert contents(tmp_path / "S.h5") == before
 
@@ -198,12 +198,12 @@ def test_a_damaged_import_is_made_anew(tmp_path: Path) -> None:
         Image.fromarray(np.full((128, 128, 3), 99 + number, np.uint8)).save(tmp_path / "im" / f"{number}.png")
     for fit in ("tiles", "crop"):
         out = tmp_path / fit
-        import_images(tmp_path / "im", out, mpp=0.5, size_px=64, fit=fit)
+        import_images(tmp_path / "im", out, mpp=0.5, size=64, fit=fit)
         path = list_slide_files(out)[0]
         before = contents(path)
-        assert all(outcome.skipped for outcome in import_images(tmp_path / "im", out, mpp=0.5, size_px=64, fit=fit))
+        assert all(outcome.skipped for outcome in import_images(tmp_path / "im", out, mpp=0.5, size=64, fit=fit))
         flip(path, place(path, "pixels/data") + 200)
-        assert not all(outcome.skipped for outcome in import_images(tmp_path / "im", out, mpp=0.5, size_px=64, fit=fit))
+        assert not all(outcome.skipped for outcome in import_images(tmp_path / "im", out, mpp=0.5, size=64, fit=fit))
         assert contents(path) == before
 
 
@@ -245,7 +245,7 @@ def test_a_file_of_an_earlier_version_is_read_and_annotated(annotated: Path, tmp
         file.check()
         assert file.tile(0).shape == (64, 64, 3)
         assert file.polygon(0)
-    (outcome,) = annotate_cohort(tmp_path, annotated.parent / "S.geojson", polygons=True)
+    (outcome,) = annotate(tmp_path, annotated.parent / "S.geojson", polygons=True)
     assert outcome.ok
 
 

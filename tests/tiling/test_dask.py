@@ -19,9 +19,9 @@ import numpy as np
 import pytest
 
 from annotations.errors import UserError
-from tiling.annotate import annotate_cohort
+from tiling.annotate import annotate
 from tiling.cohort import DIED, NOT_TRIED, Outcome, run_cohort
-from tiling.tile import tile_cohort
+from tiling.tile import tile
 
 pytest.importorskip("distributed")
 
@@ -136,22 +136,22 @@ def test_a_worker_killed_in_mid_run_costs_nothing(
         ring = [[200, 200], [500 + i, 200], [500 + i, 500], [200, 500], [200, 200]]
         shapes = [{"type": "Feature", "geometry": {"type": "Polygon", "coordinates": [ring]}, "properties": {}}]
         (outlines / f"S{i}.geojson").write_text(json.dumps({"type": "FeatureCollection", "features": shapes}))
-    tile_cohort([slides], local, 0.5, 64, workers=1)
+    tile([slides], local, 0.5, 64, workers=1)
 
     with ThreadPoolExecutor(1) as pool:
-        run = pool.submit(tile_cohort, [slides], out, 0.5, 64, scheduler=cluster.address)
+        run = pool.submit(tile, [slides], out, 0.5, 64, scheduler=cluster.address)
         kill_while_writing(workers[0], out, run)
         check_once(run.result(60), out, local)
-        annotate_cohort(local, outlines, workers=1)
+        annotate(local, outlines, workers=1)
         workers.append(cluster.worker("--no-nanny"))
-        run = pool.submit(annotate_cohort, out, outlines, scheduler=str(cluster.file))
+        run = pool.submit(annotate, out, outlines, scheduler=str(cluster.file))
         kill_while_writing(workers[1], out, run)
         check_once(run.result(60), out, local)
 
     words = ["tile", str(slides), "--out", str(out), "--mpp", "0.5", "--size", "64", "--scheduler", cluster.address]
     done = subprocess.run([sys.executable, "-m", "odis_path", *words], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert [outcome.skipped for outcome in tile_cohort([slides], out, 0.5, 64, scheduler=cluster.address)] == [True] * SLIDES
+    assert [outcome.skipped for outcome in tile([slides], out, 0.5, 64, scheduler=cluster.address)] == [True] * SLIDES
 
 
 def test_relative_paths_are_those_of_the_command_not_of_the_worker(
@@ -165,7 +165,7 @@ def test_relative_paths_are_those_of_the_command_not_of_the_worker(
     (tmp_path / "exclude" / "S.geojson").write_text(json.dumps({"type": "FeatureCollection", "features": [shape]}))
     monkeypatch.chdir(tmp_path)
     for out, how in (("here", {"workers": 1}), ("there", {"scheduler": cluster.address})):
-        (outcome,) = tile_cohort(["slides/S.svs"], out, 0.5, 64, exclude="exclude", **how)
+        (outcome,) = tile(["slides/S.svs"], out, 0.5, 64, exclude="exclude", **how)
         assert outcome.ok, outcome.message
         assert "nothing of it in --exclude" not in outcome.message
     assert contents(tmp_path / "here" / "S.h5") == contents(tmp_path / "there" / "S.h5")

@@ -18,7 +18,7 @@ from tiling.direct import DirectReader, NotDirectError, stored_pages
 from tiling.patches import map_patches
 from tiling.slide import Slide
 from tiling.slidefile import SlideFile
-from tiling.tile import tile_cohort
+from tiling.tile import tile
 
 SIDE = 256
 
@@ -162,7 +162,7 @@ def test_jpeg_2000_is_read_directly_and_is_openslides(tmp_path: Path, texture: n
 
 def test_a_torn_jpeg_2000_tile_is_marked_and_none_is_copied(tmp_path: Path, texture: np.ndarray) -> None:
     path = write_j2k(tmp_path / "a.svs", texture, 33005, torn(6))
-    (outcome,) = tile_cohort([path], tmp_path, 0.25, SIDE, tissue="none", workers=1, pixels="copy")
+    (outcome,) = tile([path], tmp_path, 0.25, SIDE, tissue="none", workers=1, pixels="copy")
     assert outcome.ok, outcome.message
     assert "recoded at quality 90" in outcome.message
     with SlideFile(tmp_path / "a.h5") as file:
@@ -194,7 +194,7 @@ def test_a_level_that_is_no_average_is_not_read(tmp_path: Path, texture: np.ndar
     with Slide.open(tmp_path / "a.svs", resample="pyramid") as slide:
         assert slide.true_level(2.0) == 1
     assert np.abs(found - area(level0, 0, 0, 800, 400)).mean() <= 2
-    (outcome,) = tile_cohort([tmp_path / "a.svs"], tmp_path, 0.5, 128, tissue="none", workers=1)
+    (outcome,) = tile([tmp_path / "a.svs"], tmp_path, 0.5, 128, tissue="none", workers=1)
     assert ("its level of 1/2 is no average of level 0, so a finer one is read" in outcome.message) == (made != "average")
 
 
@@ -262,7 +262,7 @@ def test_what_is_not_stored_is_background_and_is_counted(tmp_path: Path, texture
     with Slide.open(path) as slide:
         assert slide.info.reader == "direct"
         assert (slide.read_region(256, 256, 256, 256, 128, 128) == 255).all()
-    (outcome,) = tile_cohort([path], tmp_path / "out", 0.5, 128, tissue="none", workers=1)
+    (outcome,) = tile([path], tmp_path / "out", 0.5, 128, tissue="none", workers=1)
     assert "1 tiles reach into what was not scanned" in outcome.message
 
 
@@ -291,10 +291,10 @@ def test_a_torn_stored_tile_is_marked_and_the_others_are_as_before(tmp_path: Pat
     good = write(tmp_path / "good.svs", texture)
     bad = write(tmp_path / "bad.svs", texture, change=torn(8))
     for slide in (good, bad):
-        for pixels in (True, "copy"):
+        for pixels in ("jpeg", "copy"):
             out = tmp_path / f"out_{pixels}"
-            size, mpp = (128, 0.5) if pixels is True else (256, 0.25)
-            (outcome,) = tile_cohort([slide], out, mpp, size, tissue="none", pixels=pixels, workers=2)
+            size, mpp = (128, 0.5) if pixels == "jpeg" else (256, 0.25)
+            (outcome,) = tile([slide], out, mpp, size, tissue="none", pixels=pixels, workers=2)
             assert outcome.ok, outcome.message
             assert outcome.info["bad_tiles"] == (slide is bad)
             assert ("1 tiles cannot be decoded and are marked" in outcome.message) == (slide is bad)
@@ -323,7 +323,7 @@ def test_a_slide_mostly_torn_fails(tmp_path: Path, texture: np.ndarray) -> None:
         return list(tiles)
 
     path = write(tmp_path / "a.svs", texture, change=change)
-    (outcome,) = tile_cohort([path], tmp_path / "out", 0.5, 128, tissue="none", workers=1)
+    (outcome,) = tile([path], tmp_path / "out", 0.5, 128, tissue="none", workers=1)
     assert not outcome.ok
     assert "tiles cannot be decoded" in outcome.message
     assert not list((tmp_path / "out").glob("*.h5"))
@@ -333,7 +333,7 @@ def test_stored_tiles_are_copied_where_they_are_the_tiles(tmp_path: Path, textur
     for colours in ("ycbcr", "rgb"):
         path = write(tmp_path / f"{colours}.svs", texture, colours)
         stored = list(jpeg_tiles(texture, colours))
-        (outcome,) = tile_cohort([path], tmp_path / "out", 0.25, 256, tissue="none", pixels="copy", workers=1)
+        (outcome,) = tile([path], tmp_path / "out", 0.25, 256, tissue="none", pixels="copy", workers=1)
         assert outcome.message == ""
         level0 = openslide_pixels(path)
         with SlideFile(tmp_path / "out" / f"{colours}.h5") as file:
@@ -344,7 +344,7 @@ def test_stored_tiles_are_copied_where_they_are_the_tiles(tmp_path: Path, textur
                 away = np.abs(file.tile(i).astype(int) - level0[y : y + 256, x : x + 256])
                 assert away.mean() < 0.5
                 assert np.isfinite(file._file["quality/blur"][i])
-        (outcome,) = tile_cohort([path], tmp_path / "other", 0.25, 256, 16, tissue="none", pixels="copy", workers=1)
+        (outcome,) = tile([path], tmp_path / "other", 0.25, 256, 16, tissue="none", pixels="copy", workers=1)
         assert outcome.message.startswith("recoded at quality 90")
 
 

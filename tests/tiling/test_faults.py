@@ -23,15 +23,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from annotations.errors import UserError
-from tiling.annotate import annotate_cohort
+from tiling.annotate import annotate
 from tiling.atomic import DiskFullError, atomic_path, machine, sweep_temporaries
 from tiling.checksums import value_crc32
 from tiling.claim import BusyError, claim, is_claimed, lock_of, same_settings, sweep
-from tiling.cohort import NOT_TRIED, Outcome, finish
-from tiling.propose import propose_cohort
+from tiling.cohort import NOT_TRIED, Outcome, Outcomes
+from tiling.propose import propose
 from tiling.slidefile import SlideFile
 from tiling.slidewrite import SlideMeta, replace_groups, write_slide_file
-from tiling.tile import tile_cohort
+from tiling.tile import tile
 
 MakeSlide = Callable[..., Path]
 KILLED = -signal.SIGKILL
@@ -90,19 +90,19 @@ class Stage:
             collection = {"type": "FeatureCollection", "features": [feature(100 + 9 * i, 100, 150), feature(150, 160, 60)]}
             (self.outlines / f"S{i}.geojson").write_text(json.dumps(collection))
 
-    def tile(self, out: Path, **more: Any) -> list[Outcome]:
-        return tile_cohort([self.slides], out, **({"mpp": 1.0, "size_px": 96, "workers": 1} | more))
+    def tile(self, out: Path, **more: Any) -> Outcomes:
+        return tile([self.slides], out, **({"mpp": 1.0, "size": 96, "workers": 1} | more))
 
-    def annotate(self, out: Path, **more: Any) -> list[Outcome]:
-        return annotate_cohort(out, self.outlines, workers=1, polygons=True, **more)
+    def annotate(self, out: Path, **more: Any) -> Outcomes:
+        return annotate(out, self.outlines, workers=1, polygons=True, **more)
 
-    def propose(self, out: Path, **more: Any) -> list[Outcome]:
-        return propose_cohort(out, workers=1, **more)
+    def propose(self, out: Path, **more: Any) -> Outcomes:
+        return propose(out, workers=1, **more)
 
     def embed(self, out: Path, **more: Any) -> list[Outcome]:
-        from odis_path.embed import embed_cohort
+        from odis_path.embed import embed
 
-        return embed_cohort(out.parent / "tiles", "stub", out, level="slide", **more)
+        return embed(out.parent / "tiles", "stub", out, level="slide", **more)
 
 
 class StubEncoder:
@@ -358,7 +358,7 @@ def test_any_write_may_fail(command: str, stage: Stage, stub: None, whole: Calla
     fail_at()
 
 
-def disk_full_run(stage: Stage, out: Path) -> list[Outcome]:
+def disk_full_run(stage: Stage, out: Path) -> Outcomes:
     """Tile into a folder that is too small; what is said, and that nothing torn is left."""
     outcomes = stage.tile(out)
     failed = [outcome for outcome in outcomes if not outcome.ok]
@@ -381,7 +381,8 @@ def test_a_full_disk_stops_the_run_with_a_line(
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert [outcome.message == NOT_TRIED for outcome in outcomes] == [False, False, True]
-    assert finish(outcomes, "tile", out) == 1
+    outcomes.print()
+    assert outcomes.failed
     printed = capsys.readouterr().out
     assert "File too large" in printed
     assert "not tried: 1, from S2 on" in printed
@@ -430,11 +431,11 @@ def test_a_lost_write_ends_the_work_for_its_file_early(tmp_path: Path, monkeypat
 
 TWO = """
 import json, pathlib, sys, time
-from tiling.tile import tile_cohort
+from tiling.tile import tile
 slides, out, go = map(pathlib.Path, sys.argv[1:])
 print("ready", flush=True)
 while not go.exists(): time.sleep(0.001)
-outcomes = tile_cohort([slides], out, mpp=1.0, size_px=96, workers=1)
+outcomes = tile([slides], out, mpp=1.0, size=96, workers=1)
 print(json.dumps([[o.item, o.ok, o.skipped, o.message] for o in outcomes]))
 """
 
@@ -495,8 +496,8 @@ def test_a_slide_another_run_is_at_is_waited_for(
 def test_another_run_with_other_settings_is_refused(stage: Stage, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    with same_settings(out, "tile", {"mpp": 0.5, "size_px": 96}):
-        with same_settings(out, "tile", {"size_px": 96, "mpp": 0.5}):
+    with same_settings(out, "tile", {"mpp": 0.5, "size": 96}):
+        with same_settings(out, "tile", {"size": 96, "mpp": 0.5}):
             pass
         with pytest.raises(UserError, match=r"another run of odis-path tile is at work here .*mpp 0\.5, now 1\.0"):
             stage.tile(out)
@@ -529,7 +530,7 @@ def test_a_claim_ends_with_its_process_and_leaves_nothing(tmp_path: Path) -> Non
 
 
 def test_the_next_run_sweeps_up_but_never_after_a_live_one(stage: Stage, tmp_path: Path) -> None:
-    tile_cohort([stage.slides], tmp_path, mpp=1.0, size_px=96, workers=1)
+    tile([stage.slides], tmp_path, mpp=1.0, size=96, workers=1)
     dead = subprocess.Popen(["true"])
     dead.wait()
     mine, gone = tmp_path / f".S0.h5.{machine()}-{os.getppid()}-0.tmp", tmp_path / f".S0.h5.{machine()}-{dead.pid}-7.tmp"
@@ -561,8 +562,8 @@ def test_what_changed_is_said(stage: Stage, tmp_path: Path, capsys: pytest.Captu
     slides, out = shutil.copytree(stage.slides, tmp_path / "slides"), tmp_path / "out"
 
     def said(**more: Any) -> str:
-        outcomes = tile_cohort([slides], out, **({"mpp": 1.0, "size_px": 96, "workers": 1} | more))
-        finish(outcomes, "tile", out)
+        outcomes = tile([slides], out, **({"mpp": 1.0, "size": 96, "workers": 1} | more))
+        outcomes.print()
         return "".join(line for line in capsys.readouterr().out.splitlines() if "made anew" in line)
 
     assert said() == ""
@@ -579,15 +580,15 @@ def test_a_slide_of_equal_name_does_not_take_the_place_of_another(stage: Stage, 
     for path, name in ((first, "S0.svs"), (second, "S1.svs")):
         path.parent.mkdir()
         shutil.copy(stage.slides / name, path)
-    (outcome,) = tile_cohort([first], out, 1.0, 96, workers=1)
+    (outcome,) = tile([first], out, 1.0, 96, workers=1)
     before = (out / "S.h5").read_bytes()
-    (outcome,) = tile_cohort([second], out, 1.0, 96, workers=1)
+    (outcome,) = tile([second], out, 1.0, 96, workers=1)
     assert not outcome.ok
     for words in (str(first), str(second), "another slide of this name", "slide_id"):
         assert words in outcome.message
     assert (out / "S.h5").read_bytes() == before
     first.unlink()  # only where it came from is gone: the slide was replaced
-    (outcome,) = tile_cohort([second], out, 1.0, 96, workers=1)
+    (outcome,) = tile([second], out, 1.0, 96, workers=1)
     assert outcome.ok
 
 

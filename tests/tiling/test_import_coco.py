@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from annotations import UserError
-from tiling.import_boxes import BoxReport
+from tiling.annotate_report import BoxOutcomes
 from tiling.importer import import_images
 from tiling.slidefile import SlideFile
 
@@ -40,10 +40,9 @@ def coco(path: Path, images: list[dict[str, Any]], annotations: list[dict[str, A
     return path
 
 
-def run(tmp_path: Path, fit: str, **options: Any) -> tuple[list[Any], BoxReport]:
-    report = BoxReport()
-    call = {"mpp": 0.5, "fit": fit, "size_px": 64, "coco": tmp_path / "c.json", "report": report, **options}
-    return import_images(tmp_path / "in", tmp_path / "out", **call), report
+def run(tmp_path: Path, fit: str, **options: Any) -> BoxOutcomes:
+    call = {"mpp": 0.5, "fit": fit, "size": 64, "coco": tmp_path / "c.json", **options}
+    return import_images(tmp_path / "in", tmp_path / "out", **call)
 
 
 def stored_boxes(tmp_path: Path, name: str) -> list[list[float]]:
@@ -61,7 +60,7 @@ def test_boxes_of_an_image_of_another_size_are_scaled_to_it(tmp_path: Path, fit:
     picture(tmp_path / "in" / "a.png")
     numbers = [value * factor for value in (8, 8, 40, 24)]
     coco(tmp_path / "c.json", [image(1, "a.png", 64 * factor, 64 * factor)], [box(101, 1, *numbers)])
-    (outcome,), _ = run(tmp_path, fit)
+    (outcome,) = run(tmp_path, fit)
     assert stored_boxes(tmp_path, slide_file(fit)) == [[8, 8, 48, 32]]
     assert ("scaled" in outcome.message) == noted
 
@@ -73,7 +72,7 @@ def test_boxes_of_an_image_of_another_shape_are_refused(tmp_path: Path, fit: str
     picture(tmp_path / "in" / "b.png")
     images = [image(1, "a.png", width, height), image(2, "b.png", 64, 64)]
     coco(tmp_path / "c.json", images, [box(1, 1, 0, 0, 9, 9), box(2, 2, 0, 0, 9, 9)])
-    outcomes, _ = run(tmp_path, fit)
+    outcomes = run(tmp_path, fit)
     (failed,) = [outcome for outcome in outcomes if not outcome.ok]
     assert "a.png" in failed.message
     assert f"of an image of {width} x {height} pixels, it has 96 x 64{', ' if hint else ''}{hint}:" in failed.message
@@ -105,8 +104,8 @@ def every_loss(tmp_path: Path) -> None:
 @pytest.mark.parametrize("fit", FITS)
 def test_every_annotation_is_a_box_or_counted_by_reason_and_named(tmp_path: Path, fit: str) -> None:
     every_loss(tmp_path)
-    outcomes, report = run(tmp_path, fit)
-    text = "; ".join([*(outcome.message for outcome in outcomes), *report.notes])
+    outcomes = run(tmp_path, fit)
+    text = "; ".join([*(outcome.message for outcome in outcomes), *outcomes.notes])
     for line in (
         "1 left out, no area (annotation 104)", "1 left out, on no tile (annotation 105)",
         "1 left out, no geometry (annotation 108)",
@@ -116,21 +115,23 @@ def test_every_annotation_is_a_box_or_counted_by_reason_and_named(tmp_path: Path
         "1 left out, of an image that the file does not list (annotation 106)",
     ):  # fmt: skip
         assert line in text, line
-    rows = [row for result in report.results for row in result["labels"].values()]
+    rows = [row for result in outcomes.results for row in result["labels"].values()]
     lost = sum(sum(row["skipped"].values()) for row in rows)
     assert sum(row["objects"] for row in rows) == 3  # one of them on no tile
     assert sum(row["boxes"] for row in rows) == 2
     assert lost == 6
-    again, second = run(tmp_path, fit)
+    again = run(tmp_path, fit)
     assert all(outcome.skipped for outcome in again)
-    assert (second.notes, second.results) == (report.notes, report.results)
+    assert (again.notes, again.results) == (outcomes.notes, outcomes.results)
     assert "annotation 104" in "; ".join(outcome.message for outcome in again)
 
 
-def test_who_asks_no_report_is_told_on_stderr(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_python_user_is_told_by_the_summary_and_not_on_stdout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     every_loss(tmp_path)
-    run(tmp_path, "tiles", report=None)
-    assert "of an image that the file does not list (annotation 106)" in capsys.readouterr().err
+    outcomes = run(tmp_path, "tiles")
+    assert capsys.readouterr().out == ""
+    assert "of an image that the file does not list (annotation 106)" in outcomes.summary()
+    assert "of an image that the file does not list (annotation 106)" in outcomes._repr_html_()
 
 
 def command(tmp_path: Path, *more: str) -> str:
@@ -184,9 +185,9 @@ def test_polygons_keeps_the_outlines_of_masks_and_polygons(tmp_path: Path, fit: 
             assert [len(file.boxes(i)) for i in range(3)] == [2, 0, 1]
     assert rings[0] == [[[10, 20], [10, 40], [30, 20], [30, 40]], [[15, 25], [15, 30], [20, 25], [20, 30]]]
     assert rings[1] == [[[40, 40], [60, 40], [60, 60]]]
-    outcomes, _ = run(tmp_path, fit, polygons=True)
+    outcomes = run(tmp_path, fit, polygons=True)
     assert all(outcome.skipped for outcome in outcomes)
-    outcomes, _ = run(tmp_path, fit)
+    outcomes = run(tmp_path, fit)
     assert not any(outcome.skipped for outcome in outcomes)
     with SlideFile(tmp_path / "out" / f"{slide_file(fit)}.h5") as file:
         assert not file.has_polygons
@@ -225,10 +226,10 @@ def test_the_file_name_with_most_folders_in_common_means_an_image(tmp_path: Path
     picture(tmp_path / "in" / "val" / "a.png")
     images = [image(1, "train/a.png", 64, 64), image(2, "val/a.png", 64, 64)]
     coco(tmp_path / "c.json", images, [box(101, 1, 1, 1, 2, 2), box(102, 2, 4, 4, 8, 8)])
-    _, report = run(tmp_path, "tiles")
+    outcomes = run(tmp_path, "tiles")
     assert stored_boxes(tmp_path, "a") == [[4, 4, 12, 12]]
-    assert any("train/a.png" in note for note in report.notes)
-    assert any("annotation 101" in note for note in report.notes)
+    assert any("train/a.png" in note for note in outcomes.notes)
+    assert any("annotation 101" in note for note in outcomes.notes)
 
 
 def test_two_file_names_that_mean_one_image_are_refused(tmp_path: Path) -> None:
@@ -245,7 +246,7 @@ def test_box_files_tell_what_they_lose_too(tmp_path: Path) -> None:
     text = "".join(f"<object><name>Tumor</name><bndbox>{each}</bndbox></object>" for each in objects)
     (tmp_path / "xml").mkdir()
     (tmp_path / "xml" / "a.xml").write_text(f"<annotation>{text}<object><name>Tumor</name></object></annotation>")
-    (outcome,), report = run(tmp_path, "tiles", coco=None, boxes=tmp_path / "xml")
+    outcomes = run(tmp_path, "tiles", coco=None, boxes=tmp_path / "xml")
     for line in ("no area (annotation a:1)", "on no tile (annotation a:2)", "no geometry (annotation a:3)"):
-        assert line in outcome.message
-    assert report.results[0]["labels"]["Tumor"]["skipped"] == {"zero_area": 1, "outside": 1, "empty": 1}
+        assert line in outcomes[0].message
+    assert outcomes.results[0]["labels"]["Tumor"]["skipped"] == {"zero_area": 1, "outside": 1, "empty": 1}

@@ -66,7 +66,7 @@ def test_boxes_go_where_the_pixels_go(tmp_path: Path, fit: str, width: int, heig
     box = (width // 3, height // 4, width // 3 + width // 5, height // 4 + height // 3)
     photo(tmp_path / "in" / "a.jpg", width, height, box)
     xml(tmp_path / "xml" / "a.xml", [("thing", box)], (width, height))
-    outcome = import_images(tmp_path / "in", tmp_path / "out", fit=fit, no_mpp=True, size_px=64, boxes=tmp_path / "xml")[0]
+    outcome = import_images(tmp_path / "in", tmp_path / "out", fit=fit, no_mpp=True, size=64, boxes=tmp_path / "xml")[0]
     assert (outcome.ok, outcome.item, outcome.info) == (True, "in-0000", {"tiles": 1, "boxes": 1, "objects": 1, "outside": 0})
     with SlideFile(tmp_path / "out" / "in-0000.h5") as file:
         stored, tile, table = file.boxes(0)[0], file.tile(0), file.objects_table()
@@ -91,7 +91,7 @@ def test_clipped_boxes_and_what_is_visible_of_them(tmp_path: Path) -> None:
         "categories": [{"id": 5, "name": "dog"}, {"id": 6, "name": "cat"}],
     }
     (tmp_path / "c.json").write_text(json.dumps(coco))
-    outcome = import_images(tmp_path / "in", tmp_path / "out", fit="crop", no_mpp=True, size_px=50, coco=tmp_path / "c.json")[0]
+    outcome = import_images(tmp_path / "in", tmp_path / "out", fit="crop", no_mpp=True, size=50, coco=tmp_path / "c.json")[0]
     assert outcome.info == {"tiles": 1, "boxes": 2, "objects": 3, "outside": 1}
     with SlideFile(tmp_path / "out" / "in-0000.h5") as file:
         boxes, table = file.boxes_table(), file.objects_table()
@@ -107,7 +107,7 @@ def test_an_object_of_one_image_never_reaches_its_neighbour(tmp_path: Path) -> N
     everywhere = [("x", (-500.0, -500.0, 500.0, 500.0))]
     xml(tmp_path / "xml" / "a.xml", everywhere)
     xml(tmp_path / "xml" / "d.xml", [("y", (0, 0, 40, 40)), *everywhere])
-    outcome = import_images(tmp_path / "in", tmp_path / "out", fit="crop", no_mpp=True, size_px=40, boxes=tmp_path / "xml")[0]
+    outcome = import_images(tmp_path / "in", tmp_path / "out", fit="crop", no_mpp=True, size=40, boxes=tmp_path / "xml")[0]
     assert "2 images have no box file" in outcome.message
     with SlideFile(tmp_path / "out" / "in-0000.h5") as file:
         assert file.coords.tolist() == [[0, 0], [40, 0], [0, 40], [40, 40]]
@@ -146,7 +146,7 @@ def test_exif_turns_pixels_and_boxes(tmp_path: Path, orientation: int) -> None:
         drawn = wanted if name == "upright" else box
         xml(tmp_path / name / "a.xml", [("x", tuple(drawn))], size)
         out = tmp_path / f"out_{name}"
-        import_images(tmp_path / "in", out, fit="squash", no_mpp=True, size_px=80, boxes=tmp_path / name)
+        import_images(tmp_path / "in", out, fit="squash", no_mpp=True, size=80, boxes=tmp_path / name)
         with SlideFile(out / "in-0000.h5") as file:
             assert np.allclose(file.boxes(0)[0], in_tile, atol=1e-4)
             assert np.abs(np.array(red_box(file.tile(0))) - in_tile).max() <= 1.01
@@ -187,7 +187,7 @@ def test_every_kind_of_picture(tmp_path: Path) -> None:
     Image.fromarray((rgb[..., 0].astype(np.uint16)) * 257).save(folder / "e_deep.png")
     picture.save(folder / "f.tif")
     picture.save(folder / "g_png.JPEG", format="PNG")
-    outcomes = import_images(folder, tmp_path / "out", fit="crop", no_mpp=True, size_px=30)
+    outcomes = import_images(folder, tmp_path / "out", fit="crop", no_mpp=True, size=30)
     assert [each.ok for each in outcomes] == [True], outcomes
     grey = round(0.299 * 200 + 0.587 * 120 + 0.114 * 160)
     wanted = [rgb[0, 0], (grey,) * 3, rgb[0, 0], (255,) * 3, (200,) * 3, rgb[0, 0], rgb[0, 0]]
@@ -203,7 +203,7 @@ def test_a_jpeg_of_the_right_size_keeps_its_bytes(tmp_path: Path) -> None:
     data = path.read_bytes()
     at = data.index(b"\xff\xdb")
     (tmp_path / "in" / "b.jpg").write_bytes(data[:at] + b"\x00\x11" + data[at:])
-    outcomes = import_images(tmp_path / "in", tmp_path / "out", fit="crop", no_mpp=True, size_px=48)
+    outcomes = import_images(tmp_path / "in", tmp_path / "out", fit="crop", no_mpp=True, size=48)
     assert [each.ok for each in outcomes] == [True], outcomes
     with SlideFile(tmp_path / "out" / "in-0000.h5") as file:
         assert file.tile_bytes(0) == data
@@ -222,7 +222,7 @@ def classes(tmp_path: Path) -> Path:
 
 def test_shards_of_class_folders_and_their_labels(classes: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    outcomes = import_images(classes, out, fit="crop", no_mpp=True, size_px=32, shard=2, workers=2)
+    outcomes = import_images(classes, out, fit="crop", no_mpp=True, size=32, shard=2, workers=2)
     assert [(each.item, each.info["tiles"]) for each in outcomes] == [
         ("n01-0000", 2), ("n01-0001", 2), ("n01-0002", 1), ("n02-0000", 2), ("n02-0001", 1),
     ]  # fmt: skip
@@ -240,16 +240,16 @@ def test_shards_of_class_folders_and_their_labels(classes: Path, tmp_path: Path)
                 assert np.abs(file.tile(at).astype(int) - np.asarray(image.resize((32, 32), box=_crop(image)))).mean() < 6
     stamps = {path.name: path.stat().st_mtime_ns for path in out.glob("*.h5")}
     before = (out / "labels.csv").read_text()
-    again = import_images(classes, out, fit="crop", no_mpp=True, size_px=32, shard=2)
+    again = import_images(classes, out, fit="crop", no_mpp=True, size=32, shard=2)
     assert all(each.skipped for each in again)
     assert {path.name: path.stat().st_mtime_ns for path in out.glob("*.h5")} == stamps
     assert (out / "labels.csv").read_text() == before
     os.utime(classes / "n01" / "n01_2.JPEG", ns=(1, 1))
-    assert [each.skipped for each in import_images(classes, out, fit="crop", no_mpp=True, size_px=32, shard=2)] == [
+    assert [each.skipped for each in import_images(classes, out, fit="crop", no_mpp=True, size=32, shard=2)] == [
         True, False, True, True, True,
     ]  # fmt: skip
     with pytest.raises(UserError, match=r"n01-0002.h5: of an earlier import with other images or another --shard: delete it"):
-        import_images(classes, out, fit="crop", no_mpp=True, size_px=32, shard=3)
+        import_images(classes, out, fit="crop", no_mpp=True, size=32, shard=3)
 
 
 def _crop(image: Image.Image) -> tuple[float, float, float, float]:
@@ -265,7 +265,7 @@ def test_a_bad_image_is_named_and_its_shard_goes_on(classes: Path, tmp_path: Pat
     broken.write_bytes(whole[: len(whole) // 2])
     xml(tmp_path / "xml" / "n02" / "n02_0.xml", [("x", (1, 1, 9, 9))], (60, 50))
     xml(tmp_path / "xml" / "n02" / "n02_2.xml", [("x", (1, 1, 9, 9))], (640, 480))
-    call = {"fit": "crop", "no_mpp": True, "size_px": 32, "boxes": tmp_path / "xml"}
+    call = {"fit": "crop", "no_mpp": True, "size": 32, "boxes": tmp_path / "xml"}
     outcomes = {each.item: each for each in import_images(classes, out, **call)}
     assert [(name, each.ok) for name, each in outcomes.items()] == [
         ("n01-0000", True), ("n02-0000", True), ("n01/n01_1.JPEG", False), ("n02/n02_2.JPEG", False),
@@ -303,13 +303,13 @@ def test_splits_around_class_folders(tmp_path: Path) -> None:
     for side in ("train", "val"):
         for label in ("cat", "dog"):
             photo(tmp_path / "in" / side / label / f"{side}{label}.jpg", 40, 40)
-    import_images(tmp_path / "in", tmp_path / "out", fit="crop", no_mpp=True, size_px=32)
+    import_images(tmp_path / "in", tmp_path / "out", fit="crop", no_mpp=True, size=32)
     rows = labels_of(tmp_path / "out")
     assert [(row["slide_id"], row["label"], row["split"]) for row in rows] == [
         ("train__cat-0000", "cat", "train"), ("train__dog-0000", "dog", "train"),
         ("val__cat-0000", "cat", "val"), ("val__dog-0000", "dog", "val"),
     ]  # fmt: skip
-    import_images(tmp_path / "in" / "val", tmp_path / "only", fit="crop", no_mpp=True, size_px=32)
+    import_images(tmp_path / "in" / "val", tmp_path / "only", fit="crop", no_mpp=True, size=32)
     assert [(row["slide_id"], row["split"]) for row in labels_of(tmp_path / "only")] == [
         ("val__cat-0000", "val"), ("val__dog-0000", "val"),
     ]  # fmt: skip
@@ -320,7 +320,7 @@ def test_patients_and_scales_are_never_mixed_in_a_file(tmp_path: Path) -> None:
     for name, side in (("a", 64), ("b", 64), ("c", 128)):
         photo(tmp_path / "in" / f"{name}.jpg", side, side + 20)
     (tmp_path / "m.csv").write_text("image,patient_id\na.jpg,P1\nb.jpg,P2\nc.jpg,P1\n")
-    call = {"fit": "crop", "size_px": 32, "manifest": tmp_path / "m.csv"}
+    call = {"fit": "crop", "size": 32, "manifest": tmp_path / "m.csv"}
     outcomes = import_images(tmp_path / "in", tmp_path / "out", mpp=0.25, **call)
     found = []
     for outcome in outcomes:
@@ -338,7 +338,7 @@ def test_patients_and_scales_are_never_mixed_in_a_file(tmp_path: Path) -> None:
 def test_no_scale_is_said_or_refused(tmp_path: Path) -> None:
     photo(tmp_path / "in" / "a.png", 90, 60)
     photo(tmp_path / "in" / "b.png", 90, 60, dpi=(50800, 50800))
-    outcomes = {each.item: each for each in import_images(tmp_path / "in", tmp_path / "out", fit="crop", size_px=30)}
+    outcomes = {each.item: each for each in import_images(tmp_path / "in", tmp_path / "out", fit="crop", size=30)}
     assert outcomes["in-0000"].info["tiles"] == 1
     assert "--no-mpp for photographs" in outcomes["a.png"].message
     with SlideFile(tmp_path / "out" / "in-0000.h5") as file:
@@ -347,7 +347,7 @@ def test_no_scale_is_said_or_refused(tmp_path: Path) -> None:
         import_images(tmp_path / "in" / "a.png", tmp_path / "o2", fit="crop")
     with pytest.raises(UserError, match="squashed has two mpp"):
         import_images(tmp_path / "in" / "b.png", tmp_path / "o3", fit="squash")
-    tiles = import_images(tmp_path / "in" / "a.png", tmp_path / "o4", no_mpp=True, size_px=30)
+    tiles = import_images(tmp_path / "in" / "a.png", tmp_path / "o4", no_mpp=True, size=30)
     assert [each.info["tiles"] for each in tiles] == [6]
     with SlideFile(tmp_path / "o4" / "a.h5") as file:
         assert (file.mpp, file.parameters["mpp_nominal"]) == (1, True)
@@ -357,7 +357,7 @@ def test_box_files_for_whole_tiles_too(tmp_path: Path) -> None:
     photo(tmp_path / "in" / "a.png", 64, 32)
     photo(tmp_path / "in" / "b.png", 64, 32)
     xml(tmp_path / "xml" / "a.xml", [("x", (20, 8, 44, 24))], (64, 32))
-    call = {"mpp": 0.5, "size_px": 32, "boxes": tmp_path / "xml"}
+    call = {"mpp": 0.5, "size": 32, "boxes": tmp_path / "xml"}
     first, second = import_images(tmp_path / "in", tmp_path / "out", **call)
     assert (first.info["boxes"], second.message) == (2, "no box file")
     with SlideFile(tmp_path / "out" / "a.h5") as file:
@@ -454,7 +454,7 @@ def test_coco_in_bulk_is_coco_one_by_one(tmp_path: Path) -> None:
 
 def test_a_crash_leaves_the_old_shard(classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever stops the writing, the file under its name is the old one, whole, and no other file is left."""
-    call = {"fit": "crop", "no_mpp": True, "size_px": 32}
+    call = {"fit": "crop", "no_mpp": True, "size": 32}
     import_images(classes, tmp_path / "out", **call)
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     os.utime(classes / "n01" / "n01_2.JPEG", ns=(1, 1))

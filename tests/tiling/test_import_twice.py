@@ -21,7 +21,7 @@ from tiling.claim import claim
 from tiling.find import IMAGE_EXTENSIONS, SLIDE_EXTENSIONS
 from tiling.imagelist import IMAGE_EXTENSIONS as IMPORTED
 from tiling.imagelist import find_images
-from tiling.scan import scan_slides
+from tiling.scan import scan
 
 FITS = {"tiles": ["--size", "32"], "crop": ["--fit", "crop", "--size", "32", "--shard", "2"]}
 
@@ -67,9 +67,7 @@ def test_two_imports_at_once_do_the_work_once(fit: str, images: Path, tmp_path: 
     (done, skipped, failed), (done_too, skipped_too, failed_too) = (counts(stdout) for stdout, _ in ends)
     files = 40 if fit == "tiles" else 20
     assert (done + done_too, skipped + skipped_too, failed + failed_too) == (files, files, 0)
-    alone = import_images(
-        images, tmp_path / "alone", mpp=0.5, size_px=32, **({} if fit == "tiles" else {"fit": fit, "shard": 2})
-    )
+    alone = import_images(images, tmp_path / "alone", mpp=0.5, size=32, **({} if fit == "tiles" else {"fit": fit, "shard": 2}))
     assert len(alone) == files
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
         path.name for path in (tmp_path / "alone").iterdir()
@@ -124,7 +122,7 @@ def test_parts_of_a_cohort_may_be_imported_side_by_side_but_not_images_of_one_na
     twin.parent.mkdir()
     twin.write_bytes((images / "B" / "i01.png").read_bytes())
     before = (out / "i00.h5").read_bytes()
-    (outcome,) = import_images(twin.parent, out, mpp=0.5, size_px=32)
+    (outcome,) = import_images(twin.parent, out, mpp=0.5, size=32)
     assert not outcome.ok
     assert f"holds the tiles of another slide of this name, {images / 'A' / 'i00.png'}: give one of them" in outcome.message
     assert (out / "i00.h5").read_bytes() == before
@@ -177,9 +175,9 @@ def test_every_image_that_scan_reads_is_imported(fit: str, tmp_path: Path, capsy
     (tmp_path / "in").mkdir()
     paths = saved(tmp_path / "in")
     assert {".webp", ".jp2", ".bmp", ".gif", ".btf", ".jfif"} <= paths.keys()
-    assert all(row.ok for row in scan_slides(list(paths.values()), tmp_path / "m.csv", workers=1))
+    assert all(row.ok for row in scan(list(paths.values()), tmp_path / "m.csv", workers=1))
     how: dict[str, Any] = {"fit": fit} if fit == "crop" else {}
-    outcomes = import_images(tmp_path / "in", tmp_path / "out", mpp=0.5, size_px=32, **how)
+    outcomes = import_images(tmp_path / "in", tmp_path / "out", mpp=0.5, size=32, **how)
     assert all(outcome.ok for outcome in outcomes), [outcome.message for outcome in outcomes]
     assert sum(outcome.info["tiles"] for outcome in outcomes) == len(paths)
     assert "left out" not in capsys.readouterr().err

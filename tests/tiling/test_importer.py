@@ -70,7 +70,7 @@ def test_second_run_skips_and_notices_changes(classes: Path, tmp_path: Path) -> 
 
 def test_whole_tiles_of_a_larger_image_in_row_major_order(tmp_path: Path) -> None:
     path = save(tmp_path / "field.png", 150, 70)
-    outcome = import_images(path, tmp_path / "out", mpp=0.5, size_px=32)[0]
+    outcome = import_images(path, tmp_path / "out", mpp=0.5, size=32)[0]
     assert outcome.info["tiles"] == 8
     with SlideFile(tmp_path / "out" / "field.h5") as file:
         assert file.coords.tolist() == [[x, y] for y in (0, 32) for x in (0, 32, 64, 96)]
@@ -158,7 +158,7 @@ def test_inputs_that_cannot_be(tmp_path: Path) -> None:
         import_images(tmp_path / "a.txt", tmp_path / "out")
     save(tmp_path / "a.png")
     with pytest.raises(UserError, match="--size 0"):
-        import_images(tmp_path / "a.png", tmp_path / "out", mpp=1, size_px=0)
+        import_images(tmp_path / "a.png", tmp_path / "out", mpp=1, size=0)
 
 
 def test_names_stay_unique(tmp_path: Path) -> None:
@@ -198,7 +198,7 @@ def test_coco_boxes_are_clipped_to_the_tiles(tmp_path: Path) -> None:
         "categories": [{"id": 3, "name": "gland"}],
     }
     (tmp_path / "boxes.json").write_text(json.dumps(coco))
-    first, second = import_images(tmp_path / "in", tmp_path / "out", coco=tmp_path / "boxes.json", mpp=0.5, size_px=64)
+    first, second = import_images(tmp_path / "in", tmp_path / "out", coco=tmp_path / "boxes.json", mpp=0.5, size=64)
     assert (first.info["objects"], first.info["boxes"], first.info["outside"]) == (3, 4, 0)
     assert "not in the COCO file" in second.message
     with SlideFile(tmp_path / "out" / "a.h5") as file:
@@ -210,7 +210,7 @@ def test_coco_boxes_are_clipped_to_the_tiles(tmp_path: Path) -> None:
         assert set(table["kind"].tolist()) == {1}
     with SlideFile(tmp_path / "out" / "b.h5") as file:
         assert not file.has_boxes
-    again = import_images(tmp_path / "in", tmp_path / "out", coco=tmp_path / "boxes.json", mpp=0.5, size_px=64)
+    again = import_images(tmp_path / "in", tmp_path / "out", coco=tmp_path / "boxes.json", mpp=0.5, size=64)
     assert [(each.skipped, each.info["boxes"]) for each in again] == [(True, 4), (True, 0)]
 
 

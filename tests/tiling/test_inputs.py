@@ -15,17 +15,17 @@ import numpy as np
 import pytest
 
 from annotations.errors import UserError
-from tiling import find, scan
+from tiling import find
 from tiling.atomic import atomic_path
 from tiling.cluster import run_dask
 from tiling.dicom import series_uid
 from tiling.outcome import Job, Outcome
-from tiling.scan import find_slides, read_manifest, scan_slides, slide_items
+from tiling.scan import find_slides, read_manifest, scan, slide_items
 from tiling.slidefile import SlideFile
-from tiling.tile import tile_cohort
+from tiling.tile import tile
 from tiling.urls import path_of
 
-OPTIONS = {"mpp": 1.0, "size_px": 64, "workers": 1}
+OPTIONS = {"mpp": 1.0, "size": 64, "workers": 1}
 DRAWN = {
     "type": "FeatureCollection",
     "features": [
@@ -39,7 +39,7 @@ DRAWN = {
 
 
 def tiled(slide: Path | str, out: Path, **options: object) -> Outcome:
-    (outcome,) = tile_cohort([slide], out, **(OPTIONS | options))
+    (outcome,) = tile([slide], out, **(OPTIONS | options))
     return outcome
 
 
@@ -138,8 +138,8 @@ def test_relative_folders_and_slides_are_those_of_the_command(
     monkeypatch.setattr("tiling.tile.run_cohort", lambda items, work, **_: seen.append((items, work)) or [])
     monkeypatch.chdir(tmp_path)
     for inputs in (["painted.svs"], ["m.csv"]):
-        tile_cohort(inputs, "out", 1.0, 64, tissue="drawn", exclude="drawn", tissue_out="new", scheduler="tcp://nobody")
-        tile_cohort(inputs, "out", 1.0, 64)
+        tile(inputs, "out", 1.0, 64, tissue="drawn", exclude="drawn", tissue_out="new", scheduler="tcp://nobody")
+        tile(inputs, "out", 1.0, 64)
     (tmp_path / "worker").mkdir()
     monkeypatch.chdir(tmp_path / "worker")
     for items, work in seen:
@@ -164,7 +164,7 @@ def test_a_manifest_is_tiled_from_anywhere(
     given = slide if absolute else "t/x.svs"
     written = {}
     for manifest in ("m.csv", "else/where/m.csv", "t/m.csv", "else/../up.csv"):
-        assert scan_slides([given], manifest)[0].ok
+        assert scan([given], manifest)[0].ok
         with (tmp_path / manifest).open() as file:
             written[manifest] = next(csv.DictReader(file))["path"]
     monkeypatch.chdir(tmp_path / "else")
@@ -241,7 +241,7 @@ def test_a_slide_that_lies_in_the_folder_under_another_name_is_told(slide_path: 
         slide.parent.mkdir(parents=True)
         shutil.copy(slide_path, slide)
     assert tiled(one, out).message == ""
-    first, second = tile_cohort([one, other], out, **OPTIONS)
+    first, second = tile([one, other], out, **OPTIONS)
     assert f"{out / 'x.h5'} and {out / 'A_x.h5'} are of the same slide, {one}" in first.message
     assert (second.ok, second.message) == (True, "")
 
@@ -316,10 +316,10 @@ def test_scan_finds_out_that_it_cannot_write_before_it_reads(
     monkeypatch.setattr(scan, "run_cohort", lambda *_, **__: pytest.fail("slides were read"))
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"m\.csv: cannot be written: .*(exists|directory)"):
-        scan_slides([slide_path], tmp_path / "file" / "m.csv")
+        scan([slide_path], tmp_path / "file" / "m.csv")
     monkeypatch.setattr(Path, "touch", denied)
     with pytest.raises(UserError, match=r"m\.csv: cannot be written: Permission denied"):
-        scan_slides([slide_path], tmp_path / "m.csv")
+        scan([slide_path], tmp_path / "m.csv")
 
 
 def test_a_file_that_cannot_be_opened_for_writing_is_one_line(

@@ -15,12 +15,12 @@ from tiling.find import find_slides
 from tiling.imagelist import find_images
 from tiling.manifest import SlideItem, read_manifest
 from tiling.outcome import Outcome
-from tiling.scan import scan_slides
+from tiling.scan import scan
 from tiling.slideid import LONGEST_ID, id_of, safe_id
-from tiling.tile import tile_cohort
+from tiling.tile import tile
 from tiling.urls import path_of
 
-OPTIONS = {"mpp": 1.0, "size_px": 64, "workers": 1}
+OPTIONS = {"mpp": 1.0, "size": 64, "workers": 1}
 LATIN = os.fsdecode(b"caf\xe9.svs")
 
 
@@ -52,13 +52,13 @@ def test_a_name_that_is_not_utf8_is_one_row_that_says_so(slide_path: Path, tmp_p
     for name in ("A.svs", LATIN, os.fsdecode(b"d\xe9/B.svs")):
         (cohort / name).parent.mkdir(exist_ok=True)
         shutil.copy(slide_path, cohort / name)
-    scanned = by_name(scan_slides([cohort], tmp_path / "m.csv"))
+    scanned = by_name(scan([cohort], tmp_path / "m.csv"))
     assert scanned["A"] == ""
     assert scanned["caf_xe9"].startswith(f"{cohort}/caf\\xe9.svs (file name is not UTF-8: rename it)")
     assert scanned["B"].startswith(f"{cohort}/d\\xe9/B.svs (folder name is not UTF-8: rename it)")
     assert [row["readable"] for row in rows_of(tmp_path / "m.csv")] == ["true", "false", "false"]
     for slides in (cohort, tmp_path / "m.csv"):
-        assert by_name(tile_cohort([slides], tmp_path / "out", **OPTIONS)) == scanned
+        assert by_name(tile([slides], tmp_path / "out", **OPTIONS)) == scanned
     assert [path.name for path in (tmp_path / "out").glob("*.h5")] == ["A.h5"]
 
 
@@ -105,11 +105,11 @@ def test_ids_are_such_as_manifests_take(slide_path: Path, tmp_path: Path) -> Non
     cohort.mkdir()
     for name in names:
         shutil.copy(slide_path, cohort / name)
-    assert not any(by_name(scan_slides([cohort], tmp_path / "m.csv")).values())
+    assert not any(by_name(scan([cohort], tmp_path / "m.csv")).values())
     items = read_manifest(tmp_path / "m.csv")
     assert {item.path.name for item in items} == set(names)
     assert {item.path.name: item.slide_id for item in find_slides([cohort])} == {i.path.name: i.slide_id for i in items}
-    assert all(outcome.ok for outcome in tile_cohort([tmp_path / "m.csv"], tmp_path / "out", **OPTIONS))
+    assert all(outcome.ok for outcome in tile([tmp_path / "m.csv"], tmp_path / "out", **OPTIONS))
     assert len(list((tmp_path / "out").glob("*.h5"))) == len(names)
 
 
@@ -145,7 +145,7 @@ def test_dead_links_are_rows_and_linked_folders_are_looked_into_once(slide_path:
         (cohort / name).symlink_to(target)
     found = {os.path.relpath(item.path, cohort) for item in find_slides([cohort, cohort / "linked", other])}
     assert found == {"again/other.svs", "dead.svs", "loop.svs", "sub/sub.svs"}
-    told = by_name(scan_slides([cohort], tmp_path / "m.csv"))
+    told = by_name(scan([cohort], tmp_path / "m.csv"))
     assert {name for name, problem in told.items() if problem} == {"dead", "loop"}
     assert told["dead"] == f"{cohort / 'dead.svs'}: is a link to nowhere.svs, which leads to no file: mend the link"
     assert [row["readable"] for row in rows_of(tmp_path / "m.csv")].count("false") == 2

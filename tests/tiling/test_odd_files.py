@@ -12,10 +12,10 @@ import tifffile
 from PIL import Image
 
 from annotations.errors import UserError
-from tiling.scan import scan_slides
+from tiling.scan import scan
 from tiling.slide import Slide
 from tiling.slidefile import SlideFile
-from tiling.tile import tile_cohort
+from tiling.tile import tile
 
 
 def rgba(picture: np.ndarray) -> np.ndarray:
@@ -74,7 +74,7 @@ def test_pixels_of_other_depths_are_refused_at_once(tmp_path: Path, picture: np.
         with pytest.raises(UserError, match=r"a\.tif: not a readable slide .*its pixels are .*convert it to 8 bits") as error:
             Slide.open(tmp_path / "a.tif", reader=reader)
         assert "\n" not in str(error.value)
-    (outcome,) = scan_slides([tmp_path / "a.tif"], tmp_path / "m.csv", workers=1)
+    (outcome,) = scan([tmp_path / "a.tif"], tmp_path / "m.csv", workers=1)
     assert not outcome.ok
 
 
@@ -94,10 +94,10 @@ def test_pixels_of_1_bit_and_of_16_in_either_byte_order_are_read(tmp_path: Path,
 def test_12_bits_in_16_are_not_tiled_in_silence(tmp_path: Path, picture: np.ndarray, options: dict) -> None:
     deep = (picture[..., 1].astype(np.uint16) * 16 + 15).clip(0, 4095)
     tifffile.imwrite(tmp_path / "a.tif", deep, photometric="minisblack", **options)
-    (outcome,) = tile_cohort([tmp_path / "a.tif"], tmp_path / "out", 0.5, 128, assume_mpp=0.5, workers=1)
+    (outcome,) = tile([tmp_path / "a.tif"], tmp_path / "out", 0.5, 128, assume_mpp=0.5, workers=1)
     assert not outcome.ok
     assert "a.tif: its overview is black, nothing in it brighter than 16 of 255" in outcome.message
-    (outcome,) = tile_cohort([tmp_path / "a.tif"], tmp_path / "out", 0.5, 128, assume_mpp=0.5, tissue="none", workers=1)
+    (outcome,) = tile([tmp_path / "a.tif"], tmp_path / "out", 0.5, 128, assume_mpp=0.5, tissue="none", workers=1)
     assert outcome.ok
     assert "warning: its overview is black" in outcome.message
 
@@ -161,7 +161,7 @@ def test_tiles_of_a_level_that_is_no_average_are_copied_only_when_it_is_asked_fo
         ("exact", 0.25, True),
     ):
         out = tmp_path / f"{resample}_{mpp}"
-        (outcome,) = tile_cohort([tmp_path / "a.svs"], out, mpp, 256, resample=resample, **options)
+        (outcome,) = tile([tmp_path / "a.svs"], out, mpp, 256, resample=resample, **options)
         assert outcome.ok, outcome.message
         assert ("recoded at quality 90" in outcome.message) != copied
         with SlideFile(out / "a.h5") as file:
@@ -174,7 +174,7 @@ def test_stored_tiles_are_copied_at_an_mpp_that_is_no_round_number(tmp_path: Pat
         tmp_path / "a.svs", picture, tile=(240, 240), compression="jpeg", photometric="rgb", metadata=None,
         description="Aperio Image Library v11\n1024x768 (240x240) JPEG/RGB Q=95|MPP = 0.4415",
     )  # fmt: skip
-    (outcome,) = tile_cohort([tmp_path / "a.svs"], tmp_path, 0.4415, 240, tissue="none", pixels="copy", workers=1)
+    (outcome,) = tile([tmp_path / "a.svs"], tmp_path, 0.4415, 240, tissue="none", pixels="copy", workers=1)
     assert (outcome.ok, outcome.message) == (True, "")
     with SlideFile(tmp_path / "a.h5") as file:
         assert file.size_l0 == 240

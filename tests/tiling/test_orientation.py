@@ -16,10 +16,10 @@ from PIL import Image
 from annotations.errors import UserError
 from tiling.importer import import_images
 from tiling.overview import read_mask
-from tiling.scan import scan_slides
+from tiling.scan import scan
 from tiling.slide import Slide
 from tiling.slidefile import SlideFile
-from tiling.tile import tile_cohort
+from tiling.tile import tile
 from tiling.upright import TURNS
 
 WIDTH, HEIGHT, SIDE = 600, 400, 128  # no multiple of a tile's sides: the last ones are cut
@@ -126,7 +126,7 @@ def test_tiles_and_parts_lie_where_the_upright_picture_has_them(
     with Slide.open(path) as slide:
         for x, y, w, h in ((0, 0, 30, 50), (130, 90, 71, 200), (350, 345, 50, 55)):
             assert away(slide.read_region(x, y, w, h, w, h), upright[y : y + h, x : x + w]) < 2
-    (outcome,) = tile_cohort([path], tmp_path / "out", 0.5, 100, tissue="none", workers=1)
+    (outcome,) = tile([path], tmp_path / "out", 0.5, 100, tissue="none", workers=1)
     assert outcome.ok, outcome.message
     assert ("shown upright, as its orientation" in outcome.message) == (orientation > 1)
     with SlideFile(tmp_path / "out" / "a.h5") as file:
@@ -137,7 +137,7 @@ def test_tiles_and_parts_lie_where_the_upright_picture_has_them(
 
 def test_tiles_without_pixels_of_a_slide_that_is_turned_since_are_refused(tmp_path: Path, stored: np.ndarray) -> None:
     path = write(tmp_path / "a.tif", [stored], [1], **KINDS["tiles lzw"])
-    (outcome,) = tile_cohort([path], tmp_path / "out", 0.5, 100, tissue="none", workers=1, pixels=False)
+    (outcome,) = tile([path], tmp_path / "out", 0.5, 100, tissue="none", workers=1, pixels="none")
     assert outcome.ok
     with tifffile.TiffFile(path, mode="r+") as tiff:
         tiff.pages[0].tags["Orientation"].overwrite(6)
@@ -150,7 +150,7 @@ def test_tiles_without_pixels_of_a_slide_that_is_turned_since_are_refused(tmp_pa
 
 def test_copied_tiles_of_a_turned_slide_are_upright(tmp_path: Path, stored: np.ndarray) -> None:
     path = write(tmp_path / "a.tif", [stored], [3], **KINDS["tiles jpeg"])
-    (outcome,) = tile_cohort([path], tmp_path / "out", 0.5, SIDE, tissue="none", workers=1, pixels="copy")
+    (outcome,) = tile([path], tmp_path / "out", 0.5, SIDE, tissue="none", workers=1, pixels="copy")
     assert outcome.ok
     with SlideFile(tmp_path / "out" / "a.h5") as file:
         for i, (x, y) in enumerate(file.coords.tolist()):
@@ -211,7 +211,7 @@ def test_unscanned_tiles_are_white_and_counted_where_they_stand_upright(tmp_path
     expected[:SIDE, SIDE : 2 * SIDE] = expected[2 * SIDE :, 3 * SIDE :] = 255
     upright = UPRIGHT[orientation](expected)
     np.testing.assert_array_equal(shown(tmp_path / "a.tif"), upright)
-    (outcome,) = tile_cohort([tmp_path / "a.tif"], tmp_path / "out", 0.5, 50, tissue="none", workers=1)
+    (outcome,) = tile([tmp_path / "a.tif"], tmp_path / "out", 0.5, 50, tissue="none", workers=1)
     with SlideFile(tmp_path / "out" / "a.h5") as file:
         reaching = sum((upright[y : y + 50, x : x + 50] == 255).any() for x, y in file.coords.tolist())
     assert f"{reaching} tiles reach into what was not scanned" in outcome.message
@@ -237,10 +237,10 @@ def test_photographs_are_shown_upright_by_scan_and_tile(
     path = write_photograph(tmp_path / f"a{suffix}", stored, orientation)
     upright = UPRIGHT[orientation](stored)
     assert away(shown(path), upright) < 1
-    (outcome,) = scan_slides([path], tmp_path / "m.csv", workers=1)
+    (outcome,) = scan([path], tmp_path / "m.csv", workers=1)
     row = outcome.info["row"]
     assert (row["width_l0"], row["height_l0"]) == upright.shape[1::-1]
-    (outcome,) = tile_cohort([tmp_path / "m.csv"], tmp_path / "out", 0.5, 100, tissue="none", assume_mpp=0.5, workers=1)
+    (outcome,) = tile([tmp_path / "m.csv"], tmp_path / "out", 0.5, 100, tissue="none", assume_mpp=0.5, workers=1)
     assert outcome.ok, outcome.message
     with SlideFile(tmp_path / "out" / "a.h5") as file:
         for i, (x, y) in enumerate(file.coords.tolist()):
@@ -257,7 +257,7 @@ def test_import_shows_images_upright(tmp_path: Path, stored: np.ndarray, suffix:
         write(path, [square], [orientation], **KINDS["tiles lzw"])
     else:
         write_photograph(path, square, orientation)
-    (outcome,) = import_images(path, tmp_path / "out", mpp=0.5, size_px=256, fit=fit)
+    (outcome,) = import_images(path, tmp_path / "out", mpp=0.5, size=256, fit=fit)
     assert outcome.ok, outcome.message
     (made,) = (tmp_path / "out").glob("*.h5")
     with SlideFile(made) as file:
@@ -278,7 +278,7 @@ def test_boxes_of_an_import_refer_to_the_upright_image(tmp_path: Path, stored: n
         "categories": [{"id": 1, "name": "black"}],
     }
     (tmp_path / "c.json").write_text(json.dumps(coco))
-    (outcome,) = import_images(path.parent, tmp_path / "out", coco=tmp_path / "c.json", mpp=0.5, size_px=HEIGHT)
+    (outcome,) = import_images(path.parent, tmp_path / "out", coco=tmp_path / "c.json", mpp=0.5, size=HEIGHT)
     assert outcome.ok, outcome.message
     with SlideFile(tmp_path / "out" / "a.h5") as file:
         x0, y0, x1, y1 = file.boxes(0)[0].round().astype(int).tolist()
@@ -295,7 +295,7 @@ def test_damaged_exif_turns_and_costs_nothing(tmp_path: Path, stored: np.ndarray
     path = tmp_path / f"a{suffix}"
     Image.fromarray(square).save(path, exif=b"Exif\0\0" + exif, quality=95)
     for fit in ("tiles", "crop"):
-        (outcome,) = import_images(path, tmp_path / fit, mpp=0.5, size_px=256, fit=fit)
+        (outcome,) = import_images(path, tmp_path / fit, mpp=0.5, size=256, fit=fit)
         assert outcome.ok, outcome.message
         (made,) = (tmp_path / fit).glob("*.h5")
         with SlideFile(made) as file:
@@ -306,7 +306,7 @@ def test_a_tiff_under_another_name_is_turned_once(tmp_path: Path, stored: np.nda
     square = np.ascontiguousarray(stored[:256, 100:356])
     write(tmp_path / "a.tif", [square], [6]).rename(tmp_path / "a.png")
     for fit in ("tiles", "crop"):
-        (outcome,) = import_images(tmp_path / "a.png", tmp_path / fit, mpp=0.5, size_px=256, fit=fit)
+        (outcome,) = import_images(tmp_path / "a.png", tmp_path / fit, mpp=0.5, size=256, fit=fit)
         assert outcome.ok, outcome.message
         (made,) = (tmp_path / fit).glob("*.h5")
         with SlideFile(made) as file:

@@ -15,10 +15,10 @@ from PIL import Image
 from annotations.errors import UserError
 from tiling.fit import probe_image
 from tiling.importer import default_size_px, import_images
-from tiling.scan import scan_slides
+from tiling.scan import scan
 from tiling.slide import Slide
 from tiling.slidefile import SlideFile
-from tiling.tile import tile_cohort
+from tiling.tile import tile
 
 STORED: dict[str, dict[str, Any]] = {
     "tiles jpeg": {"tile": (128, 128), "compression": "jpeg", "compressionargs": {"level": 95}},
@@ -141,10 +141,10 @@ def test_what_is_left_out_is_told_wherever_it_lies(
     path = write(tmp_path / "a.tif", pages, flags, [kind] * 4)
     note = "leaves out 1 of its 4 pages (128 x 300 pixels)"
     assert check_is_the_largest(path, levels[0]) == note
-    (outcome,) = scan_slides([path], tmp_path / "m.csv", workers=1)
+    (outcome,) = scan([path], tmp_path / "m.csv", workers=1)
     assert outcome.info["row"]["problem"] == note
     assert not outcome.info["will_fail"]
-    (outcome,) = tile_cohort([path], tmp_path / "out", 0.5, 128, tissue="none", workers=1)
+    (outcome,) = tile([path], tmp_path / "out", 0.5, 128, tissue="none", workers=1)
     assert note in outcome.message
     with SlideFile(tmp_path / "out" / "a.h5") as file:
         assert len(file) == 48
@@ -230,7 +230,7 @@ def test_import_takes_the_largest_page_and_tells_what_it_leaves_out(
     size, mpp = probe_image(path)
     assert (size, mpp.value) == ((512, 512), pytest.approx(1.0))
     for fit in ("tiles", "crop"):
-        (outcome,) = import_images(path.parent, tmp_path / fit, size_px=512, fit=fit)
+        (outcome,) = import_images(path.parent, tmp_path / fit, size=512, fit=fit)
         assert outcome.ok, outcome.message
         assert "leaves out 1 of its 3 pages (128 x 300 pixels)" in outcome.message
         (made,) = (tmp_path / fit).glob("*.h5")

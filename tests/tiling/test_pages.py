@@ -276,7 +276,7 @@ def test_grey_of_4_bits_is_not_shown_dark(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("reader", ["openslide", "tiffslide"])
 def test_tiles_over_what_was_not_scanned_are_counted_whoever_reads(tmp_path: Path, reader: str) -> None:
-    from tiling.tile import tile_cohort
+    from tiling.tile import tile
 
     rgb = np.full((512, 512, 3), (150, 60, 120), np.uint8)
     path = tmp_path / "a.tif"
@@ -285,7 +285,7 @@ def test_tiles_over_what_was_not_scanned_are_counted_whoever_reads(tmp_path: Pat
         path, tiles, shape=rgb.shape, dtype=np.uint8, tile=(256, 256), compression="adobe_deflate", photometric="rgb",
         metadata=None, resolution=(20000, 20000), resolutionunit="CENTIMETER",
     )  # fmt: skip
-    (outcome,) = tile_cohort([path], tmp_path / "out", 0.5, 128, tissue="none", workers=1, reader=reader)
+    (outcome,) = tile([path], tmp_path / "out", 0.5, 128, tissue="none", workers=1, reader=reader)
     assert outcome.info["tiles"] == 16
     assert "4 tiles reach into what was not scanned" in outcome.message
 

@@ -12,7 +12,7 @@ from PIL import Image
 from annotations.errors import UserError
 from tiling import codec
 from tiling.nuclei import LABELS, boxes_of, propose_tile, segment_clusters, segment_nuclei, slide_levels, stain_of
-from tiling.propose import propose_cohort
+from tiling.propose import propose
 from tiling.slidefile import SlideFile
 from tiling.slidewrite import SlideMeta, replace_groups, write_slide_file
 
@@ -97,7 +97,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_proposals_are_stored_and_not_made_twice(folder: Path) -> None:
-    (outcome,) = propose_cohort(folder, workers=1)
+    (outcome,) = propose(folder, workers=1)
     assert (outcome.ok, outcome.skipped, outcome.info["nuclei"]) == (True, False, 2 * len(CENTRES))
     with SlideFile(folder / "a.h5") as file:
         objects, boxes = file.objects_table(), file.boxes_table()
@@ -109,12 +109,12 @@ def test_proposals_are_stored_and_not_made_twice(folder: Path) -> None:
         nuclei = objects["label"] == 0
         assert objects["area_um2"][nuclei].mean() == pytest.approx(np.pi * (RADIUS_PX * MPP) ** 2, rel=0.3)
         assert [array.dtype for array in (boxes["xyxy"], boxes["offsets"], boxes["object"])] == ["f4", "i8", "i4"]
-    (again,) = propose_cohort(folder, workers=1)
+    (again,) = propose(folder, workers=1)
     assert (again.skipped, again.info) == (True, outcome.info)
 
 
 def test_annotations_are_not_overwritten_unless_asked(folder: Path) -> None:
-    propose_cohort(folder, workers=1)
+    propose(folder, workers=1)
     objects = {
         "id": ["x"],
         "label": np.zeros(1, np.int16),
@@ -129,13 +129,13 @@ def test_annotations_are_not_overwritten_unless_asked(folder: Path) -> None:
         "visible": np.ones(1, np.float32),
     }
     replace_groups(folder / "a.h5", {"objects": objects, "boxes": boxes})
-    (refused,) = propose_cohort(folder, workers=1)
+    (refused,) = propose(folder, workers=1)
     assert not refused.ok
     assert "boxes from annotations" in refused.message
     assert "--replace" in refused.message
     with SlideFile(folder / "a.h5") as file:
         assert file.objects_table()["labels"] == ["tumour"]
-    (replaced,) = propose_cohort(folder, workers=1, replace=True)
+    (replaced,) = propose(folder, workers=1, replace=True)
     assert replaced.ok
 
 
@@ -147,22 +147,22 @@ def test_a_run_with_other_settings_is_refused_while_one_is_at_work(
 
     def meanwhile(*_: object, **__: object) -> list:
         with pytest.raises(UserError, match=rf"another run of odis-path propose .*{next(iter(other))} False, now True"):
-            propose_cohort(folder, workers=1, **other)
+            propose(folder, workers=1, **other)
         monkeypatch.undo()
-        tried.append(propose_cohort(folder, workers=1))  # an equal one shares the work
+        tried.append(propose(folder, workers=1))  # an equal one shares the work
         return []
 
     monkeypatch.setattr("tiling.propose.run_cohort", meanwhile)
-    propose_cohort(folder, workers=1)
+    propose(folder, workers=1)
     assert [outcome.ok for outcome in tried[0]] == [True]
     assert [path.name for path in folder.iterdir()] == ["a.h5"]
 
 
 def test_a_folder_without_slide_files_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
-        propose_cohort(tmp_path / "gone")
+        propose(tmp_path / "gone")
     with pytest.raises(UserError, match="holds no slide file"):
-        propose_cohort(tmp_path)
+        propose(tmp_path)
 
 
 def test_proposals_find_most_nuclei_of_real_tissue(test_data: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tiling.annotate import annotate_cohort
+from tiling.annotate import annotate
 from tiling.slidefile import SlideFile
 from tiling.slidewrite import SlideMeta, write_slide_file
 
@@ -22,7 +22,7 @@ def test_an_example_becomes_objects(example: str, objects: int, tmp_path: Path) 
     coords = np.array([(x, y) for y in range(0, 4480, 448) for x in range(0, 5600, 448)])
     write_slide_file(tmp_path / "tiles" / "slide_17.h5", meta=meta, coords=coords)
     (tmp_path / "slide_17.json").write_text(example)
-    (outcome,) = annotate_cohort(tmp_path / "tiles", tmp_path / "slide_17.json", workers=1)
+    (outcome,) = annotate(tmp_path / "tiles", tmp_path / "slide_17.json", workers=1)
     assert outcome.ok, outcome.message
     with SlideFile(tmp_path / "tiles" / "slide_17.h5") as file:
         assert len(file.objects_table()["id"]) == objects

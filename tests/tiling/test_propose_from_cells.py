@@ -11,8 +11,8 @@ import pytest
 
 from annotations.errors import UserError
 from annotations.group import CLUSTER_LABEL, PART_LABEL
-from tiling.annotate import annotate_cohort
-from tiling.propose import propose_cohort
+from tiling.annotate import annotate
+from tiling.propose import propose
 from tiling.slidefile import SlideFile
 from tiling.slidewrite import SlideMeta, write_slide_file
 
@@ -52,12 +52,12 @@ def shown(path: Path, label: str) -> list[list[list[float]]]:
 
 @pytest.mark.parametrize("polygons", [False, True])
 def test_clusters_and_parts_are_added_and_annotations_stay(folder: Path, polygons: bool) -> None:
-    annotate_cohort(folder, folder.parent / "a.geojson", workers=1, polygons=polygons)
+    annotate(folder, folder.parent / "a.geojson", workers=1, polygons=polygons)
     path = folder / "a.h5"
     with SlideFile(path) as file:
         before, boxes_before = file.objects_table(), file.boxes_table()
         outlines = [file.polygon(row) for row in range(len(boxes_before["object"]))] if polygons else []
-    (outcome,) = propose_cohort(folder, workers=1, from_cells=True)
+    (outcome,) = propose(folder, workers=1, from_cells=True)
     assert (outcome.ok, outcome.info["clusters"], outcome.info["parts"]) == (True, 1, 1), outcome.message
     assert shown(path, CLUSTER_LABEL) == [[[180, 100, 224, 116]], [[0, 100, 276 - 224, 116]]]
     assert shown(path, PART_LABEL) == [[[pytest.approx(v, abs=1) for v in (0, 0, 100, 50)]], []]
@@ -70,7 +70,7 @@ def test_clusters_and_parts_are_added_and_annotations_stay(folder: Path, polygon
         assert file.has_polygons == polygons
         for row, outline in zip(np.flatnonzero(annotated), outlines, strict=polygons):
             assert all(np.array_equal(a, b) for a, b in zip(file.polygon(int(row)), outline, strict=True))
-    (again,) = propose_cohort(folder, workers=1, from_cells=True)
+    (again,) = propose(folder, workers=1, from_cells=True)
     assert (again.skipped, again.info) == (True, outcome.info)
 
 
@@ -79,7 +79,7 @@ def test_groups_are_made_anew_and_not_twice(folder: Path, polygons: bool) -> Non
     from annotations.group import Gathering
     from tiling.gather import gather_slide
 
-    annotate_cohort(folder, folder.parent / "a.geojson", workers=1, polygons=polygons)
+    annotate(folder, folder.parent / "a.geojson", workers=1, polygons=polygons)
     path = folder / "a.h5"
     first = gather_slide(path)
     none = gather_slide(path, Gathering(members=9))
@@ -92,8 +92,8 @@ def test_groups_are_made_anew_and_not_twice(folder: Path, polygons: bool) -> Non
 
 
 def test_without_annotations_it_says_what_to_do(folder: Path) -> None:
-    (outcome,) = propose_cohort(folder, workers=1, from_cells=True)
+    (outcome,) = propose(folder, workers=1, from_cells=True)
     assert not outcome.ok
     assert "run annotate first" in outcome.message
     with pytest.raises(UserError, match="give one of them"):
-        propose_cohort(folder, replace=True, from_cells=True)
+        propose(folder, replace=True, from_cells=True)

@@ -15,7 +15,7 @@ from annotations.errors import UserError
 from tiling.readers import OpenSlideReader, reader_of, url_of
 from tiling.slide import Slide
 from tiling.slidefile import SlideFile
-from tiling.tile import tile_cohort
+from tiling.tile import tile
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_a_reader_can_be_asked_for(slide_path: Path, tmp_path: Path) -> None:
 
 def test_tile_takes_a_reader_and_a_way_to_resample(slide_path: Path, tmp_path: Path) -> None:
     def run(**options: str) -> tuple[str, bool]:
-        (outcome,) = tile_cohort([slide_path], tmp_path, 1.0, 64, workers=1, **options)  # type: ignore[arg-type]
+        (outcome,) = tile([slide_path], tmp_path, 1.0, 64, workers=1, **options)  # type: ignore[arg-type]
         assert outcome.ok, outcome.message
         return outcome.info.get("reader", ""), outcome.skipped
 
@@ -80,7 +80,7 @@ def test_one_torn_tile_costs_openslide_only_that_tile(
         raw.write(bytes(count))
     found = {}
     for reader in ("openslide", "direct"):
-        (outcome,) = tile_cohort([path], tmp_path / reader, 1.0, 128, tissue="none", workers=1, reader=reader)
+        (outcome,) = tile([path], tmp_path / reader, 1.0, 128, tissue="none", workers=1, reader=reader)
         assert outcome.ok, outcome.message
         with SlideFile(tmp_path / reader / "a.h5") as file:
             found[reader] = file._file["bad_tiles"][...].tolist()
@@ -132,7 +132,7 @@ def test_an_unscanned_tile_is_white_through_every_reader_and_no_tissue(tmp_path:
     for reader in ("direct", "openslide"):
         with Slide.open(tmp_path / "a.svs", reader=reader) as slide:
             assert (slide.read_region(256, 0, 256, 256, 128, 128) == 255).all()
-        (outcome,) = tile_cohort([tmp_path / "a.svs"], tmp_path / reader, 0.5, 256, min_tissue=0.5, workers=1, reader=reader)
+        (outcome,) = tile([tmp_path / "a.svs"], tmp_path / reader, 0.5, 256, min_tissue=0.5, workers=1, reader=reader)
         assert outcome.info["tiles"] == 3, outcome.message
 
 
@@ -155,7 +155,7 @@ def test_channels_that_are_not_shown_are_told(tmp_path: Path, picture: np.ndarra
     tifffile.imwrite(tmp_path / "one.tif", grey, **options)
     messages = []
     for name in ("five.tif", "one.tif"):
-        (outcome,) = tile_cohort([tmp_path / name], tmp_path / "out", 0.5, 256, assume_mpp=0.5, tissue="none", workers=1)
+        (outcome,) = tile([tmp_path / name], tmp_path / "out", 0.5, 256, assume_mpp=0.5, tissue="none", workers=1)
         messages.append(outcome.message)
     assert messages == ["shows the first of its 5 channels or planes only", ""]
 

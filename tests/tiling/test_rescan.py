@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from annotations.errors import UserError
-from tiling.scan import COLUMNS, read_manifest, scan_slides
+from tiling.scan import COLUMNS, read_manifest, scan
 
 
 def rows_of(manifest: Path) -> dict[str, dict[str, str]]:
@@ -43,11 +43,11 @@ def filled_in(manifest: Path, cohort: Path) -> dict[str, dict[str, str]]:
 
 def test_what_people_filled_in_stays(cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     manifest = tmp_path / "manifest.csv"
-    scan_slides([cohort], manifest)
+    scan([cohort], manifest)
     assert "keep" not in capsys.readouterr().err
     filled_in(manifest, cohort)
     for _ in range(2):
-        outcomes = scan_slides([cohort], manifest)
+        outcomes = scan([cohort], manifest)
         assert f"{manifest}: 3 of 3 slides were in it and keep slide_id, patient_id" in capsys.readouterr().err
         rows = rows_of(manifest)
         a, b, silent = (rows[str(cohort / f"{name}.svs")] for name in ("a", "b", "silent"))
@@ -67,12 +67,12 @@ def test_an_mpp_that_scan_wrote_itself_is_not_kept_for_a_slide_that_says_another
     cohort: Path, tmp_path: Path, make_slide: Callable[..., Path], picture: np.ndarray
 ) -> None:
     manifest = tmp_path / "manifest.csv"
-    scan_slides([cohort], manifest)
+    scan([cohort], manifest)
     filled_in(manifest, cohort)
     for name in ("a", "b", "silent"):
         make_slide(cohort / f"{name}.svs", picture, levels=1, mpp=0.3)
     for _ in range(2):
-        scan_slides([cohort], manifest)
+        scan([cohort], manifest)
         rows = rows_of(manifest)
         said = [[rows[str(cohort / f"{name}.svs")][key] for key in ("mpp", "mpp_source")] for name in ("a", "b", "silent")]
         assert said == [["0.25", "manifest"], ["0.3", "openslide.mpp-x"], ["0.4", "manifest"]]
@@ -81,20 +81,20 @@ def test_an_mpp_that_scan_wrote_itself_is_not_kept_for_a_slide_that_says_another
 def test_rows_of_other_slides_are_kept_beside_it_each_time(cohort: Path, tmp_path: Path) -> None:
     manifest = tmp_path / "manifest.csv"
     for name in ("a", "b", "a"):
-        scan_slides([cohort / f"{name}.svs"], manifest)
+        scan([cohort / f"{name}.svs"], manifest)
     kept = [tmp_path / f"manifest.csv.before{end}" for end in ("", "2")]
     assert [list(rows_of(path)) for path in kept] == [[str(cohort / "a.svs")], [str(cohort / "b.svs")]]
 
 
 def test_a_slide_that_cannot_be_read_for_now_keeps_its_row(cohort: Path, tmp_path: Path) -> None:
     manifest = tmp_path / "manifest.csv"
-    scan_slides([cohort], manifest)
+    scan([cohort], manifest)
     filled_in(manifest, cohort)
     whole = (cohort / "a.svs").read_bytes()
     (cohort / "a.svs").write_bytes(b"broken")
-    scan_slides([cohort], manifest)
+    scan([cohort], manifest)
     (cohort / "a.svs").write_bytes(whole)
-    scan_slides([cohort], manifest)
+    scan([cohort], manifest)
     a = rows_of(manifest)[str(cohort / "a.svs")]
     assert [a[name] for name in ("slide_id", "patient_id", "mpp", "stain", "readable")] == ["first", "P1", "0.25", "HE", "true"]
 
@@ -102,20 +102,20 @@ def test_a_slide_that_cannot_be_read_for_now_keeps_its_row(cohort: Path, tmp_pat
 def test_an_id_that_was_given_is_made_way_for(cohort: Path, tmp_path: Path) -> None:
     manifest = tmp_path / "manifest.csv"
     manifest.write_text("path,slide_id\ncohort/a.svs,b\n")  # the name that b.svs would have; and a name b.svs had alone
-    scan_slides([cohort], manifest)
+    scan([cohort], manifest)
     assert [item.slide_id for item in read_manifest(manifest)] == ["b", "cohort_b", "silent"]
     (cohort / "more").mkdir()
     shutil.copy(cohort / "a.svs", cohort / "more" / "silent.svs")
-    scan_slides([cohort], manifest)
+    scan([cohort], manifest)
     assert [item.slide_id for item in read_manifest(manifest)] == ["b", "cohort_b", "more_silent", "silent"]
 
 
 def test_rows_of_other_slides_are_set_aside(cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     manifest = tmp_path / "manifest.csv"
-    scan_slides([cohort], manifest)
+    scan([cohort], manifest)
     filled_in(manifest, cohort)
     before = manifest.read_bytes()
-    scan_slides([cohort / "a.svs"], manifest)
+    scan([cohort / "a.svs"], manifest)
     aside = tmp_path / "manifest.csv.before"
     assert f"2 rows of other slides are left out of it and stay in {aside}" in capsys.readouterr().err
     assert aside.read_bytes() == before
@@ -134,7 +134,7 @@ def test_rows_of_other_slides_are_set_aside(cohort: Path, tmp_path: Path, capsys
 def test_what_is_no_manifest_is_not_written_over(cohort: Path, tmp_path: Path, content: bytes, says: str) -> None:
     (tmp_path / "m.csv").write_bytes(content)
     with pytest.raises(UserError) as told:
-        scan_slides([cohort], tmp_path / "m.csv")
+        scan([cohort], tmp_path / "m.csv")
     assert str(told.value).startswith(f"{tmp_path / 'm.csv'}: {says}")
     assert str(told.value).endswith("scan does not write over it: put it right, or give another --out")
     assert (tmp_path / "m.csv").read_bytes() == content
@@ -142,5 +142,5 @@ def test_what_is_no_manifest_is_not_written_over(cohort: Path, tmp_path: Path, c
 
 def test_an_empty_file_is_written_over(cohort: Path, tmp_path: Path) -> None:
     (tmp_path / "m.csv").touch()
-    scan_slides([cohort], tmp_path / "m.csv")
+    scan([cohort], tmp_path / "m.csv")
     assert len(rows_of(tmp_path / "m.csv")) == 3

@@ -21,19 +21,19 @@ import tiling.annotate
 import tiling.cohort
 import tiling.tile
 from annotations.errors import UserError
-from tiling.annotate import annotate_cohort
+from tiling.annotate import annotate
 from tiling.claim import BusyError, claim, lock_of, same_settings
 from tiling.cohort import Outcome, run_cohort
 from tiling.importer import import_images
 from tiling.sight import WRITTEN, Sight
 from tiling.slidefile import SlideFile
-from tiling.tile import tile_cohort
+from tiling.tile import tile
 
 MakeSlide = Callable[..., Path]
 
 
 def tiled(slide: Path, out: Path, **more: Any) -> Outcome:
-    (outcome,) = tile_cohort([slide], out, **({"mpp": 1.0, "size_px": 96, "workers": 1} | more))
+    (outcome,) = tile([slide], out, **({"mpp": 1.0, "size": 96, "workers": 1} | more))
     return outcome
 
 
@@ -163,13 +163,13 @@ def test_two_runs_of_annotate_with_other_files_do_not_mix(
         monkeypatch.setattr(tiling.annotate, "run_cohort", run)
         for name in ("one", "two"):
             try:
-                theirs.append(annotate_cohort(out, tmp_path / name, workers=1)[0].message)
+                theirs.append(annotate(out, tmp_path / name, workers=1)[0].message)
             except UserError as error:
                 theirs.append(str(error))
         return run(*args, **named)
 
     monkeypatch.setattr(tiling.annotate, "run_cohort", meanwhile)
-    annotate_cohort(out, tmp_path / "one", workers=1)
+    annotate(out, tmp_path / "one", workers=1)
     assert "another run" not in theirs[0]
     assert re.search(
         r"another run of odis-path annotate is at work here with other settings \(annotations \w+ \(1 files, .*now", theirs[1]
@@ -293,7 +293,7 @@ def test_a_torn_tile_in_tissue_is_marked_and_counted_each_time(
 ) -> None:
     whole = make_slide(tmp_path / "whole" / "S.svs", picture, levels=1)
     path = torn_slide(make_slide(tmp_path / "torn" / "S.svs", picture, levels=1), 5)  # x, y 256..512
-    how: dict[str, Any] = {"reader": reader, "size_px": 64}
+    how: dict[str, Any] = {"reader": reader, "size": 64}
     assert tiled(whole, tmp_path / "a", **how).info["bad_tiles"] == 0
     outcome = tiled(path, tmp_path / "b", **how)
     assert outcome.ok
@@ -317,7 +317,7 @@ def test_a_torn_tile_on_glass_and_black_padding_hold_no_tissue(
     corner = torn_slide(make_slide(tmp_path / "torn" / "S.svs", padded, levels=1), 0)
     coords = []
     for path in (clean, corner):
-        outcome = tiled(path, path.parent / "out", size_px=64)
+        outcome = tiled(path, path.parent / "out", size=64)
         assert (outcome.ok, outcome.info["bad_tiles"]) == (True, 0)
         with SlideFile(path.parent / "out" / "S.h5") as file:
             coords.append(file.coords.tolist())

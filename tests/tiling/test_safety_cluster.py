@@ -16,7 +16,7 @@ from test_dask import ROOT, Cluster
 from tiling.atomic import DiskFullError
 from tiling.cohort import NOT_TRIED, run_cohort
 from tiling.sight import UNSEEN
-from tiling.tile import tile_cohort
+from tiling.tile import tile
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_a_worker_that_does_not_see_the_folder(
     blind: Path, cluster: Cluster, slide_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tiling.sight.PATIENCE_S", 0.5)
-    (outcome,) = tile_cohort([slide_path], blind, 1.0, 96, scheduler=cluster.address)
+    (outcome,) = tile([slide_path], blind, 1.0, 96, scheduler=cluster.address)
     assert not outcome.ok
     assert outcome.message == f"{blind / 'painted.h5'}: {UNSEEN}"
     assert list(blind.iterdir()) == []

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from annotations.errors import UserError
-from tiling.scan import find_slides, read_manifest, scan_slides, slide_items
+from tiling.scan import find_slides, read_manifest, scan, slide_items
 from tiling.slide import Slide
 from tiling.slidefile import SlideFile
 from tiling.slidewrite import replace_groups
-from tiling.tile import tile_cohort
+from tiling.tile import tile
 
 MakeSlide = Callable[..., Path]
 
@@ -33,7 +33,7 @@ def cohort(tmp_path: Path, make_slide: MakeSlide, picture: np.ndarray) -> Path:
 
 
 def test_scan_lists_every_slide_and_what_is_wrong_with_it(cohort: Path, tmp_path: Path) -> None:
-    outcomes = scan_slides([cohort], tmp_path / "manifest.csv")
+    outcomes = scan([cohort], tmp_path / "manifest.csv")
     assert [outcome.ok for outcome in outcomes] == [True, False, True]
     with (tmp_path / "manifest.csv").open() as file:
         rows = {row["slide_id"]: row for row in csv.DictReader(file)}
@@ -89,13 +89,13 @@ def test_missing_and_empty_inputs_are_named(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=says):
             slide_items(inputs)
     with pytest.raises(UserError, match="is a folder"):
-        scan_slides([tmp_path], tmp_path)
+        scan([tmp_path], tmp_path)
 
 
 def test_tiles_are_the_pixels_at_their_coords(slide_path: Path, picture: np.ndarray, tmp_path: Path) -> None:
-    for pixels in (True, False):
-        out = tmp_path / str(pixels)
-        (outcome,) = tile_cohort([slide_path], out, 1.0, 64, pixels=pixels, workers=1, quality=95)
+    for pixels in ("jpeg", "none"):
+        out = tmp_path / pixels
+        (outcome,) = tile([slide_path], out, 1.0, 64, pixels=pixels, workers=1, quality=95)
         assert outcome.ok
         with SlideFile(out / "painted.h5") as file:
             assert file.has_pixels is pixels
@@ -118,7 +118,7 @@ def test_a_second_run_skips_and_what_changed_is_done_again(make_slide: MakeSlide
     slide, out = make_slide(tmp_path / "a.svs", picture, levels=1), tmp_path / "out"
 
     def run(**options: object) -> tuple[bool, str]:
-        (outcome,) = tile_cohort([slide], out, **({"mpp": 1.0, "size_px": 64, "workers": 1} | options))
+        (outcome,) = tile([slide], out, **({"mpp": 1.0, "size": 64, "workers": 1} | options))
         assert outcome.ok, outcome.message
         return outcome.skipped, outcome.message
 
@@ -132,7 +132,7 @@ def test_a_second_run_skips_and_what_changed_is_done_again(make_slide: MakeSlide
         {"overlap_px": 8},
         {"quality": 70},
         {"tissue": "none"},
-        {"pixels": False},
+        {"pixels": "none"},
         {"mpp": 1.5},
     ):
         assert run(**change)[0] is False
@@ -151,21 +151,21 @@ def test_a_second_run_skips_and_what_changed_is_done_again(make_slide: MakeSlide
 def test_a_slide_that_is_done_is_not_opened_again(cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest, out = tmp_path / "m.csv", tmp_path / "out"
     manifest.write_text(f"path,mpp\n{cohort / 'TCGA-AA-1234-01Z.svs'},0.5\n")
-    (first,) = tile_cohort([manifest], out, 1.0, 64, workers=1)
+    (first,) = tile([manifest], out, 1.0, 64, workers=1)
     opened: list[Path] = []
     monkeypatch.setattr(Slide, "open", lambda path, **how: opened.append(path))
-    (again,) = tile_cohort([manifest], out, 1.0, 64, workers=1)
+    (again,) = tile([manifest], out, 1.0, 64, workers=1)
     assert (first.ok, again.ok, again.skipped, again.info["tiles"]) == (True, True, True, first.info["tiles"])
     assert opened == []
-    tile_cohort([manifest], out, 1.0, 64, workers=1, min_tissue=0.2)
+    tile([manifest], out, 1.0, 64, workers=1, min_tissue=0.2)
     assert len(opened) == 1
     manifest.write_text(f"path,mpp\n{cohort / 'TCGA-AA-1234-01Z.svs'},0.4\n")
-    tile_cohort([manifest], out, 1.0, 64, workers=1)
+    tile([manifest], out, 1.0, 64, workers=1)
     assert len(opened) == 2
 
 
 def test_a_bad_slide_stops_nobody(cohort: Path, tmp_path: Path) -> None:
-    outcomes = {outcome.item: outcome for outcome in tile_cohort([cohort], tmp_path / "out", 1.0, 64, workers=2)}
+    outcomes = {outcome.item: outcome for outcome in tile([cohort], tmp_path / "out", 1.0, 64, workers=2)}
     assert {name: outcome.ok for name, outcome in outcomes.items()} == {
         "TCGA-AA-1234-01Z": True, "broken": False, "silent": False,
     }  # fmt: skip
@@ -179,12 +179,12 @@ def test_a_bad_slide_stops_nobody(cohort: Path, tmp_path: Path) -> None:
 def test_the_manifest_gives_names_patients_and_mpp(cohort: Path, tmp_path: Path) -> None:
     manifest = cohort / "manifest.csv"
     manifest.write_text("slide_id,path,patient_id,mpp\ns1,deep/silent.svs,P7,0.25\n")
-    (outcome,) = tile_cohort([manifest], tmp_path / "out", 0.5, 64, workers=1)
+    (outcome,) = tile([manifest], tmp_path / "out", 0.5, 64, workers=1)
     assert outcome.info["mpp_source"] == "manifest"
     with SlideFile(tmp_path / "out" / "s1.h5") as file:
         assert (file.slide_id, file.patient_id, file.mpp_level0, file.size_l0) == ("s1", "P7", 0.25, 128)
     manifest.write_text("slide_id,path,patient_id,mpp\ns1,deep/silent.svs,P8,0.25\n")
-    (outcome,) = tile_cohort([manifest], tmp_path / "out", 0.5, 64, workers=1)
+    (outcome,) = tile([manifest], tmp_path / "out", 0.5, 64, workers=1)
     assert outcome.skipped
     with SlideFile(tmp_path / "out" / "s1.h5") as file:
         assert file.patient_id == "P8"
@@ -200,11 +200,11 @@ def test_tissue_may_come_from_outlines(slide_path: Path, tmp_path: Path) -> None
     }
     outlines = tmp_path / "outlines"
     outlines.mkdir()
-    (missing,) = tile_cohort([slide_path], tmp_path / "out", 0.5, 64, tissue=outlines, workers=1)
+    (missing,) = tile([slide_path], tmp_path / "out", 0.5, 64, tissue=outlines, workers=1)
     assert not missing.ok
     assert "no outline painted.geojson" in missing.message
     (outlines / "painted.geojson").write_text(json.dumps({"type": "FeatureCollection", "features": [feature]}))
-    (outcome,) = tile_cohort([slide_path], tmp_path / "out", 0.5, 64, tissue=outlines, min_tissue=0.9, workers=1)
+    (outcome,) = tile([slide_path], tmp_path / "out", 0.5, 64, tissue=outlines, min_tissue=0.9, workers=1)
     assert outcome.ok, outcome.message
     with SlideFile(tmp_path / "out" / "painted.h5") as file:
         assert len(file) == 16
@@ -213,7 +213,7 @@ def test_tissue_may_come_from_outlines(slide_path: Path, tmp_path: Path) -> None
 
 
 def test_a_slide_smaller_than_a_tile_gives_an_empty_file_and_says_why(slide_path: Path, tmp_path: Path) -> None:
-    (outcome,) = tile_cohort([slide_path], tmp_path, 0.5, 2000, workers=1)
+    (outcome,) = tile([slide_path], tmp_path, 0.5, 2000, workers=1)
     assert outcome.ok
     assert "one is 2000 level-0 pixels wide" in outcome.message
     with SlideFile(tmp_path / "painted.h5") as file:
@@ -234,12 +234,12 @@ def test_a_slide_smaller_than_a_tile_gives_an_empty_file_and_says_why(slide_path
 )
 def test_settings_that_cannot_be_are_told_before_any_work(slide_path: Path, tmp_path: Path, options: dict, says: str) -> None:
     with pytest.raises(UserError, match=says):
-        tile_cohort([slide_path], tmp_path / "out", **({"mpp": 1.0, "size_px": 64} | options))
+        tile([slide_path], tmp_path / "out", **({"mpp": 1.0, "size": 64} | options))
     assert not (tmp_path / "out").exists()
 
 
 def test_an_mpp_finer_than_the_scan_names_both(slide_path: Path, tmp_path: Path) -> None:
-    (outcome,) = tile_cohort([slide_path], tmp_path, 0.25, 64, workers=1)
+    (outcome,) = tile([slide_path], tmp_path, 0.25, 64, workers=1)
     assert not outcome.ok
     assert "--mpp 0.25 is finer than the slide's 0.5" in outcome.message
 
@@ -247,7 +247,7 @@ def test_an_mpp_finer_than_the_scan_names_both(slide_path: Path, tmp_path: Path)
 def test_real_slides_tile_and_the_broken_one_does_not(test_data: Path, tmp_path: Path) -> None:
     slides = test_data / "slides"
     names = ["CMU-1-Small-Region.svs", "test3-DAPI.ndpi", "TCGA-CR-7395-01A-01-TS1.svs", "broken.svs", "boxes.tiff"]
-    outcomes = {o.item: o for o in tile_cohort([slides / name for name in names], tmp_path, 0.5, 224, workers=1)}
+    outcomes = {o.item: o for o in tile([slides / name for name in names], tmp_path, 0.5, 224, workers=1)}
     assert {name: outcome.ok for name, outcome in outcomes.items()} == {
         "CMU-1-Small-Region": True, "test3-DAPI": True, "TCGA-CR-7395-01A-01-TS1": False, "broken": False, "boxes": False,
     }  # fmt: skip
@@ -255,7 +255,7 @@ def test_real_slides_tile_and_the_broken_one_does_not(test_data: Path, tmp_path:
     with SlideFile(tmp_path / "test3-DAPI.h5") as file:
         assert file.mpp_level0 == pytest.approx(0.2282, abs=1e-4)
         assert np.mean([file.tile(i).max() for i in range(len(file))]) > 100
-    (outcome,) = tile_cohort([slides / "camelyon_jp2k.dcm"], tmp_path, 30.0, 64, workers=1)
+    (outcome,) = tile([slides / "camelyon_jp2k.dcm"], tmp_path, 30.0, 64, workers=1)
     assert outcome.ok
     assert "outside 0.05..10" in outcome.message
     assert outcome.info["tiles"] > 50

@@ -19,7 +19,7 @@ from tiling.cohort import Outcome
 from tiling.overview import look, read_mask, read_outlines, write_outlines
 from tiling.slide import Slide, SlideInfo
 from tiling.slidefile import SlideFile
-from tiling.tile import tile_cohort
+from tiling.tile import tile
 from tiling.tissue import check_brightness, is_dark, tissue_mask, tissue_outlines
 
 
@@ -125,7 +125,7 @@ def box(x0: float, y0: float, x1: float, y1: float) -> list:
 
 
 def tiled(slide: Path, out: Path, **options: Any) -> Outcome:
-    (outcome,) = tile_cohort([slide], out, **({"mpp": 1.0, "size_px": 64, "workers": 1} | options))
+    (outcome,) = tile([slide], out, **({"mpp": 1.0, "size": 64, "workers": 1} | options))
     assert outcome.ok, outcome.message
     return outcome
 
@@ -178,15 +178,15 @@ def test_what_is_excluded_gets_no_tile(slide_path: Path, tmp_path: Path, kind: s
         half = np.zeros((48, 64), np.uint8)
         half[:, :32] = 3
         Image.fromarray(half).save(tmp_path / "qc" / "painted.png")
-    outcome = tiled(slide_path, tmp_path / "b", exclude=tmp_path / "qc", pixels=False)
+    outcome = tiled(slide_path, tmp_path / "b", exclude=tmp_path / "qc", pixels="none")
     assert 0 < outcome.info["tiles"] < 0.6 * everything
     with SlideFile(tmp_path / "b" / "painted.h5") as file:
         assert file.coords[:, 0].min() >= 512 - 13
-    assert tiled(slide_path, tmp_path / "b", exclude=tmp_path / "qc", pixels=False).skipped
+    assert tiled(slide_path, tmp_path / "b", exclude=tmp_path / "qc", pixels="none").skipped
     for old in (tmp_path / "qc").iterdir():
         old.unlink()
     geojson(tmp_path / "qc" / "painted.geojson", box(0, 0, 100, 100))
-    assert not tiled(slide_path, tmp_path / "b", exclude=tmp_path / "qc", pixels=False).skipped
+    assert not tiled(slide_path, tmp_path / "b", exclude=tmp_path / "qc", pixels="none").skipped
     geojson(tmp_path / "other" / "else.geojson", box(0, 0, 100, 100))
     assert "nothing of it in --exclude" in tiled(slide_path, tmp_path / "c", exclude=tmp_path / "other").message
 
@@ -201,12 +201,12 @@ def test_masks_that_cannot_belong_to_the_slide_are_told(slide_path: Path, tmp_pa
             (tmp_path / "qc" / "painted.png").write_bytes(b"no picture")
         else:
             Image.fromarray(content).save(tmp_path / "qc" / "painted.png")
-        (outcome,) = tile_cohort([slide_path], tmp_path / "out", 1.0, 64, exclude=tmp_path / "qc", workers=1)
+        (outcome,) = tile([slide_path], tmp_path / "out", 1.0, 64, exclude=tmp_path / "qc", workers=1)
         assert not outcome.ok
         assert says in outcome.message
     for options, says in (({"exclude": "gone"}, "--exclude gone"), ({"pen": "red"}, "--pen red")):
         with pytest.raises(UserError, match=says):
-            tile_cohort([slide_path], tmp_path / "out", 1.0, 64, **options)
+            tile([slide_path], tmp_path / "out", 1.0, 64, **options)
 
 
 def test_nothing_drawn_excludes_nothing_and_is_no_tissue(slide_path: Path, tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_nothing_drawn_excludes_nothing_and_is_no_tissue(slide_path: Path, tmp_p
     line = {"type": "Feature", "geometry": {"type": "LineString", "coordinates": [[0, 0], [9, 9]]}, "properties": {}}
     for option, features in (("tissue", []), ("exclude", [line])):
         (tmp_path / "qc" / "painted.geojson").write_text(json.dumps({"type": "FeatureCollection", "features": features}))
-        (outcome,) = tile_cohort([slide_path], tmp_path / option, 1.0, 64, workers=1, **{option: tmp_path / "qc"})
+        (outcome,) = tile([slide_path], tmp_path / option, 1.0, 64, workers=1, **{option: tmp_path / "qc"})
         assert not outcome.ok
         assert "painted.geojson: holds no polygon" in outcome.message
 
@@ -243,8 +243,8 @@ def test_most_tissue_lost_is_a_warning_that_says_to_what(slide_path: Path, tmp_p
     message = tiled(slide_path, tmp_path / "b", exclude=tmp_path / "qc").message
     share = int(re.search(r"(\d+)% is under --exclude", message).group(1))  # type: ignore[union-attr]
     assert share == pytest.approx(93, abs=3)
-    assert "no tiles" in tiled(slide_path, tmp_path / "c", size_px=300, mpp=1.0, min_tissue=1.0).message
-    assert "below --min-tissue or at the border" in tiled(slide_path, tmp_path / "d", size_px=200, min_tissue=0.95).message
+    assert "no tiles" in tiled(slide_path, tmp_path / "c", size=300, mpp=1.0, min_tissue=1.0).message
+    assert "below --min-tissue or at the border" in tiled(slide_path, tmp_path / "d", size=200, min_tissue=0.95).message
 
 
 def test_pen_and_blur_are_stored_beside_the_tissue(
@@ -267,7 +267,7 @@ def test_pen_and_blur_are_stored_beside_the_tissue(
     slide = make_slide(tmp_path / "s.svs", rough.clip(0, 255).astype(np.uint8), mpp=4.0)
     kept = tiled(slide, tmp_path / "keep", mpp=4.0, pen="keep").info["tiles"]
     assert tiled(slide, tmp_path / "drop", mpp=4.0).info["tiles"] < kept
-    tiled(slide, tmp_path / "bare", mpp=4.0, pen="keep", pixels=False)
+    tiled(slide, tmp_path / "bare", mpp=4.0, pen="keep", pixels="none")
     with SlideFile(tmp_path / "keep" / "s.h5") as file, SlideFile(tmp_path / "bare" / "s.h5") as bare:
         pen, blur = file.pen_share, file.blur
         assert pen is not None
@@ -307,7 +307,7 @@ def test_ink_that_was_not_left_out_is_no_warning(make_slide: Callable[..., Path]
         shape = {"type": "Polygon", "coordinates": [outline]}
         feature = {"type": "Feature", "properties": {}, "geometry": shape}
         (tmp_path / name / "s.geojson").write_text(json.dumps(feature))
-    anywhere = {"pixels": False, "mpp": 4.0, "min_tissue": 0.5}
+    anywhere = {"pixels": "none", "mpp": 4.0, "min_tissue": 0.5}
     ways = {
         "keep": {"pen": "keep"},
         "drawn": {"tissue": str(tmp_path / "corner")},
@@ -328,7 +328,7 @@ def test_ink_that_was_not_left_out_is_no_warning(make_slide: Callable[..., Path]
 
 def test_too_few_grey_levels_are_one_line(make_slide: Callable[..., Path], picture: np.ndarray, tmp_path: Path) -> None:
     slide = make_slide(tmp_path / "s.svs", picture // 26)
-    (outcome,) = tile_cohort([slide], tmp_path / "a", 1.0, 64, workers=1)
+    (outcome,) = tile([slide], tmp_path / "a", 1.0, 64, workers=1)
     assert not outcome.ok
     assert "s.svs: its overview is black, nothing in it brighter than 16 of 255: if it holds 16-bit pixels" in outcome.message
     untouched = tiled(slide, tmp_path / "a", tissue="none")

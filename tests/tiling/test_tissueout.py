@@ -15,11 +15,11 @@ from annotations.write import write_geojson
 from tiling import tissueout
 from tiling.atomic import machine
 from tiling.outcome import Outcome
-from tiling.tile import tile_cohort
+from tiling.tile import tile
 
 
 def tiled(slides: list[Path], out: Path, outlines: Path) -> list[Outcome]:
-    return tile_cohort(slides, out, 1.0, 64, workers=1, tissue_out=outlines)
+    return tile(slides, out, 1.0, 64, workers=1, tissue_out=outlines)
 
 
 def test_temporary_files_of_killed_runs_are_swept(slide_path: Path, tmp_path: Path) -> None:

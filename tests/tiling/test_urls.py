@@ -19,14 +19,14 @@ import numpy as np
 import pytest
 
 from annotations.errors import UserError
-from tiling.scan import find_slides, read_manifest, scan_slides
+from tiling.scan import find_slides, read_manifest, scan
 from tiling.slide import Slide
 from tiling.slidefile import SlideFile
 from tiling.slideid import slide_stem
-from tiling.tile import tile_cohort
+from tiling.tile import tile
 from tiling.urls import path_of, url_of, url_stamp, with_slashes
 
-OPTIONS: dict[str, Any] = {"mpp": 1.0, "size_px": 96, "workers": 1}
+OPTIONS: dict[str, Any] = {"mpp": 1.0, "size": 96, "workers": 1}
 
 
 class Handler(SimpleHTTPRequestHandler):
@@ -88,25 +88,25 @@ def test_scan_then_tile_from_a_web_server(served: tuple[str, Path], slide_path: 
     ]
     words = ["tile", manifest, "--out", out, "--mpp", "1.0", "--size", "96", "--workers", "2"]
     subprocess.run([*odis, *words], check=True, capture_output=True)
-    tile_cohort([slide_path], tmp_path / "local", reader="tiffslide", **OPTIONS)
+    tile([slide_path], tmp_path / "local", reader="tiffslide", **OPTIONS)
     assert (tiles_of(out / "a_S.h5") == tiles_of(tmp_path / "local" / "painted.h5")).all()
     with SlideFile(out / "a_S.h5") as file:
         assert file.attrs["source"] == urls[0]
         assert file.attrs["source_size"] == slide_path.stat().st_size
-    outcomes = tile_cohort([manifest], out, **OPTIONS)
+    outcomes = tile([manifest], out, **OPTIONS)
     assert [outcome.skipped for outcome in outcomes] == [True, True]
 
 
 def test_a_slide_that_changed_on_the_server_is_done_again(served: tuple[str, Path], tmp_path: Path) -> None:
     server, folder = served
     url = f"{server}/a/S.svs"
-    (first,) = tile_cohort([url], tmp_path / "out", **OPTIONS)
-    (second,) = tile_cohort([url], tmp_path / "out", **OPTIONS)
+    (first,) = tile([url], tmp_path / "out", **OPTIONS)
+    (second,) = tile([url], tmp_path / "out", **OPTIONS)
     os.utime(folder / "a" / "S.svs", (1, 1))  # same size, other Last-Modified
-    (third,) = tile_cohort([url], tmp_path / "out", **OPTIONS)
+    (third,) = tile([url], tmp_path / "out", **OPTIONS)
     assert (first.ok, second.skipped, third.ok, third.skipped) == (True, True, True, False)
     assert third.info["redone"] == "the slide file changed"
-    (other,) = tile_cohort([f"{server}/b/S.svs"], tmp_path / "out", **OPTIONS)  # equal size, another slide
+    (other,) = tile([f"{server}/b/S.svs"], tmp_path / "out", **OPTIONS)  # equal size, another slide
     assert other.ok
     assert "changed" in other.info["redone"]
 
@@ -134,7 +134,7 @@ def test_a_bad_url_is_one_line(served: tuple[str, Path], tmp_path: Path) -> None
         "http://127.0.0.1:9/x.svs": "not a readable slide",
         "nosuch://host/y.svs": "not a readable slide",
     }
-    for run in (partial(scan_slides, out=tmp_path / "m.csv"), partial(tile_cohort, out=tmp_path / "out", **OPTIONS)):
+    for run in (partial(scan, out=tmp_path / "m.csv"), partial(tile, out=tmp_path / "out", **OPTIONS)):
         outcomes = run([f"{server}/a/S.svs", *bad])
         assert [outcome.ok for outcome in outcomes] == [True, False, False, False, False]
         for (url, says), outcome in zip(bad.items(), outcomes[1:], strict=True):
@@ -146,8 +146,8 @@ def test_a_bad_url_is_one_line(served: tuple[str, Path], tmp_path: Path) -> None
 def test_tiles_are_read_from_the_url_where_none_are_stored(served: tuple[str, Path], tmp_path: Path) -> None:
     server, folder = served
     url = f"{server}/a/S.svs"
-    tile_cohort([url], tmp_path / "stored", **OPTIONS)
-    tile_cohort([url], tmp_path / "coords", pixels=False, **OPTIONS)
+    tile([url], tmp_path / "stored", **OPTIONS)
+    tile([url], tmp_path / "coords", pixels="none", **OPTIONS)
     assert np.abs(tiles_of(tmp_path / "coords" / "S.h5").astype(int) - tiles_of(tmp_path / "stored" / "S.h5")).mean() < 2
     (folder / "a" / "S.svs").unlink()
     with SlideFile(tmp_path / "coords" / "S.h5") as file, pytest.raises(UserError, match=re.escape(url)):
@@ -161,10 +161,10 @@ def test_stores_without_a_server_and_files_by_url(slide_path: Path, tmp_path: Pa
         with fsspec.open(f"memory://cohort/{name}", "wb") as file:
             file.write(slide_path.read_bytes())
     assert [item.slide_id for item in find_slides(["memory://cohort/"])] == ["one", "two"]
-    outcomes = tile_cohort(["memory://cohort/*.svs"], tmp_path / "out", **OPTIONS)
+    outcomes = tile(["memory://cohort/*.svs"], tmp_path / "out", **OPTIONS)
     assert [outcome.ok for outcome in outcomes] == [True, True]
-    assert all(outcome.skipped for outcome in tile_cohort(["memory://cohort/"], tmp_path / "out", **OPTIONS))
-    (outcome,) = tile_cohort([f"file://{slide_path}"], tmp_path / "local", **OPTIONS)
+    assert all(outcome.skipped for outcome in tile(["memory://cohort/"], tmp_path / "out", **OPTIONS))
+    (outcome,) = tile([f"file://{slide_path}"], tmp_path / "local", **OPTIONS)
     assert outcome.info["reader"] == "direct"  # a file of this machine is one, however it is named
     manifest = tmp_path / "m.csv"
     manifest.write_text(f"path,slide_id\nmemory://cohort/one.svs,\nfile://{slide_path},\n")
