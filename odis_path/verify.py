@@ -41,7 +41,11 @@ class Verification(Result):
 
     def width(self) -> int:
         """As many columns as keep each failure on one line."""
-        return max(160, 20 + sum(max(map(len, texts), default=0) for texts in zip(*((o.item, o.message) for o in self.failed))))
+        longest = [max((len(text) for text in texts), default=0) for texts in zip(*self._rows(), strict=True)]
+        return max(160, 20 + sum(longest))
+
+    def _rows(self) -> list[tuple[str, str]]:
+        return [(outcome.item, outcome.message) for outcome in self.failed]
 
     def show(self, console: Console) -> None:
         """The kinds of files with their counts, and the damaged ones."""
@@ -60,9 +64,9 @@ class Verification(Result):
 def verify(folder: Path, workers: int | None = None) -> Verification:
     """Read every slide file, feature file and checkpoint below a folder, all pixels too.
 
-    `info` of a file's outcome: `kind`, and `unchecked` where the file holds no checksums. A damaged file has failed, its `message`
-    says what to do. Hidden files and those of other programs are left out. Raises UserError where the folder is missing or
-    holds nothing of ours.
+    `info` of a file's outcome: `kind`, and `unchecked` where it holds no checksums. A damaged file has failed, and its
+    `message` says what to do. Hidden files and those of other programs are left out. Raises UserError where the folder is
+    missing or holds nothing of ours.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder: give the one that the other odis-path commands wrote into")

@@ -78,7 +78,6 @@ def doctor(
     end(run(folder, workers))
 
 
-
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for everything the demo makes.")],
     slides: Annotated[Path | None, typer.Option(help="Your slides (file or folder) in place of generated ones.")] = None,

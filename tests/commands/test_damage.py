@@ -65,7 +65,7 @@ def test_doctor_looks_through_a_cohort(tiles: Path, features: Path, run: Run) ->
         ("/features", "run odis-path embed again"), ("checkpoint-00000001.pt", "copy it again, or take an older checkpoint"),
     ):  # fmt: skip
         assert any(what in line and remedy in line for line in ill.stdout.splitlines()), what
-    counts = {row.kind: (row.files, row.damaged, row.unchecked) for row in by_kind(verify(folder, workers=1))}
+    counts = {row.kind: (row.files, row.damaged, row.unchecked) for row in by_kind(verify(folder, workers=1).outcomes)}
     n = len(slides)
     assert counts == {"slide files": (n, 2, 0), "feature files": (n, 1, 0), "checkpoints": (1, 1, 0)}
 
