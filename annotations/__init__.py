@@ -8,33 +8,33 @@ from typing import TYPE_CHECKING, Any
 from annotations.errors import UserError
 
 if TYPE_CHECKING:
-    from annotations.classmap import ClassMap, read_classmap
-    from annotations.clip import TileBoxes, clip_to_tiles
-    from annotations.coco import read_coco
-    from annotations.frame import SlideFrame
-    from annotations.group import annotation_groups
-    from annotations.read import read_annotations
-    from annotations.table import CELL, PROPOSAL, TISSUE, ObjectTable, concatenate, empty_table
-    from annotations.write import feature_collection, table_features, write_geojson
+    from annotations.class_map import ClassMap, read_classmap
+    from annotations.geojson_writer import feature_collection, table_features, write_geojson
+    from annotations.geometry.clip import TileBoxes, clip_to_tiles
+    from annotations.objects import CELL, PROPOSAL, TISSUE, ObjectTable, concatenate, empty_table
+    from annotations.readers.coco.images import read_coco
+    from annotations.readers.read import read_annotations
+    from annotations.readers.slide_context import SlideFrame
+    from annotations.slide_groups import annotation_groups
 
 _HOME = {
-    "CELL": "table",
-    "ClassMap": "classmap",
-    "PROPOSAL": "table",
-    "TISSUE": "table",
-    "ObjectTable": "table",
-    "SlideFrame": "frame",
-    "TileBoxes": "clip",
-    "annotation_groups": "group",
-    "clip_to_tiles": "clip",
-    "concatenate": "table",
-    "empty_table": "table",
-    "feature_collection": "write",
-    "read_annotations": "read",
-    "read_classmap": "classmap",
-    "read_coco": "coco",
-    "table_features": "write",
-    "write_geojson": "write",
+    "CELL": "objects",
+    "ClassMap": "class_map",
+    "PROPOSAL": "objects",
+    "TISSUE": "objects",
+    "ObjectTable": "objects",
+    "SlideFrame": "readers.slide_context",
+    "TileBoxes": "geometry.clip",
+    "annotation_groups": "slide_groups",
+    "clip_to_tiles": "geometry.clip",
+    "concatenate": "objects",
+    "empty_table": "objects",
+    "feature_collection": "geojson_writer",
+    "read_annotations": "readers.read",
+    "read_classmap": "class_map",
+    "read_coco": "readers.coco.images",
+    "table_features": "geojson_writer",
+    "write_geojson": "geojson_writer",
 }
 
 __all__ = [

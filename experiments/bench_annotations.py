@@ -73,8 +73,9 @@ def run_ours(file: Path, stream: bool) -> dict[str, Any]:
     """Read, clip and write, as odis-path annotate does for one slide."""
     import shapely  # noqa: F401  neither side is charged for its imports
 
-    import annotations.stream  # noqa: F401
-    from tiling.annotate import AnnotateSettings, annotate_slide
+    import annotations.readers.geojson.large_file  # noqa: F401
+    from tiling.boxes.run import annotate_slide
+    from tiling.boxes.settings import AnnotateSettings
 
     slide = file.with_suffix(".h5")
     write_slide(slide)
@@ -146,7 +147,7 @@ def run_tiles(file: Path) -> dict[str, Any]:
 
 def run_cohort_of_slides(file: Path, cells: int) -> dict[str, Any]:
     """A folder of slides with one file each: seconds, and how many were at work at a time."""
-    from tiling.annotate import annotate
+    from tiling.boxes.run import annotate
 
     folder = file.parent / "cohort"
     folder.mkdir()

@@ -27,11 +27,13 @@ import h5py
 import numpy as np
 import torch
 
-from odis_path.features import read_features, write_features
-from odis_path.train import checkpoint
-from odis_path.train.config import PretrainConfig
-from tiling import codec
-from tiling.slidefile import SlideFile, SlideMeta, write_slide_file
+from odis_path import checkpoint
+from odis_path.config import PretrainConfig
+from odis_path.features.read import read_features
+from odis_path.features.write import write_features
+from tiling.slide_file.read import SlideFile
+from tiling.slide_file.write import SlideMeta, write_slide_file
+from tiling.wsi import codec
 
 LIMIT = 0.03  # of reading a tile
 SIDE_PX, TILES, TILES_A_RUN, DIM = 224, 1500, 200, 768

@@ -31,7 +31,7 @@ def make_slides(folder: Path, count: int) -> None:
     """Files S00000.svs and so on, copies of a few drawn slides."""
     import tifffile
 
-    from odis_path.demo.slides import draw_slide
+    from odis_path.synthetic.slides import draw_slide
 
     pixels = draw_slide(np.random.default_rng(0), 1024, 0.5).pixels
     kinds = folder.with_name("kinds")

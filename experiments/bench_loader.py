@@ -33,15 +33,18 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from bench_tiling import write_slide
 
-from odis_path.data.dataset import StepSampler, collate, index_tiles
-from odis_path.data.samples import TileSamples
-from odis_path.train.config import PretrainConfig
-from odis_path.train.step import make_views
-from tiling.codec import decode, decode_jpeg
-from tiling.direct import DirectReader
-from tiling.slide import Slide, cover
-from tiling.slidefile import SlideFile, replace_groups
-from tiling.tile import tile
+from odis_path.config import PretrainConfig
+from odis_path.data.dataset import TileSamples
+from odis_path.data.sampler import StepSampler, collate
+from odis_path.data.tile_index import index_tiles
+from odis_path.training.step import make_views
+from tiling.slide_file.read import SlideFile
+from tiling.slide_file.write import replace_groups
+from tiling.tiles.run import tile
+from tiling.wsi.backends.tiff_direct import DirectReader
+from tiling.wsi.codec import decode, decode_jpeg
+from tiling.wsi.level_view import cover
+from tiling.wsi.slide import Slide
 
 MPP, TILE_PX, BOXES, PATCH_PX = 0.5, 256, 8, 16
 BEYOND_DECODING_US = 50.0

@@ -54,7 +54,7 @@ def write_slide(path: Path, width: int, height: int) -> Path:
     import tifffile
     from PIL import Image
 
-    from odis_path.demo.slides import draw_slide
+    from odis_path.synthetic.slides import draw_slide
 
     encode = partial(simplejpeg.encode_jpeg, quality=QUALITY, colorspace="RGB", colorsubsampling="422")
     fields = [draw_slide(np.random.default_rng(seed), FIELD_PX, MPP).pixels for seed in range(FIELDS)]
@@ -111,7 +111,7 @@ def decoder_limit(path: Path, workers: int) -> float:
     """Seconds to decode every stored tile of level 0 at half scale from memory: no file, no cutting, no order."""
     import tifffile
 
-    from tiling.codec import decode_jpeg
+    from tiling.wsi.codec import decode_jpeg
 
     with tifffile.TiffFile(path) as file:
         page = file.pages[0].aspage()
@@ -155,8 +155,8 @@ def openslide_loop(path: Path, workers: int, share: float) -> float:
 
 def read_ours(path: Path, threads: int) -> float:
     """Seconds to open the slide and read all tiles."""
-    from tiling.patches import map_patches
-    from tiling.slide import Slide
+    from tiling.wsi.patches import map_patches
+    from tiling.wsi.slide import Slide
 
     begin = time.perf_counter()
     with Slide.open(path) as slide:
@@ -168,7 +168,7 @@ def read_ours(path: Path, threads: int) -> float:
 
 def tile_ours(path: Path, out: Path, workers: int) -> float:
     """Seconds of a whole `tile` with pixels written."""
-    from tiling.tile import tile
+    from tiling.tiles.run import tile
 
     (out / f"{path.stem}.h5").unlink(missing_ok=True)
     begin = time.perf_counter()
@@ -211,7 +211,7 @@ def lazyslide_loop(path: Path, workers: int, python: str, cpu: list[float]) -> f
 
 def size_of(path: Path) -> tuple[int, int]:
     """Width and height of level 0."""
-    from tiling.slide import Slide
+    from tiling.wsi.slide import Slide
 
     with Slide.open(path) as slide:
         return slide.info.width_l0, slide.info.height_l0
@@ -220,7 +220,7 @@ def size_of(path: Path) -> tuple[int, int]:
 def peak_memory_mb(path: Path, out: Path) -> float:
     """Most resident memory of a fresh process that tiles the slide alone, in MB."""
     code = (
-        "import re, sys; from tiling.tile import tile;"
+        "import re, sys; from tiling.tiles.run import tile;"
         f"(one,) = tile([sys.argv[1]], sys.argv[2], {TARGET_MPP}, {PATCH_PX}, tissue='auto', workers=1);"
         "assert one.ok, one.message;"
         # Not ru_maxrss, which a child takes over from its parent.

@@ -30,18 +30,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from odis_path.data.dataset import StepSampler, collate
-from odis_path.data.samples import TileSamples
+from odis_path.config import PretrainConfig
+from odis_path.data.dataset import TileSamples
+from odis_path.data.sampler import StepSampler, collate
+from odis_path.distributed import Ranks, start_ranks
 from odis_path.model.layers import additive, attention_kernels
+from odis_path.model.network import Views
 from odis_path.model.vit import attention_mask, build_encoder
-from odis_path.train import loop
-from odis_path.train.compiling import compiles
-from odis_path.train.config import PretrainConfig
-from odis_path.train.distributed import Ranks, start_ranks
-from odis_path.train.schedule import step_values
-from odis_path.train.step import Views, make_views
-from tiling.codec import encode_jpeg
-from tiling.slidefile import SlideMeta, write_slide_file
+from odis_path.training import loop
+from odis_path.training.compile import compiles
+from odis_path.training.optim import step_values
+from odis_path.training.step import make_views
+from tiling.slide_file.write import SlideMeta, write_slide_file
+from tiling.wsi.codec import encode_jpeg
 
 
 def write_tiles(folder: Path, count: int, side: int, boxes: int) -> Path:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from odis_path.evaluate.bootstrap import Draws, Estimate, Judged, draw_patients, estimate_classes, estimate_mean
+from odis_path.evaluation.bootstrap import Draws, Estimate, Judged, draw_patients, estimate_classes, estimate_mean
 
 PATIENTS = (5, 10, 20, 40)
 LIMITS = (0.93, 0.97)

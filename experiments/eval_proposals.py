@@ -2,10 +2,10 @@
 
 Data: a folder with images/, labels/ (instance masks of the same names) and groups.json (group -> names), such as the
 stained-tissue images of the 2018 Data Science Bowl. Each group is halved by a seeded draw: what is tuned (settings, and
-the weights of tiling/outline_quality.py, with --fit) is tuned on one half, and both are reported. Run:
+the weights of tiling/proposals/outlines.py, with --fit) is tuned on one half, and both are reported. Run:
 
     python experiments/eval_proposals.py DATA --mpp 0.35 --out results.json
-    python experiments/eval_proposals.py DATA --mpp 0.35 --fit weights.json    # the numbers of tiling/outline_quality.py
+    python experiments/eval_proposals.py DATA --mpp 0.35 --fit weights.json    # the numbers of tiling/proposals/outlines.py
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from tiling.codec import decode
-from tiling.nuclei import ProposalSettings, boxes_of, nucleus_outlines, segment_nuclei
-from tiling.outline_quality import products
+from tiling.proposals.nuclei import nucleus_outlines, segment_nuclei
+from tiling.proposals.outlines import products
+from tiling.proposals.regions import boxes_of
+from tiling.proposals.stain import ProposalSettings
+from tiling.wsi.codec import decode
 
 HALVES = ("tuned", "unseen")
 IOU_RANGE = (0.3, 0.8)  # where the quality of an outline goes from 0 to 1
@@ -106,7 +108,7 @@ def _scores(counts: dict[str, float]) -> dict[str, Any]:
 
 
 def fit(data: Path, mpp: float) -> dict[str, list[float]]:
-    """mean, scale and weights of tiling/outline_quality.py from the tuned half: a ridge on products of features.
+    """mean, scale and weights of tiling/proposals/outlines.py from the tuned half: a ridge on products of features.
 
     The target is the IoU of an outline's box with its best nucleus, every group counting the same.
     """

@@ -36,13 +36,13 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as with_seed
 from hypothesis import strategies as st
 
-from annotations import stream
-from annotations.cutpoints import cut_file
 from annotations.errors import UserError
-from annotations.group import annotation_groups
-from annotations.read import read_annotations
-from annotations.table import ObjectTable
-from tiling.slidewrite import write_group
+from annotations.objects import ObjectTable
+from annotations.readers.geojson import large_file as stream
+from annotations.readers.geojson.large_file import cut_file
+from annotations.readers.read import read_annotations
+from annotations.slide_groups import annotation_groups
+from tiling.slide_file.write import write_group
 
 SLOW_S = 5.0
 LOSSES = (

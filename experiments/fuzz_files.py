@@ -35,21 +35,24 @@ import torch
 import yaml
 
 from annotations.errors import UserError
-from odis_path.data.dataset import index_tiles
-from odis_path.export import export_timm
-from odis_path.export_geojson import read_predictions
-from odis_path.features import read_features, read_slides_parquet, write_features, write_slides_parquet
+from odis_path.checkpoint import load_checkpoint
+from odis_path.config import PretrainConfig, load_config
+from odis_path.data.tile_index import index_tiles
+from odis_path.exporters.geojson import read_predictions
+from odis_path.exporters.timm import export_timm
+from odis_path.features.read import read_features, read_slides_parquet
+from odis_path.features.write import write_features, write_slides_parquet
+from odis_path.model.pretrained import load_weights
 from odis_path.model.vit import build_encoder
-from odis_path.model.weights import load_weights
-from odis_path.report import report
-from odis_path.report.collect import find_everything
-from odis_path.train import loop
-from odis_path.train.checkpoint import load_checkpoint
-from odis_path.train.config import PretrainConfig, load_config
-from odis_path.train.runlog import RunLog
-from tiling import codec
-from tiling.manifest import read_manifest
-from tiling.slidefile import SlideFile, SlideMeta, tile_labels, write_slide_file
+from odis_path.reporting import report
+from odis_path.reporting.inventory import find_everything
+from odis_path.training import loop
+from odis_path.training.log.run_log import RunLog
+from tiling.cohort.manifest import read_manifest
+from tiling.slide_file.read import SlideFile
+from tiling.slide_file.tile_labels import tile_labels
+from tiling.slide_file.write import SlideMeta, write_slide_file
+from tiling.wsi import codec
 
 SLOW_S = 120
 SIDE_PX = 32

@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from odis_path.data.dataset import index_tiles
-from odis_path.encode import batches, load_encoder
-from odis_path.evaluate.knn import knn_scores
-from odis_path.train.config import load_config
-from odis_path.train.loop import pretrain
-from odis_path.train.monitor import read_tiles
+from odis_path.config import load_config
+from odis_path.data.tile_index import index_tiles
+from odis_path.embedding.encoder import batches, load_encoder
+from odis_path.evaluation.probes.knn import knn_scores
+from odis_path.training.knn_monitor import read_tiles
+from odis_path.training.loop import pretrain
 
 SMALL = [
     "target.crop=false", "target.mask=false", "data.boxless=keep", "data.workers=0", "loss.patch_weight=1",
@@ -54,7 +54,7 @@ def labels_of(folder: Path) -> dict[tuple[str, int, int], str]:
 
 def run(tiles: Path, keys: list[str], seed: int, epochs: float, away: list[str]) -> tuple[np.ndarray, float]:
     """Train one variant: which of the held-out tiles its k-NN gets right, bool (n,), and CPU seconds."""
-    from tiling.slidefile import SlideFile
+    from tiling.slide_file.read import SlideFile
 
     begin = time.process_time()
     with tempfile.TemporaryDirectory() as out:

@@ -16,52 +16,53 @@ from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from annotations.read import read_annotations
-    from odis_path.demo.pipeline import demo
-    from odis_path.doctor import doctor
-    from odis_path.embed import embed
-    from odis_path.encode import load_encoder
-    from odis_path.evaluate.run import evaluate
-    from odis_path.export_run import export
-    from odis_path.features import read_features
-    from odis_path.report.build import report
-    from odis_path.train.run import pretrain
-    from tiling.annotate import annotate
-    from tiling.cohort import Outcome, Outcomes
-    from tiling.importer import import_images
-    from tiling.propose import propose
-    from tiling.scan import scan
-    from tiling.slide import Slide
-    from tiling.slidefile import SlideFile
-    from tiling.tile import tile
-    from tiling.tilesettings import TileSettings
+    from annotations.readers.read import read_annotations
+    from odis_path.chain import demo
+    from odis_path.diagnostics import doctor
+    from odis_path.embedding.encoder import load_encoder
+    from odis_path.embedding.run import embed
+    from odis_path.evaluation.run import evaluate
+    from odis_path.exporters.run import export
+    from odis_path.features.read import read_features
+    from odis_path.reporting.build import report
+    from odis_path.training.run import pretrain
+    from tiling.boxes.run import annotate
+    from tiling.cohort.scan import scan
+    from tiling.images.run import import_images
+    from tiling.jobs.outcome import Outcome
+    from tiling.jobs.summary import Outcomes
+    from tiling.proposals.run import propose
+    from tiling.slide_file.read import SlideFile
+    from tiling.tiles.run import tile
+    from tiling.tiles.settings import TileSettings
+    from tiling.wsi.slide import Slide
 
     open_slide = Slide.open
 
 __version__ = "0.1.0"
 
 _HOME = (
-    "annotations.read.read_annotations",
-    "odis_path.demo.pipeline.demo",
-    "odis_path.doctor.doctor",
-    "odis_path.embed.embed",
-    "odis_path.encode.load_encoder",
-    "odis_path.evaluate.run.evaluate",
-    "odis_path.export_run.export",
-    "odis_path.features.read_features",
-    "odis_path.report.build.report",
-    "odis_path.train.run.pretrain",
-    "tiling.annotate.annotate",
-    "tiling.cohort.Outcome",
-    "tiling.cohort.Outcomes",
-    "tiling.importer.import_images",
-    "tiling.propose.propose",
-    "tiling.scan.scan",
-    "tiling.slidefile.SlideFile",
-    "tiling.tile.tile",
-    "tiling.tilesettings.TileSettings",
+    "annotations.readers.read.read_annotations",
+    "odis_path.chain.demo",
+    "odis_path.diagnostics.doctor",
+    "odis_path.embedding.run.embed",
+    "odis_path.embedding.encoder.load_encoder",
+    "odis_path.evaluation.run.evaluate",
+    "odis_path.exporters.run.export",
+    "odis_path.features.read.read_features",
+    "odis_path.reporting.build.report",
+    "odis_path.training.run.pretrain",
+    "tiling.boxes.run.annotate",
+    "tiling.jobs.outcome.Outcome",
+    "tiling.jobs.summary.Outcomes",
+    "tiling.images.run.import_images",
+    "tiling.proposals.run.propose",
+    "tiling.cohort.scan.scan",
+    "tiling.slide_file.read.SlideFile",
+    "tiling.tiles.run.tile",
+    "tiling.tiles.settings.TileSettings",
 )
-_HOME_OF = {path.rpartition(".")[2]: path for path in _HOME} | {"open_slide": "tiling.slide.Slide.open"}
+_HOME_OF = {path.rpartition(".")[2]: path for path in _HOME} | {"open_slide": "tiling.wsi.slide.Slide.open"}
 
 __all__ = [
     "Outcome",

@@ -111,8 +111,8 @@ def test_formulas_are_mathml(site: Path) -> None:
 def test_the_reference_has_every_option_and_every_key(site: Path) -> None:
     from typer.main import get_command
 
-    from odis_path.cli.commands import app
-    from odis_path.train.config import PretrainConfig
+    from odis_path.cli.app import app
+    from odis_path.config import PretrainConfig
 
     page = (site / "cli.html").read_text(encoding="utf-8")
     for name, command in get_command(app).commands.items():  # type: ignore[attr-defined]

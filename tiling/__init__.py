@@ -6,31 +6,35 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tiling.cohort import Outcome, Outcomes, run_cohort
     from tiling.grid import GridPlan, plan_grid
-    from tiling.importer import import_images
-    from tiling.slide import Slide, SlideInfo
-    from tiling.slidefile import SlideFile, list_slide_files, tile_labels
-    from tiling.slidewrite import SlideMeta, replace_groups, write_slide_file
-    from tiling.tissue import tissue_mask, tissue_outlines
+    from tiling.images.run import import_images
+    from tiling.jobs.outcome import Outcome
+    from tiling.jobs.run import run_cohort
+    from tiling.jobs.summary import Outcomes
+    from tiling.slide_file.read import SlideFile, list_slide_files
+    from tiling.slide_file.tile_labels import tile_labels
+    from tiling.slide_file.write import SlideMeta, replace_groups, write_slide_file
+    from tiling.tissue.mask import tissue_mask, tissue_outlines
+    from tiling.wsi.level_view import SlideInfo
+    from tiling.wsi.slide import Slide
 
 _HOME = {
     "GridPlan": "grid",
-    "Outcome": "cohort",
-    "Outcomes": "cohort",
-    "Slide": "slide",
-    "SlideFile": "slidefile",
-    "SlideInfo": "slide",
-    "SlideMeta": "slidewrite",
-    "import_images": "importer",
-    "list_slide_files": "slidefile",
+    "Outcome": "jobs.outcome",
+    "Outcomes": "jobs.summary",
+    "Slide": "wsi.slide",
+    "SlideFile": "slide_file.read",
+    "SlideInfo": "wsi.level_view",
+    "SlideMeta": "slide_file.write",
+    "import_images": "images.run",
+    "list_slide_files": "slide_file.read",
     "plan_grid": "grid",
-    "replace_groups": "slidewrite",
-    "run_cohort": "cohort",
-    "tile_labels": "slidefile",
-    "tissue_mask": "tissue",
-    "tissue_outlines": "tissue",
-    "write_slide_file": "slidewrite",
+    "replace_groups": "slide_file.write",
+    "run_cohort": "jobs.run",
+    "tile_labels": "slide_file.tile_labels",
+    "tissue_mask": "tissue.mask",
+    "tissue_outlines": "tissue.mask",
+    "write_slide_file": "slide_file.write",
 }
 
 __all__ = [

@@ -10,7 +10,7 @@ from annotations.errors import UserError
 from odis_path.cli.streams import usable_streams
 
 if TYPE_CHECKING:
-    from odis_path.cli.commands import app
+    from odis_path.cli.app import app
 
 __all__ = ["app", "main"]
 
@@ -19,7 +19,7 @@ STOPPED = 130  # what shells and typer make of Ctrl-C
 
 def __getattr__(name: str) -> Any:
     if name == "app":  # not before it is asked for: Ctrl-C while it is imported is for main to answer
-        from odis_path.cli.commands import app
+        from odis_path.cli.app import app
 
         return app
     raise AttributeError(name)
@@ -31,7 +31,7 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         usable_streams()
-        from odis_path.cli.commands import app
+        from odis_path.cli.app import app
 
         app()
     except UserError as error:

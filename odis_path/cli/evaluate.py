@@ -47,7 +47,7 @@ def evaluate(
     """Judge embeddings by a probe, patients kept apart, with intervals and with baselines beside."""
     from rich.console import Console
 
-    from odis_path.evaluate.run import evaluate as run
+    from odis_path.evaluation.run import evaluate as run
 
     with Console().status("starting") as status:
         result = run(

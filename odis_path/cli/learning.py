@@ -28,7 +28,7 @@ def pretrain(
     ] = False,
 ) -> None:
     """Train a model from a configuration; the same command under torchrun trains on any number of ranks."""
-    from odis_path.train.run import pretrain as run
+    from odis_path.training.run import pretrain as run
 
     trained = run(config, overrides, from_previous=from_previous)
     if os.environ.get("RANK", "0") == "0":
@@ -52,12 +52,12 @@ def embed(
     scheduler: Scheduler = None,
 ) -> None:
     """Write tile, object or slide embeddings of every slide."""
-    from odis_path.embed_job import check_options
-    from tiling.slidefile import list_slide_files
+    from odis_path.embedding.request import check_options
+    from tiling.slide_file.read import list_slide_files
 
     check_options(checkpoint, level=level, mode=mode, kinds=kinds, dtype=dtype, pool=pool, resize=resize)
     list_slide_files(folder)
-    from odis_path.embed import embed as run
+    from odis_path.embedding.run import embed as run
 
     outcomes = run(
         folder, checkpoint, out, level=level, mode=mode, kinds=kinds, batch=batch, dtype=dtype, pool=pool, resize=resize,
@@ -73,7 +73,7 @@ def doctor(
     workers: Annotated[int | None, typer.Option(min=1, help="Files read at once; default: one per CPU.")] = None,
 ) -> None:
     """Check the install; with DIR check what was written there: every file is read and compared with its checksums."""
-    from odis_path.doctor import doctor as run
+    from odis_path.diagnostics import doctor as run
 
     end(run(folder, workers))
 
@@ -93,7 +93,7 @@ def demo(
     workers: Annotated[int | None, typer.Option(help="Worker processes; default: one a core.")] = None,
 ) -> None:
     """Run the whole chain: slides, tiles, boxes, pretraining, embeddings, probes, report."""
-    from odis_path.demo.pipeline import demo as run
+    from odis_path.chain import demo as run
 
     result = run(
         out, slides=slides, geojson=geojson, assume_mpp=assume_mpp, manifest=manifest, point_size=point_size, config=config,

@@ -20,6 +20,6 @@ def report(
     out: Annotated[Path | None, typer.Option(help="The HTML file; default: report.html in DIR.")] = None,
 ) -> None:
     """Write one self-contained HTML page about everything found in a folder."""
-    from odis_path.report.build import report as run
+    from odis_path.reporting.build import report as run
 
     end(run(folder, out))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from tiling.cohort import Result
+    from tiling.jobs.summary import Result
 
 
 def _not_empty(value: str | None) -> str | None:
@@ -52,7 +52,7 @@ def scan(
     timeout: Timeout = None,
 ) -> None:
     """List slides with size, levels, mpp and vendor, and which will fail and why: the work list of a cohort."""
-    from tiling.scan import scan as run
+    from tiling.cohort.scan import scan as run
 
     end(run(slides, out, mpp=mpp, assume_mpp=assume_mpp, workers=workers, timeout=timeout))
 
@@ -101,7 +101,7 @@ def tile(
     timeout: Timeout = None,
 ) -> None:
     """Cut slides into tiles where there is tissue."""
-    from tiling.tile import tile as run
+    from tiling.tiles.run import tile as run
 
     outcomes = run(
         inputs, out, mpp=mpp, mag=mag, size=size, overlap=overlap, min_tissue=min_tissue, tissue=tissue,
@@ -129,7 +129,7 @@ def import_(
     scheduler: Scheduler = None,
 ) -> None:
     """Turn a class-folder tile set, or images with boxes, into the same files that tile writes."""
-    from tiling.importer import import_images
+    from tiling.images.run import import_images
 
     outcomes = import_images(
         images, out, coco=coco, mpp=mpp, size=size, manifest=manifest, fit=fit, boxes=boxes, no_mpp=no_mpp, shard=shard,
@@ -169,7 +169,7 @@ def annotate(
     timeout: Timeout = None,
 ) -> None:
     """Clip annotations to the tiles and store them as boxes."""
-    from tiling.annotate import annotate as run
+    from tiling.boxes.run import annotate as run
 
     outcomes = run(
         folder, [*annotations, *(more or [])], origin=origin, kind=kind, point_size=point_size, polygons=polygons,
@@ -191,6 +191,6 @@ def propose(
     timeout: Timeout = None,
 ) -> None:
     """Propose class-agnostic boxes (nuclei, glands) where there are no annotations."""
-    from tiling.propose import propose as run
+    from tiling.proposals.run import propose as run
 
     end(run(folder, workers=workers, scheduler=scheduler, replace=replace, from_cells=from_cells, timeout=timeout))

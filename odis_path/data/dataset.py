@@ -1,216 +1,252 @@
-"""The tiles of a folder of slide files: which there are, in what order ranks and steps take them, how a batch is stacked.
+"""Tiles as training samples: target objects, object-aware views, patch masks, colours.
 
-The order is a pure function of (seed, step): a run that stops and goes on sees the same tiles.
+A sample is a pure function of (seed, epoch, index): the workers can be as many as one likes, and a run that stops and
+goes on sees the same crops and masks.
 """
 
 from __future__ import annotations
 
-import os
-from collections import OrderedDict
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from math import sqrt
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from annotations.errors import UserError
-from odis_path.data.colour import SIGMA
-from tiling.slidefile import SlideFile, list_slide_files
+from odis_path.data import augment as colour
+from odis_path.data import block_masking as mim
+from odis_path.data import crops, targets
+from odis_path.data.polygon_mask import polygon_mask
+from odis_path.data.targets import Target
+from odis_path.data.tile_index import KINDS, OpenSlides, TileIndex
+from tiling.slide_file.read import SlideFile
+from tiling.storage.checksums import DamagedError
 
-KINDS = {"tissue": 0, "cell": 1, "proposal": 2}
-_MOST_OPEN = 512
+if TYPE_CHECKING:
+    from odis_path.config import PretrainConfig
 
-
-def open_files() -> int:
-    """How many slide files a process keeps open: each may hold its slide open as well, and others need descriptors too."""
-    try:
-        import resource
-    except ImportError:  # not a POSIX system
-        return 64
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return _MOST_OPEN if soft < 0 else max(8, min(_MOST_OPEN, soft // 4))
-
-
-class OpenSlides:
-    """Slide files kept open, the least recently used closed first; each process opens its own."""
-
-    def __init__(self, paths: list[Path]) -> None:
-        self.paths = paths
-        self._open: OrderedDict[int, SlideFile] = OrderedDict()
-        self._groups: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        self._pid = os.getpid()
-        self._most = open_files()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"paths": self.paths, "_open": OrderedDict(), "_groups": {}, "_pid": -1, "_most": self._most}
-
-    def __getitem__(self, slide: int) -> SlideFile:
-        if self._pid != os.getpid():  # a forked worker must not read through its parent's handles
-            self._open, self._pid = OrderedDict(), os.getpid()
-        if slide in self._open:
-            self._open.move_to_end(slide)
-            return self._open[slide]
-        if len(self._open) >= self._most:
-            self._open.popitem(last=False)[1].close()
-        self._open[slide] = SlideFile(self.paths[slide])
-        return self._open[slide]
-
-    def box_groups(self, slide: int) -> tuple[np.ndarray, np.ndarray]:
-        """Kind uint8 (M,) and label int16 (M,) of every box row of a slide file."""
-        if slide not in self._groups:
-            file = self[slide]
-            objects, rows = file.objects_table(ids=False), file.boxes_table()["object"]
-            self._groups[slide] = (objects["kind"][rows], objects["label"][rows])
-        return self._groups[slide]
+Rings = list[np.ndarray]  # the outline of an object in a tile, as SlideFile.polygon gives it
+MOST_LOST = 16  # tiles in a row that cannot be read from their slide
+NO_BOXES = (np.zeros((0, 4)), None, np.zeros(0, dtype=np.int64))
 
 
-@dataclass(frozen=True)
-class TileIndex:
-    """The tiles of a cohort: paths of the slide files, slide and row of each tile, patient of each slide."""
+class TileSamples(torch.utils.data.Dataset[dict[str, np.ndarray]]):
+    """Training samples: item (epoch, i) is the tile i with its views, masks and colours."""
 
-    paths: list[Path]
-    slide: np.ndarray  # int32 (n,)
-    row: np.ndarray  # int32 (n,)
-    slide_ids: list[str]
-    patients: list[str]  # one a slide; the slide id where the patient is not known
-    tile_px: int
-    mpp: float
+    def __init__(self, index: TileIndex, config: PretrainConfig, patch_px: int) -> None:
+        self.index = index
+        self.config = config
+        self.files = OpenSlides(index.paths)
+        self.grids = (config.views.global_size // patch_px, config.views.local_size // patch_px)
+        self.rules = view_rules(config)
+        self.colour_rules = colour_rules(config)
+        kinds = kinds_of(config)
+        self._kinds = None if len(kinds) == len(KINDS) else kinds
+        mean_scale = sum(config.views.global_scale) / 2
+        cell = sqrt(mean_scale) * index.tile_px / self.grids[0]  # tile px a patch of a mean global crop
+        self._min_side_px = sqrt(config.target.min_patches) * cell
 
     def __len__(self) -> int:
-        return len(self.slide)
+        return len(self.index)
 
-    def of_patients(self, patients: set[str], *, inside: bool) -> TileIndex:
-        """The tiles of these patients, or of all others."""
-        chosen = np.array([(p in patients) == inside for p in self.patients], dtype=bool)
-        return self.rows(np.flatnonzero(chosen[self.slide]))
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, np.ndarray]:
+        epoch, i = key
+        rng = np.random.default_rng([self.config.run.seed, epoch, i])
+        found, pixels = self._readable(i)
+        slide, row = int(self.index.slide[found]), int(self.index.row[found])
+        lost = np.array(-1 if found == i else i, dtype=np.int64)
+        return {"tile": pixels, "lost": lost, **self.draw(rng, self.files[slide], slide, row)}
 
-    def rows(self, keep: np.ndarray) -> TileIndex:
-        """The tiles `keep`, int (m,)."""
-        return TileIndex(self.paths, self.slide[keep], self.row[keep], self.slide_ids, self.patients, self.tile_px, self.mpp)
+    def _readable(self, i: int) -> tuple[int, np.ndarray]:
+        """Tile i with its pixels or, where its slide is torn there (no pixels are stored), the next one that can be read."""
+        for found in (np.arange(i, i + MOST_LOST) % len(self)).tolist():
+            file, row = self.files[int(self.index.slide[found])], int(self.index.row[found])
+            try:
+                return found, file.tile(row)
+            except (UserError, ValueError, OSError) as error:
+                if file.has_pixels or isinstance(error, DamagedError):
+                    said = error.what if isinstance(error, DamagedError) else " ".join(str(error).split())
+                    raise UserError(f"{file.path}: tile {row} cannot be decoded ({said}): tile the slide again") from None
+                file.check_source()
+                last = error
+        raise UserError(f"{last} (nor can the {MOST_LOST - 1} tiles before it be read)")
+
+    def draw(self, rng: np.random.Generator, file: SlideFile, slide: int, row: int) -> dict[str, np.ndarray]:
+        """Everything random about a sample, without its pixels.
+
+        theta_* float32 (views, 2, 3); mask_* bool (views, K, N) in-box patches of K objects; hidden bool (2, N); seen bool
+        (views, K) False where the view lacks the object; colours float32 (views, 24); target float64 (4,), of the first
+        object; rects int32 (views, 6).
+        """
+        side, t = self.index.tile_px, self.config.target
+        boxes, labels, at = self.boxes(file, slide, row) if t.crop or t.mask else NO_BOXES
+        if len(boxes) and (t.noise_jitter or t.noise_drop or t.noise_false):
+            boxes, labels, at = self._noisy(rng, boxes, labels, at)
+        chosen, views = self._compose(rng, boxes, labels)
+        objects: list[Target | None] = [chosen]
+        if t.objects > 1:
+            shared = np.minimum(*(crops.visible_share(view, boxes) for view in views[:2])) >= t.fraction
+            large = (boxes[:, 2:] - boxes[:, :2]).prod(1) >= self._min_side_px**2
+            objects += targets.more_boxes(rng, boxes, shared & large, t.objects - 1, chosen)
+        around = t.crop and not self._fills(chosen)  # whether the views were drawn around the object
+        shapes: list[list[Rings]] = [[] for _ in objects]
+        if t.geometry == "polygon":
+            shapes = [[] if o is None else [file.polygon(int(at[i])) for i in o.rows] for o in objects]
+        found = [
+            np.stack(
+                [self._masks(some, o, number, s, around and o is chosen) for o, s in zip(objects, shapes, strict=True)], axis=1
+            )
+            for number, some in enumerate((views[:2], views[2:]))
+        ]  # globals bool (2, K, N), locals (L, K, N')
+        seen = np.concatenate([masks.any(2) for masks in found])
+        for masks in found:
+            masks |= ~masks.any(2, keepdims=True)  # never an empty key set; `seen` keeps it out of loss and center
+        grid, m = self.grids[0], self.config.mim
+        hidden = [mim.block_mask(rng, grid, mim.draw_ratio(rng, m.probability, m.ratio), m.blocks) for _ in range(2)]
+        theta = crops.view_matrices(views, side)
+        return {
+            "theta_global": theta[:2],
+            "theta_local": theta[2:],
+            "mask_global": found[0],
+            "mask_local": found[1],
+            "hidden": np.stack([mask.ravel() for mask in hidden]),
+            "seen": seen,
+            "colours": colour.draw_colours(rng, self.colour_rules),
+            "target": chosen.box,
+            "rects": np.array([(v.x, v.y, v.w, v.h, v.turn, v.size_px) for v in views], dtype=np.int32),
+        }
+
+    def boxes(self, file: SlideFile, slide: int, row: int) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
+        """Boxes (k, 4) of a tile that may be targets, their labels (k,) where needed, and their rows (k,) in /boxes."""
+        t = self.config.target
+        boxes, at, labels = np.asarray(file.boxes(row), dtype=np.float64), file.box_rows(row), None
+        rows = np.arange(at.start, at.stop) if isinstance(at, slice) else np.asarray(at)
+        if (self._kinds is not None or t.choice == "label") and len(boxes):
+            kind, label = self.files.box_groups(slide)
+            labels = label[rows]
+            if self._kinds is not None:
+                keep = np.isin(kind[rows], self._kinds)
+                boxes, labels, rows = boxes[keep], labels[keep], rows[keep]
+        return boxes, labels, rows
+
+    def _noisy(
+        self, rng: np.random.Generator, boxes: np.ndarray, labels: np.ndarray | None, at: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
+        """The boxes with the configured noise; a false one has label -1 and row -1."""
+        t = self.config.target
+        boxes, was = targets.noisy_boxes(
+            rng, boxes, jitter=t.noise_jitter, drop=t.noise_drop, false=t.noise_false, side_px=self.index.tile_px
+        )
+        real = was >= 0
+        return boxes, None if labels is None else np.where(real, labels[was], -1), np.where(real, at[was], -1)
+
+    def _compose(
+        self, rng: np.random.Generator, boxes: np.ndarray, labels: np.ndarray | None
+    ) -> tuple[Target, list[crops.View]]:
+        """The (first) target and the views of a sample, in the configured order: box first, or crops first.
+
+        A target that nearly fills the tile becomes the whole tile, with free views; with an outline in place of a box it stays
+        what it is, since an outline may leave out most of its box.
+        """
+        side, t = self.index.tile_px, self.config.target
+        whole = targets.whole_tile(side)
+        if not (t.crop or t.mask):
+            return whole, self._views(rng, None)
+        to_whole = rng.random() < t.whole_tile_p
+        pair: list[crops.View] | None = None
+        chosen: Target | None = None
+        if t.order == "crop_first" and not to_whole:
+            pair = crops.sample_views(rng, side, None, self.rules[0], 2)
+            shown = np.array([all(crops.shows(view, box, side, self.rules[0]) for view in pair) for box in boxes], dtype=bool)
+            chosen = self._choose(rng, boxes, labels, shown)
+        if chosen is None:
+            pair, chosen = None, self._choose(rng, boxes, labels, np.ones(len(boxes), dtype=bool))
+        if chosen is None or to_whole:
+            return whole, self._views(rng, None)
+        if not self._fills(chosen):
+            return chosen, self._views(rng, chosen.box, pair)
+        return chosen if t.geometry == "polygon" else targets.whole_tile(side, chosen.rows), self._views(rng, None, pair)
+
+    def _fills(self, target: Target) -> bool:
+        """Whether a target is too large for crops around it to differ from the tile."""
+        return target.whole or targets.tile_share(target.box, self.index.tile_px) > self.config.target.whole_share
+
+    def _choose(
+        self, rng: np.random.Generator, boxes: np.ndarray, labels: np.ndarray | None, allowed: np.ndarray
+    ) -> Target | None:
+        """A target among the allowed boxes."""
+        rows = np.flatnonzero(allowed)
+        found = targets.choose_box(
+            rng, boxes[rows], choice=self.config.target.choice, groups=None if labels is None else labels[rows],
+            min_side_px=self._min_side_px, side_px=self.index.tile_px,
+        )  # fmt: skip
+        return None if found is None else Target(found.box, rows[found.rows])
+
+    def _views(
+        self, rng: np.random.Generator, box: np.ndarray | None, pair: list[crops.View] | None = None
+    ) -> list[crops.View]:
+        """Two globals (drawn here unless given) and the locals, around a box or free."""
+        side, t = self.index.tile_px, self.config.target
+        aware = box if t.crop else None
+        aware_local = aware if t.local == "object" else None
+        views = pair or crops.sample_views(rng, side, aware, self.rules[0], 2)
+        return views + crops.sample_views(rng, side, aware_local, self.rules[1], self.config.views.local_count)
+
+    def _masks(
+        self, views: list[crops.View], target: Target | None, number: int, shapes: list[Rings], sampled: bool
+    ) -> np.ndarray:
+        """In-object patches of the global (number 0) or local (1) views, bool (views, N).
+
+        None where there is no object, where its outline lies beside a view, or where rejection gave up on a view that was to
+        show it (sampled: the views were drawn around this object).
+        """
+        t, grid = self.config.target, self.grids[number]
+        if target is None or not views:
+            return np.zeros((len(views), grid * grid), dtype=bool)
+        if target.whole or not t.mask or (number and t.local == "free"):
+            return np.ones((len(views), grid * grid), dtype=bool)
+        rule: dict[str, Any] = {"rule": t.mask_rule, "fraction": t.mask_fraction, "margin": t.mask_margin}
+        masks = crops.patch_masks(views, target.box, grid, **rule)
+        if shapes:
+            masks = np.stack([self._outline(view, shapes, grid, rule) for view in views])
+        if sampled and t.sampler == "reject" and t.fallback != "construct":
+            side, asked = self.index.tile_px, self.rules[number]
+            masks[[not crops.shows(view, target.box, side, asked) for view in views]] = t.fallback == "full"
+        return masks.reshape(len(views), -1)
+
+    @staticmethod
+    def _outline(view: crops.View, shapes: list[Rings], grid: int, rule: dict[str, Any]) -> np.ndarray:
+        """Patches of the outlines, bool (grid, grid); of one too small for the rule those that it touches."""
+        found = np.logical_or.reduce([polygon_mask(view, rings, grid, **rule) for rings in shapes])
+        return found if found.any() else np.logical_or.reduce([polygon_mask(view, rings, grid) for rings in shapes])
 
 
-def index_tiles(folder: str | Path, *, need_boxes: np.ndarray | None = None, need_polygons: bool = False) -> TileIndex:
-    """All tiles of a folder of slide files.
-
-    need_boxes: uint8 kinds; only tiles with a box of one of them. need_polygons: boxes have outlines. Raises UserError where
-    sizes or mpp differ between files, none holds a tile, or outlines are missing.
-    """
-    if not str(folder):
-        raise UserError("data.tiles is empty: give the folder that `odis-path tile` wrote, for example data.tiles=tiles")
-    paths = list_slide_files(Path(folder))
-    slides, rows = [], []
-    ids: list[str] = []
-    patients: list[str] = []
-    sizes: dict[tuple[int, float], str] = {}
-    for number, path in enumerate(paths):
-        with SlideFile(path) as file:
-            tiles = np.arange(len(file), dtype=np.int32)
-            if need_boxes is not None and len(tiles):
-                tiles = tiles[_has_kind(file, need_boxes)]
-            if need_polygons and not file.has_polygons and len(file.boxes_table()["object"]):
-                raise UserError(
-                    f"{path}: holds no polygons, which target.geometry=polygon needs: annotate with --polygons (or import)"
-                )
-            tiles = np.setdiff1d(tiles, file.bad_tiles).astype(np.int32)
-            slides.append(np.full(len(tiles), number, np.int32))
-            rows.append(tiles)
-            ids.append(file.slide_id)
-            patients.append(file.patient_id or file.slide_id)
-            if len(file) and not file.has_pixels:
-                file.check_source()  # known before training starts, not by a worker in its middle
-            if len(file):
-                sizes.setdefault((file.patch_size, round(file.mpp, 4)), path.name)
-    if len(sizes) > 1:
-        found = "; ".join(f"{name}: {size} px at {mpp} mpp" for (size, mpp), name in sizes.items())
-        raise UserError(f"{folder}: tiles of several sizes or resolutions ({found}); tile them alike into one folder")
-    if not sizes or not sum(map(len, rows)):
-        raise UserError(f"{folder}: no tile{' with a box' if need_boxes is not None else ''} in its {len(paths)} slide files")
-    (tile_px, mpp), _ = sizes.popitem()
-    return TileIndex(paths, np.concatenate(slides), np.concatenate(rows), ids, patients, tile_px, mpp)
+def kinds_of(config: PretrainConfig) -> np.ndarray:
+    """The kinds of boxes that may be targets, as slide files number them: uint8."""
+    return np.array(sorted({KINDS[kind] for kind in config.data.kinds}), dtype=np.uint8)
 
 
-def _has_kind(file: SlideFile, kinds: np.ndarray) -> np.ndarray:
-    """Which tiles hold a box of one of these kinds: bool (N,)."""
-    table = file.boxes_table()
-    tile = np.repeat(np.arange(len(file)), np.diff(table["offsets"]))
-    if not len(tile):
-        return np.zeros(len(file), bool)
-    fitting = np.isin(file.objects_table(ids=False)["kind"][table["object"]], kinds)
-    return np.bincount(tile[fitting], minlength=len(file)) > 0
+def view_rules(config: PretrainConfig) -> tuple[crops.CropRule, crops.CropRule]:
+    """How global and local crops are drawn."""
+    v, t = config.views, config.target
+    shared: dict[str, Any] = {
+        "ratio": v.ratio, "turns": v.turns, "containment": t.containment, "fraction": t.fraction, "sampler": t.sampler,
+        "tries": t.tries, "fallback": t.fallback,
+    }  # fmt: skip
+    return (
+        crops.CropRule(scale=v.global_scale, size_px=v.global_size, **shared),
+        crops.CropRule(scale=v.local_scale, size_px=v.local_size, **shared),
+    )
 
 
-def held_out_patients(index: TileIndex, share: float, named: list[str], seed: int) -> set[str]:
-    """Patients kept out of pretraining: the named ones, else a seeded share of all (at least one where share > 0)."""
-    patients = sorted(set(index.patients))
-    if named:
-        unknown = sorted(set(named) - set(patients))
-        if unknown:
-            raise UserError(f"data.holdout_patients: {', '.join(unknown)}: not among the patients {', '.join(patients[:8])}")
-        return set(named)
-    if share == 0 or len(patients) < 2:
-        return set()
-    count = min(len(patients) - 1, max(1, round(share * len(patients))))
-    return set(np.random.default_rng([seed, 77]).permutation(patients)[:count].tolist())
-
-
-class StepSampler(torch.utils.data.Sampler[list[tuple[int, int]]]):
-    """Batches of this rank, from a step on: a pure function of (seed, step).
-
-    Each epoch is one seeded permutation of all tiles, cut into global batches (the rest is dropped); rank r takes every
-    world-th tile of each micro-batch from r on.
-    """
-
-    def __init__(
-        self,
-        tiles: int,
-        batch: int,
-        *,
-        seed: int,
-        first_step: int,
-        last_step: int,
-        rank: int,
-        world: int,
-        accumulate: int = 1,
-    ) -> None:
-        self.tiles, self.batch, self.seed = tiles, batch, seed
-        self.first, self.last, self.rank, self.world, self.accumulate = first_step, last_step, rank, world, accumulate
-        self.steps_per_epoch = tiles // batch
-
-    def __len__(self) -> int:
-        return (self.last - self.first) * self.accumulate
-
-    def __iter__(self) -> Any:
-        epoch_of, order = -1, np.zeros(0, np.int64)
-        for step in range(self.first, self.last):
-            epoch, at = divmod(step, self.steps_per_epoch)
-            if epoch != epoch_of:
-                order, epoch_of = np.random.default_rng([self.seed, epoch, 13]).permutation(self.tiles), epoch
-            rows = order[at * self.batch : (at + 1) * self.batch]
-            for micro in np.split(rows, self.accumulate):
-                yield [(epoch, int(i)) for i in micro[self.rank :: self.world]]
-
-
-def next_batch(batches: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The next batch of a loader; what a worker says of a user's mistake without the worker's traceback around it."""
-    try:
-        return next(batches)
-    except UserError as error:
-        raise UserError(str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")) from None
-
-
-def collate(items: list[dict[str, np.ndarray]]) -> dict[str, Tensor]:
-    """Stack samples, views first: theta_global (2, B, 2, 3), mask_global (2, B, K, N), hidden (2, B, N), seen (V, B, K)."""
-    batch: dict[str, Tensor] = {}
-    for key in items[0]:
-        stacked = torch.from_numpy(np.stack([item[key] for item in items]))
-        by_view = key in ("theta_global", "theta_local", "mask_global", "mask_local", "hidden", "seen", "colours")
-        batch[key] = stacked.transpose(0, 1).contiguous() if by_view else stacked
-    # Found on the CPU, so that the device need not be waited for.
-    batch["hidden_rows"] = batch["hidden"].reshape(-1).nonzero()[:, 0]
-    sigma = batch["colours"][:, :, SIGMA]
-    batch["blurred_global"] = sigma[:2].reshape(-1).nonzero()[:, 0]
-    batch["blurred_local"] = sigma[2:].reshape(-1).nonzero()[:, 0]
-    return batch
+def colour_rules(config: PretrainConfig) -> tuple[colour.ColourRule, ...]:
+    """Colour changes of each view: the first global one, the second, and the locals."""
+    v = config.views
+    first, second, local = (
+        colour.ColourRule(
+            v.brightness, v.contrast, v.saturation, v.hue, v.jitter_p, v.gray_p, v.blur_p[k], v.blur_sigma,
+            v.solarise_p if k == 1 else 0.0, v.stain_scale, v.stain_shift, v.stain_p, v.hue_space,
+        )
+        for k in range(3)
+    )  # fmt: skip
+    return (first, second, *(local,) * v.local_count)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from odis_path.data.colour import apply_colours
+from odis_path.data.augment import apply_colours
 
 
 def cut_views(tiles: Tensor, theta: Tensor, size_px: int, max_shrink: float = 1.0) -> Tensor:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from annotations.errors import UserError
-from odis_path.model.names import BASE_KWARGS, resolve_model
+from odis_path.model.architectures import BASE_KWARGS, resolve_model
+from odis_path.model.pretrained import Backbone, LoadReport, find_backbone, is_gated, load_backbone, read_backbone
 from odis_path.model.published import RGB, Published, published
 from odis_path.model.source import HubFolder, hub_folder
-from odis_path.model.weights import Backbone, LoadReport, find_backbone, is_gated, load_backbone, read_backbone
 
 # How an encoder pools: [OBJ] (or the class token), the mean of patches, both side by side, or by attention of the model's own.
 EncoderPool = Literal["obj", "linear", "obj+linear", "map"]

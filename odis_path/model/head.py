@@ -16,7 +16,7 @@ class PrototypeLayer(nn.Module):
     """A linear layer with rows of unit length times a gain: (.., d) -> (.., K) cosines when the input has unit length."""
 
     def __init__(self, in_dim: int, out_dim: int, *, fixed_gain: bool = True, init: PrototypeInit = "normal") -> None:
-        """init: see `odis_path.train.config.HeadConfig`; shorter rows turn faster under the same learning rate."""
+        """init: see `odis_path.config.HeadConfig`; shorter rows turn faster under the same learning rate."""
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_dim, in_dim))
         if init == "uniform":

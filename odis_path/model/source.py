@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from annotations.errors import UserError
-from odis_path.model.names import is_model_name
+from odis_path.model.architectures import is_model_name
 from odis_path.model.published import POOLS, published
 
 LOCAL = "local-dir:"

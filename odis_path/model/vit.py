@@ -24,8 +24,8 @@ from torch.utils.checkpoint import checkpoint
 from annotations.errors import UserError
 from odis_path.model.create import EncoderPool, Start, create_vit, start_pool
 from odis_path.model.layers import additive, attention_kernels, embed_patches, replace_drop_paths
+from odis_path.model.pretrained import LoadReport
 from odis_path.model.published import RGB
-from odis_path.model.weights import LoadReport
 
 
 class Tokens(NamedTuple):
@@ -276,7 +276,7 @@ def build_encoder(
 ) -> ObjViT:
     """An [OBJ] ViT from a timm name, or a short one such as S/16, to be trained or to take the weights of a checkpoint.
 
-    weights: None (random), "timm" (the published weights), or a local file (see `odis_path.model.weights`). pool "auto": as the
+    weights: None (random), "timm" (the published weights), or a local file (see `pretrained`). pool "auto": as the
     weights were trained. tokens: of "linear" pooling one, whatever is given. like: as in `create_vit`.
     Raises UserError where timm has no such model, it is no plain ViT, or the weights do not fit or have no class token.
     """

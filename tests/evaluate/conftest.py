@@ -23,8 +23,8 @@ class Cohort:
 
 def write_slide(path: Path, slide_id: str, patient_id: str, rng: np.random.Generator) -> np.ndarray:
     """16 tiles of three classes, one box over each; returns the class of each tile."""
-    from tiling.codec import encode_png
-    from tiling.slidewrite import SlideMeta, write_slide_file
+    from tiling.slide_file.write import SlideMeta, write_slide_file
+    from tiling.wsi.codec import encode_png
 
     y, x = np.divmod(np.arange(SIDE**2), SIDE)
     coords = np.stack([x, y], 1) * TILE_PX
@@ -49,8 +49,8 @@ def write_slide(path: Path, slide_id: str, patient_id: str, rng: np.random.Gener
 @pytest.fixture(scope="session")
 def cohort(tmp_path_factory: pytest.TempPathFactory) -> Cohort:
     """Six slides of six patients."""
-    from odis_path.featurefile import write_features
-    from tiling.slidefile import SlideFile
+    from odis_path.features.write import write_features
+    from tiling.slide_file.read import SlideFile
 
     root = tmp_path_factory.mktemp("cohort")
     rng = np.random.default_rng(0)

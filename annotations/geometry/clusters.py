@@ -1,0 +1,167 @@
+"""Objects as groups: those of a slide file, ready to be written, and objects gathered into larger ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from annotations.objects import CELL, PROPOSAL, TISSUE, ObjectTable
+
+
+@dataclass(frozen=True)
+class Gathering:
+    """Lengths in micrometres. gap_um: cells whose boxes are this close belong together. members: least cells of a cluster.
+
+    cluster_um: longer side of a cluster; one that is larger is cut where its gaps are widest, a gapless one in halves.
+    touch_um: regions this close are one.
+    """
+
+    gap_um: float = 6.0
+    members: int = 3
+    cluster_um: tuple[float, float] = (20.0, 200.0)
+    touch_um: float = 2.0
+
+
+CLUSTER_LABEL, PART_LABEL = "cell cluster", "tissue part"
+
+
+def gathered(table: ObjectTable, mpp_level0: float, how: Gathering | None = None) -> ObjectTable:
+    """Clusters of the annotated cells and connected parts of the annotated tissue: further objects, whatever their class.
+
+    table: n objects in level-0 pixels. Returned are new objects only, of kind PROPOSAL and with a label of their own; a
+    region that is one piece already is left out.
+    """
+    how = how or Gathering()
+    cells, tissue = (table.geometry[table.kind == kind] for kind in (CELL, TISSUE))
+    found = [cell_clusters(cells, mpp_level0, how), tissue_parts(tissue, how.touch_um / mpp_level0)]
+    counts = [len(geometry) for geometry in found]
+    names = (CLUSTER_LABEL, PART_LABEL)
+    ids = [f"{name.replace(' ', '-')}-{i}" for name, count in zip(names, counts, strict=True) for i in range(count)]
+    return ObjectTable(
+        geometry=np.concatenate(found),
+        id=np.array(ids, dtype=object),
+        label=np.repeat(np.arange(2, dtype=np.int16), counts),
+        kind=np.full(sum(counts), PROPOSAL, np.uint8),
+        labels=names,
+    )
+
+
+def cell_clusters(geometry: np.ndarray, mpp_level0: float, how: Gathering) -> np.ndarray:
+    """Convex hulls, object (k,), of cells (n,) that lie close together; level-0 pixels."""
+    import shapely
+
+    if len(geometry) < how.members:
+        return np.zeros(0, dtype=object)
+    bounds = shapely.bounds(geometry)
+    cluster = cluster_boxes(bounds * mpp_level0, how)
+    order = np.argsort(cluster, kind="stable")
+    order = order[cluster[order] >= 0]
+    hulls = shapely.convex_hull(shapely.geometrycollections(shapely.envelope(geometry[order]), indices=cluster[order]))
+    return np.asarray(hulls, dtype=object).reshape(-1)
+
+
+def cluster_boxes(bounds_um: np.ndarray, how: Gathering) -> np.ndarray:
+    """The cluster of each box (n, 4) in micrometres, int64 (n,), -1 for none; clusters are numbered from 0.
+
+    Boxes are linked where the gap between them, along the wider of the two axes, is at most `gap_um`. Linked groups
+    larger than `cluster_um` are looked at again with narrower gaps, and cut in halves at last.
+    """
+    first, second, gap = _neighbours(bounds_um, how.gap_um)
+    number = np.full(len(bounds_um), -1, np.int64)
+    active, count = np.ones(len(bounds_um), dtype=bool), 0
+    low, high = how.cluster_um
+    for limit in (how.gap_um, how.gap_um / 2, how.gap_um / 4, 0.0):
+        link = (gap <= limit) & active[first] & active[second]
+        group, side, size = _components(bounds_um, first[link], second[link])
+        good = (size >= how.members) & (side >= low) & (side <= high)
+        good_cells = active & good[group]
+        names, index = np.unique(group[good_cells], return_inverse=True)
+        number[good_cells] = index + count
+        count += len(names)
+        active &= (side > high)[group]
+    if active.any():
+        link = (gap <= 0) & active[first] & active[second]
+        group, _, _ = _components(bounds_um, first[link], second[link])
+        for rows in _split_by(group, np.flatnonzero(active)):
+            for part in _halved(bounds_um, rows, high):
+                if len(part) >= how.members:
+                    number[part], count = count, count + 1
+    return number
+
+
+def tissue_parts(geometry: np.ndarray, touch_l0: float) -> np.ndarray:
+    """Connected parts, Polygons object (k,), of regions (n,) that touch, and the parts of a region in pieces; level-0 pixels.
+
+    Regions closer than touch_l0 count as touching. A part that is one whole region is left out: its box is there.
+    """
+    import shapely
+
+    if not len(geometry):
+        return np.zeros(0, dtype=object)
+    half = max(touch_l0, 1e-3) / 2
+    grown = shapely.buffer(geometry, half, join_style="mitre")
+    parts = shapely.get_parts(shapely.union_all(grown))
+    # Of every part of every region: the connected part it lies in.
+    pieces, owner = shapely.get_parts(geometry, return_index=True)
+    piece, part = shapely.STRtree(parts).query(shapely.point_on_surface(pieces), predicate="intersects")
+    regions = np.zeros(len(parts), np.int64)
+    np.add.at(regions, np.unique(np.stack([part, owner[piece]]), axis=1)[0], 1)
+    whole = np.zeros(len(parts), dtype=bool)
+    whole[part[np.isin(owner[piece], np.flatnonzero(_spread(owner[piece], part, len(geometry)) == 1))]] = True
+    parts = shapely.buffer(parts[~((regions == 1) & whole)], -half, join_style="mitre")
+    parts = shapely.get_parts(parts)
+    return parts[shapely.area(parts) > 0]
+
+
+def _spread(owner: np.ndarray, part: np.ndarray, count: int) -> np.ndarray:
+    """Over how many connected parts each of `count` regions spreads, int64 (count,)."""
+    return np.bincount(np.unique(np.stack([owner, part]), axis=1)[0], minlength=count)
+
+
+def _neighbours(bounds_um: np.ndarray, reach_um: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pairs first < second of boxes at most reach_um apart, and their gaps (0 where they overlap)."""
+    import shapely
+
+    half = reach_um / 2
+    boxes = shapely.box(bounds_um[:, 0] - half, bounds_um[:, 1] - half, bounds_um[:, 2] + half, bounds_um[:, 3] + half)
+    first, second = shapely.STRtree(boxes).query(boxes)
+    once = first < second
+    first, second = first[once], second[once]
+    apart = np.maximum(bounds_um[first, :2] - bounds_um[second, 2:], bounds_um[second, :2] - bounds_um[first, 2:])
+    return first, second, np.maximum(apart.max(axis=1), 0)
+
+
+def _components(bounds_um: np.ndarray, first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The linked group of each box, and of each group its longer side in micrometres and the number of its boxes."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    count = len(bounds_um)
+    links = coo_array((np.ones(len(first), dtype=bool), (first, second)), shape=(count, count))
+    groups, group = connected_components(links, directed=False)
+    low, high = np.full((groups, 2), np.inf), np.full((groups, 2), -np.inf)
+    np.minimum.at(low, group, bounds_um[:, :2])
+    np.maximum.at(high, group, bounds_um[:, 2:])
+    return group, (high - low).max(axis=1), np.bincount(group, minlength=groups)
+
+
+def _split_by(group: np.ndarray, rows: np.ndarray) -> list[np.ndarray]:
+    """Rows that share a group, one array each."""
+    order = rows[np.argsort(group[rows], kind="stable")]
+    return np.split(order, np.flatnonzero(np.diff(group[order])) + 1)
+
+
+def _halved(bounds_um: np.ndarray, rows: np.ndarray, longest_um: float) -> list[np.ndarray]:
+    """The boxes `rows` in groups whose longer side is at most longest_um, by halving across the longer side."""
+    done, stack = [], [rows]
+    while stack:
+        some = stack.pop()
+        extent = bounds_um[some, 2:].max(axis=0) - bounds_um[some, :2].min(axis=0)
+        if extent.max() <= longest_um or len(some) == 1:
+            done.append(some)
+            continue
+        axis = int(extent.argmax())
+        order = some[np.argsort(bounds_um[some, axis] + bounds_um[some, axis + 2], kind="stable")]
+        stack += [order[: len(order) // 2], order[len(order) // 2 :]]
+    return [part for part in done if (bounds_um[part, 2:].max(axis=0) - bounds_um[part, :2].min(axis=0)).max() <= longest_um]

@@ -1,0 +1,210 @@
+"""The one table that every reader fills: polygons at level 0 with an id, a class and a kind."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import shapely
+
+from annotations.errors import UserError
+
+if TYPE_CHECKING:
+    import geopandas
+from collections.abc import Callable
+
+SHOWN_REPAIRS = 200  # repairs that are told one by one
+
+
+SHOWN_IDS = 20  # objects of a reason that are called by their ids
+
+
+@dataclass(frozen=True)
+class Remarks:
+    """Numbers by class name ("": unclassified), which stay true when tables are put together.
+
+    repaired: class -> objects whose outline was invalid. skipped: (class, reason) -> objects left out, the reasons as in
+    the counts of a table. repairs: "id: what was wrong", the first SHOWN_REPAIRS. notes: what else the user should know.
+    ids: reason, or another of the counts of a table -> the objects behind it, the first SHOWN_IDS; of COCO and VOC alone.
+    """
+
+    repaired: dict[str, int] = field(default_factory=dict)
+    skipped: dict[tuple[str, str], int] = field(default_factory=dict)
+    repairs: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    ids: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def noted(self, *notes: str) -> Remarks:
+        """The same with more notes."""
+        return replace(self, notes=(*self.notes, *notes))
+
+    def renamed(self, name: Callable[[str], str]) -> Remarks:
+        """The same under other class names; "" stays ""."""
+        repaired: Counter[str] = Counter()
+        skipped: Counter[tuple[str, str]] = Counter()
+        for label, n in self.repaired.items():
+            repaired[name(label) if label else ""] += n
+        for (label, reason), n in self.skipped.items():
+            skipped[name(label) if label else "", reason] += n
+        return replace(self, repaired=dict(repaired), skipped=dict(skipped))
+
+
+def join_remarks(several: Iterable[Remarks]) -> Remarks:
+    """The sum of them; a note that comes twice is told once."""
+    several = list(several)
+    repaired: Counter[str] = Counter()
+    skipped: Counter[tuple[str, str]] = Counter()
+    for each in several:
+        repaired.update(each.repaired)
+        skipped.update(each.skipped)
+    names = dict.fromkeys(name for each in several for name in each.ids)
+    ids = {name: tuple(id for each in several for id in each.ids.get(name, ()))[:SHOWN_IDS] for name in names}
+    repairs = tuple(line for each in several for line in each.repairs)[:SHOWN_REPAIRS]
+    notes = tuple(dict.fromkeys(note for each in several for note in each.notes))
+    return Remarks(dict(repaired), dict(skipped), repairs, notes, ids)
+
+
+TISSUE, CELL, PROPOSAL = 0, 1, 2
+KINDS = ("tissue", "cell", "proposal")
+UNCLASSIFIED = -1
+MAX_LABELS = int(np.iinfo(np.int16).max)
+
+
+@dataclass(frozen=True)
+class ObjectTable:
+    """n objects in level-0 pixels.
+
+    geometry: object (n,), valid shapely Polygon or MultiPolygon of positive area. id: object (n,) of str.
+    label: int16 (n,), index into `labels`, -1 unclassified. kind: uint8 (n,), TISSUE, CELL or PROPOSAL.
+    labels: class names, sorted. counts: what reading did, for example features, repaired, points_skipped.
+    source: object (n,) of str, the file each comes from. confidence: float32 (n,), what a detector says, NaN where it
+        does not. measurements: name -> float64 (n,), NaN where an object has none; read on demand. Each is None where
+        nothing is known. remarks: what reading did, by class.
+    """
+
+    geometry: np.ndarray
+    id: np.ndarray
+    label: np.ndarray
+    kind: np.ndarray
+    labels: tuple[str, ...] = ()
+    counts: dict[str, int] = field(default_factory=dict)
+    source: np.ndarray | None = None
+    confidence: np.ndarray | None = None
+    measurements: dict[str, np.ndarray] | None = None
+    remarks: Remarks = field(default_factory=Remarks)
+
+    def __len__(self) -> int:
+        return len(self.geometry)
+
+    def shifted(self, dx_l0: float, dy_l0: float) -> ObjectTable:
+        """The same objects, moved by (dx, dy) level-0 pixels."""
+        if not len(self):
+            return self
+        moved = shapely.transform(self.geometry, lambda xy: np.add(xy, [dx_l0, dy_l0]))
+        return replace(self, geometry=np.asarray(moved, dtype=object).reshape(len(self)))
+
+    def scaled(self, factor: float) -> ObjectTable:
+        """The same objects with all coordinates multiplied."""
+        if not len(self) or factor == 1:
+            return self
+        moved = shapely.transform(self.geometry, lambda xy: xy * factor)
+        return replace(self, geometry=np.asarray(moved, dtype=object).reshape(len(self)))
+
+    def taken(self, rows: np.ndarray) -> ObjectTable:
+        """The objects of some rows (indices or bool)."""
+        some: dict[str, Any] = {
+            name: None if (one := getattr(self, name)) is None else one[rows] for name in (*_COLUMNS, *_OPTIONAL)
+        }
+        some["measurements"] = self.measurements and {name: one[rows] for name, one in self.measurements.items()}
+        return replace(self, **some)
+
+    def class_names(self) -> list[str | None]:
+        """The class of each object, None where it has none."""
+        names = (*self.labels, None)
+        return [names[i] for i in self.label.tolist()]
+
+    def to_geodataframe(self) -> geopandas.GeoDataFrame:
+        """One row an object: id, label (None where unclassified), kind (tissue, cell, proposal), source, confidence, a column
+        a measurement, geometry. Coordinates are level-0 pixels, so there is no coordinate reference system (crs is None).
+        """
+        import geopandas
+
+        nothing = np.full(len(self), None, dtype=object)
+        columns: dict[str, Any] = {
+            "id": self.id,
+            "label": np.array([*self.class_names(), None], dtype=object)[:-1],
+            "kind": np.array([KINDS[kind] for kind in self.kind.tolist()], dtype=object),
+            "source": nothing if self.source is None else self.source,
+            "confidence": np.full(len(self), np.nan, np.float32) if self.confidence is None else self.confidence,
+        }
+        for name, values in (self.measurements or {}).items():
+            columns[name if name not in columns and name != "geometry" else f"{name} (measured)"] = values
+        return geopandas.GeoDataFrame(columns, geometry=self.geometry, crs=None)
+
+
+_COLUMNS = ("geometry", "id", "label", "kind")
+_OPTIONAL = {"source": "", "confidence": np.float32("nan")}  # and what stands where it is not known
+
+
+def empty_table(
+    counts: dict[str, int] | None = None, labels: tuple[str, ...] = (), remarks: Remarks | None = None
+) -> ObjectTable:
+    """A table of no objects."""
+    none, label, kind = np.zeros(0, dtype=object), np.zeros(0, np.int16), np.zeros(0, np.uint8)
+    return ObjectTable(none, none, label, kind, labels, dict(counts or {}), remarks=remarks or Remarks())
+
+
+def concatenate(tables: Iterable[ObjectTable]) -> ObjectTable:
+    """One table after the other; label lists are merged by name, counts are added."""
+    tables = list(tables)
+    if not tables:
+        return empty_table()
+    if len(tables) == 1:
+        return tables[0]
+    labels = tuple(sorted({name for table in tables for name in table.labels}))
+    if len(labels) > MAX_LABELS:
+        raise UserError(f"{len(labels)} classes: at most {MAX_LABELS} fit: are object names stored as classes?")
+    index = {name: i for i, name in enumerate(labels)}
+    # The last element serves label -1, which indexes it from behind.
+    maps = [np.array([*(index[name] for name in table.labels), -1], np.int16) for table in tables]
+    counts: Counter[str] = Counter()
+    for table in tables:
+        counts.update(table.counts)
+    return ObjectTable(
+        geometry=np.concatenate([table.geometry for table in tables]),
+        id=np.concatenate([table.id for table in tables]),
+        label=np.concatenate([to[table.label] for to, table in zip(maps, tables, strict=True)]),
+        kind=np.concatenate([table.kind for table in tables]),
+        labels=labels,
+        counts=dict(counts),
+        measurements=_joined_measurements(tables),
+        remarks=join_remarks(table.remarks for table in tables),
+        **{name: _joined(tables, name) for name in _OPTIONAL},
+    )
+
+
+def _joined(tables: list[ObjectTable], name: str) -> np.ndarray | None:
+    """An optional column of tables put one after the other; None where none of them has it."""
+    columns = [getattr(table, name) for table in tables]
+    known = [column for column in columns if column is not None]
+    if not known:
+        return None
+    filled = [
+        np.full(len(table), _OPTIONAL[name], dtype=known[0].dtype) if column is None else column
+        for table, column in zip(tables, columns, strict=True)
+    ]
+    return np.concatenate(filled)
+
+
+def _joined_measurements(tables: list[ObjectTable]) -> dict[str, np.ndarray] | None:
+    if all(table.measurements is None for table in tables):
+        return None
+    names = dict.fromkeys(name for table in tables for name in table.measurements or {})
+    nothing = {name: [(table.measurements or {}).get(name) for table in tables] for name in names}
+    return {
+        name: np.concatenate([np.full(len(t), np.nan) if c is None else c for t, c in zip(tables, columns, strict=True)])
+        for name, columns in nothing.items()
+    }

@@ -1,0 +1,1 @@
+"""One reader a format: bytes of an annotation file -> ObjectTable."""

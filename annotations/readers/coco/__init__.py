@@ -1,0 +1,1 @@
+"""COCO json: of many images, or of one slide; polygons and run-length masks."""

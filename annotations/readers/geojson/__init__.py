@@ -1,0 +1,1 @@
+"""GeoJSON: decode features, read them as QuPath means them, split large files."""

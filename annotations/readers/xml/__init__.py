@@ -1,0 +1,1 @@
+"""The XML dialects: ASAP, ImageScope, NDPA, VOC."""

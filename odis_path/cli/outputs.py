@@ -1,0 +1,40 @@
+"""The command `export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from odis_path.cli.slides import end
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the root application."""
+    app.command()(export)
+
+
+def export(
+    source: Annotated[Path, typer.Argument(metavar="CKPT|DIR", help="A checkpoint or run folder; for geojson, slide files.")],
+    to: Annotated[
+        str, typer.Option(help="timm: safetensors that timm.create_model loads; geojson: objects that QuPath opens.")
+    ],
+    out: Annotated[Path, typer.Option(help="The file to write, for example encoder.safetensors; for geojson, a folder.")],
+    what: Annotated[
+        str | None, typer.Option(metavar="PARTS", help="geojson: some of tissue,tiles,boxes,labels.", show_default=False)
+    ] = None,
+    predictions: Annotated[
+        Path | None,
+        typer.Option(metavar="CSV", help="geojson: the predictions.csv of evaluate, for labels.", show_default=False),
+    ] = None,
+    origin: Annotated[
+        str, typer.Option(metavar="auto|level0|bounds", help="geojson: what coordinates count from; auto: as QuPath does.")
+    ] = "auto",
+    workers: Annotated[int | None, typer.Option(min=1, help="geojson: processes.", show_default=False)] = None,
+) -> None:
+    """Write a trained encoder, or what slide files hold, in the form that other programs read."""
+    from odis_path.exporters.run import export as run
+
+    parts = None if what is None else [part.strip() for part in what.split(",") if part.strip()]
+    end(run(source, to, out, what=parts, predictions=predictions, origin=origin, workers=workers))

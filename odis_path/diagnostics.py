@@ -1,0 +1,125 @@
+"""Is this machine ready? Versions, slide readers, GPU, and a tiny run of each part."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from odis_path.versions import OPTIONAL, PACKAGES, versions
+from tiling.jobs.summary import Result
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the doctor: what was looked at, whether it is well, what was found or is to be done."""
+
+    what: str
+    ok: bool
+    found: str
+
+
+@dataclass(frozen=True)
+class Checks(Result):
+    """Everything the doctor looked at."""
+
+    checks: tuple[Check, ...]
+
+    @property
+    def failed(self) -> list[Check]:
+        return [check for check in self.checks if not check.ok]
+
+    def show(self, console: Console) -> None:
+        """A table with a row a check."""
+        from rich.markup import escape
+        from rich.table import Table
+
+        table = Table(title="odis-path doctor")
+        for title in ("what", "well", "found"):
+            table.add_column(title)
+        for check in self.checks:
+            table.add_row(check.what, "yes" if check.ok else "NO", escape(check.found))
+        console.print(table)
+
+
+def doctor(folder: Path | str | None = None, workers: int | None = None) -> Result:
+    """Check the install: versions, slide readers, GPU, a tiny run of each part. A failing check says what to do.
+
+    folder: look instead through all slide files, feature files and checkpoints below it, each compared with its checksums,
+    by `workers` processes (None: one per CPU). Raises UserError where it is missing or holds nothing of ours.
+    """
+    if folder is not None:
+        from odis_path.verification import verify
+
+        return verify(Path(folder), workers)
+    found = versions()
+    checks = [Check("Python", sys.version_info >= (3, 11), f"{found['python']} (3.11 or newer)")]
+    for package in PACKAGES:
+        missing = found[package] == "missing"
+        checks.append(Check(package, not missing, "missing: pip install odis-path again" if missing else found[package]))
+    for package, extra in OPTIONAL.items():
+        note = f"not installed (optional: pip install 'odis-path[{extra}]')" if found[package] == "missing" else found[package]
+        checks.append(Check(package, True, note))
+    for what, probe in (
+        ("slide readers", _readers),
+        ("tile codec", _codec),
+        ("device", _device),
+        ("masked attention", _attention),
+    ):
+        try:
+            checks.append(Check(what, True, probe()))
+        except Exception as error:  # whatever is broken, the doctor names it and goes on
+            checks.append(Check(what, False, f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"))
+    return Checks(tuple(checks))
+
+
+def _readers() -> str:
+    import openslide
+    import tiffslide
+
+    return f"OpenSlide library {openslide.__library_version__}, tiffslide {tiffslide.__version__}"
+
+
+def _codec() -> str:
+    import numpy as np
+    import simplejpeg
+
+    tile = np.full((32, 32, 3), 200, np.uint8)
+    back = simplejpeg.decode_jpeg(simplejpeg.encode_jpeg(tile, quality=90))
+    if int(np.abs(back.astype(int) - tile).max()) > 3:
+        raise RuntimeError("a JPEG tile does not come back as it was written")
+    return "a JPEG tile comes back as it was written"
+
+
+def _device() -> str:
+    import torch
+
+    from odis_path.training.compile import missing_for_compiling
+
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        lacking = missing_for_compiling()
+        compiled = f"training is not compiled, and slower: this machine lacks {lacking}" if lacking else "training is compiled"
+        return f"{len(names)} GPU: {', '.join(names)} (CUDA {torch.version.cuda}); {compiled}"
+    return f"CPU, {torch.get_num_threads()} threads (no GPU seen: pretraining works, slowly)"
+
+
+def _attention() -> str:
+    import torch
+
+    from odis_path.model.vit import build_encoder
+
+    small: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    encoder = build_encoder("vit_tiny_patch16_224", small).eval()
+    mask = torch.zeros(1, 16, dtype=torch.bool)
+    mask[0, 5] = True
+    with torch.no_grad():
+        a, b = torch.randn(1, 3, 32, 32), torch.randn(1, 3, 32, 32)
+        seen, other = encoder.obj_attention(a, mask), encoder.obj_attention(b, mask)
+    if float(seen[0, ~mask[0]].sum()) or float(other[0, ~mask[0]].sum()):
+        raise RuntimeError("[OBJ] attends outside its box: this timm version ignores attn_mask")
+    return "[OBJ] attends only inside its box"

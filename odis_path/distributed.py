@@ -1,0 +1,91 @@
+"""The two losses of a step and their centers, exact over any number of ranks.
+
+Equations: DINO (arXiv 2104.14294, eq. 1 and 4), iBOT (arXiv 2111.07832, eq. 3), ODIS (arXiv 2506.05409). Every mean over
+samples is a sum over all ranks divided by a count over all ranks; `world` undoes the division by world size that
+DistributedDataParallel applies to gradients.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from annotations.errors import UserError
+
+
+def world_size() -> int:
+    """Number of ranks, 1 without torch.distributed."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def all_sum(value: Tensor) -> Tensor:
+    """The sum of a tensor over all ranks (in place); no gradient passes."""
+    if world_size() > 1:
+        dist.all_reduce(value)
+    return value
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all: rank 0 writes, every rank trains."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+
+def start_ranks(device: str = "auto") -> Ranks:
+    """Join the process group that torchrun describes in the environment, or be the only rank."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if device == "auto":
+        device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
+    elif device == "cuda":
+        device = f"cuda:{local}"
+    try:
+        chosen = torch.device(device)
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        line = " ".join(str(error).split())[:200]
+        raise UserError(f"run.device is {device!r}: {line}; take auto, cpu or cuda") from None
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if world > 1 and not dist.is_initialized():
+        # Its functions' default arguments keep the group of the moment they are imported, and DDP imports them: such a
+        # group outlives destroy_process_group, and its threads may abort the process while Python ends.
+        importlib.import_module("torch.distributed.nn")
+        backend = "nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    return Ranks(int(os.environ.get("RANK", "0")), world, chosen)
+
+
+def stop_ranks() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def any_rank(flag: bool, ranks: Ranks) -> bool:
+    """True on every rank when it is true on one."""
+    if ranks.world == 1:
+        return flag
+    value = torch.tensor([float(flag)], device=ranks.device)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return bool(value.item())
+
+
+def mean_of_ranks(values: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+    """The mean over ranks of a small tensor of figures."""
+    if ranks.world > 1:
+        dist.all_reduce(values)
+    return values / ranks.world

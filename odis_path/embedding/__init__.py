@@ -1,0 +1,1 @@
+"""`embed`: frozen encoders over tiles, objects and slides."""

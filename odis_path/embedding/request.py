@@ -1,0 +1,113 @@
+"""What is asked of `embed`, and whether it can be: checked without torch, before any model is loaded."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from annotations.errors import UserError
+from odis_path.evaluation.pixel_baselines import KINDS
+from odis_path.features.write import DATASETS, open_features
+from odis_path.model.source import check_source, is_checkpoint
+
+Mode = Literal["full", "masked", "crop", "blackout"]
+MODES = ("full", "masked", "crop", "blackout")
+LEVELS = ("tile", "object", "slide")
+DTYPES = ("float16", "float32")
+_SIZES_AND_TIMES = re.compile(r"(:\d+:\d+)+$")  # of the files of a checkpoint, at the end of its stamp
+
+
+@dataclass(frozen=True)
+class EmbedJob:
+    """What is asked of every slide of a cohort; picklable, so that a cluster's workers can do it."""
+
+    checkpoint: str  # absolute path of a file, a timm name, or local-dir: and an absolute path
+    out: Path
+    level: str
+    mode: Mode
+    kinds: tuple[str, ...] | None  # None: all
+    batch: int
+    dtype: str
+    random_weights: bool
+    device: str
+    stamp: str  # changes when the checkpoint does
+    pool: str | None = None  # None: as the model was trained
+    resize: int | None = None  # px
+    pretraining: str = ""  # whom the encoder was trained on, see odis_path.features.pretraining
+    overwrite: bool = False  # embeddings of another encoder are replaced
+
+    def parameters(self) -> dict[str, Any]:
+        """What decides the result, for the feature file's `parameters` attribute."""
+        view: dict[str, Any] = {"pool": self.pool or "as trained", "resize_px": self.resize or 0}
+        if is_checkpoint(self.checkpoint) and not self.pool and not self.resize:
+            view = {}  # as it always was: what is embedded with a run's own encoder stays valid
+        return {
+            "checkpoint": self.stamp, "level": "tile" if self.level == "slide" else self.level, "mode": self.mode,
+            "kinds": list(self.kinds) if self.kinds else "all", "dtype": self.dtype,
+            "random_weights": self.random_weights, **view,
+        }  # fmt: skip
+
+    def settings(self) -> dict[str, Any]:
+        """The same for runs at once: a long path is cut where it is shown, so what tells two of them apart comes first."""
+        return {"model": "/".join(Path(self.checkpoint).parts[-2:]), **self.parameters()}
+
+
+def check_options(
+    checkpoint: str, *, level: str, mode: str, kinds: str, dtype: str, pool: str | None = None, resize: int | None = None
+) -> None:
+    """Raise UserError, one line, for an option of `embed` that cannot be, and for a model that shows it cannot be loaded."""
+    if level not in LEVELS:
+        raise UserError(f"--level {level}: no such level; take one of {', '.join(LEVELS)}")
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype {dtype}: take {' or '.join(DTYPES)}")
+    if mode not in MODES:
+        raise UserError(f"--mode {mode}: no such mode; take one of {', '.join(MODES)}")
+    parse_kinds(kinds)
+    if resize is not None and resize < 1:
+        raise UserError(f"--resize {resize}: is a side in px, above 0")
+    check_source(checkpoint, pool)
+
+
+def parse_kinds(kinds: str) -> tuple[str, ...] | None:
+    """ "all", or a comma-separated choice of tissue, cell, proposal."""
+    if kinds == "all":
+        return None
+    names = tuple(name.strip() for name in kinds.split(",") if name.strip())
+    wrong = [name for name in names if name not in KINDS]
+    if wrong or not names:
+        raise UserError(f"--kinds {kinds}: no such kind {', '.join(wrong)}; take all, or some of {', '.join(KINDS)}")
+    return names
+
+
+def other_encoder(out: Path, job: EmbedJob) -> str:
+    """Why `out` is not for this job: the first file there with embeddings of another encoder; empty where there is none.
+
+    A checkpoint that was only moved is the same, as its size and time are; the same one pooled in another way is another.
+    """
+
+    def identity(parameters: Mapping[str, Any]) -> tuple[Any, ...]:
+        stamp = str(parameters.get("checkpoint", ""))
+        at = _SIZES_AND_TIMES.search(stamp)
+        view = parameters.get("pool", "as trained"), parameters.get("resize_px", 0)
+        return at[0] if at else stamp, bool(parameters.get("random_weights")), *view
+
+    wanted = identity(job.parameters())
+    for path in sorted(out.glob("*.h5")) if out.is_dir() else []:
+        try:
+            with open_features(path) as file:
+                held = [file.attrs(name) for name in DATASETS.values() if name in file]
+            here = [(str(attrs.get("encoder")), json.loads(attrs.get("parameters") or "{}")) for attrs in held]
+        except (UserError, ValueError):
+            continue  # embedding it again tells what is wrong
+        for encoder, parameters in here:
+            if parameters and identity(parameters) != wanted:
+                random = ", random weights" if parameters.get("random_weights") else ""
+                return (
+                    f"{path}: holds embeddings of another encoder, {encoder} ({parameters.get('checkpoint')}{random}): "
+                    "give another --out, or --overwrite to replace them"
+                )
+    return ""

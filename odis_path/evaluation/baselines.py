@@ -1,0 +1,98 @@
+"""What stands beside the model on the same rows, folds and draws: simple measures, and embeddings of other encoders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from annotations.errors import UserError
+from odis_path.evaluation.pixel_baselines import box_size, pixel_baselines
+from odis_path.evaluation.probes.standardise import Metric
+from odis_path.evaluation.seen_patients import Seen, who_was_seen
+from odis_path.evaluation.task import Problem
+from odis_path.features.read import FeatureSet, read_features
+
+RESERVED = ("model", "majority", "rgb_mean", "texture", "box_size")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Features of the rows of a problem, float32 (n, d). metric: how the probes that measure distances compare them. seen:
+    which of the tested patients their encoder was pretrained on; None where there is no encoder."""
+
+    name: str
+    x: np.ndarray
+    metric: Metric
+    seen: Seen | None = None
+
+
+def candidates(
+    problem: Problem, folders: Mapping[str, Path], warnings: list[str], tell: Callable[[str], None]
+) -> Iterator[Candidate]:
+    """Every baseline that has features; what cannot be had is said in `warnings`."""
+    features = problem.features
+    tell("baselines: mean colour and texture")
+    found = pixel_baselines(features)
+    warnings += found.warnings
+    hand_made = dict(found.features)
+    if features.level == "object":
+        hand_made["box_size"] = box_size(features.xyxy)
+    for name, x in hand_made.items():
+        yield Candidate(name, x, "euclidean")
+    for name, folder in folders.items():
+        tell(f"baseline: {name}")
+        other = aligned_features(features, Path(folder))
+        seen = who_was_seen(problem.plan, features, other.pretraining_in(Path(folder)))
+        yield Candidate(name, other.x, "cosine", seen)
+    if not any("random" in name.lower() or "untrained" in name.lower() for name in folders):
+        warnings.append(
+            "no untrained encoder stands beside the model: embed with --random-weights and add --baseline random=FOLDER"
+        )
+
+
+def check_names(folders: Mapping[str, Path]) -> None:
+    """UserError for a baseline's name that is taken."""
+    for name in folders:
+        if not name or name in RESERVED:
+            raise UserError(f"--baseline {name}={folders[name]}: this name is taken or empty: choose another")
+
+
+def aligned_features(features: FeatureSet, folder: Path) -> FeatureSet:
+    """Embeddings of the same tiles, boxes or slides from another folder, in the order of `features`.
+
+    Raises UserError where one is missing there, lies elsewhere in its slide, or is seen at another mpp.
+    """
+    place: list[np.ndarray] = []
+
+    def select(index: FeatureSet) -> np.ndarray:
+        row_of = {key: row for row, key in enumerate(_keys(index))}
+        try:
+            rows = np.array([row_of[key] for key in _keys(features)], dtype=np.int64)
+        except KeyError as error:
+            slide, tile, item, _ = error.args[0]
+            what = {"slide": "", "tile": f", tile {tile}", "object": f", tile {tile}, object {item}"}[features.level]
+            raise UserError(f"{folder}: no embedding of slide {slide}{what}: embed it with the same tiles and boxes") from None
+        order = np.argsort(rows, kind="stable")
+        place.append(np.argsort(order, kind="stable"))
+        return rows[order]
+
+    other = read_features(folder, features.level, select)
+    other = other.take(place[0])
+    if not np.array_equal(other.coords, features.coords):
+        raise UserError(f"{folder}: its tiles lie elsewhere in their slides: embed the same tiles with this encoder")
+    if not np.isclose(other.mpp, features.mpp, rtol=1e-4, equal_nan=True):
+        raise UserError(f"{folder}: mpp is {other.mpp:g}, the model's {features.mpp:g}: embed the same tiles with this encoder")
+    return other
+
+
+def _keys(features: FeatureSet) -> list[tuple[str, int, int, int]]:
+    """slide, tile, object, and the how manieth box of that object in the tile."""
+    seen: dict[tuple[str, int, int], int] = {}
+    keys = []
+    for key in zip(features.slide_id.tolist(), features.tile.tolist(), features.object.tolist(), strict=True):
+        seen[key] = seen.get(key, -1) + 1
+        keys.append((*key, seen[key]))
+    return keys

@@ -1,0 +1,1 @@
+"""The probes: nearest neighbours, linear, prototypes, retrieval, and how features are standardised for them."""

@@ -1,0 +1,412 @@
+"""The probes: k nearest neighbours, linear, prototypes. Each judges every tested row by a model that never saw its group.
+
+Settings (k, C, what is done to the features) are chosen on the inner folds of a round, never on what the round tests.
+"""
+
+from __future__ import annotations
+
+import warnings as warnings_module
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from odis_path.evaluation.bootstrap import AUROC_EPISODES, Judged
+from odis_path.evaluation.metrics import balanced_accuracy
+from odis_path.evaluation.probes.knn import Weights, unit_rows, votes
+from odis_path.evaluation.probes.standardise import FITTED, WHITEN_SHARE, Features, Standardise
+from odis_path.evaluation.splits import Plan, Round
+
+C_GRID = tuple(float(c) for c in np.logspace(-4, 0, 5))
+MAX_ITER = 1000
+SHOTS = (1, 2, 4, 8, 16)
+DEFAULT_K, DEFAULT_C = 20, 1e-2
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """Predictions of the tested rows (plan.tested, in that order), and how they came about.
+
+    per_setting: k or C -> balanced accuracy on the inner folds, mean over rounds. chosen: what each round took. hows: what
+    each round did to the features; per_how: the best balanced accuracy of each on the inner folds, mean over rounds.
+    per_shots: shots -> balanced accuracy of each episode (prototypes only).
+    """
+
+    judged: Judged
+    per_setting: dict[float, float] = field(default_factory=dict)
+    chosen: tuple[float, ...] = ()
+    hows: tuple[Standardise, ...] = ()
+    per_how: dict[str, float] = field(default_factory=dict)
+    per_shots: dict[int, np.ndarray] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def chosen_most(self) -> float | None:
+        """What most rounds took; of equals the smaller."""
+        counts = Counter(self.chosen)
+        return min(counts, key=lambda value: (-counts[value], value)) if counts else None
+
+
+# --- k nearest neighbours
+
+
+@dataclass(frozen=True)
+class FoldNeighbours:
+    """For each row its nearest rows in each fold: similarity float32 (n, F, k), index int32 (n, F, k); -inf, -1: none.
+
+    With these, the neighbours among any union of folds are a merge of short lists: every inner and outer round of a
+    nested cross-validation comes from one search.
+    """
+
+    similarity: np.ndarray
+    index: np.ndarray
+
+    @staticmethod
+    def search(x: np.ndarray, plan: Plan, k: int) -> FoldNeighbours:
+        """x: float32 (n, D) of `Features.space`. Only pairs of folds that some round needs are searched."""
+        from sklearn.neighbors import NearestNeighbors
+
+        shape = (len(x), plan.n_folds, k)
+        similarity, index = np.full(shape, -np.inf, dtype=np.float32), np.full(shape, -1, dtype=np.int32)
+        needed = {(q, g) for r in plan.rounds for q in r.test for g in r.train}
+        needed |= {(q, g) for r in plan.rounds for val, train in r.inner for q in val for g in train}
+        for gallery in sorted({g for _, g in needed}):
+            there = plan.rows((gallery,))
+            asking = plan.rows(tuple(q for q, g in needed if g == gallery))
+            count = min(k, len(there))
+            search = NearestNeighbors(n_neighbors=count, algorithm="brute").fit(x[there])
+            distance, column = search.kneighbors(x[asking])
+            similarity[asking, gallery, :count] = 1 - distance**2 / 2
+            index[asking, gallery, :count] = there[column]
+        return FoldNeighbours(similarity, index)
+
+    def among(self, rows: np.ndarray, folds: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+        """The k nearest of some rows among some folds, nearest first: similarity and index (q, k)."""
+        picked = np.ix_(rows, np.array(folds))
+        similarity = self.similarity[picked].reshape(len(rows), -1)
+        index = self.index[picked].reshape(len(rows), -1)
+        order = np.argsort(-similarity, axis=1, kind="stable")[:, : self.similarity.shape[2]]
+        return np.take_along_axis(similarity, order, axis=1), np.take_along_axis(index, order, axis=1)
+
+
+def knn_probe(
+    features: Features, y: np.ndarray, plan: Plan, n_classes: int, *, ks: Sequence[int], weights: Weights,
+    hows: Sequence[Standardise] = ("none",),
+) -> ProbeResult:  # fmt: skip
+    """k-NN; y int (n,). k of `ks` and what of `hows` is done to the features: those with the best inner balanced accuracy, of
+    equals the first and smallest."""
+    tested = plan.tested
+    place = np.full(len(y), -1)
+    place[tested] = np.arange(len(tested))
+    scores = np.zeros((len(tested), n_classes))
+    inner_scores: list[dict[float, float]] = []
+    inner_hows: list[dict[str, float]] = []
+    chosen: list[float] = []
+    taken: list[Standardise] = []
+    shared: dict[Standardise, FoldNeighbours] = {}  # what no training rows decide on serves all rounds
+    for r in plan.rounds:
+        options: dict[Standardise, tuple[FoldNeighbours, dict[float, float]]] = {}
+        for how in hows:
+            fitted = how in FITTED or features.metric == "euclidean"
+            if fitted or how not in shared:
+                space = features.space(how, plan.rows(r.train))
+                near = FoldNeighbours.search(space, Plan(plan.fold, (r,), "") if fitted else plan, max(ks))
+                shared |= {} if fitted else {how: near}
+            else:
+                near = shared[how]
+            options[how] = near, _choose_k(near, y, plan, r, n_classes, ks, weights)
+        how = _best_how({name: max(found.values()) for name, (_, found) in options.items() if found}, hows)
+        near, found = options[how]
+        k = int(_best(found)) if found else _default_k(ks)
+        inner_scores.append(found)
+        inner_hows.append({name: max(values.values()) for name, (_, values) in options.items() if values})
+        chosen.append(k)
+        taken.append(how)
+        rows = plan.rows(r.test)
+        similarity, index = near.among(rows, r.train)
+        scores[place[rows]] = votes(similarity[:, :k], y[index[:, :k]], n_classes, weights)
+    told = () if all(inner_scores) else (f"k could not be chosen on other groups within training; {chosen[0]} was taken",)
+    judged = Judged(scores.argmax(axis=1)[None], scores[None])
+    return ProbeResult(judged, _mean_by_key(inner_scores), tuple(chosen), tuple(taken), _mean_by_key(inner_hows), warnings=told)
+
+
+def _best_how(scores: Mapping[Standardise, float], hows: Sequence[Standardise]) -> Standardise:
+    """What did best on the inner folds, of equals the first; zscore where there were none to choose by."""
+    if scores:
+        return max(hows, key=lambda how: (scores[how], -hows.index(how)))
+    return "zscore" if "zscore" in hows else hows[0]
+
+
+def _choose_k(
+    neighbours: FoldNeighbours, y: np.ndarray, plan: Plan, r: Round, n_classes: int, ks: Sequence[int], weights: Weights
+) -> dict[float, float]:
+    """k -> balanced accuracy over all inner folds of a round together; empty where there are none."""
+    truth, predictions = [], []
+    for val, train in r.inner:
+        rows = plan.rows(val)
+        similarity, index = neighbours.among(rows, train)
+        truth.append(y[rows])
+        predictions.append([votes(similarity[:, :k], y[index[:, :k]], n_classes, weights).argmax(axis=1) for k in ks])
+    if not truth:
+        return {}
+    together = np.concatenate(truth)
+    return {
+        k: balanced_accuracy(together, np.concatenate([part[i] for part in predictions]), n_classes)
+        for i, k in enumerate(ks)
+    }  # fmt: skip
+
+
+def _default_k(ks: Sequence[int]) -> int:
+    return min(ks, key=lambda k: (abs(k - DEFAULT_K), k))
+
+
+def _best(scores: dict[float, float]) -> float:
+    """The setting with the best score, of equals the smallest."""
+    return min(scores, key=lambda value: (-scores[value], value))
+
+
+def _mean_by_key(parts: Sequence[Mapping[Any, float]]) -> dict[Any, float]:
+    known = [part for part in parts if part]
+    return {key: float(np.mean([part[key] for part in known])) for key in known[0]} if known else {}
+
+
+# --- linear probe
+
+
+@dataclass
+class LinearFits:
+    """Counts over all fits of a probe, and a memory of fits: two rounds often share a training set."""
+
+    x: np.ndarray
+    y: np.ndarray
+    plan: Plan
+    n_classes: int
+    whiten: bool = False
+    fits: int = 0
+    stopped: int = 0
+    paths: dict[frozenset[int], dict[float, Any]] = field(default_factory=dict)
+
+    def path(self, train: tuple[int, ...], grid: Sequence[float]) -> dict[float, Any]:
+        """C -> model fitted on some folds, from strong to weak regularisation, each starting where the last ended."""
+        key = frozenset(train)
+        if not set(grid) <= set(self.paths.get(key, {})):
+            self.paths[key] = self._fit(train, grid)
+        return self.paths[key]
+
+    def _fit(self, train: tuple[int, ...], grid: Sequence[float]) -> dict[float, Any]:
+        from sklearn.decomposition import PCA
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+
+        rows = self.plan.rows(train)
+        classes = np.unique(self.y[rows])
+        if len(classes) < 2:
+            return dict.fromkeys(grid, int(classes[0]))
+        before_it = [PCA(WHITEN_SHARE, whiten=True, svd_solver="covariance_eigh")] if self.whiten else []
+        scaler = make_pipeline(*before_it, StandardScaler()).fit(self.x[rows])
+        scaled = scaler.transform(self.x[rows])
+        models: dict[float, Any] = {}
+        before = None
+        with warnings_module.catch_warnings():
+            warnings_module.simplefilter("ignore", ConvergenceWarning)  # counted below, and told in the result
+            for c in sorted(grid):
+                model = LogisticRegression(C=c, max_iter=MAX_ITER, solver="lbfgs", warm_start=True)
+                if before is not None:
+                    model.coef_, model.intercept_, model.classes_ = (
+                        before.coef_.copy(),
+                        before.intercept_.copy(),
+                        before.classes_,
+                    )
+                before = model.fit(scaled, self.y[rows])
+                self.fits += 1
+                self.stopped += int(np.max(model.n_iter_) >= MAX_ITER)
+                models[c] = (scaler, model)
+        return models
+
+    def scores(self, model: Any, rows: np.ndarray) -> np.ndarray:
+        """Class probabilities float64 (q, C); 0 for classes the training rows lack."""
+        scores = np.zeros((len(rows), self.n_classes))
+        if isinstance(model, int):
+            scores[:, model] = 1
+            return scores
+        scaler, logistic = model
+        scores[:, logistic.classes_] = logistic.predict_proba(scaler.transform(self.x[rows]))
+        return scores
+
+
+def linear_probe(
+    features: Features,
+    y: np.ndarray,
+    plan: Plan,
+    n_classes: int,
+    *,
+    how: Standardise = "zscore",
+    grid: Sequence[float] = C_GRID,
+) -> ProbeResult:
+    """Logistic regression on standardised features (the scaler fitted on the training rows); C by inner balanced accuracy.
+
+    how: whiten and centre-slide come before the scaler.
+    """
+    x = features.standardised("centre-slide" if how == "centre-slide" else "none", np.zeros(0, dtype=np.int64))
+    fits = LinearFits(x, y, plan, n_classes, how == "whiten")
+    tested = plan.tested
+    place = np.full(len(y), -1)
+    place[tested] = np.arange(len(tested))
+    scores = np.zeros((len(tested), n_classes))
+    inner_scores, chosen = [], []
+    for r in plan.rounds:
+        found: dict[float, float] = {}
+        if r.inner:
+            rows = [plan.rows(val) for val, _ in r.inner]
+            truth = y[np.concatenate(rows)]
+            for c in grid:
+                parts = [fits.scores(fits.path(train, grid)[c], q) for q, (_, train) in zip(rows, r.inner, strict=True)]
+                found[c] = balanced_accuracy(truth, np.concatenate(parts).argmax(axis=1), n_classes)
+        inner_scores.append(found)
+        chosen.append(_best(found) if found else min(grid, key=lambda c: abs(np.log(c / DEFAULT_C))))
+        rows_tested = plan.rows(r.test)
+        upto = [c for c in grid if c <= chosen[-1]]
+        scores[place[rows_tested]] = fits.scores(fits.path(r.train, upto)[chosen[-1]], rows_tested)
+    told: tuple[str, ...] = ()
+    if not all(inner_scores):
+        told += (f"C could not be chosen on other groups within training; {chosen[0]:g} was taken",)
+    if fits.stopped:
+        told += (f"{fits.stopped} of {fits.fits} logistic regressions had not converged after {MAX_ITER} steps",)
+    judged = Judged(scores.argmax(axis=1)[None], scores[None])
+    return ProbeResult(judged, _mean_by_key(inner_scores), tuple(chosen), (how,) * len(plan.rounds), warnings=told)
+
+
+# --- prototypes
+
+
+def prototype_probe(
+    features: Features,
+    y: np.ndarray,
+    plan: Plan,
+    n_classes: int,
+    *,
+    shots: Sequence[int] = SHOTS,
+    episodes: int = 200,
+    seed: int = 0,
+    hows: Sequence[Standardise] = ("none",),
+) -> ProbeResult:
+    """SimpleShot (Wang et al. 2019): centre by the support mean, unit length, class means, nearest.
+
+    An episode draws `shots` training rows per class in every round (all of a class that has fewer) and judges all tested
+    rows. The same seed draws the same rows, whatever the features. Predictions are those of the most shots, scores
+    (minus the squared distance) too, of the first episodes, which the AUROC takes.
+    """
+    spaces = [_prototype_space(features, y, plan, r, n_classes, hows) for r in plan.rounds]
+    asked = []
+    for r, space in zip(plan.rounds, spaces, strict=True):
+        rows = plan.rows(r.test)
+        asked.append((rows, space.x[rows], (space.x[rows] ** 2).sum(axis=1)))
+    tested = plan.tested
+    place = np.full(len(y), -1)
+    place[tested] = np.arange(len(tested))
+    most = max(shots)
+    pred = np.zeros((episodes, len(tested)), dtype=np.int64)
+    scores = np.full((min(episodes, AUROC_EPISODES), len(tested), n_classes), -np.inf, dtype=np.float32)
+    per_shots = {s: np.zeros(episodes) for s in shots}
+    short = set()
+    for episode in range(episodes):
+        orders = {n: _support_order(y, plan, r, (seed, episode, n)) for n, r in enumerate(plan.rounds)}
+        for s in shots:
+            now = np.full((len(tested), n_classes), -np.inf, dtype=np.float32)
+            for n, (rows, queries, squared) in enumerate(asked):
+                support = {c: order[:s] for c, order in orders[n].items()}
+                short |= {c for c in support if s == most and len(support[c]) < s}
+                now[place[rows]] = prototype_scores(
+                    spaces[n].x, support, queries, n_classes, unit=features.metric == "cosine", squared=squared
+                )
+            guess = now.argmax(axis=1)
+            per_shots[s][episode] = balanced_accuracy(y[tested], guess, n_classes)
+            if s == most:
+                pred[episode] = guess
+                if episode < len(scores):
+                    scores[episode] = now
+    told = (
+        (f"{len(short)} classes have fewer than {most} training rows in some round; all they have were taken",) if short else ()
+    )
+    per_how = _mean_by_key([space.inner for space in spaces])
+    hows_taken = tuple(space.how for space in spaces)
+    return ProbeResult(Judged(pred, scores), hows=hows_taken, per_how=per_how, per_shots=per_shots, warnings=told)
+
+
+@dataclass(frozen=True)
+class _PrototypeSpace:
+    """What a round does to the features, these (n, d), and the inner balanced accuracy of each choice."""
+
+    how: Standardise
+    x: np.ndarray
+    inner: Mapping[Standardise, float]
+
+
+def _prototype_space(
+    features: Features, y: np.ndarray, plan: Plan, r: Round, n_classes: int, hows: Sequence[Standardise]
+) -> _PrototypeSpace:
+    """Choose by prototypes of all inner training rows; the features are near 0, which changes no distance and spares digits."""
+    train, unit = plan.rows(r.train), features.metric == "cosine"
+    inner: dict[Standardise, float] = {}
+    xs = {}
+    for how in hows:
+        x = features.standardised(how, train) if unit else features.space(how, train)
+        xs[how] = x - x[train].mean(axis=0)
+        guesses, truth = [], []
+        for val, fit in r.inner if len(hows) > 1 else ():
+            rows, known = plan.rows(val), plan.rows(fit)
+            support = {int(c): known[y[known] == c] for c in np.unique(y[known])}
+            guesses.append(prototype_scores(xs[how], support, xs[how][rows], n_classes, unit=unit).argmax(axis=1))
+            truth.append(y[rows])
+        if truth:
+            inner[how] = balanced_accuracy(np.concatenate(truth), np.concatenate(guesses), n_classes)
+    how = _best_how(inner, hows)
+    return _PrototypeSpace(how, xs[how], inner)
+
+
+def _support_order(y: np.ndarray, plan: Plan, r: Round, seed: tuple[int, ...]) -> dict[int, np.ndarray]:
+    """Training rows of each class in random order; fewer shots are the beginning of more."""
+    rng = np.random.default_rng(seed)
+    rows = plan.rows(r.train)
+    return {int(c): rng.permutation(rows[y[rows] == c]) for c in np.unique(y[rows])}
+
+
+def prototype_scores(
+    x: np.ndarray,
+    support: dict[int, np.ndarray],
+    queries: np.ndarray,
+    n_classes: int,
+    *,
+    unit: bool = True,
+    squared: np.ndarray | None = None,
+) -> np.ndarray:
+    """Minus the squared distance of queries (q, D) to the mean of each class's support: float32 (q, C), -inf without one.
+
+    support: class -> rows of x. squared: the squared lengths of the queries (q,), where they are known already. All inner
+    products come from one matrix product with the centre and the class means, so that no query is centred by itself.
+    """
+    centre = x[np.concatenate(list(support.values()))].mean(axis=0)
+    shape = unit_rows if unit else np.asarray
+    prototypes = np.stack([shape(x[rows] - centre).mean(axis=0) for rows in support.values()])
+    inner = queries @ np.concatenate([prototypes, centre[None]]).T
+    squared = (queries**2).sum(axis=1) if squared is None else squared
+    length = np.sqrt(np.maximum(squared - 2 * inner[:, -1] + centre @ centre, 1e-24))
+    along = inner[:, :-1] - prototypes @ centre
+    if unit:
+        along, length = along / length[:, None], np.ones_like(length)
+    scores = np.full((len(queries), n_classes), -np.inf, dtype=np.float32)
+    scores[:, list(support)] = 2 * along - (prototypes**2).sum(axis=1) - length[:, None] ** 2
+    return scores
+
+
+def majority_probe(y: np.ndarray, plan: Plan, n_classes: int) -> ProbeResult:
+    """Always the commonest class of the training rows."""
+    tested = plan.tested
+    scores = np.zeros((len(y), n_classes))
+    for r in plan.rounds:
+        scores[plan.rows(r.test)] = np.bincount(y[plan.rows(r.train)], minlength=n_classes) / len(plan.rows(r.train))
+    return ProbeResult(Judged(scores[tested].argmax(axis=1)[None], scores[tested][None]))

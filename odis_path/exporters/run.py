@@ -1,0 +1,43 @@
+"""`export`: what was made here, in the forms that other programs read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from annotations.errors import UserError
+
+if TYPE_CHECKING:
+    from odis_path.exporters.timm import TimmExport
+    from tiling.jobs.summary import Outcomes
+
+FORMATS = ("timm", "geojson")
+
+
+def export(
+    source: Path | str,
+    to: str,
+    out: Path | str,
+    what: Sequence[str] | None = None,
+    predictions: Path | str | None = None,
+    origin: str = "auto",
+    workers: int | None = None,
+) -> TimmExport | Outcomes:
+    """Write a trained encoder, or what slide files hold, in the form that other programs read.
+
+    to "timm": source is a checkpoint or run folder, out a .safetensors file that timm.create_model loads (`export_timm`).
+    to "geojson": source is a folder of slide files (or of features), out a folder of GeoJSON that QuPath opens; the further
+    options are for it (`export_geojson`). Raises UserError for a form that does not exist, or that source cannot be put in.
+    """
+    if to not in FORMATS:
+        raise UserError(f"--to {to}: no such export; there is: {', '.join(FORMATS)}")
+    if to == "geojson":
+        from odis_path.exporters.geojson import export_geojson
+
+        return export_geojson(source, out, what, predictions, origin, workers)
+    if what is not None or predictions is not None:
+        raise UserError(f"--to {to}: takes no --what and no --predictions, which go with --to geojson")
+    from odis_path.exporters.timm import export_timm
+
+    return export_timm(source, Path(out))

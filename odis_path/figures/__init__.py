@@ -1,0 +1,1 @@
+"""Style and score figures, shared by evaluation and reporting."""

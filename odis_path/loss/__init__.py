@@ -1,0 +1,1 @@
+"""The losses, a paper each: DINO and iBOT, Sinkhorn, KoLeo and KDE."""

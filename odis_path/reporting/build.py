@@ -1,0 +1,85 @@
+"""Put a report together: find, draw, render, write."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from annotations.errors import UserError
+from odis_path.reporting.cohort_table import read_cohort
+from odis_path.reporting.evaluations import read_evaluation
+from odis_path.reporting.inventory import find_everything
+from odis_path.reporting.page import Report, Section
+from tiling.storage.atomic import atomic_path
+from tiling.storage.locks import sweep
+
+if TYPE_CHECKING:
+    pass
+
+
+def report(folder: Path | str, out: Path | str | None = None) -> Report:
+    """Write the report of a folder to `out` (None: `<folder>/report.html`), one HTML page about everything the folder holds.
+
+    Pictures and numbers also go to `<out without .html>_files/`. Its `problems` say what could not be shown. Raises UserError
+    where there is nothing to report.
+    """
+    from odis_path.reporting import sections_cohort as sections
+
+    folder = Path(folder)
+    out = folder / "report.html" if out is None else Path(out)
+    files = out.with_name(f"{out.stem}_files")
+    for written in (out.parent, files):
+        sweep(written)
+    found = find_everything(folder, leave_out=files)
+    cohort = read_cohort(found.slides)
+    evaluations = [read_evaluation(e) for e in found.evaluations]
+    files.mkdir(parents=True, exist_ok=True)
+    if (files / "report.json").is_file():  # an earlier report's files; nobody else's are touched
+        for old in (*files.glob("*.png"), *files.glob("*.csv")):
+            old.unlink()
+    made = Report(found, cohort, evaluations, files, out, problems=[*found.problems, *cohort.problems])
+    parts = []
+    for make in sections.ORDER:
+        try:
+            section = make(made)
+        except UserError as error:  # a damaged file costs the part that shows it
+            made.problems.append(f"{make.__name__} left out: {error}")
+            continue
+        if section is not None and section.items:
+            parts.append(section)
+    write_numbers(made)
+    write_page(made, parts)
+    return made
+
+
+def write_numbers(report: Report) -> None:
+    """All numbers of the report as `report.json` among its files."""
+    with atomic_path(report.files / "report.json") as temporary:
+        temporary.write_text(json.dumps(report.numbers, indent=1, default=str), encoding="utf-8")
+
+
+def write_page(report: Report, parts: list[Section]) -> None:
+    """Render the template to one HTML file that needs nothing else."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    from odis_path import __version__
+
+    environment = Environment(
+        loader=PackageLoader("odis_path.reporting", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    synthetic = report.cohort.synthetic
+    page = environment.get_template("page.html.j2").render(
+        title=report.found.root.resolve().name,
+        sections=parts,
+        problems=report.problems,
+        version=__version__,
+        date=f"{datetime.date.today():%d %B %Y}".lstrip("0"),
+        synthetic=len(synthetic),
+        all_synthetic=len(synthetic) == len(report.cohort.rows),
+        files=report.files.name,
+    )
+    with atomic_path(report.page) as temporary:
+        temporary.write_text(page, encoding="utf-8")

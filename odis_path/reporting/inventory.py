@@ -1,0 +1,170 @@
+"""What lies in a folder: slide files, run folders, evaluations, feature files."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import h5py
+
+from annotations.errors import UserError
+
+FEATURES_FORMAT = "odis-path-features"
+
+
+@dataclass(frozen=True)
+class RunFound:
+    """A run folder: its resolved configuration, the rows of train.jsonl, the software it ran on, its newest checkpoint."""
+
+    name: str
+    folder: Path
+    config: dict[str, Any]
+    config_text: str
+    rows: list[dict[str, Any]]
+    versions: dict[str, Any]
+    checkpoint: Path | None
+
+    def series(self, key: str) -> tuple[list[float], list[float]]:
+        """Epochs and values of the rows that have `key` as a number."""
+        rows = [r for r in self.rows if isinstance(r.get(key), int | float)]
+        return [float(r.get("epoch", r.get("step", 0))) for r in rows], [float(r[key]) for r in rows]
+
+    def last(self, key: str) -> float | None:
+        values = self.series(key)[1]
+        return values[-1] if values else None
+
+
+@dataclass(frozen=True)
+class EvaluationFound:
+    """A results.json that `evaluate` wrote."""
+
+    name: str
+    folder: Path
+    results: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class FeaturesFound:
+    """A folder of feature files."""
+
+    name: str
+    folder: Path
+    paths: list[Path]
+
+
+@dataclass
+class Findings:
+    """Everything a report can tell about, in the order of names; `problems` are files that could not be read."""
+
+    root: Path
+    slides: list[Path] = field(default_factory=list)
+    runs: list[RunFound] = field(default_factory=list)
+    evaluations: list[EvaluationFound] = field(default_factory=list)
+    features: list[FeaturesFound] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def find_everything(root: Path, leave_out: Path | None = None) -> Findings:
+    """Look through `root` and all folders below it (hidden ones and `leave_out` excepted).
+
+    Raises UserError where there is no such folder or nothing in it to report on.
+    """
+    from tiling.slide_file.write import FORMAT
+
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder: give the folder that the other odis-path commands wrote into")
+    found = Findings(root)
+    features: dict[Path, list[Path]] = {}
+    for path in _files(root, leave_out):
+        if path.suffix == ".h5":
+            kind = _h5_format(path, found.problems)
+            if kind == FORMAT:
+                found.slides.append(path)
+            elif kind == FEATURES_FORMAT:
+                features.setdefault(path.parent, []).append(path)
+        elif path.name == "results.json":
+            _add_evaluation(found, path)
+        elif path.name == "train.jsonl" and (path.parent / "config.yaml").is_file():
+            _add_run(found, path.parent)
+    found.features = [FeaturesFound(_name(root, f), f, sorted(paths)) for f, paths in sorted(features.items())]
+    found.runs, found.evaluations, found.features = _short(found.runs), _short(found.evaluations), _short(found.features)
+    if not (found.slides or found.runs or found.evaluations or found.features):
+        raise UserError(
+            f"{root}: holds no slide files, runs, features or evaluations: "
+            "give the folder that the other odis-path commands wrote into"
+        )
+    return found
+
+
+def _files(root: Path, leave_out: Path | None) -> Iterator[Path]:
+    for path in sorted(root.rglob("*")):
+        parts = path.relative_to(root).parts
+        hidden = any(part.startswith(".") for part in parts)
+        if not hidden and path.is_file() and not (leave_out and path.is_relative_to(leave_out)):
+            yield path
+
+
+def _name(root: Path, folder: Path) -> str:
+    relative = folder.relative_to(root).as_posix()
+    return folder.resolve().name if relative == "." else relative
+
+
+def _short(things: list[Any]) -> list[Any]:
+    """The same things, named by the last part of their folder where that tells them apart."""
+    last = Counter(thing.name.rsplit("/", 1)[-1] for thing in things)
+    return [replace(thing, name=short) if last[short := thing.name.rsplit("/", 1)[-1]] == 1 else thing for thing in things]
+
+
+def _h5_format(path: Path, problems: list[str]) -> str:
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            return str(file.attrs.get("format", ""))
+    except Exception:  # HDF5 has many for a damaged file
+        problems.append(f"{path.name}: not a readable HDF5 file")
+        return ""
+
+
+def _add_evaluation(found: Findings, path: Path) -> None:
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found.problems.append(f"{_name(found.root, path.parent)}/results.json: not readable as JSON")
+        return
+    if isinstance(results, dict) and ("headline" in results or "probe" in results):
+        found.evaluations.append(EvaluationFound(_name(found.root, path.parent), path.parent, results))
+
+
+def _add_run(found: Findings, folder: Path) -> None:
+    import yaml
+
+    from odis_path.training.log.run_log import read_rows
+
+    name = _name(found.root, folder)
+    try:
+        text = (folder / "config.yaml").read_text(encoding="utf-8")
+        config = yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError):
+        config = None
+    if not isinstance(config, dict):
+        found.problems.append(f"{name}/config.yaml: not readable as YAML")
+        return
+    try:
+        rows, wrong = read_rows(folder / "train.jsonl")
+    except OSError as error:
+        found.problems.append(f"{name}/train.jsonl: cannot be read: {error.strerror}")
+        return
+    for number in wrong:
+        found.problems.append(f"{name}/train.jsonl: line {number} is not JSON (a run that was cut off, or a damaged file)")
+    versions: Any = {}
+    if (folder / "versions.json").is_file():
+        try:
+            versions = json.loads((folder / "versions.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            found.problems.append(f"{name}/versions.json: not readable as JSON")
+    checkpoint = max(folder.glob("checkpoint-*.pt"), default=None)
+    versions = versions if isinstance(versions, dict) else {}
+    found.runs.append(RunFound(name, folder, config, text, rows, versions, checkpoint))

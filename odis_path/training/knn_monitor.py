@@ -1,0 +1,113 @@
+"""What is watched while a run trains: k-NN on held-out patients, and signs of collapse."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from math import sqrt
+
+import numpy as np
+from torch import Tensor
+
+from annotations.errors import UserError
+from odis_path.config import PretrainConfig
+from odis_path.data.tile_index import TileIndex
+from odis_path.embedding.encoder import FrozenEncoder, batches
+from tiling.slide_file.read import SlideFile
+from tiling.slide_file.tile_labels import tile_labels
+
+_BATCH = 64
+IDENTITY_SHARE = 0.05  # of pairs of global views that are one and the same crop
+
+
+def labelled_tiles(index: TileIndex, names: dict[str, int], limit: int, seed: int) -> tuple[TileIndex, np.ndarray]:
+    """At most `limit` tiles that carry a tissue label, and the labels int64 (n,); `names` grows by the classes met."""
+    labels = np.full(len(index), -1, dtype=np.int64)
+    for slide in np.unique(index.slide):
+        with SlideFile(index.paths[slide]) as file:
+            found, classes = tile_labels(file)
+        numbers = np.array([names.setdefault(name, len(names)) for name in classes] + [-1], dtype=np.int64)
+        here = index.slide == slide
+        labels[here] = numbers[found[index.row[here]]]
+    keep = np.flatnonzero(labels >= 0)
+    if len(keep) > limit:
+        keep = np.sort(np.random.default_rng(seed).choice(keep, limit, replace=False))
+    return index.rows(keep), labels[keep]
+
+
+def read_tiles(index: TileIndex) -> np.ndarray:
+    """Pixels of all tiles of an index: uint8 (n, S, S, 3); black where a slide is torn, which training tells."""
+    tiles = np.zeros((len(index), index.tile_px, index.tile_px, 3), dtype=np.uint8)
+    for slide in np.unique(index.slide):
+        with SlideFile(index.paths[slide]) as file:
+            for i in np.flatnonzero(index.slide == slide):
+                with suppress(UserError):
+                    tiles[i] = file.tile(int(index.row[i]))
+    return tiles
+
+
+class KnnProbe:
+    """k-NN from tiles of the training patients to tiles of the held-out ones, by tissue label, cosine, exp(cos / 0.07).
+
+    `ready` is False where there is nothing to compare: no held-out patient, or fewer than two classes.
+    """
+
+    def __init__(self, gallery: TileIndex, queries: TileIndex, *, k: int, max_tiles: int, seed: int) -> None:
+        self.k = k
+        names: dict[str, int] = {}
+        self.ready = False
+        if not len(queries):
+            return
+        gallery, self.gallery_labels = labelled_tiles(gallery, names, max_tiles, seed)
+        queries, self.query_labels = labelled_tiles(queries, names, max_tiles // 2, seed)
+        self.names = list(names)
+        self.ready = len(set(self.gallery_labels)) > 1 and len(queries) > 0
+        if self.ready:
+            self.gallery, self.queries = read_tiles(gallery), read_tiles(queries)
+
+    def score(self, encoder: FrozenEncoder) -> dict[str, float]:
+        """Balanced accuracy on the queries, and the spread of their embeddings (0: collapsed)."""
+        from odis_path.evaluation.metrics import balanced_accuracy
+        from odis_path.evaluation.probes.knn import knn_scores
+
+        gallery = np.concatenate([encoder.encode(self.gallery[s]) for s in batches(len(self.gallery), _BATCH)])
+        queries = np.concatenate([encoder.encode(self.queries[s]) for s in batches(len(self.queries), _BATCH)])
+        classes = len(self.names)
+        scores = knn_scores(gallery, self.gallery_labels, queries, classes, min(self.k, len(gallery)))
+        unit = queries / np.maximum(np.linalg.norm(queries, axis=1, keepdims=True), 1e-12)
+        return {
+            "knn_balanced_accuracy": float(balanced_accuracy(self.query_labels, scores.argmax(1), classes)),
+            "knn_queries": len(queries),
+            "embedding_spread": float(unit.std(0).mean() * np.sqrt(unit.shape[1])),
+        }
+
+
+def identity_pairs(rects: Tensor) -> int:
+    """Samples whose two global views are the same rectangle of their tile, however turned and coloured: int (B, views, 6)."""
+    return int((rects[:, 0, :4] == rects[:, 1, :4]).all(1).sum())
+
+
+class IdentityWatch:
+    """Tells, once a run, when `identity_pairs` is above IDENTITY_SHARE over all steps so far, by more than chance explains."""
+
+    def __init__(self, config: PretrainConfig) -> None:
+        self.batch, self.share, self.scale = config.optim.batch_size, config.target.whole_share, config.views.global_scale
+        self.step = self.pairs = 0
+        self.identical = 0.0
+        self.told = False
+
+    def see(self, row: Mapping[str, float]) -> str | None:
+        """Look at a row of the log (it holds `step`); the line to show, or None."""
+        if "identity_pairs" not in row:
+            return None
+        pairs = (int(row["step"]) - self.step) * self.batch
+        self.step = int(row["step"])
+        self.pairs, self.identical = self.pairs + pairs, self.identical + row["identity_pairs"] * pairs
+        if self.told or self.identical - 2 * sqrt(self.identical) <= IDENTITY_SHARE * self.pairs:
+            return None
+        self.told = True
+        return (
+            f"step {self.step}: in {self.identical / self.pairs:.0%} of the samples so far both global views are the same crop "
+            f"of their tile: lower target.whole_share (now {self.share:g}), above which a box counts as the whole tile, or the "
+            f"start of views.global_scale (now {self.scale[0]:g} to {self.scale[1]:g})"
+        )

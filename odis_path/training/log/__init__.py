@@ -1,0 +1,1 @@
+"""What is seen of a run: the rows of its log, the live table, trackers."""

@@ -1,0 +1,1 @@
+"""`annotate`: annotation files clipped into the boxes of slide files."""

@@ -1,0 +1,81 @@
+"""Annotation files -> boxes in the slide files: match by name, find the origin, clip to the tiles, write."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from annotations.errors import UserError
+
+if TYPE_CHECKING:
+    from annotations.class_map import ClassMap
+POINT_SIZE = re.compile(r"^\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*(um|µm|μm|px|)\s*$")
+
+Origin = Literal["auto", "level0", "bounds"]
+Kind = Literal["auto", "tissue", "cell"]
+
+
+@dataclass(frozen=True)
+class AnnotateSettings:
+    """point_size: side of the square a point becomes, in point_unit ("um", or "px" of level 0); None skips points.
+
+    polygons: store the clipped outlines too, as /boxes/polygon. classes: what classes are called here; None: as they are.
+    annotation_mpp: micrometres per unit of the annotations' coordinates; None: what their dialect says, level 0 for most.
+    nuclei: take the nucleus of a QuPath cell for it. split_values: a piece of a value of a mask is an object, not the value.
+    """
+
+    origin: Origin = "auto"
+    kind: Kind = "auto"
+    point_size: float | None = None
+    point_unit: str = "um"
+    polygons: bool = False
+    classes: ClassMap | None = None
+    annotation_mpp: float | None = None
+    nuclei: bool = False
+    split_values: bool = False
+
+    def point_size_l0(self, mpp_level0: float) -> float | None:
+        """The side in level-0 pixels."""
+        if self.point_size is None or self.point_unit == "px":
+            return self.point_size
+        return self.point_size / mpp_level0
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the files of a slide are read; only the settings change the result."""
+
+    settings: AnnotateSettings
+    stream: bool = False
+    processes: int = 1
+
+
+def named_classes(path: Path | str | None, strict: bool) -> ClassMap | None:
+    from annotations.class_map import read_classmap
+
+    if path is None and strict:
+        raise UserError("--strict-classes: needs --classes, the YAML that names them")
+    return None if path is None else read_classmap(Path(path), strict=strict)
+
+
+def checked_mpp(mpp: float | None) -> float | None:
+    if mpp is not None and not (math.isfinite(mpp) and mpp > 0):
+        raise UserError(f"--annotation-mpp {mpp:g}: give micrometres a pixel above 0")
+    return mpp
+
+
+def parse_point_size(value: str | float | None) -> tuple[float | None, str]:
+    """ "12um", "24px", a bare number (micrometres) or None -> (number or None, "um" or "px")."""
+    if value is None:
+        return None, "um"
+    match = POINT_SIZE.match(str(value))
+    try:
+        number = float(match.group(1)) if match else math.nan
+    except ValueError:
+        number = math.nan
+    if match is None or not (math.isfinite(number) and number > 0):
+        raise UserError(f"--point-size {value}: give a number above 0 with its unit, 12um or 24px (of level 0)")
+    return number, "px" if match.group(2) == "px" else "um"

@@ -1,0 +1,239 @@
+"""Find the slides of a cohort among files, folders, globs and URLs, and give each a name of its own."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+import struct
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import BinaryIO
+
+from annotations.errors import UserError
+from tiling.cohort.manifest import SlideItem, patient_of
+from tiling.storage.paths import file_name, path_of, place, printable, shown, url_of, urls_under
+from tiling.storage.slide_id import id_of, safe_id
+
+SLIDE_EXTENSIONS = frozenset(
+    [".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide", ".dcm", ".qptiff", ".btf"]
+)
+# Slides only where they are named; odis-path import takes them for tiles.
+IMAGE_EXTENSIONS = frozenset(
+    [".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib", ".webp", ".avif", ".gif", ".jp2", ".j2k", ".j2c", ".jpc",
+     ".jpf", ".jpx", ".pbm", ".pgm", ".ppm", ".pnm", ".tga"]
+)  # fmt: skip
+
+
+def find_slides(inputs: Iterable[Path | str], known: Mapping[str, str] | None = None) -> list[SlideItem]:
+    """Slides among files, folders (searched recursively by extension), globs and URLs, each once, in order of their paths.
+
+    Of a DICOM series of many files one is taken, and a line on stderr says so. Slides of equal stems in different folders
+    get their folder's name in front. known: place of a slide (`storage.paths.place`) -> the slide_id it has already, and keeps.
+    Raises UserError for a path that does not exist and for one that holds no slide.
+    """
+    found: dict[str, Path] = {}
+    folders: dict[Path, str] = {}
+    for value in inputs:
+        path = path_of(value)
+        try:
+            for each in _expanded(path):
+                found.setdefault(_real_place(each, folders), each)
+        except OSError as error:
+            where = error.filename or path
+            raise UserError(f"{where}: cannot be looked into: {error.strerror}: ask for the right to read it") from None
+    if not found:
+        raise UserError("no slides given: name files, folders or a manifest.csv")
+    slides = one_per_series(found.values())
+    if more := len(found) - len(slides):
+        said = f"{more} of {len(found)} files left out: each belongs to the DICOM series of another and is read with it"
+        print(said, file=sys.stderr, flush=True)
+    items = [SlideItem(_in_utf8(path), id_of(path), patient_of(file_name(path))) for path in slides]
+    return _with_unique_ids(items, known or {})
+
+
+def _real_place(path: Path, folders: dict[Path, str]) -> str:
+    """One text for one slide, whichever links lead to its folder. folders: what is known of them, filled in here."""
+    if url := url_of(path):
+        return url
+    if path.parent not in folders:
+        folders[path.parent] = os.path.realpath(path.parent)
+    return os.path.join(folders[path.parent], path.name)
+
+
+def _in_utf8(path: Path) -> Path:
+    """The path, if it is UTF-8. Else, as no manifest and no slide file can hold it, the name of no file, which says why."""
+    whole = place(path)
+    if printable(whole) == whole:
+        return path
+    what = "file" if printable(path.name) != path.name else "folder"
+    return Path(f"{printable(whole)} ({what} name is not UTF-8: rename it)")
+
+
+def _expanded(path: Path) -> list[Path]:
+    if url := url_of(path):
+        named = Path(file_name(path)).suffix.lower() in SLIDE_EXTENSIONS and "*" not in url
+        return [path] if named else urls_under(url, SLIDE_EXTENSIONS)
+    if path.is_dir():
+        return _slides_under(path)
+    if path.exists():
+        return [path]
+    matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
+    if not matches:
+        raise UserError(f"{path}: no such file or folder")
+    return [slide for match in matches for slide in (_expanded(match) if match.is_dir() else [match])]
+
+
+def _slides_under(folder: Path) -> list[Path]:
+    files = sorted(_files_under(folder, SLIDE_EXTENSIONS | IMAGE_EXTENSIONS))
+    slides = [each for each in files if each.suffix.lower() in SLIDE_EXTENSIONS]
+    if slides:
+        return slides
+    said = f"holds no slide (looked for {' '.join(sorted(SLIDE_EXTENSIONS))}, in its folders too)"
+    if files:
+        pattern = files[0].parent / f"*{files[0].suffix}"
+        said += f": images that are tiles go through odis-path import; where each is a slide, give them as '{pattern}'"
+    raise UserError(f"{folder}: {said}")
+
+
+def _files_under(folder: Path, suffixes: frozenset[str]) -> Iterator[Path]:
+    """Files and dead links with these suffixes, in folders below and those that links lead to, each folder once.
+
+    What is hidden is left out. Links are followed last, so that a folder goes by its own name where it has one here.
+    """
+    top = os.path.realpath(folder)
+    seen: set[str] = set()
+    folders, links = [folder], list[Path]()
+    while folders or links:
+        here = folders.pop() if folders else links.pop(0)
+        real = os.path.realpath(here)
+        if real in seen or (seen and Path(top).is_relative_to(real)):  # a link that leads up would bring all in again
+            continue
+        seen.add(real)
+        for entry in _entries(here, needed=here == folder):
+            path = here / entry.name
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(path)
+            elif entry.is_symlink() and path.is_dir():
+                links.append(path)
+            elif path.suffix.lower() in suffixes and (entry.is_symlink() or entry.is_file()):
+                yield path
+
+
+def _entries(folder: Path, *, needed: bool) -> list[os.DirEntry[str]]:
+    """What is in a folder and not hidden, by name. One that may not be looked into is told, and left out unless needed."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted((each for each in entries if not each.name.startswith(".")), key=lambda each: each.name)
+    except PermissionError as error:
+        if needed:
+            raise
+        print(f"{folder}: left out: cannot be looked into: {error.strerror}", file=sys.stderr, flush=True)
+        return []
+
+
+def _with_unique_ids(items: list[SlideItem], known: Mapping[str, str]) -> list[SlideItem]:
+    """Ids that occur once stay; of the others, each slide of a name gets the first of `_told_apart` that nobody has.
+
+    known: place -> an id that stays as it is, and which others make way for.
+    """
+    new_id = {item.path: known[at] for item in items if (at := place(item.path)) in known}
+    taken = set(new_id.values())
+    groups: dict[str, list[SlideItem]] = {}
+    for item in items:
+        groups.setdefault(item.slide_id, []).append(item)
+    for name, group in sorted(groups.items(), key=lambda each: len(each[1]) > 1):  # those alone first: they have it
+        for ids in _told_apart(group) if len(group) > 1 or name in taken else [[name]]:
+            wanted = {item.path: each for item, each in zip(group, ids, strict=True) if item.path not in new_id}
+            if len(set(wanted.values())) == len(wanted) and taken.isdisjoint(wanted.values()):
+                new_id |= wanted
+                taken.update(wanted.values())
+                break
+        else:
+            where = ", ".join(shown(item.path) for item in group[:2])
+            raise UserError(f"{where}: both would be named {name}: name them in a manifest")
+    return [replace(item, slide_id=new_id[item.path]) for item in items]
+
+
+def _told_apart(group: list[SlideItem]) -> Iterator[list[str]]:
+    """Ids for slides of one name: folders in front, as many as it takes; the extension behind; both; a hash of the path."""
+    folders = [Path(place(item.path)).parts[1:-1] for item in group]
+    behind = ["_" + Path(file_name(item.path)).suffix[1:] for item in group]
+    depths = range(1, max(len(parts) for parts in folders) + 1)
+    for ends, deep in (([""] * len(group), depths), (behind, (0, *depths))):
+        for depth in deep:
+            parts = [each[max(0, len(each) - depth) :] for each in folders]
+            named = zip(parts, group, ends, strict=True)
+            yield [safe_id("_".join([*front, item.slide_id]) + end) for front, item, end in named]
+    digests = [hashlib.sha256(place(item.path).encode()).hexdigest()[:8] for item in group]
+    yield [safe_id(f"{item.slide_id}_{digest}") for item, digest in zip(group, digests, strict=True)]
+
+
+SERIES_UID = 0x0020000E
+
+
+TRANSFER_SYNTAX = 0x00020010
+
+
+IMPLICIT = b"1.2.840.10008.1.2"
+
+
+LONG_LENGTH = frozenset([b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV"])
+
+
+ITEM, ITEM_END, SEQUENCE_END = 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
+
+
+UNDEFINED = 0xFFFFFFFF
+
+
+HEADER_BYTES = 4 << 20  # more than ever stands before the sought tag; what is no DICOM ends there
+
+
+def one_per_series(paths: Iterable[Path]) -> list[Path]:
+    """The paths without the .dcm files whose series is there already, by another file of the same folder."""
+    paths = list(paths)
+    dicoms = [path for path in paths if path.suffix.lower() == ".dcm" and not url_of(path)]
+    in_folder = Counter(path.parent for path in dicoms)
+    series = {path: (path.parent, series_uid(path)) for path in dicoms if in_folder[path.parent] > 1}
+    first = {key: path for path, key in reversed(series.items())}
+    return [path for path in paths if path not in series or not series[path][1] or first[series[path]] == path]
+
+
+def series_uid(path: Path) -> str:
+    """SeriesInstanceUID of a DICOM file; "" where it has none or is no such file."""
+    try:
+        with path.open("rb") as file:
+            return _series_uid(file) if file.read(132)[128:] == b"DICM" else ""
+    except (OSError, struct.error, ValueError):  # cut off, or no DICOM after all
+        return ""
+
+
+def _series_uid(file: BinaryIO) -> str:
+    """Walk the elements, which stand in the order of their tags, and past the sequences before the one that is sought."""
+    depth, implicit = 0, False
+    while file.tell() < HEADER_BYTES:
+        group, element = struct.unpack("<HH", file.read(4))
+        tag = group << 16 | element
+        if group == 0xFFFE or (implicit and group != 2):
+            (length,) = struct.unpack("<I", file.read(4))
+        elif (kind := file.read(2)) in LONG_LENGTH:
+            _, length = struct.unpack("<HI", file.read(6))
+        else:
+            (length,) = struct.unpack("<H", file.read(2))
+        if tag in (ITEM_END, SEQUENCE_END):
+            depth -= 1
+        elif length == UNDEFINED:
+            implicit, depth = implicit or (tag != ITEM and kind == b"UN"), depth + 1
+        elif depth == 0 and tag == SERIES_UID:
+            return file.read(length).rstrip(b"\0 ").decode("ascii")
+        elif depth == 0 and tag > SERIES_UID:
+            return ""
+        elif tag == TRANSFER_SYNTAX:
+            implicit = file.read(length).rstrip(b"\0 ") == IMPLICIT
+        else:
+            file.seek(length, 1)
+    return ""

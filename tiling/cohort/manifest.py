@@ -1,0 +1,185 @@
+"""The manifest of a cohort: a CSV with a row for each slide."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from annotations.errors import UserError
+from tiling.storage.atomic import atomic_path
+from tiling.storage.csv_file import CsvFile, number_in, read_csv_file
+from tiling.storage.paths import absolute, path_of, place, shown, url_of
+from tiling.storage.slide_id import id_of, id_problem
+from tiling.wsi.mpp import check_mpp
+
+TCGA_PATIENT = re.compile(r"^TCGA-\w{2}-\w{4}")
+
+
+@dataclass(frozen=True)
+class SlideItem:
+    """One line of work: a slide, the name of its files, its patient (may be empty), and the manifest's mpp if given."""
+
+    path: Path
+    slide_id: str
+    patient_id: str = ""
+    mpp: float | None = None
+
+    def __str__(self) -> str:
+        return self.slide_id
+
+
+def read_manifest(path: Path) -> list[SlideItem]:
+    """Rows of a manifest CSV: needs the column path; slide_id, patient_id and mpp are used where there are any.
+
+    Relative paths are taken from the manifest's folder. Raises UserError for what `manifest_rows` cannot read, a bad number,
+    a slide_id that no file can have, or one that stands for two slides or two mpps.
+    """
+    items: dict[str, tuple[int, SlideItem]] = {}
+    for number, row in manifest_rows(path).rows:
+        item = _item(path, number, row)
+        line, first = items.setdefault(item.slide_id, (number, item))
+        if first.path != item.path:
+            both = f"{shown(first.path)} and {shown(item.path)}"
+            raise UserError(f"{path}: slide_id {item.slide_id} stands for both {both}: rename one")
+        if first != item:
+            twice = f"slide_id {item.slide_id} stands there twice with other values"
+            raise UserError(f"{path}: lines {line} and {number}: {twice}: leave one of them")
+    if not items:
+        raise UserError(f"{path}: lists no slide")
+    return [item for _, item in items.values()]
+
+
+def manifest_rows(path: Path) -> CsvFile:
+    """The columns and rows of a manifest. Raises UserError as `read_csv_file` does, and where there is no column path."""
+    found = read_csv_file(path, ("path",), "no such manifest: make it with odis-path scan")
+    if "path" not in found.columns:
+        raise UserError(
+            f"{path}: has no column path (found: {', '.join(found.columns) or 'nothing'}): make it with odis-path scan"
+        )
+    return found
+
+
+def slide_of(manifest: Path, row: Mapping[str, str]) -> Path:
+    """The slide of a row; relative paths count from the manifest's folder, blanks around one where a file has them."""
+    given = row["path"]
+    for text in dict.fromkeys([given, given.strip()]):
+        slide = path_of(text)
+        slide = slide if url_of(slide) else manifest.parent / slide
+        if text == given.strip() or (not url_of(slide) and os.path.lexists(slide)):
+            break
+    return slide
+
+
+def mpp_in(manifest: Path, line: int, row: Mapping[str, str]) -> float | None:
+    """The mpp of a row, None where it has none. Raises UserError for what is no number above 0."""
+    text, where = row.get("mpp", "").strip(), f"{manifest}: line {line}: column mpp"
+    try:
+        return check_mpp(number_in(text), where) if text else None
+    except ValueError:
+        raise UserError(f"{where}: {text}: not a number") from None
+
+
+def path_from(manifest: Path, slide: Path) -> str:
+    """How a manifest names a slide: what was given as a relative path from its own folder if it is below that, else whole."""
+    if slide.is_absolute() or url_of(slide):
+        return shown(slide)
+    whole, folder = absolute(slide), absolute(manifest).parent
+    text = str(whole.relative_to(folder) if whole.is_relative_to(folder) else whole)
+    return f"./{text}" if text.startswith("~") else text
+
+
+def patient_of(name: str) -> str:
+    """TCGA-XX-XXXX out of a TCGA barcode, else an empty string."""
+    match = TCGA_PATIENT.match(name)
+    return match.group(0) if match else ""
+
+
+def _item(manifest: Path, line: int, row: dict[str, str]) -> SlideItem:
+    if not row["path"].strip():
+        raise UserError(f"{manifest}: line {line}: column path is empty")
+    slide = slide_of(manifest, row)
+    slide_id = row.get("slide_id", "").strip() or id_of(slide)
+    if problem := id_problem(slide_id):
+        raise UserError(f"{manifest}: line {line}: {problem}")
+    patient_id = row.get("patient_id", "").strip() or patient_of(slide_id)
+    return SlideItem(slide, slide_id, patient_id, mpp_in(manifest, line, row))
+
+
+@dataclass(frozen=True)
+class Before:
+    """The manifest that is there: `columns` in its order; `rows` and `mpps` by place of the slide; `count`: all its rows."""
+
+    columns: tuple[str, ...] = ()
+    rows: dict[str, dict[str, str]] = field(default_factory=dict)
+    mpps: dict[str, float | None] = field(default_factory=dict)
+    count: int = 0
+
+    @property
+    def slide_ids(self) -> dict[str, str]:
+        """place -> slide_id, where there is one that can be and that no other slide has."""
+        given = {at: row.get("slide_id", "").strip() for at, row in self.rows.items()}
+        first = {slide_id: at for at, slide_id in reversed(given.items())}
+        return {
+            at: slide_id for at, slide_id in given.items() if slide_id and first[slide_id] == at and not id_problem(slide_id)
+        }
+
+    def onto(self, item: SlideItem) -> SlideItem:
+        """A slide with the patient and the mpp it has in the manifest."""
+        at = place(item.path)
+        patient_id = self.rows.get(at, {}).get("patient_id", "").strip() or item.patient_id
+        return replace(item, patient_id=patient_id, mpp=self.mpps.get(at))
+
+
+def manifest_before(out: Path) -> Before:
+    """What is at `out`. Raises UserError where that is no manifest, or one that cannot be read: it is not written over."""
+    if not out.exists() or not out.stat().st_size:
+        return Before()
+    try:
+        manifest = manifest_rows(out)
+        by_place: dict[str, tuple[int, dict[str, str]]] = {}
+        for line, row in manifest.rows:
+            if row["path"].strip():
+                by_place.setdefault(place(slide_of(out, row)), (line, row))
+        mpps = {at: _given(out, line, row) for at, (line, row) in by_place.items()}
+    except UserError as error:
+        raise UserError(f"{error}; scan does not write over it: put it right, or give another --out") from None
+    return Before(tuple(manifest.columns), {at: row for at, (_, row) in by_place.items()}, mpps, len(manifest.rows))
+
+
+def _given(out: Path, line: int, row: dict[str, str]) -> float | None:
+    """The mpp of a row where it is not the one that scan wrote there: slides may be replaced, and say another then."""
+    given = mpp_in(out, line, row)
+    try:
+        written = number_in(row.get("mpp_headers") or "nan")
+    except ValueError:
+        written = math.nan
+    return given if by_hand(given, None if math.isnan(written) else written) else None
+
+
+def by_hand(given: float | None, own: float | None) -> bool:
+    """Whether a manifest's mpp was given by hand: it is not what the slide's headers say, rounded or not."""
+    return given is not None and (own is None or not math.isclose(given, own, rel_tol=1e-6))
+
+
+def tell_kept(out: Path, before: Before, items: Sequence[SlideItem]) -> None:
+    """Say in a line on stderr what of the manifest that is there stays. Rows of other slides go to a file beside it."""
+    kept = sum(place(item.path) in before.rows for item in items)
+    said = []
+    if kept:
+        said.append(
+            f"{kept} of {len(items)} slides were in it and keep slide_id, patient_id, further columns and an mpp given by hand"
+        )
+    if gone := before.count - kept:
+        names = (out.with_name(f"{out.name}.before{number or ''}") for number in (0, *range(2, 10_000)))
+        aside = next(name for name in names if not name.exists())
+        with atomic_path(aside) as temporary:
+            shutil.copyfile(out, temporary)
+        said.append(f"{gone} rows of other slides are left out of it and stay in {aside}")
+    if said:
+        print(f"{out}: {'; '.join(said)}", file=sys.stderr, flush=True)

@@ -1,0 +1,1 @@
+"""`import`: images, with or without boxes, as slide files."""

@@ -1,0 +1,249 @@
+"""Boxes of an import: which COCO image or XML file belongs to which image, objects in its pixels, and what became of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from annotations.errors import UserError
+from tiling.boxes.summary import RESULT_ATTR, by_label, changed_lines, left_out
+from tiling.images.listing import ImageItem, box_file, match_names
+from tiling.slide_file.read import SlideFile
+from tiling.storage.paths import from_home
+from tiling.wsi.backends.tiff_pages import ORIENTATION
+from tiling.wsi.backends.upright import TURNS
+
+if TYPE_CHECKING:
+    from annotations.geometry.clip import TileBoxes
+    from annotations.objects import ObjectTable
+
+METHOD_VERSION = 2  # raise it when reading changes, so that old boxes are made anew
+SHOWN_IMAGES = 3
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Objects of one image, and the width and height of what they were drawn on, None where that is not stated.
+
+    may_scale: a picture of another size is a copy of the image that was reduced or enlarged; else it is another image.
+    """
+
+    table: ObjectTable
+    size: Size | None
+    source: Path
+    may_scale: bool = False
+
+
+@dataclass
+class BoxReport:
+    """What became of the boxes of an import. results: as `annotate` stores them; notes: lines on what is of no image here."""
+
+    results: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def coco_boxes(items: Sequence[ImageItem], coco: Path, report: BoxReport) -> tuple[dict[Path, Drawn], str]:
+    """The objects of each image that a COCO file names, and a hash of the file; what is of none of them goes to the report.
+
+    Raises UserError where it is missing, no COCO json, or names none of the images.
+    """
+    from annotations.readers.coco.document import decode_coco
+    from annotations.readers.coco.images import coco_tables
+
+    if not coco.is_file():
+        raise UserError(f"{coco}: no such COCO file")
+    data = coco.read_bytes()
+    listed = coco_tables(decode_coco(data, str(coco)), str(coco))
+    names = match_names(items, listed.tables, coco)
+    if not names:
+        first = next(iter(listed.tables), "no image at all")
+        raise UserError(f"{coco}: names none of the images (first: {first}): are they its images?")
+    missing = listed.tables.keys() - set(names.values())
+    _report_missing({name: listed.tables[name] for name in listed.tables if name in missing}, len(listed.tables), coco, report)
+    if skipped := listed.unlisted.skipped:
+        report.results.append({"labels": _labels_of(skipped)})
+        report.notes += [f"{coco}: {line}" for line in left_out(skipped, listed.unlisted.ids)]
+    digest = hashlib.sha256(b"%d" % METHOD_VERSION)
+    digest.update(data)
+    return {
+        path: Drawn(listed.tables[name], listed.sizes.get(name), coco, True) for path, name in names.items()
+    }, digest.hexdigest()
+
+
+def _report_missing(tables: dict[str, ObjectTable], total: int, coco: Path, report: BoxReport) -> None:
+    """Images of a COCO file, which lists so many, that are not among those to import, and their annotations."""
+    from annotations.objects import SHOWN_IDS
+
+    if not tables:
+        return
+    skipped: dict[tuple[str, str], int] = {}
+    ids: list[str] = []
+    for table in tables.values():
+        names = [name or "" for name in table.class_names()]
+        names += [name for (name, _), n in table.remarks.skipped.items() for _ in range(n)]
+        for name in names:
+            skipped[name, "no_image"] = skipped.get((name, "no_image"), 0) + 1
+        if len(ids) < SHOWN_IDS:
+            ids += [*table.id.tolist(), *(id for reason in _reasons(table) for id in table.remarks.ids.get(reason, ()))]
+    shown = ", ".join(list(tables)[:SHOWN_IMAGES]) + (", ..." if len(tables) > SHOWN_IMAGES else "")
+    report.notes.append(f"{coco}: {len(tables)} of the {total} images it lists are not here ({shown})")
+    if skipped:
+        report.results.append({"labels": _labels_of(skipped)})
+        report.notes += [f"{coco}: {line}" for line in left_out(skipped, {"no_image": tuple(ids)})]
+
+
+def _reasons(table: ObjectTable) -> set[str]:
+    return {reason for _, reason in table.remarks.skipped}
+
+
+def _labels_of(skipped: dict[tuple[str, str], int]) -> dict[str, dict[str, Any]]:
+    """Objects left out, by class, as annotate_report.by_label tells them."""
+    labels: dict[str, dict[str, Any]] = {}
+    for (name, reason), n in skipped.items():
+        labels.setdefault(name, {"objects": 0, "boxes": 0, "repaired": 0, "skipped": {}})["skipped"][reason] = n
+    return labels
+
+
+def box_folder(items: Sequence[ImageItem], folder: Path) -> Path:
+    """The folder, absolute. Raises UserError where it is missing or holds the box file of no image."""
+    folder = from_home(folder).absolute()
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder of box files")
+    if not any(box_file(folder, item) is not None for item in items):
+        first = Path(items[0].key).with_suffix(".xml")
+        raise UserError(f"{folder}: holds the box file of no image (looked for {first} and {first.name}): are they its images?")
+    return folder
+
+
+def xml_boxes(path: Path) -> Drawn:
+    """The objects of a box file."""
+    from annotations.readers.xml.voc import read_voc
+
+    return Drawn(*read_voc(path), path)
+
+
+def placed(drawn: Drawn, image: Path, size: Size) -> tuple[ObjectTable, str]:
+    """The objects in pixels of an image of this width and height, upright; and a remark where they were scaled.
+
+    What was drawn on the picture as it is stored is turned upright with it, where the sizes tell.
+    Raises UserError where they were drawn on a picture of another shape, or of another size and that may not be.
+    """
+    stated = drawn.size
+    if stated in (None, size):
+        return drawn.table, ""
+    assert stated is not None
+    for turned in (False, True):
+        stored = (size[1], size[0]) if turned else size
+        factor = 1.0 if stated == stored else _factor(stated, stored) if drawn.may_scale else None
+        if factor is None or (turned and (orientation := _orientation(image)) < 5):
+            continue
+        table = drawn.table.scaled(factor)
+        if turned:
+            table = moved(table, partial(TURNS[orientation].xy, stored=stored))
+        return table, "" if factor == 1 else f"boxes drawn on an image of another size, scaled by {factor:g}"
+    was, here = (f"{width} x {height}" for width, height in (stated, size))
+    swapped = ", the other way round" if stated == (size[1], size[0]) else ""
+    raise UserError(
+        f"{image}: its boxes are of an image of {was} pixels, it has {here}{swapped}: "
+        f"give the boxes of this image (they are from {drawn.source})"
+    )
+
+
+def _factor(stated: Size, size: Size) -> float | None:
+    """Pixels of an image a pixel of a reduced or enlarged copy of it; None where the two differ in shape."""
+    from annotations.readers.slide_context import SlideFrame
+
+    try:
+        return SlideFrame(size_l0=size).scale_of_image(*stated, "")
+    except UserError:
+        return None
+
+
+def _orientation(image: Path) -> int:
+    """How a file says that it is stored, 1 to 8: EXIF and TIFF have the same tag."""
+    from PIL import Image
+
+    try:
+        with Image.open(image) as file:
+            value = file.getexif().get(ORIENTATION, 1)
+    except Exception:  # pillow has many, and does not read every TIFF
+        return 1
+    return value if value in range(1, 9) else 1
+
+
+def clipped(table: ObjectTable, coords: np.ndarray, size_px: int, polygons: bool) -> TileBoxes:
+    """Boxes in tiles of size_px at coords (N, 2), all in pixels of the image; with their outlines, if wanted."""
+    from annotations.geometry.clip import clip_to_tiles
+
+    return clip_to_tiles(table.geometry, coords, float(size_px), size_px, polygons=polygons)
+
+
+def moved(table: ObjectTable, move: Callable[[np.ndarray], np.ndarray]) -> ObjectTable:
+    """The same objects, their positions float (V, 2) moved."""
+    import shapely
+
+    if not len(table):
+        return table
+    return replace(table, geometry=np.asarray(shapely.transform(table.geometry, move), dtype=object).reshape(len(table)))
+
+
+def joined(objects: Sequence[tuple[ObjectTable, TileBoxes] | None]) -> tuple[ObjectTable, TileBoxes]:
+    """The objects and boxes of tiles, one each, as those of one file; None for a tile without."""
+    from annotations.geometry.clip import TileBoxes, concatenate_polygons
+    from annotations.objects import concatenate
+
+    some = [pair for pair in objects if pair is not None]
+    table = concatenate([table for table, _ in some])
+    first = np.cumsum([0, *(len(table) for table, _ in some)])[:-1]
+    per_tile = [0 if pair is None else len(pair[1].object) for pair in objects]
+    outlines = [boxes.polygons for _, boxes in some if boxes.polygons is not None]
+    rows = [np.zeros(0, np.int32), *(boxes.object + start for (_, boxes), start in zip(some, first, strict=True))]
+    return table, TileBoxes(
+        xyxy=np.concatenate([np.zeros((0, 4), np.float32), *(boxes.xyxy for _, boxes in some)]),
+        offsets=np.concatenate([[0], np.cumsum(per_tile)]).astype(np.int64),
+        object=np.concatenate(rows).astype(np.int32),
+        visible=np.concatenate([np.zeros(0, np.float32), *(boxes.visible for _, boxes in some)]),
+        counts={"outside": sum(int(boxes.counts.get("outside", 0)) for _, boxes in some)},
+        polygons=concatenate_polygons(outlines, np.arange(sum(per_tile))) if outlines else None,
+    )
+
+
+def box_groups(
+    table: ObjectTable, boxes: TileBoxes, mpp: float, remark: str
+) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """Groups /objects and /boxes; counts of objects, boxes and objects outside every tile, and `result`, what became of them
+    by class; and remarks, the given one and those on what was left out.
+
+    The group /objects says what became of them by class, for a later run that finds its work done.
+    """
+    from annotations.objects import SHOWN_IDS
+    from annotations.slide_groups import annotation_groups
+
+    groups: dict[str, Any] = dict(annotation_groups(table, boxes, mpp))
+    if boxes.polygons is not None:
+        groups["boxes"]["polygon"] = boxes.polygons.arrays()
+    counts: dict[str, Any] = {"objects": len(table), "boxes": len(boxes.object), "outside": boxes.counts.get("outside", 0)}
+    away = np.setdiff1d(np.arange(len(table)), boxes.object)
+    skipped = {**table.remarks.skipped, ("", "outside"): len(away)}
+    ids = {**table.remarks.ids, "outside": tuple(table.id[away[:SHOWN_IDS]])}
+    remarks = [*([remark] if remark else ()), *left_out(skipped, ids), *changed_lines(table.counts, ids)]
+    result = {"labels": by_label(table, boxes), "message": "; ".join(remarks)}
+    groups["objects"]["attrs"][RESULT_ATTR] = json.dumps(result, sort_keys=True)
+    return groups, {**counts, "result": result}, remarks
+
+
+def result_of(file: SlideFile) -> dict[str, Any]:
+    """What an earlier import says of the boxes of a slide file, `result` and `message` for the outcome; of none, nothing."""
+    text = file.group_attrs("objects").get(RESULT_ATTR)
+    if text is None:
+        return {}
+    result = json.loads(text)
+    return {"result": result, "message": result.get("message", "")}

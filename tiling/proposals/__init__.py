@@ -1,0 +1,1 @@
+"""`propose`: class-agnostic boxes where there are no annotations."""

@@ -1,0 +1,1 @@
+"""The slide file (HDF5): read, write, merge annotations into it."""

@@ -1,0 +1,158 @@
+"""`annotate --append`: new objects and boxes behind those that a slide file has, each object with its one row."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from annotations.errors import UserError
+from tiling.storage.checked_file import CheckedFile
+
+PARTS_ATTR = "annotation_parts"  # JSON: the record of every run whose objects are in the groups
+Groups = dict[str, dict[str, Any]]
+
+
+def parts_of(attrs: Mapping[str, Any], record_attr: str) -> list[dict[str, Any]]:
+    """Records of the runs behind the groups of a slide file, the first one first; none where annotate wrote none of them."""
+    if PARTS_ATTR in attrs:
+        return json.loads(attrs[PARTS_ATTR])
+    return [json.loads(attrs[record_attr])] if record_attr in attrs else []
+
+
+def new_files(path: Path, files: Sequence[Path], record: Mapping[str, Any], parts: Sequence[Mapping[str, Any]]) -> list[Path]:
+    """The files whose objects are not there yet. record: of this run, with the stamp of each file under "files".
+
+    Raises UserError where a file of that name is there with another content or under other settings: its objects would be
+    there twice.
+    """
+    there = {stamp["name"]: (stamp, part) for part in parts for stamp in part["files"]}
+    new = []
+    for file, stamp in zip(files, record["files"], strict=True):
+        if stamp["name"] not in there:
+            new.append(file)
+            continue
+        old, part = there[stamp["name"]]
+        changed = [key for key in record if key not in ("files", "polygons") and record[key] != part.get(key)]
+        if old != stamp or changed:
+            what = "another content" if old != stamp else f"other settings ({', '.join(changed)})"
+            raise UserError(
+                f"{path}: objects of {stamp['name']} are there already, with {what}: "
+                "leave out --append to replace them, or rename the file to have both"
+            )
+    return new
+
+
+def read_groups(path: Path) -> Groups:
+    """/objects and /boxes of a slide file in the form that replace_groups takes."""
+    with CheckedFile(path, lambda _: "annotate it anew, without --append") as file:
+        return {name: _group(file, name) for name in ("objects", "boxes")}
+
+
+def appended(path: Path, old: Groups, new: Groups) -> Groups:
+    """The groups of a slide file with those of a further run behind them.
+
+    Classes are merged by name. A column that only one of the two has is filled with NaN, -1 or "". Raises UserError where one
+    of the two has outlines for its boxes and the other has none.
+    """
+    from annotations.geometry.clip import concatenate_boxes
+
+    if ("polygon" in old["boxes"]) != ("polygon" in new["boxes"]):
+        raise UserError(f"{path}: outlines are stored for all boxes or for none: annotate it anew, without --append")
+    n_old, n_new = len(old["objects"]["label"]), len(new["objects"]["label"])
+    n_tiles = len(new["boxes"]["offsets"]) - 1
+    boxes = concatenate_boxes([_tile_boxes(old["boxes"]), _tile_boxes(new["boxes"])], [n_old, n_new], n_tiles)
+    columns = dict.fromkeys(name for group in (old, new) for name in group["objects"] if name != "attrs")
+    objects: dict[str, Any] = {
+        name: _column(old["objects"].get(name), new["objects"].get(name), n_old, n_new) for name in columns
+    }
+    labels = [str(name) for name in old["objects"]["attrs"].get("labels", ())]
+    more = [str(name) for name in new["objects"]["attrs"].get("labels", ())]
+    labels += [name for name in more if name not in labels]
+    to = np.array([*(labels.index(name) for name in more), -1], dtype=np.int16)  # label -1 indexes it from behind
+    objects["label"][n_old:] = to[new["objects"]["label"]]
+    objects["attrs"] = {**old["objects"]["attrs"], "labels": labels}
+    merged: dict[str, Any] = {"xyxy": boxes.xyxy, "offsets": boxes.offsets, "object": boxes.object, "visible": boxes.visible}
+    if boxes.polygons is not None:
+        merged["polygon"] = boxes.polygons.arrays()
+    return {"objects": objects, "boxes": {**merged, "attrs": dict(old["boxes"].get("attrs", {}))}}
+
+
+def _group(file: CheckedFile, name: str) -> dict[str, Any]:
+    content: dict[str, Any] = {"attrs": {key: _plain(value) for key, value in file.attrs(name).items()}}
+    with file.reading(name, f"/{name}"):
+        nodes = dict(file.h5[name].items())
+    for key, node in nodes.items():
+        full = f"{name}/{key}"
+        if isinstance(node, h5py.Group):
+            content[key] = _group(file, full)
+        else:
+            content[key] = file.texts(full) if h5py.check_string_dtype(node.dtype) else file.array(full)
+    return content
+
+
+def _plain(value: Any) -> Any:
+    """A list of names comes back from a file as an array of objects."""
+    return list(map(str, value)) if isinstance(value, np.ndarray) and value.dtype == object else value
+
+
+def _tile_boxes(group: Mapping[str, Any]) -> Any:
+    from annotations.geometry.clip import TileBoxes, TilePolygons
+
+    outlines = group.get("polygon")
+    polygons = TilePolygons(*(outlines[name] for name in ("xy", "ring_offsets", "offsets"))) if outlines else None
+    return TileBoxes(group["xyxy"], group["offsets"], group["object"], group["visible"], polygons=polygons)
+
+
+def _column(old: Any, new: Any, n_old: int, n_new: int) -> np.ndarray:
+    first, second = (_array(values) if values is not None else None for values in (old, new))
+    known = first if first is not None else second
+    assert known is not None
+    nothing = {"f": np.nan, "i": -1, "u": 0}.get(known.dtype.kind, "")
+    parts = [
+        part if part is not None else np.full((n, *known.shape[1:]), nothing, dtype=known.dtype)
+        for part, n in ((first, n_old), (second, n_new))
+    ]
+    return np.concatenate(parts)
+
+
+def _array(values: Any) -> np.ndarray:
+    return np.array(values, dtype=object) if isinstance(values, list) else np.asarray(values)
+
+
+def without(groups: Groups, labels: tuple[str, ...]) -> Groups:
+    """/objects and /boxes of a slide file (`read_groups`) less the objects of some labels that are proposals."""
+    from annotations.objects import PROPOSAL
+
+    names = [str(name) for name in groups["objects"]["attrs"].get("labels", ())]
+    gone = np.isin(groups["objects"]["label"], [i for i, name in enumerate(names) if name in labels])
+    gone &= groups["objects"]["kind"] == PROPOSAL
+    if not gone.any():
+        return groups
+    objects = {name: each if name == "attrs" else np.asarray(each)[~gone] for name, each in groups["objects"].items()}
+    old = groups["boxes"]
+    stays = ~gone[old["object"]]
+    number = np.cumsum(~gone) - 1
+    kept = np.concatenate([[0], np.cumsum(stays)])
+    boxes = {**old, "xyxy": old["xyxy"][stays], "visible": old["visible"][stays], "offsets": kept[old["offsets"]]}
+    boxes["object"] = number[old["object"][stays]].astype(np.int32)
+    if "polygon" in old:
+        boxes["polygon"] = _outlines_of(old["polygon"], stays)
+    return {"objects": objects, "boxes": boxes}
+
+
+def _outlines_of(polygon: dict[str, Any], stays: np.ndarray) -> dict[str, Any]:
+    """The group /boxes/polygon of the boxes that stay, bool (M,)."""
+    rings = np.diff(polygon["offsets"])
+    ring_stays = np.repeat(stays, rings)
+    vertices = np.diff(polygon["ring_offsets"])
+    return {
+        **polygon,
+        "xy": polygon["xy"][np.repeat(ring_stays, vertices)],
+        "ring_offsets": np.concatenate([[0], np.cumsum(vertices[ring_stays])]).astype(np.int64),
+        "offsets": np.concatenate([[0], np.cumsum(rings[stays])]).astype(np.int64),
+    }

@@ -1,0 +1,57 @@
+"""What a slide may be called: its id names its files, so one that is read from a file must not lead anywhere else."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+
+from annotations.errors import UserError
+from tiling.storage.paths import file_name, printable
+
+NO_FILE_NAME = re.compile(r"^\.|[/\\\x00-\x1f\x7f\ud800-\udfff]")
+LONGEST_ID = 200  # bytes: of the 255 that file systems allow, what is left is for temporary names and locks
+
+
+def slide_stem(path: Path) -> str:
+    """File name without its extension, and without `.ome` before it."""
+    stem = Path(file_name(path)).stem
+    return stem[:-4] if stem.lower().endswith(".ome") else stem
+
+
+def id_of(slide: Path) -> str:
+    """What the files of a slide are called where nobody says: its stem, as far as a file may be called so."""
+    return safe_id(printable(slide_stem(slide))) or "slide"
+
+
+def safe_id(text: str) -> str:
+    """A text as the name of files: no blanks around it, no dot in front, which would hide it, no slashes or line ends.
+
+    What is too long is cut, and ends in eight hex digits that the whole text decides.
+    """
+    name = NO_FILE_NAME.sub("_", text.lstrip(".").strip())
+    if len(name.encode()) <= LONGEST_ID:
+        return name
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    return f"{name.encode()[: LONGEST_ID - 9].decode(errors='ignore')}_{digest}"
+
+
+def id_problem(slide_id: str) -> str:
+    """Why a slide_id that somebody gave cannot be one; empty where it can."""
+    if not slide_id.strip():
+        return "slide_id is empty: give one"
+    if NO_FILE_NAME.search(slide_id):
+        letters = " ".join(slide_id.split())
+        shown = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in letters)
+        return f"slide_id {shown} cannot be a file name: leave out slashes, line ends and a dot in front"
+    if (size := len(slide_id.encode())) > LONGEST_ID:
+        said = f"is {size} bytes long: give one of at most {LONGEST_ID} in the column slide_id"
+        return f"slide_id {slide_id[:40]}... {said}"
+    return ""
+
+
+def checked_id(slide_id: str, where: object) -> str:
+    """A slide_id as it stands in the file `where`. Raises UserError, which names both, for one that cannot name files."""
+    if problem := id_problem(slide_id):
+        raise UserError(f"{where}: {problem}")
+    return slide_id

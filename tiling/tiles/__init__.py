@@ -1,0 +1,1 @@
+"""`tile`: one slide file a slide."""

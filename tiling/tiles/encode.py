@@ -1,0 +1,124 @@
+"""The pixels of a slide file: patches cut, judged and encoded in threads, or the slide's own encoded tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import numpy as np
+
+from annotations.errors import UserError
+from tiling.grid import GridPlan
+from tiling.wsi import codec
+from tiling.wsi.backends.tiff_direct import DirectReader
+from tiling.wsi.level_view import cover
+from tiling.wsi.patches import JOB_PATCHES, in_order, map_patches
+from tiling.wsi.slide import Slide
+
+MOST_BAD = 0.5  # share of the tiles; a slide with more of them that cannot be decoded fails
+
+Judge = Callable[[np.ndarray], float]
+
+
+def encoded_tiles(
+    slide: Slide,
+    plan: GridPlan,
+    *,
+    quality: int,
+    copy: bool = False,
+    threads: int = 1,
+    judge: Judge | None = None,
+    scores: np.ndarray | None = None,
+    bad: dict[int, str],
+) -> Iterator[bytes]:
+    """The tiles of a plan as JPEG, in order.
+
+    quality: of the JPEG. copy: give the stored bytes where `stored_level` finds them. judge: a score of each tile (uint8
+    (S, S, 3) -> float), put into scores, float32 (N,). bad: gets row -> problem of each tile that cannot be decoded whole; what
+    is missing of it is black. Raises UserError where more than half of them are such.
+    """
+    level = stored_level(slide, plan) if copy else None
+    if level is not None:
+        results = _copied(slide, plan, level, quality, judge, threads)
+    else:
+        work = partial(_encode, quality=quality, judge=judge)
+        results = map_patches(slide, plan.coords, plan.size_l0, plan.patch_px, work, threads)
+    for i, ((data, score), problem) in enumerate(results):
+        if scores is not None:
+            scores[i] = score
+        if problem:
+            bad[i] = problem
+            if len(bad) > MOST_BAD * len(plan.coords):
+                first = f"{len(bad)} of its {len(plan.coords)} tiles cannot be decoded, the first: {next(iter(bad.values()))}"
+                raise UserError(f"{slide.info.path}: {first}: is the file whole?")
+        yield data
+
+
+def stored_level(slide: Slide, plan: GridPlan) -> int | None:
+    """The level whose stored JPEG tiles are the tiles of a plan, pixel for pixel; None where there is none.
+
+    A coarser level counts only where the pixels would be read from it too: never with --resample exact, and with "fast" where
+    it looks like an average of level 0.
+    """
+    reader = slide.reader
+    if not isinstance(reader, DirectReader) or not len(plan.coords):
+        return None
+    for level, page in enumerate(reader.pages):
+        if page.codec != "jpeg" or (page.tile_w, page.tile_h) != (plan.patch_px, plan.patch_px):
+            continue
+        own = slide.downsample(level)
+        if own is None or own * plan.patch_px != plan.size_l0:
+            continue
+        whole = (plan.coords + plan.size_l0 <= np.array([page.width, page.height]) * own).all()
+        if not whole or (plan.coords % plan.size_l0).any():
+            continue
+        if level == 0 or (not slide.exact and slide.true_level(own) == level):
+            return level
+    return None
+
+
+def unscanned(slide: Slide, plan: GridPlan) -> int:
+    """How many tiles reach into stored tiles that the file leaves empty: the background colour is there."""
+    if not len(plan.coords):
+        return 0
+    boxes = np.concatenate([plan.coords, plan.coords + plan.size_l0], axis=1)
+    view = slide.view(plan.size_l0 / plan.patch_px, boxes)
+    found = slide.reader.empty(view.level)
+    if found is None:
+        return 0
+    empty = np.pad(found.missing.astype(np.int64).cumsum(axis=0).cumsum(axis=1), ((1, 0), (1, 0)))
+    tile = np.array([found.tile_w, found.tile_h, found.tile_w, found.tile_h]) // view.scale
+    edges = cover(view, boxes)
+    edges[:, 2:] = np.minimum(edges[:, 2:], (view.width, view.height))
+    edges += (found.cut_x, found.cut_y) * 2
+    left, top, right, bottom = ((edges - (0, 0, 1, 1)) // tile + (0, 0, 1, 1)).T
+    return int((empty[bottom, right] - empty[top, right] - empty[bottom, left] + empty[top, left] > 0).sum())
+
+
+def _encode(tile: np.ndarray, quality: int, judge: Judge | None) -> tuple[bytes, float]:
+    return codec.encode_jpeg(tile, quality), judge(tile) if judge else float("nan")
+
+
+def _copied(
+    slide: Slide, plan: GridPlan, level: int, quality: int, judge: Judge | None, threads: int
+) -> Iterator[tuple[tuple[bytes, float], str]]:
+    reader = slide.reader
+    assert isinstance(reader, DirectReader)
+    side = plan.patch_px
+
+    def one(row: int, column: int) -> tuple[tuple[bytes, float], str]:
+        problem = ""
+        try:
+            data, tile = reader.stream(level, row, column), reader.stored(level, 1, row, column)
+            if data is not None and tile is not None:  # decoded too: a torn one must not pass
+                return (data, judge(tile) if judge else float("nan")), ""
+            if tile is None:
+                tile = np.empty((side, side, 3), np.uint8)
+                tile[...] = reader.background
+        except (ValueError, OSError) as error:
+            tile, problem = np.zeros((side, side, 3), np.uint8), f"stored tile {column}, {row} of level {level}: {error}"
+        return _encode(tile, quality, judge), problem
+
+    places = np.round(plan.coords[:, ::-1] / plan.size_l0).astype(int).tolist()
+    parts = [places[start : start + JOB_PATCHES] for start in range(0, len(places), JOB_PATCHES)]
+    return in_order([partial(lambda part: [one(*place) for place in part], part) for part in parts], threads)

@@ -1,0 +1,121 @@
+"""What a run finds where it is to write a slide file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from annotations.errors import UserError
+from tiling.slide_file.read import SlideFile
+from tiling.slide_file.write import check_ours, parameters_hash, source_stamp
+from tiling.storage.locks import changes
+from tiling.storage.paths import absolute, place, url_of
+from tiling.storage.touched import was_touched
+
+BLOCKS_COMPARED, BLOCK_BYTES = 17, 65536  # of two slides that may be copies: over all of them
+Stamp = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A slide file that is there. stamp: size and time of its slide when it was tiled; undecoded: share of its overview."""
+
+    tiles: int
+    bad_tiles: int
+    undecoded: float
+    parameters: dict[str, Any]
+    digest: str
+    source: Path
+    stamp: Stamp
+    patient_id: str
+    has_boxes: bool
+    has_pixels: bool
+
+
+def found_at(path: Path) -> Found | None:
+    """The slide file at `path`; None where there is none, or a damaged one. UserError where it is no slide file at all.
+
+    All that tile wrote is compared with its checksums; stored tiles where something touched the file since it was written.
+    """
+    if not path.exists():
+        return None
+    try:
+        with SlideFile(path) as file:
+            file.check(boxes=False, pixels=was_touched(path))
+            return Found(
+                tiles=len(file),
+                bad_tiles=len(file.bad_tiles),
+                undecoded=float(file.group_attrs("thumbnail").get("undecoded", 0.0)),
+                parameters=file.parameters,
+                digest=str(file.attrs["parameters_sha256"]),
+                source=file.source,
+                stamp=(int(file.attrs["source_size"]), int(file.attrs["source_mtime_ns"])),
+                patient_id=file.patient_id,
+                has_boxes=file.has_boxes,
+                has_pixels=file.has_pixels,
+            )
+    except (UserError, OSError, KeyError, RuntimeError, ValueError, TypeError):
+        check_ours(path)
+        return None
+
+
+def has_boxes(path: Path) -> bool:
+    """Whether there is a slide file with boxes at `path`."""
+    try:
+        with SlideFile(path) as file:
+            return file.has_boxes
+    except (UserError, OSError):
+        return False
+
+
+def refuse_other(path: Path, source: Path, stamp: Stamp, slide: Path, now: Stamp) -> None:
+    """Raises UserError where a slide file holds the tiles of another slide, which is still there.
+
+    source, stamp: what the file says of the slide that it was made of. now: stamp of `slide`. One file may have many URLs
+    (signed ones change by the hour), so behind them only another size tells another slide.
+    """
+    if now[0] == -1 or place(source) == place(slide):
+        return
+    there = source_stamp(source)
+    unchanged = there == stamp and not url_of(source) and not url_of(slide)
+    # Of a slide that is up to date, and has another place now, a stub may be left at the old one.
+    other = there[0] != -1 and (unchanged or (stamp != now and there[0] != now[0]))
+    if other and not _same(source, slide):
+        raise UserError(
+            f"{slide}: {path} holds the tiles of another slide of this name, {source}: give one of them another slide_id "
+            "in a manifest, or give another --out"
+        )
+
+
+def up_to_date(found: Found, parameters: Mapping[str, Any], slide: Path, now: Stamp) -> bool:
+    """Whether a slide file was made with these parameters from this slide, whose stamp is `now`."""
+    moved = not found.has_pixels and found.source != absolute(slide)  # the slide itself is read later, where it is
+    return found.digest == parameters_hash(parameters)[1] and found.stamp == now and not moved
+
+
+def why_anew(found: Found, parameters: Mapping[str, Any], now: Stamp) -> str:
+    """Why a slide file that is not up to date is made anew."""
+    if found.stamp != now:
+        return "the slide file changed"
+    return changes(found.parameters, parameters) or "the slide was moved"
+
+
+def _same(one: Path, other: Path) -> bool:
+    """Whether two paths lead to one file, or to copies of one, as far as some of their bytes tell."""
+    try:
+        if one.samefile(other):
+            return True
+        size = one.stat().st_size
+        if size != other.stat().st_size:
+            return False
+        with one.open("rb") as first, other.open("rb") as second:
+            for i in range(BLOCKS_COMPARED):
+                at = max(0, size - BLOCK_BYTES) * i // (BLOCKS_COMPARED - 1)
+                if os.pread(first.fileno(), BLOCK_BYTES, at) != os.pread(second.fileno(), BLOCK_BYTES, at):
+                    return False
+        return True
+    except OSError:  # a URL, or gone in this moment
+        return False

@@ -1,0 +1,398 @@
+"""Slides -> slide files: find tissue, plan the grid, read, encode, write."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from annotations.errors import UserError
+from tiling.cohort.manifest import SlideItem
+from tiling.cohort.scan import slide_items
+from tiling.grid import GridPlan, plan_grid
+from tiling.jobs.run import available_cpus, run_cohort
+from tiling.jobs.summary import Outcomes
+from tiling.slide_file.read import SlideFile
+from tiling.slide_file.write import FORMAT_VERSION, GroupContent, SlideMeta, replace_groups, source_stamp, write_slide_file
+from tiling.storage.checksums import DAMAGED
+from tiling.storage.locks import claim, same_settings
+from tiling.storage.paths import absolute, place, shown, url_of
+from tiling.storage.slide_id import id_of
+from tiling.tiles.encode import encoded_tiles, stored_level, unscanned
+from tiling.tiles.resume import Found, Stamp, found_at, refuse_other, up_to_date, why_anew
+from tiling.tiles.settings import TileSettings
+from tiling.tissue.drawn_regions import MASK_SUFFIXES, OUTLINE_SUFFIXES, region_file
+from tiling.tissue.outlines_out import clear_tissue, write_tissue
+from tiling.tissue.overview import Overview, look, mended, pen_shares, remarks
+from tiling.tissue.quality import blur_score
+from tiling.wsi import codec
+from tiling.wsi.level_alignment import about_levels
+from tiling.wsi.level_view import SlideInfo
+from tiling.wsi.mpp import Mpp, settle_mpp
+from tiling.wsi.slide import Slide
+
+THUMBNAIL_SIDE_PX = 1024
+TISSUE_METHOD = 3  # raised whenever --tissue auto finds other tissue than before
+
+
+def tile(
+    inputs: Path | str | Sequence[Path | str],
+    out: Path | str,
+    mpp: float | None = None,
+    size: int = 224,
+    overlap: int = 0,
+    min_tissue: float = 0.1,
+    tissue: Path | str = "auto",
+    pixels: str = "jpeg",
+    assume_mpp: float | None = None,
+    workers: int | None = None,
+    scheduler: str | None = None,
+    *,
+    mag: float | None = None,
+    quality: int = 90,
+    reader: str = "auto",
+    resample: str = "fast",
+    exclude: Path | str = "",
+    pen: str = "drop",
+    tissue_out: Path | str = "",
+    timeout: float | None = None,
+    settings: TileSettings | None = None,
+) -> Outcomes:
+    """Write `<out>/<slide_id>.h5` for every slide of a manifest, or of files, folders and globs.
+
+    See `TileSettings` for the options, which may be given as one in their place; mag: magnification, for mpp = 10 / mag. Where
+    there are more workers than slides, each slide gets several threads. A slide whose file is there with the same parameters
+    and the same source is skipped. timeout: seconds after which a slide is given up. Raises UserError for inputs or settings
+    that cannot be, and where another run is at work in `out` with other settings; a bad slide is a failed outcome.
+    """
+    wanted = TileSettings(
+        mpp=_one_mpp(mpp, mag) if settings is None else settings.mpp,
+        size=size,
+        overlap=overlap,
+        min_tissue=min_tissue,
+        tissue=str(tissue),
+        pixels=pixels,
+        assume_mpp=assume_mpp,
+        quality=quality,
+        reader=reader,
+        resample=resample,
+        exclude=str(exclude),
+        pen=pen,
+        tissue_out=str(tissue_out),
+    )
+    if settings is not None:
+        if (mpp, mag) != (None, None) or wanted != TileSettings(settings.mpp):
+            raise UserError("tile: takes settings, or its options one by one: put all of them into settings")
+        wanted = settings
+    return _tile_all(inputs, out, wanted.check().anywhere(), workers, scheduler, timeout)
+
+
+def _tile_all(
+    inputs: Path | str | Sequence[Path | str],
+    out: Path | str,
+    wanted: TileSettings,
+    workers: int | None,
+    scheduler: str | None,
+    timeout: float | None,
+) -> Outcomes:
+    begun = perf_counter()
+    items = [replace(item, path=absolute(item.path)) for item in slide_items(inputs)]
+    folder = _made(Path(out))
+    if wanted.tissue_out:
+        _made(Path(wanted.tissue_out), "--tissue-out")
+    cores = 1 if scheduler else available_cpus() if workers is None else workers
+    work = partial(tile_slide, out=folder, settings=wanted, threads=max(1, cores // max(1, len(items))))
+    how: dict[str, Any] = {"workers": workers, "scheduler": scheduler, "timeout": timeout, "folder": folder}
+    how["wrote"] = partial(_file_of, out=folder)
+    with same_settings(folder, "tile", asdict(wanted)):
+        outcomes = run_cohort(items, work, title="tile", name=str, **how)
+    return Outcomes(outcomes, "tile", out, ("tiles", "bad_tiles", "megapixels"), perf_counter() - begun)
+
+
+def _one_mpp(mpp: float | None, mag: float | None) -> float:
+    """The resolution that was asked for in one of two ways."""
+    if (mpp is None) == (mag is None):
+        raise UserError("give the resolution of the tiles once: --mpp 0.5, or --mag 20 for the same")
+    if mag is not None and mag <= 0:
+        raise UserError(f"--mag {mag}: is a number above 0, for instance 20")
+    return mpp if mpp is not None else 10 / (mag or 1)
+
+
+def _file_of(item: SlideItem, out: Path) -> Path:
+    return out / f"{item.slide_id}.h5"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A slide and where its tiles go. stamp: of the slide before it was opened; None behind a URL. there: what `path` holds.
+
+    outlines, exclude: as `_regions` finds them. damaged: a file is at `path` that is none.
+    """
+
+    item: SlideItem
+    path: Path
+    settings: TileSettings
+    outlines: Path | None
+    exclude: Path | None
+    stamp: Stamp | None
+    there: Found | None
+    damaged: bool
+
+    def parameters(self, mpp_level0: float) -> dict[str, Any]:
+        return _parameters(self.settings, mpp_level0, self.outlines, self.exclude)
+
+
+def tile_slide(item: SlideItem, out: Path, settings: TileSettings, threads: int = 1) -> dict[str, Any]:
+    """Tile one slide into `<out>/<slide_id>.h5`; returns tiles, bad_tiles, megapixels (of level 0), reader, `message`.
+
+    The rows of tiles that could not be decoded whole are listed in `/bad_tiles`, int64 (K,); there is none without them.
+    """
+    path = _file_of(item, out)
+    with claim(path):
+        task, now = _task(item, path, settings)
+        # With the manifest's mpp all parameters are known, and a slide that is done need not be opened.
+        if item.mpp is None or not _done(task, item.mpp, now):
+            with Slide.open(item.path, reader=settings.reader, resample=settings.resample) as slide:
+                mpp = settle_mpp(item.path, slide.info.mpp_found, manifest_mpp=item.mpp, assume_mpp=settings.assume_mpp)
+                assert mpp.value is not None
+                if item.mpp is not None or not _done(task, mpp.value, now):
+                    return _tiled(slide, task, threads, mpp, now)
+        write_tissue(settings.tissue_out, path, again=False)
+    assert task.there is not None
+    counts = {"tiles": task.there.tiles, "bad_tiles": task.there.bad_tiles, "megapixels": 0.0}
+    return {"skipped": True, **counts, "message": _undecoded(task.there.undecoded)}
+
+
+def _task(item: SlideItem, path: Path, settings: TileSettings) -> tuple[Task, Stamp]:
+    """What is known before the slide is opened, and its stamp, where there is something to compare it with.
+
+    Raises UserError where another slide's tiles, or no tiles at all, lie where this one's are to go.
+    """
+    outlines, exclude = _regions(settings, item)
+    there, is_url = found_at(path), url_of(item.path) is not None
+    damaged = there is None and path.exists()
+    now = source_stamp(item.path) if there is not None or not is_url else (-1, -1)
+    if there is not None:
+        refuse_other(path, there.source, there.stamp, item.path, now)
+    return Task(item, path, settings, outlines, exclude, None if is_url else now, there, damaged), now
+
+
+def _tiled(slide: Slide, task: Task, threads: int, mpp: Mpp, now: Stamp) -> dict[str, Any]:
+    """Look, plan, read, write; returns what `tile_slide` does."""
+    item, path, settings, info, mpp_l0 = task.item, task.path, task.settings, slide.info, mpp.value
+    assert mpp_l0 is not None
+    parameters = task.parameters(mpp_l0)
+    overview = _looked(slide, task, mpp_l0)
+    plan = _plan(settings, info, mpp_l0, overview)
+    blur = np.full(len(plan.coords), np.nan, np.float32)  # filled in while the tiles are encoded
+    quality = {"pen": pen_shares(overview, plan)} | ({"blur": blur} if settings.stores_pixels else {})
+    twin = _twin(path, item)
+    clear_tissue(settings.tissue_out, path, overview, info.bounds_xy)
+    groups: dict[str, GroupContent] = {
+        "thumbnail": _overview(overview.thumb, overview.mask, overview.downsample, slide.undecoded),
+        "quality": quality,
+    }
+    bad: dict[int, str] = {}
+    write_slide_file(
+        path,
+        meta=_meta(task, info, mpp_l0, parameters),
+        coords=plan.coords,
+        tissue_fraction=plan.tissue_fraction,
+        pixels=_pixels(slide, plan, settings, threads, blur, bad, groups) if settings.stores_pixels else None,
+        groups=groups,
+    )
+    write_tissue(settings.tissue_out, path, again=True)
+    had_boxes = task.there is not None and task.there.has_boxes
+    said = [
+        mpp.note if mpp.source != "--assume-mpp" else "",
+        _why_empty(plan, info, overview),
+        *remarks(overview, plan, ink_dropped=settings.tissue == "auto" and settings.pen == "drop"),
+        *_about_pixels(slide, plan, settings, bad),
+        twin,
+        "its boxes are gone with the old tiles: run annotate again" if had_boxes else "",
+        f"nothing of it in --exclude {settings.exclude}" if settings.exclude and task.exclude is None else "",
+    ]
+    message = "; ".join(remark for remark in said if remark)
+    megapixels = len(plan.coords) * plan.size_l0**2 / 1e6 if settings.stores_pixels else 0.0
+    counts = {"tiles": len(plan.coords), "bad_tiles": len(bad), "megapixels": megapixels, "reader": info.reader}
+    anew = why_anew(task.there, parameters, now) if task.there is not None else DAMAGED if task.damaged else ""
+    return {**counts, "mpp_source": mpp.source, "message": message, "redone": anew}
+
+
+def _looked(slide: Slide, task: Task, mpp_l0: float) -> Overview:
+    find, keep_pen = task.settings.tissue == "auto", task.settings.pen == "keep"
+    sought: dict[str, Any] = {"find": find, "keep_pen": keep_pen, "side_px": THUMBNAIL_SIDE_PX}
+    overview = look(slide, mpp_l0, task.outlines, task.exclude, **sought)
+    return mended(slide, overview, mpp_l0, keep_pen) if find and slide.undecoded else overview
+
+
+def _regions(settings: TileSettings, item: SlideItem) -> tuple[Path | None, Path | None]:
+    """The files of a slide's tissue outlines and of what is excluded; None where the one is not asked for, the other not there.
+
+    Raises UserError where outlines were asked for and there are none.
+    """
+    outlines = exclude = None
+    if settings.tissue not in ("auto", "none"):
+        outlines = region_file(Path(settings.tissue), item.slide_id, item.path, OUTLINE_SUFFIXES)
+        if outlines is None:
+            said = f"no outline {item.slide_id}.geojson in {settings.tissue}: draw it, or use --tissue auto"
+            raise UserError(f"{item.path}: {said}")
+    if settings.exclude:
+        exclude = region_file(Path(settings.exclude), item.slide_id, item.path, (*OUTLINE_SUFFIXES, *MASK_SUFFIXES))
+    return outlines, exclude
+
+
+def _made(folder: Path, option: str = "--out") -> Path:
+    """Make a folder for output; it is absolute, as a cluster's workers may run elsewhere."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{option} {folder}: cannot be the output folder: {error.strerror}") from None
+    return folder.absolute()
+
+
+def _parameters(settings: TileSettings, mpp_level0: float, outlines: Path | None, exclude: Path | None) -> dict[str, Any]:
+    """All that changes the result; the hash of it tells whether a file is up to date."""
+    tissue = settings.tissue if outlines is None else f"outlines {_sha256(outlines)}"
+    extra: dict[str, Any] = {"tissue_method": TISSUE_METHOD, "pen": settings.pen} if tissue == "auto" else {}
+    if exclude is not None:
+        extra["exclude"] = _sha256(exclude)
+    if settings.pixels == "copy":
+        extra["copy"] = True
+    usual = TileSettings(settings.mpp)
+    extra |= {
+        name: getattr(settings, name) for name in ("reader", "resample") if getattr(settings, name) != getattr(usual, name)
+    }
+    return {
+        **extra,
+        "format_version": FORMAT_VERSION,
+        "mpp": settings.mpp,
+        "mpp_level0": mpp_level0,
+        "size_px": settings.size,
+        "overlap_px": settings.overlap,
+        "min_tissue": settings.min_tissue,
+        "tissue": tissue,
+        "pixels": settings.stores_pixels,
+        "quality": settings.quality if settings.stores_pixels else None,
+    }
+
+
+def _sha256(path: Path) -> str:
+    try:
+        return f"sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}"
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}: ask for the right to read it") from None
+
+
+def _done(task: Task, mpp_level0: float, now: Stamp) -> bool:
+    """Whether the slide file that is there is up to date; if so its patient_id is brought up to date."""
+    item, there = task.item, task.there
+    if there is None or not up_to_date(there, task.parameters(mpp_level0), item.path, now):
+        return False
+    if item.patient_id and item.patient_id != there.patient_id:
+        replace_groups(task.path, {}, root_attrs={"patient_id": item.patient_id})
+    return True
+
+
+def _meta(task: Task, info: SlideInfo, mpp_level0: float, parameters: dict[str, Any]) -> SlideMeta:
+    item, settings = task.item, task.settings
+    return SlideMeta(
+        slide_id=item.slide_id,
+        source=item.path,
+        width_l0=info.width_l0,
+        height_l0=info.height_l0,
+        mpp=settings.mpp,
+        mpp_level0=mpp_level0,
+        patch_px=settings.size,
+        overlap_px=settings.overlap,
+        patient_id=item.patient_id,
+        bounds_xy=info.bounds_xy,
+        parameters=parameters,
+        stamp=task.stamp,
+    )
+
+
+def _plan(settings: TileSettings, info: SlideInfo, mpp_level0: float, overview: Overview) -> GridPlan:
+    size = (info.width_l0, info.height_l0, mpp_level0, settings.mpp, settings.size, settings.overlap)
+    try:
+        return plan_grid(*size, overview.mask, overview.downsample, settings.min_tissue)
+    except UserError as error:
+        raise UserError(f"{info.path}: {error}") from None
+
+
+def _why_empty(plan: GridPlan, info: SlideInfo, overview: Overview) -> str:
+    if len(plan.coords):
+        return ""
+    if plan.size_l0 > min(info.width_l0, info.height_l0):
+        return f"no tiles: one is {plan.size_l0:.0f} level-0 pixels wide, the slide {info.width_l0} x {info.height_l0}"
+    if overview.tissue is None or overview.tissue.any():
+        return "no tiles: none holds enough tissue (see --min-tissue and --exclude)"
+    return "no tiles: no tissue found (see --tissue and --min-tissue)"
+
+
+def _pixels(
+    slide: Slide,
+    plan: GridPlan,
+    settings: TileSettings,
+    threads: int,
+    blur: np.ndarray,
+    bad: dict[int, str],
+    groups: dict[str, Any],
+) -> Iterator[bytes]:
+    """The tiles as JPEG; blur and bad are filled in on the way, and at the end bad_tiles among the groups, written later."""
+    if not len(plan.coords):  # a tile may be wider than any memory, where it is wider than the slide
+        return
+    how: dict[str, Any] = {"quality": settings.quality, "copy": settings.pixels == "copy", "threads": threads}
+    yield from encoded_tiles(slide, plan, **how, judge=blur_score, scores=blur, bad=bad)
+    if bad:
+        groups["bad_tiles"] = np.array(sorted(bad), np.int64)
+
+
+def _about_pixels(slide: Slide, plan: GridPlan, settings: TileSettings, bad: dict[int, str]) -> list[str]:
+    """What there is to say of the pixels."""
+    said = [slide.info.note, about_levels(slide)]
+    if bad:
+        row, problem = next(iter(bad.items()))
+        said.append(f"{len(bad)} tiles cannot be decoded and are marked in /bad_tiles (the first, row {row}: {problem})")
+    said.append(_undecoded(slide.undecoded))
+    if count := unscanned(slide, plan):
+        said.append(f"{count} tiles reach into what was not scanned: background colour there")
+    if slide.left_out:
+        sizes = ", ".join(f"1/{slide.downsample(level):.0f}" for level in sorted(slide.left_out))
+        said.append(f"its level of {sizes} is no average of level 0, so a finer one is read")
+    if settings.pixels == "copy" and len(plan.coords) and stored_level(slide, plan) is None:
+        said.append(f"recoded at quality {settings.quality}: its stored tiles are not the tiles wanted")
+    return said
+
+
+def _undecoded(share: float) -> str:
+    return f"{share:.2%} of the overview cannot be decoded: tissue there is told by what lies around it" if share else ""
+
+
+def _overview(thumb: np.ndarray, mask: np.ndarray | None, downsample: float, undecoded: float = 0.0) -> dict[str, GroupContent]:
+    """The group /thumbnail: what reports draw heatmaps on. undecoded: share of it that is black for that."""
+    jpeg = np.frombuffer(codec.encode_jpeg(thumb, 85), np.uint8)
+    attrs = {"downsample": float(downsample)} | ({"undecoded": float(undecoded)} if undecoded else {})
+    group: dict[str, Any] = {"jpeg": jpeg, "attrs": attrs}
+    if mask is not None:
+        group["tissue"] = mask.astype(np.uint8)
+    return group
+
+
+def _twin(path: Path, item: SlideItem) -> str:
+    """A warning where the slide's tiles lie in the folder under its plain name too: its id got a folder in front since."""
+    other = path.with_name(f"{id_of(item.path)}.h5")
+    if path.exists() or not other.exists():
+        return ""
+    try:
+        with SlideFile(other) as file:
+            same = place(file.source) == place(item.path)
+    except (UserError, OSError, KeyError, RuntimeError):
+        return ""
+    return f"warning: {other} and {path} are of the same slide, {shown(item.path)}: remove one of them" if same else ""

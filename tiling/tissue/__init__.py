@@ -1,0 +1,1 @@
+"""Where a slide's tissue is: mask, pen and blur, regions drawn by people."""

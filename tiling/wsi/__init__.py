@@ -1,0 +1,1 @@
+"""Whole-slide images: open, read regions at any mpp, resample."""

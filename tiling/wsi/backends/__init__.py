@@ -1,0 +1,1 @@
+"""One backend a library or format, behind one protocol; the registry chooses."""

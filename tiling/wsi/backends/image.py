@@ -1,0 +1,96 @@
+"""What decodes slides, behind one small surface: stored tiles directly, OpenSlide, tiffslide, and plain images in memory.
+
+Which of them reads a file is tried out in that order (`open_reader`), or forced by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tiling.wsi.backends.base import DEPTHS_READ, MAX_IMAGE_PIXELS, as_rgb
+from tiling.wsi.backends.tiff_pages import Empty, main_page, not_shown, pages_of
+from tiling.wsi.backends.upright import TURNS, exif_orientation
+
+PHOTOMETRIC, MINISWHITE = 262, 0  # a TIFF tag and a value of it
+BITS, COMPRESSION, PLANES = 258, 259, 284
+
+
+class ImageReader:
+    """A PNG, JPEG or TIFF held in memory as one level, upright; of a TIFF its largest page."""
+
+    name = "image"
+    scales: tuple[int, ...] = (1,)
+    threadsafe = True
+    orientation = 1
+
+    def __init__(self, path: Path) -> None:
+        from PIL import Image
+
+        Image.MAX_IMAGE_PIXELS = MAX_IMAGE_PIXELS
+        self.properties: Mapping[str, Any] = {}
+        with Image.open(path) as image:
+            _seek_main(image, path)
+            self.vendor = str(image.format or "image").lower()
+            resolution = image.info.get("dpi")
+            if resolution:
+                x, y = resolution
+                self.properties = {"tiff.ResolutionUnit": "inch", "tiff.XResolution": x, "tiff.YResolution": y}
+            tags = getattr(image, "tag_v2", {}) if image.format == "TIFF" else {}
+            if tags.get(PLANES, 1) == 2 and tags.get(COMPRESSION) == 1 and max(tags.get(BITS, (8,))) > 8:
+                raise ValueError(f"Pillow mixes up channels of 16 bits stored apart and not compressed: {DEPTHS_READ}")
+            photometric = tags.get(PHOTOMETRIC)
+            turn = TURNS[exif_orientation(image)]
+            pixels = turn.array(np.asarray(_flattened(image)))
+            self._rgb = as_rgb(65535 - pixels if photometric == MINISWHITE and pixels.dtype.itemsize == 2 else pixels)
+        self.tags_only = True  # of the dpi an image editor may have written
+        self.level_dimensions: tuple[tuple[int, int], ...] = ((self._rgb.shape[1], self._rgb.shape[0]),)
+        self.note = not_shown(path, self.level_dimensions)
+        self.level_downsamples: tuple[float, ...] = (1.0,)
+
+    def expect_strips(self) -> None:
+        """Nothing to prepare."""
+
+    def read(self, level: int, x: int, y: int, w: int, h: int, scale: int = 1) -> np.ndarray:
+        """uint8 (h, w, 3)"""
+        return self._rgb[y : y + h, x : x + w]
+
+    def empty(self, level: int) -> Empty | None:
+        """It is there whole."""
+        return None
+
+    def close(self) -> None:
+        self._rgb = np.zeros((0, 0, 3), np.uint8)
+
+
+def _seek_main(image: Any, path: Path) -> None:
+    """Go to the largest page of an image of Pillow's that is a TIFF. Raises ValueError where that lies beneath another."""
+    if image.format != "TIFF":
+        return
+    page = main_page(pages_of(path))
+    if page is not None and len(page.treeindex) > 1:
+        raise ValueError("its largest page lies beneath another, and Pillow does not read those")
+    if page is not None and page.index:
+        image.info.pop("dpi", None)  # of the page before
+        image.seek(page.index)
+    image.info.pop("xmp", None)  # an orientation in it would turn the picture for this reader alone
+
+
+def _flattened(image: Any) -> Any:
+    """An image without transparency (composited on white) and without a palette. Raises ValueError for more than 16 bits."""
+    from PIL import Image
+
+    if image.mode in ("I", "F"):  # Pillow would cut them off at 255
+        held = "signed or 32-bit integers" if image.mode == "I" else "floating-point numbers"
+        raise ValueError(f"its pixels are {held}: {DEPTHS_READ}")
+    if image.mode in ("I;16", "I;16B", "I;16L", "L", "RGB"):
+        return image
+    if image.mode == "La":
+        image = image.convert("LA")
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")

@@ -1,0 +1,105 @@
+"""Several JPEG streams of one kind decoded in one call, as one tall picture.
+
+Each call of a decoder reads headers and builds tables, and a thread of Python queues for the interpreter's lock several times
+around it. Stored tiles of a slide share size, sampling and tables, and behind a restart marker a JPEG decoder knows nothing of
+what came before (ITU-T T.81, F.2.1.3.1): so tiles one above the other with restart markers between them are one JPEG, which
+can be put together without decoding anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tiling.wsi.codec import decode_jpeg
+
+SOI, EOI, DRI = b"\xff\xd8", b"\xff\xd9", b"\xff\xdd\x00\x04"
+RESTARTS = [bytes([0xFF, 0xD0 + i]) for i in range(8)]
+FRAMES = (0xC0, 0xC1)  # baseline and extended sequential, Huffman coded
+SCAN = 0xDA
+PASSED_OVER = {*range(0xE0, 0xF0), 0xFE, 0xDB, 0xC4}  # applications' segments, comments, tables
+TALLEST_PX = 65500  # of libjpeg
+MOST_UNITS = 65535  # between restart markers
+
+
+@dataclass(frozen=True)
+class Head:
+    """What comes before the coded data of a stream.
+
+    own: its bytes, with which every stream that goes into a stack has to begin. before, behind: the bytes of the stack's head
+    around the two of its height. height, width: of the picture, in pixels. seams: at which scales rows of colour are made from
+    those above and below them, so that pictures one above the other are not decoded as each alone: "none", "full", "all".
+    """
+
+    own: bytes
+    before: bytes
+    behind: bytes
+    height: int
+    width: int
+    seams: str
+
+    def stack(self, streams: Sequence[bytes]) -> bytes | None:
+        """One JPEG of all streams, one above the other; None where one of them has another head or no end."""
+        skip = len(self.own)
+        parts = [self.before, (self.height * len(streams)).to_bytes(2, "big"), self.behind]
+        for i, stream in enumerate(streams):
+            if not stream.startswith(self.own) or not stream.endswith(EOI):
+                return None
+            parts += [stream[skip:-2], RESTARTS[i % 8]]
+        parts[-1] = EOI
+        return b"".join(parts)
+
+    def decode(self, streams: Sequence[bytes], scale: int) -> np.ndarray | None:
+        """Streams decoded at 1 / scale (1, 2, 4, 8): uint8 (n, h / scale, w / scale, 3).
+
+        None where they cannot be decoded in one, and where something is wrong with one of them: each alone then says what. A
+        stream with a few bytes too many behind its last pixels may pass here, with its pixels, though alone it is refused.
+        """
+        count, height, width = len(streams), self.height // scale, self.width // scale
+        if self.seams == "all" or (self.seams == "full" and scale == 1) or self.height * count > TALLEST_PX:
+            return None
+        if self.height % scale or self.width % scale or (data := self.stack(streams)) is None:
+            return None
+        try:
+            return decode_jpeg(data, height * count, width).reshape(count, height, width, 3)
+        except ValueError:
+            return None
+
+
+def head_of(stream: bytes, extra: bytes = b"", skip: int = 2) -> Head | None:
+    """The head of a JPEG stream that can be stacked: one scan, sequential, Huffman coded, without restarts of its own.
+
+    extra: segments that are stored elsewhere and go in place of the stream's bytes up to `skip`.
+    """
+    data, at, frame = SOI + extra + stream[skip:], 2, 0
+    while data[at : at + 1] == b"\xff" and at + 4 <= len(data):
+        kind, end = data[at + 1], at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        if kind in FRAMES and not frame:
+            frame = at
+        elif kind == SCAN:
+            return _head(stream[: end - 2 - len(extra) + skip], data[:end], frame, at) if frame else None
+        elif kind not in PASSED_OVER:
+            return None
+        at = end
+    return None
+
+
+def _head(own: bytes, data: bytes, frame: int, scan: int) -> Head | None:
+    depth, components = data[frame + 4], data[frame + 9]
+    height, width = (int.from_bytes(data[frame + at : frame + at + 2], "big") for at in (5, 7))
+    sampling = [(data[at] >> 4, data[at] & 15) for at in range(frame + 11, frame + 11 + 3 * components, 3)]
+    if depth != 8 or data[scan + 4] != components:
+        return None
+    if components == 1:
+        sampling = [(1, 1)]  # whatever it says: alone, a component is coded block by block
+    wide, high = (max(factors) for factors in zip(*sampling, strict=True))
+    if not height or height % (8 * high):
+        return None
+    units = -(-width // (8 * wide)) * (height // (8 * high))
+    if units > MOST_UNITS:
+        return None
+    seams = "none" if high == 1 else "full" if sampling == [(2, 2), (1, 1), (1, 1)] else "all"
+    before = SOI + DRI + units.to_bytes(2, "big") + data[2 : frame + 5]
+    return Head(own, before, data[frame + 7 :], height, width, seams)

@@ -1,0 +1,88 @@
+"""What the headers say of a slide, and a level of it as it is decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from tiling.wsi.backends.base import Reader
+from tiling.wsi.mpp import Mpp
+
+BLOCK_PIXELS = 8_000_000  # level pixels read in one piece (24 MB of RGB, 96 MB while they are averaged)
+
+
+@dataclass(frozen=True)
+class SlideInfo:
+    """What the headers say. Sizes and bounds in level-0 pixels, mpp in micrometres per level-0 pixel or None."""
+
+    path: Path
+    slide_id: str
+    width_l0: int
+    height_l0: int
+    level_downsamples: tuple[float, ...]
+    level_dimensions: tuple[tuple[int, int], ...]
+    mpp: float | None
+    mpp_source: str
+    vendor: str
+    reader: str
+    bounds_xy: tuple[int, int] = (0, 0)
+    background: tuple[int, int, int] = (255, 255, 255)
+    mpp_note: str = ""
+    reader_why: str = ""
+    note: str = ""
+
+    @property
+    def size_l0(self) -> tuple[int, int]:
+        return self.width_l0, self.height_l0
+
+    @property
+    def mpp_found(self) -> Mpp:
+        return Mpp(self.mpp, self.mpp_source, self.mpp_note)
+
+
+@dataclass(frozen=True)
+class View:
+    """A level as it is decoded: divided by scale. downsample: level-0 pixels per pixel of it; width, height: in those."""
+
+    level: int
+    scale: int
+    downsample: float
+    width: int
+    height: int
+
+
+class Levels(Protocol):
+    """What the checks of levels need of a slide (`wsi.slide.Slide` is one)."""
+
+    info: SlideInfo
+    reader: Reader
+    placements: dict[int, Any]
+
+    @property
+    def busy_places(self) -> np.ndarray: ...
+
+    def downsample(self, level: int) -> float | None: ...
+
+    def whole(self, level: int) -> View: ...
+
+    def block(
+        self, view: View, edges: tuple[int, int, int, int], read: Callable[..., np.ndarray] | None = None
+    ) -> np.ndarray: ...
+
+    def cut(
+        self, view: View, edges: tuple[int, ...], pixels: np.ndarray, box: tuple[float, ...], out_w: int, out_h: int
+    ) -> np.ndarray: ...
+
+    def reopen(self) -> None: ...
+
+
+def cover(view: View, boxes_l0: np.ndarray) -> np.ndarray:
+    """The whole pixels of a view that cover level-0 boxes: (N, 4) x0, y0, x1, y1 -> int64 (N, 4) in its pixels."""
+    scaled = np.asarray(boxes_l0, np.float64) / view.downsample
+    low = np.floor(scaled[:, :2] + 1e-6)
+    high = np.maximum(low + 1, np.ceil(scaled[:, 2:] - 1e-6))
+    return np.concatenate([low, high], axis=1).astype(np.int64)

@@ -1,0 +1,306 @@
+"""One slide, whatever its format: what it is, and its pixels at any resolution."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from annotations.errors import UserError
+from tiling.storage.paths import url_of
+from tiling.storage.slide_id import slide_stem
+from tiling.wsi.backends.base import Reader
+from tiling.wsi.backends.registry import open_reader
+from tiling.wsi.backends.tiff_direct import DirectReader
+from tiling.wsi.level_alignment import Placement, busy_places, placement_of
+from tiling.wsi.level_fidelity import is_average, scale_is_average
+from tiling.wsi.level_view import BLOCK_PIXELS, SlideInfo, View, cover
+from tiling.wsi.mpp import Mpp, mpp_of
+from tiling.wsi.resample import area_resize
+
+RESAMPLE = ("fast", "exact", "pyramid")
+LEVEL_TOLERANCE = 1.01  # a level 1% coarser than wanted still serves: 2.0005 counts as 2
+PIXELS_TO_SHARE = 3
+MOST_FAILURES = 500  # of an overview that cannot be read in one piece
+SMALLEST_PART_L0 = 128  # level-0 pixels: about a stored tile, or half of one
+
+Read = Callable[[int, int, int, int], np.ndarray]  # x, y, w, h inside a view -> uint8 (h, w, 3)
+
+
+class Slide:
+    """An open slide; a context manager. Made by `Slide.open`."""
+
+    def __init__(self, info: SlideInfo, reader: Reader, resample: str = "fast") -> None:
+        self.info = info
+        self.reader = reader
+        self.exact = resample == "exact"
+        self.undecoded = 0.0
+        self.left_out: set[int] = set()  # levels that would have done, were they averages of level 0
+        self.placements: dict[int, Placement] = {}  # of the levels looked at: how they lie on level 0
+        self._chosen: dict[float, int] = {}
+        self._scales: dict[tuple[int, int], bool] = {}
+        self._any_level = resample == "pyramid"
+
+    @classmethod
+    def open(cls, path: Path | str, assume_mpp: float | None = None, reader: str = "auto", resample: str = "fast") -> Slide:
+        """Open with the first reader that can (see tiling.wsi.backends.registry), or with the one named.
+
+        assume_mpp fills in where the file has no mpp of its own. resample: "fast" starts from the coarsest level that will
+        do and looks like an average of level 0, scaled in the decoder; "pyramid" from the coarsest that will do,
+        whatever the scanner made of it; "exact" averages level 0. Raises UserError where the file is missing or nothing
+        reads it.
+        """
+        if resample not in RESAMPLE:
+            raise UserError(f"--resample {resample}: choose among {', '.join(RESAMPLE)}")
+        path = Path(path)
+        if not url_of(path) and not path.exists():
+            raise UserError(f"{path}: no such slide")
+        opened, why = open_reader(path, reader)
+        return cls(_info(path, opened, why, assume_mpp), opened, resample)
+
+    def close(self) -> None:
+        self.reader.close()
+
+    def __enter__(self) -> Slide:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    @cached_property
+    def busy_places(self) -> np.ndarray:
+        """As `tiling.wsi.level_alignment.busy_places` finds them."""
+        return busy_places(self)
+
+    def downsample(self, level: int) -> float | None:
+        """Level-0 pixels per pixel of a level, held against level 0; None where the level is not to be used."""
+        if level == 0:
+            return self.info.level_downsamples[0]
+        if level not in self.placements:
+            self.placements[level] = placement_of(self, level)
+        return self.placements[level].downsample
+
+    def whole(self, level: int) -> View:
+        """A level as it is stored, without what it is padded with. Only of a level that is to be used."""
+        own = self.downsample(level)
+        assert own is not None
+        width, height = self.info.level_dimensions[level]
+        if own != self.info.level_downsamples[level]:
+            width, height = (
+                min(size, math.ceil(l0 / own)) for size, l0 in zip((width, height), self.info.size_l0, strict=True)
+            )
+        return View(level, 1, own, width, height)
+
+    def fitting(self, downsample: float) -> Iterator[int]:
+        """Levels at least as fine as `downsample` (level-0 pixels per wanted pixel), the coarsest first, level 0 at the end."""
+        most = downsample * LEVEL_TOLERANCE
+        sizes = self.info.level_downsamples
+        for level in sorted(range(1, len(sizes)), key=lambda i: -sizes[i]):
+            if sizes[0] < sizes[level] <= most and (own := self.downsample(level)) is not None and own <= most:
+                yield level
+        yield 0
+
+    def best_level(self, downsample: float) -> int:
+        """The coarsest level that lies right and is at least as fine as `downsample` (level-0 pixels per wanted pixel)."""
+        return next(self.fitting(downsample))
+
+    def true_level(self, downsample: float) -> int:
+        """The coarsest fine enough level that looks like an average of level 0 (see level_fidelity)."""
+        if self._any_level:
+            return self.best_level(downsample)
+        key = round(downsample, 2)
+        if key not in self._chosen:
+            for level in self.fitting(downsample):
+                if level == 0 or is_average(self, level, downsample):
+                    self._chosen[key] = level
+                    break
+                self.left_out.add(level)
+        return self._chosen[key]
+
+    def true_scale(self, level: int, scale: int) -> bool:
+        """Whether the decoder's 1 / scale of a level looks like an average of all its pixels (see level_fidelity)."""
+        if scale == 1 or self._any_level or not isinstance(self.reader, DirectReader):
+            return True
+        if (level, scale) not in self._scales:
+            self._scales[level, scale] = scale_is_average(self.reader, level, scale)
+        return self._scales[level, scale]
+
+    def view(self, downsample: float, boxes_l0: np.ndarray) -> View:
+        """What to decode for `downsample` level-0 pixels per wanted pixel: `true_level`, scaled as far as is right.
+
+        boxes_l0: (N, 4) x0, y0, x1, y1 that will be cut. Pixels of a scaled level can hardly be shared out between outputs
+        (up to 7 grey levels away on sharp H&E, with 3 of them an output 2): a scale is taken where boxes and outputs hold
+        whole pixels of it, and elsewhere only with `PIXELS_TO_SHARE` or more of them an output.
+        """
+        if self.exact:
+            return self.whole(0)
+        whole = self.whole(self.true_level(downsample))
+        level, own = whole.level, whole.downsample
+
+        def right(scale: int) -> bool:
+            rest = downsample / (own * scale)
+            fits = rest >= 1 and rest.is_integer() and not (boxes_l0 % (own * scale)).any()
+            return scale == 1 or fits or rest >= PIXELS_TO_SHARE
+
+        scale = next(each for each in sorted(self.reader.scales, reverse=True) if right(each) and self.true_scale(level, each))
+        return View(level, scale, own * scale, -(-whole.width // scale), -(-whole.height // scale))
+
+    def read_region(self, x_l0: float, y_l0: float, w_l0: float, h_l0: float, out_w: int, out_h: int) -> np.ndarray:
+        """uint8 (out_h, out_w, 3): the area x, y, w, h in level-0 pixels, area-averaged from the best level.
+
+        What lies beyond the slide or was not scanned has the background colour. Raises UserError for pixels that cannot be
+        decoded.
+        """
+        whole = np.array([[x_l0, y_l0, x_l0 + w_l0, y_l0 + h_l0]], np.float64)
+        view = self.view(min(w_l0 / out_w, h_l0 / out_h), whole)
+        return self.area(view, (x_l0, y_l0, x_l0 + w_l0, y_l0 + h_l0), out_w, out_h)
+
+    def area(
+        self, view: View, box_l0: tuple[float, ...], out_w: int, out_h: int, read: Read | None = None, most: int = BLOCK_PIXELS
+    ) -> np.ndarray:
+        """A level-0 box of a view, area-averaged, however large it is: uint8 (out_h, out_w, 3).
+
+        read: as in `block`. most: pixels of the view that are decoded in one piece (at least one row of the output).
+        """
+        x0, y0, x1, y1 = box_l0
+        step = (y1 - y0) / out_h
+        rows = max(1, int(most / max(1.0, (x1 - x0) / view.downsample) / (step / view.downsample)))
+        bands = []
+        for top in range(0, out_h, rows):
+            count = min(rows, out_h - top)
+            box = (x0, y0 + top * step, x1, y0 + (top + count) * step)
+            (edges,) = cover(view, np.array([box])).tolist()
+            bands.append(self.cut(view, edges, self.block(view, edges, read), box, out_w, count))
+        return bands[0] if len(bands) == 1 else np.concatenate(bands)
+
+    def thumbnail(self, max_side_px: int) -> np.ndarray:
+        """uint8 (h, w, 3): the whole slide, its longer side `max_side_px`; never enlarged.
+
+        Parts that cannot be decoded are black, and `undecoded` then holds their share of the slide. Raises UserError where
+        they are many, or all.
+        """
+        width, height = self.info.width_l0, self.info.height_l0
+        downsample = max(1.0, max(width, height) / max_side_px)
+        out_w, out_h = max(1, round(width / downsample)), max(1, round(height / downsample))
+        before = self.exact, self._any_level
+        self.exact, self._any_level = False, True  # an overview is worth no full read, and tissue must not depend on it
+        try:
+            return self.read_region(0, 0, width, height, out_w, out_h)
+        except UserError as error:
+            salvage = _Salvage(self, np.zeros((out_h, out_w, 3), np.uint8), error)
+            salvage.fill(0, 0, out_w, out_h)
+            if salvage.lost == out_w * out_h:
+                raise
+        finally:
+            self.exact, self._any_level = before
+        self.undecoded = salvage.lost / (out_w * out_h)
+        return salvage.out
+
+    def block(self, view: View, edges: tuple[int, int, int, int], read: Read | None = None) -> np.ndarray:
+        """uint8 (bottom - top, right - left, 3): pixels of a view, background where they lie beyond it.
+
+        edges: left, top, right, bottom in pixels of the view. read: called with x, y, w, h inside the view, in place of the
+        slide's reader.
+        """
+        left, top, right, bottom = edges
+        inner = (max(left, 0), max(top, 0), min(right, view.width), min(bottom, view.height))
+        w, h = inner[2] - inner[0], inner[3] - inner[1]
+        read = read or (lambda *where: self.read(view, *where))
+        if (w, h) == (right - left, bottom - top):
+            return read(inner[0], inner[1], w, h)
+        block = np.empty((bottom - top, right - left, 3), np.uint8)
+        block[:] = np.array(self.info.background, np.uint8)
+        if w > 0 and h > 0:
+            block[inner[1] - top : inner[3] - top, inner[0] - left : inner[2] - left] = read(inner[0], inner[1], w, h)
+        return block
+
+    def cut(
+        self, view: View, edges: tuple[int, ...], block: np.ndarray, box_l0: tuple[float, ...], out_w: int, out_h: int
+    ) -> np.ndarray:
+        """A level-0 box out of the block of a view that has these edges: uint8 (out_h, out_w, 3)."""
+        x0, y0, x1, y1 = (round(value / view.downsample - edges[i % 2], 6) for i, value in enumerate(box_l0))
+        return area_resize(block, (x0, y0, x1, y1), out_w, out_h)
+
+    def read(self, view: View, x: int, y: int, w: int, h: int) -> np.ndarray:
+        """uint8 (h, w, 3): pixels x, y, w, h of a view, inside it. Raises UserError where they cannot be decoded."""
+        try:
+            return self.reader.read(view.level, x, y, w, h, view.scale)
+        except Exception as error:  # each library has errors of its own
+            what = " ".join(str(error).split())
+            where = f"level {view.level}, x {x * view.scale}, y {y * view.scale}, {w * view.scale} x {h * view.scale}"
+            raise UserError(f"{self.info.path}: cannot decode pixels at {where}: {what}: is the file whole?") from None
+
+    def reopen(self) -> None:
+        """Open the file once more: some libraries refuse all work after their first error."""
+        if self.reader.name == "direct":
+            return
+        # The old reader is not closed: another thread may be in the middle of it. It goes with its last user.
+        self.reader, _ = open_reader(self.info.path, self.info.reader)
+        self.reader.expect_strips()
+
+
+class _Salvage:
+    """Fills an overview from a slide that is torn in places, by halving what cannot be read."""
+
+    def __init__(self, slide: Slide, out: np.ndarray, error: UserError) -> None:
+        self.slide, self.out, self.error = slide, out, error
+        self.step_x, self.step_y = slide.info.width_l0 / out.shape[1], slide.info.height_l0 / out.shape[0]
+        self.smallest = max(4, SMALLEST_PART_L0 / self.step_x)
+        self.lost = 0
+        self._failures = 0
+
+    def fill(self, x: int, y: int, w: int, h: int) -> None:
+        """One part, in pixels of the overview. Raises the first error again after too many of them."""
+        try:
+            box = (x * self.step_x, y * self.step_y, w * self.step_x, h * self.step_y)
+            self.out[y : y + h, x : x + w] = self.slide.read_region(*box, w, h)
+            return
+        except UserError:
+            self._failures += 1
+            if self._failures > MOST_FAILURES:
+                raise self.error from None
+        self.slide.reopen()
+        if max(w, h) <= self.smallest:
+            self.lost += w * h
+        elif w >= h:
+            self.fill(x, y, w // 2, h)
+            self.fill(x + w // 2, y, w - w // 2, h)
+        else:
+            self.fill(x, y, w, h // 2)
+            self.fill(x, y + h // 2, w, h - h // 2)
+
+
+def _info(path: Path, reader: Reader, why: str, assume_mpp: float | None) -> SlideInfo:
+    found = mpp_of(reader.properties, tags_only=reader.tags_only)
+    if found.value is None and assume_mpp is not None:
+        found = Mpp(assume_mpp, "--assume-mpp")
+    width, height = reader.level_dimensions[0]
+    colour = str(reader.properties.get("openslide.background-color") or "FFFFFF")
+    return SlideInfo(
+        path=path,
+        slide_id=slide_stem(path),
+        width_l0=int(width),
+        height_l0=int(height),
+        level_downsamples=reader.level_downsamples,
+        level_dimensions=reader.level_dimensions,
+        mpp=found.value,
+        mpp_source=found.source,
+        vendor=reader.vendor,
+        reader=reader.name,
+        bounds_xy=(_bound(reader, "x"), _bound(reader, "y")),
+        background=(int(colour[0:2], 16), int(colour[2:4], 16), int(colour[4:6], 16)),
+        mpp_note=found.note,
+        reader_why=why,
+        note=reader.note,
+    )
+
+
+def _bound(reader: Reader, axis: str) -> int:
+    for prefix in ("openslide", "tiffslide"):
+        value = reader.properties.get(f"{prefix}.bounds-{axis}")
+        if value is not None:
+            return int(float(value))
+    return 0
