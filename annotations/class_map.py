@@ -1,4 +1,4 @@
-"""Class names of many programs and people -> the few names of a study, by a YAML file."""
+"""Map the class names of many programs and people to the few names of a study, by a YAML file."""
 
 from __future__ import annotations
 

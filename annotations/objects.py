@@ -79,7 +79,7 @@ class ObjectTable:
 
     geometry: object (n,), valid shapely Polygon or MultiPolygon of positive area. id: object (n,) of str.
     label: int16 (n,), index into `labels`, -1 unclassified. kind: uint8 (n,), TISSUE, CELL or PROPOSAL.
-    labels: class names, sorted. counts: what reading did, for example features, repaired, points_skipped.
+    labels: class names, each once. counts: what reading did, for example features, repaired, points_skipped.
     source: object (n,) of str, the file each comes from. confidence: float32 (n,), what a detector says, NaN where it
         does not. measurements: name -> float64 (n,), NaN where an object has none; read on demand. Each is None where
         nothing is known. remarks: what reading did, by class.

@@ -1,4 +1,4 @@
-"""Objects as groups: those of a slide file, ready to be written, and objects gathered into larger ones."""
+"""Arrange objects and their boxes as the groups of a slide file, ready to be written."""
 
 from __future__ import annotations
 

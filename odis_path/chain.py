@@ -27,7 +27,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """What the user asked for; everything has a default but the output folder."""
+    """Settings of the demo; everything has a default but the output folder."""
 
     out: Path
     slides: Path | None = None
@@ -189,7 +189,7 @@ def make_tiles(settings: DemoSettings, slides: Path, manifest: Path | None) -> N
 
 
 def is_image_folder(path: Path) -> bool:
-    """Whether a folder holds plain images and no slide."""
+    """Tell whether a folder holds plain images and no slide."""
     if path.is_file():
         return path.suffix.lower() in IMAGE_SUFFIXES
     suffixes = {p.suffix.lower() for p in path.rglob("*") if p.is_file()}
@@ -280,7 +280,7 @@ def make_probes(settings: DemoSettings) -> list[str]:
 
 
 def has_test_split(path: Path) -> bool:
-    """Whether a run kept patients out."""
+    """Tell whether a run held patients out."""
     return path.exists() and ",test" in path.read_text(encoding="utf-8")
 
 

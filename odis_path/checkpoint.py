@@ -127,7 +127,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def newest_checkpoint(folder: Path, *, from_previous: bool) -> tuple[Checkpoint | None, list[Path]]:
-    """What a run in this folder goes on from, None where it begins, and the damaged checkpoints that are newer.
+    """The checkpoint a run in this folder goes on from, None where it begins, and the damaged ones that are newer.
 
     Raises DamagedError, which says what can be done, where the newest is damaged; from_previous: where all are.
     """
@@ -183,7 +183,7 @@ def _read(path: Path) -> Checkpoint:
 
 
 def read_data_facts(path: Path) -> dict[str, Any] | None:
-    """What a checkpoint keeps of the tiles it was trained on, without reading its tensors; empty for an older one.
+    """The facts a checkpoint keeps about its tiles, without reading its tensors; empty for an older one.
 
     None for any other file.
     """

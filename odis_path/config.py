@@ -226,7 +226,7 @@ class EvalConfig(_Section):
 
 
 class RunConfig(_Section):
-    """Where a run goes and how it is kept."""
+    """Output folder, checkpoints, log and device of a run."""
 
     out: str = Field("runs/odis", min_length=1)
     seed: int = Field(0, ge=0, le=2**63 - 1)
@@ -283,7 +283,7 @@ def find_config(name: str) -> Path:
 
 
 def config_folders() -> list[Path]:
-    """Where the recipes lie: inside the installed package, or beside it in a checkout."""
+    """The folder of the recipes: inside the installed package, or beside it in a checkout."""
     package = Path(__file__).resolve().parent.parent
     return [folder for folder in (package / "configs", package.parent / "configs") if folder.is_dir()]
 

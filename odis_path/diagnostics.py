@@ -1,4 +1,4 @@
-"""Is this machine ready? Versions, slide readers, GPU, and a tiny run of each part."""
+"""`doctor`: check versions, slide readers and GPU, and run each part on tiny inputs."""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""The two losses of a step and their centers, exact over any number of ranks.
-
-Equations: DINO (arXiv 2104.14294, eq. 1 and 4), iBOT (arXiv 2111.07832, eq. 3), ODIS (arXiv 2506.05409). Every mean over
-samples is a sum over all ranks divided by a count over all ranks; `world` undoes the division by world size that
-DistributedDataParallel applies to gradients.
-"""
+"""Ranks of a distributed run: start and stop them, sum and average exactly over any number of them."""
 
 from __future__ import annotations
 

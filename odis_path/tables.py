@@ -1,4 +1,4 @@
-"""CSV files of labels and splits as people save them: what is missing although a word stands there, what may be one thing."""
+"""Read CSV files of labels and splits as people save them: spellings of missing values, and near-identical names."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MISSING = frozenset({"", "nan", "-nan", "na", "n/a", "#n/a", "#na", "<na>", "nat
 
 
 def is_missing(text: str) -> bool:
-    """Whether a cell is empty or holds the word for an empty one."""
+    """Tell whether a cell is empty or holds a word for an empty one."""
     return text.strip().casefold() in MISSING
 
 

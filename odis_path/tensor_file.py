@@ -1,4 +1,4 @@
-"""Files of tensors, checked before they are loaded: torch reads a damaged zip without a word."""
+"""Check files of tensors before loading them: torch reads a damaged zip without an error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Look through all that the commands wrote below a folder, and compare it with its checksums."""
+"""`doctor DIR`: read everything that the commands wrote below a folder, and compare it with its checksums."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Verified:
 
 @dataclass(frozen=True)
 class Verification(Result):
-    """What became of every file that was looked at."""
+    """Outcomes of all files that were looked at."""
 
     outcomes: tuple[Outcome, ...]
 
@@ -103,7 +103,7 @@ def by_kind(outcomes: Sequence[Outcome]) -> list[Verified]:
 
 
 def _kind(path: Path) -> tuple[str, Any]:
-    """What a file is, and the function that reads it and says whether it holds checksums."""
+    """The kind of a file, and the function that reads it and tells whether it holds checksums."""
     if path.suffix == ".pt":
         return CHECKPOINT, _check_checkpoint
     if path.suffix == ".safetensors":

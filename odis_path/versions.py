@@ -1,4 +1,4 @@
-"""Is this machine ready? Versions, slide readers, GPU, and a tiny run of each part."""
+"""Versions, commit and device of a run: its provenance."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def git_commit() -> str:
 
 
 def provenance(device: str, ranks: int) -> dict[str, Any]:
-    """What a run is made with: versions, commit, device (a torch name such as "cuda:0"), ranks, command line, time."""
+    """Provenance of a run: versions, commit, device (a torch name such as "cuda:0"), ranks, command line, time."""
     import torch
 
     gpu = device.startswith("cuda")

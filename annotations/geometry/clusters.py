@@ -1,4 +1,4 @@
-"""Objects as groups: those of a slide file, ready to be written, and objects gathered into larger ones."""
+"""Gather objects into larger ones: clusters of cells, connected parts of tissue."""
 
 from __future__ import annotations
 

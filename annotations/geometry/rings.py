@@ -115,7 +115,7 @@ def beyond(xy: np.ndarray) -> np.ndarray:
 
 
 def why_dropped(rings: tuple[np.ndarray, np.ndarray, np.ndarray], group: np.ndarray, gone: np.ndarray) -> list[str]:
-    """Why polygons_from_rings, given the same, leaves out all of each of the groups `gone`: "beyond" or "invalid_dropped"."""
+    """Tell why polygons_from_rings, given the same, drops each of the groups `gone` whole: "beyond" or "invalid_dropped"."""
     xy, length, ring_count = rings
     group_of_ring = np.repeat(group, ring_count)
     far = np.unique(np.repeat(group_of_ring, length)[beyond(xy)])
@@ -254,13 +254,13 @@ def star_shaped(geometry: np.ndarray) -> np.ndarray:
 
 
 def why_lost(geometry: np.ndarray) -> list[str]:
-    """Why `repaired` leaves each of some polygons out: "tangled", what crosses itself too often, or "zero_area"."""
+    """The reason why `repaired` leaves a polygon out: "tangled" (crosses itself too often) or "zero_area"."""
     many = shapely.get_num_coordinates(geometry) > TANGLED
     return ["tangled" if much and _is_tangled(one) else "zero_area" for one, much in zip(geometry, many.tolist(), strict=True)]
 
 
 def _is_tangled(geometry: shapely.Geometry) -> bool:
-    """Whether its outlines cross more than MAX_CROSSINGS times, told by a sample of pairs of their edges."""
+    """Estimate from a sample of pairs of edges whether its outlines cross more than MAX_CROSSINGS times."""
     xy, ring = shapely.get_coordinates(shapely.get_rings(shapely.get_parts(geometry)), return_index=True)
     edges = np.flatnonzero(ring[1:] == ring[:-1])
     pairs = edges[np.random.default_rng(0).integers(0, len(edges), (2, SAMPLED_PAIRS))]

@@ -14,7 +14,7 @@ JOINT = ": "  # between the names of a derived class, as QuPath shows them
 
 
 def unpacked(value: Any) -> Any:
-    """What a text stands for that holds JSON (or a Python dict printed), as geopandas and GDAL write nested fields.
+    """Unpack a text that holds JSON (or a Python dict printed), as geopandas and GDAL write nested fields.
 
     Anything else is returned as it is, a text that only begins like JSON too.
     """

@@ -130,7 +130,7 @@ def _values(columns: Any, name: str | None, n: int) -> list[Any]:
 
 
 def _packed_measurements(columns: Any) -> list[dict[str, float]]:
-    """What QuPath measured of each row, where the file keeps it in one column: JSON text, a struct or a list."""
+    """The measurements of QuPath of each row, where the file keeps it in one column: JSON text, a struct or a list."""
     if PACKED_COLUMN not in columns.column_names or _is_numeric(columns[PACKED_COLUMN]):
         return []
     return [numbers_of({PACKED_COLUMN: value}) for value in columns[PACKED_COLUMN].to_pylist()]

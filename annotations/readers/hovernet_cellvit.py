@@ -111,7 +111,7 @@ def _rectangle(corners: list[tuple[float, float]]) -> msgspec.Raw:
 
 
 def _pairs(ring: Any) -> list[tuple[float, float]]:
-    """What of a contour is pairs of numbers; NaN, NaN for what is not."""
+    """The positions of a contour; NaN, NaN where one is not a pair of numbers."""
     if not isinstance(ring, list):
         return []
     return [(_number(at[0]), _number(at[1])) if isinstance(at, list) and len(at) > 1 else (NAN, NAN) for at in ring]

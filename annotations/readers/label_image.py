@@ -64,7 +64,7 @@ def read_labelmask(
 
 
 def _pieces_note(values: np.ndarray, pieces: np.ndarray, split: bool) -> list[str]:
-    """What to say of values that lie in several pieces: a mask of one value for all, or instances torn apart."""
+    """The remark on values that lie in several pieces: a mask of one value for all, or instances torn apart."""
     several = np.flatnonzero(pieces > 1)
     if not len(several):
         return []
@@ -79,7 +79,7 @@ def _pieces_note(values: np.ndarray, pieces: np.ndarray, split: bool) -> list[st
 
 
 def _sidecar(path: Path) -> _Sidecar:
-    """What the JSON file beside a mask says; nothing where there is none."""
+    """The content of the JSON file beside a mask; nothing where there is none."""
     for name in (path.name + SIDECAR, path.stem.removesuffix(".ome") + SIDECAR):
         beside = path.with_name(name)
         if beside.is_file():

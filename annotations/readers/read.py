@@ -1,4 +1,4 @@
-"""Annotation files -> ObjectTable: which reader it is for, and GeoJSON itself: kinds, classes, repair."""
+"""Read any annotation file into an ObjectTable with the reader of its format."""
 
 from __future__ import annotations
 

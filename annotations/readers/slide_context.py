@@ -1,4 +1,4 @@
-"""What a reader may need to know of the slide that annotations belong to: dialects that do not write level-0 pixels."""
+"""Facts about a slide that some readers need: its size, resolution and offset, for formats not in level-0 pixels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the readers have in common: outlines and points with their ids, classes and kinds -> a table, every loss counted."""
+"""Build a table from the outlines, points, ids, classes and kinds that a reader hands over, and count every loss."""
 
 from __future__ import annotations
 

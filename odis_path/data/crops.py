@@ -49,7 +49,7 @@ class View:
 
 @dataclass(frozen=True)
 class CropRule:
-    """How crops of one kind (global, local) are drawn: area share, aspect, output side, symmetries, containment."""
+    """Rule by which crops of one kind (global, local) are drawn: area share, aspect, output side, symmetries, containment."""
 
     scale: tuple[float, float]
     size_px: int
@@ -199,14 +199,14 @@ def _free_views(rng: np.random.Generator, side_px: int, rule: CropRule) -> Itera
 
 
 def shows(view: View, box: np.ndarray, side_px: int, rule: CropRule) -> bool:
-    """Whether a view overlaps the box as the rule asks; a box that some crop of the rule could contain must be contained."""
+    """Tell if a view overlaps the box as the rule asks; a box that some crop of the rule could contain must be contained."""
     if rule.containment == "full" and _can_fit(box, side_px, rule):
         return contains(view, box)
     return _overlaps(view, box, side_px, rule)
 
 
 def _overlaps(view: View, box: np.ndarray, side_px: int, rule: CropRule) -> bool:
-    """Whether a view of its size lies where it overlaps the box enough."""
+    """Tell whether a view of its size lies where it overlaps the box enough."""
     x_first, x_last = _offset_range(float(box[0]), float(box[2]), view.w, side_px, rule)
     y_first, y_last = _offset_range(float(box[1]), float(box[3]), view.h, side_px, rule)
     return x_first <= view.x <= x_last and y_first <= view.y <= y_last
@@ -220,7 +220,7 @@ def visible_share(view: View, boxes: np.ndarray) -> np.ndarray:
 
 
 def _can_fit(box: np.ndarray, side_px: int, rule: CropRule) -> bool:
-    """Whether a crop of the rule, in scale and aspect, holds the box."""
+    """Tell whether a crop of the rule, in scale and aspect, can hold the box."""
     return aspects(side_px, rule, _whole_px(box)) is not None
 
 
@@ -230,7 +230,7 @@ def _whole_px(box: np.ndarray) -> tuple[int, int]:
 
 
 def contains(view: View, box: np.ndarray) -> bool:
-    """Whether the view shows the whole box."""
+    """Tell whether the view shows the whole box."""
     x0, y0, x1, y1 = (float(v) for v in box)
     return view.x <= x0 and view.y <= y0 and x1 <= view.x + view.w and y1 <= view.y + view.h
 

@@ -1,6 +1,6 @@
 """Tiles as training samples: target objects, object-aware views, patch masks, colours.
 
-A sample is a pure function of (seed, epoch, index): the workers can be as many as one likes, and a run that stops and
+A sample is a pure function of (seed, epoch, index): it does not depend on the number of workers, and a run that stops and
 goes on sees the same crops and masks.
 """
 
@@ -168,7 +168,7 @@ class TileSamples(torch.utils.data.Dataset[dict[str, np.ndarray]]):
         return chosen if t.geometry == "polygon" else targets.whole_tile(side, chosen.rows), self._views(rng, None, pair)
 
     def _fills(self, target: Target) -> bool:
-        """Whether a target is too large for crops around it to differ from the tile."""
+        """Tell whether a target is too large for crops around it to differ from the tile."""
         return target.whole or targets.tile_share(target.box, self.index.tile_px) > self.config.target.whole_share
 
     def _choose(
@@ -197,8 +197,8 @@ class TileSamples(torch.utils.data.Dataset[dict[str, np.ndarray]]):
     ) -> np.ndarray:
         """In-object patches of the global (number 0) or local (1) views, bool (views, N).
 
-        None where there is no object, where its outline lies beside a view, or where rejection gave up on a view that was to
-        show it (sampled: the views were drawn around this object).
+        All False where there is no object, where its outline lies beside a view, or where rejection gave up on a view that was
+        to show it (sampled: the views were drawn around this object).
         """
         t, grid = self.config.target, self.grids[number]
         if target is None or not views:
@@ -227,7 +227,7 @@ def kinds_of(config: PretrainConfig) -> np.ndarray:
 
 
 def view_rules(config: PretrainConfig) -> tuple[crops.CropRule, crops.CropRule]:
-    """How global and local crops are drawn."""
+    """The rules by which global and local crops are drawn."""
     v, t = config.views, config.target
     shared: dict[str, Any] = {
         "ratio": v.ratio, "turns": v.turns, "containment": t.containment, "fraction": t.fraction, "sampler": t.sampler,

@@ -55,7 +55,7 @@ def polygon_cover(view: View, rings: list[np.ndarray], grid: int) -> np.ndarray:
 
 
 def _is_box(ring: np.ndarray) -> bool:
-    """Whether a ring of four corners is an upright rectangle."""
+    """Tell whether a ring of four corners is an upright rectangle."""
     if len(ring) == 5 and (ring[0] == ring[4]).all():
         ring = ring[:4]
     if len(ring) != 4:
@@ -87,7 +87,7 @@ def _edges(view: View, rings: list[np.ndarray], grid: int) -> Edges | None:
 
 
 def _depth(xy: np.ndarray, first: np.ndarray, length: np.ndarray, area: np.ndarray) -> np.ndarray:
-    """How many rings each ring lies in, (R,) int64: holes lie in an odd number, whatever a rounded vertex touches."""
+    """The number of rings that each ring lies in, (R,) int64: holes lie in an odd number, whatever a rounded vertex touches."""
     import shapely
 
     polygons = shapely.polygons(shapely.linearrings(xy, indices=np.repeat(np.arange(len(first)), length)))

@@ -1,4 +1,4 @@
-"""The tiles of a folder of slide files: which there are, in what order ranks and steps take them, how a batch is stacked.
+"""Order tiles by rank and step, and stack samples into batches.
 
 The order is a pure function of (seed, step): a run that stops and goes on sees the same tiles.
 """

@@ -1,4 +1,4 @@
-"""Which object of a tile is the target: pure functions on boxes."""
+"""Choose the target object of a tile: pure functions on boxes."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The tiles of a folder of slide files: which there are, in what order ranks and steps take them, how a batch is stacked.
-
-The order is a pure function of (seed, step): a run that stops and goes on sees the same tiles.
-"""
+"""Index the tiles of a folder of slide files, hold patients out, and keep a bounded number of files open."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ _MOST_OPEN = 512
 
 
 def open_files() -> int:
-    """How many slide files a process keeps open: each may hold its slide open as well, and others need descriptors too."""
+    """The number of slide files a process keeps open: each may hold its slide open as well, and others need descriptors too."""
     try:
         import resource
     except ImportError:  # not a POSIX system

@@ -65,7 +65,7 @@ class FrozenEncoder:
         return self.grid(tile_px) * self.module.patch_px
 
     def about(self, tile_px: int) -> str:
-        """How it pools, and the size it sees of tiles of this side against the one it was trained at: one line."""
+        """Describe in a line how it pools, and the size at which it sees such tiles beside the one it was trained at."""
         size = self.size_px(tile_px)
         line = f"{self.name}: pooling {self.pool} ({self.how}); tiles of {tile_px} px are seen at {size} px"
         if self.trained_px is None:

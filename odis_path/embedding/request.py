@@ -1,4 +1,4 @@
-"""What is asked of `embed`, and whether it can be: checked without torch, before any model is loaded."""
+"""The request to `embed`, validated without torch before any model is loaded."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SIZES_AND_TIMES = re.compile(r"(:\d+:\d+)+$")  # of the files of a checkpoint, 
 
 @dataclass(frozen=True)
 class EmbedJob:
-    """What is asked of every slide of a cohort; picklable, so that a cluster's workers can do it."""
+    """Settings of `embed` for every slide of a cohort; picklable, so that a cluster's workers can do it."""
 
     checkpoint: str  # absolute path of a file, a timm name, or local-dir: and an absolute path
     out: Path
@@ -41,7 +41,7 @@ class EmbedJob:
     overwrite: bool = False  # embeddings of another encoder are replaced
 
     def parameters(self) -> dict[str, Any]:
-        """What decides the result, for the feature file's `parameters` attribute."""
+        """The parameters that decide the result, for the feature file's `parameters` attribute."""
         view: dict[str, Any] = {"pool": self.pool or "as trained", "resize_px": self.resize or 0}
         if is_checkpoint(self.checkpoint) and not self.pool and not self.resize:
             view = {}  # as it always was: what is embedded with a run's own encoder stays valid
@@ -84,7 +84,7 @@ def parse_kinds(kinds: str) -> tuple[str, ...] | None:
 
 
 def other_encoder(out: Path, job: EmbedJob) -> str:
-    """Why `out` is not for this job: the first file there with embeddings of another encoder; empty where there is none.
+    """Tell why `out` is not for this job: the first file there with embeddings of another encoder; empty where there is none.
 
     A checkpoint that was only moved is the same, as its size and time are; the same one pooled in another way is another.
     """

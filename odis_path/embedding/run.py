@@ -170,7 +170,7 @@ def _refuse_another(checkpoint: str, stamp: str) -> None:
 
 
 def feature_file(out: Path, path: Path) -> Path:
-    """Where the features of a slide file are."""
+    """The path of the features of a slide file."""
     return out / path.name
 
 
@@ -243,7 +243,7 @@ class TornSlideFile(SlideFile):
 
 
 def _rows_in(target: Path, level: str) -> int | None:
-    """How many features of this level a feature file has; None where there are none yet."""
+    """The number of features of this level in a feature file; None where there are none yet."""
     if not target.exists():
         return None
     with open_features(target) as file:

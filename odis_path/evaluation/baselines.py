@@ -1,4 +1,4 @@
-"""What stands beside the model on the same rows, folds and draws: simple measures, and embeddings of other encoders."""
+"""Baselines on the same rows, folds and draws as the model: simple measures, and embeddings of other encoders."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def aligned_features(features: FeatureSet, folder: Path) -> FeatureSet:
 
 
 def _keys(features: FeatureSet) -> list[tuple[str, int, int, int]]:
-    """slide, tile, object, and the how manieth box of that object in the tile."""
+    """Slide, tile, object, and the running number of that object's box in the tile."""
     seen: dict[tuple[str, int, int], int] = {}
     keys = []
     for key in zip(features.slide_id.tolist(), features.tile.tolist(), features.object.tolist(), strict=True):

@@ -134,7 +134,7 @@ class Draws:
         return f"95 %, patients (or other groups) {how}, {where}; t quantile, score interval"
 
     def spread(self, share: np.ndarray) -> Spread:
-        """How replicates make a variance, for a score of which the patients make up these shares (P,).
+        """The rule that makes a variance of replicates, for a score of which the patients make up these shares (P,).
 
         n patients of unequal shares count as m, the square of their sum over the sum of squares (Kish), and leave m / n of the
         n - 1 degrees of freedom; those of strata are put together by Welch and Satterthwaite's formula.
@@ -255,7 +255,7 @@ def estimate_classes(
 
 
 def _shares(y: np.ndarray, draws: Draws, n_classes: int, *, macro: bool) -> np.ndarray:
-    """What part of a score each patient makes up: float64 (P,), summing to 1. macro: every class counts the same."""
+    """The share of a score that each patient makes up: float64 (P,), summing to 1. macro: every class counts the same."""
     if not macro:
         return np.bincount(draws.cluster, minlength=draws.n_clusters) / max(1, len(y))
     counts = np.bincount(draws.cluster * n_classes + y, minlength=draws.n_clusters * n_classes).reshape(-1, n_classes)
@@ -264,7 +264,7 @@ def _shares(y: np.ndarray, draws: Draws, n_classes: int, *, macro: bool) -> np.n
 
 
 def _why(draws: Draws, names: tuple[str, ...]) -> str:
-    """Why averages over classes have no interval; empty where they have."""
+    """The reason why averages over classes have no interval; empty where they have one."""
     if not draws.single:
         return ""
     classes = ", ".join(names[c] if names else str(c) for c in draws.single)

@@ -79,7 +79,7 @@ def read_labels(labels: Path | str) -> Labels:
 
 
 def _missing_words(where: str, words: Counter[str]) -> list[str]:
-    """What to say of labels that read as a missing value."""
+    """Warnings about labels that read as a missing value."""
     if not words:
         return []
     counted = ", ".join(f"{name} ({count})" for name, count in sorted(words.items()))

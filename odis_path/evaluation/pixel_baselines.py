@@ -132,7 +132,7 @@ def _measure(regions: list[np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _regions(file: SlideFile, features: FeatureSet) -> Iterator[list[np.ndarray]]:
-    """What the encoder saw of each row of one slide: a list of uint8 (h, w, 3)."""
+    """The pixels the encoder saw of each row of one slide: a list of uint8 (h, w, 3)."""
     if features.level == "slide":
         chosen = np.random.default_rng(0).permutation(len(file))[:SLIDE_TILES]
         if not len(chosen):

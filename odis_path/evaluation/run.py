@@ -42,7 +42,7 @@ EPISODES = 200
 
 @dataclass(frozen=True)
 class Settings:
-    """How to judge; see the command's help."""
+    """Settings of an evaluation; see the command's help."""
 
     probe: str
     ks: tuple[int, ...] = KS
@@ -53,7 +53,7 @@ class Settings:
 
     @property
     def hows(self) -> tuple[Standardise, ...]:
-        """What may be done to features, for the model and for every baseline: one, or those to choose from.
+        """The ways to standardise features of the model and of every baseline: one, or those to choose from.
 
         Logistic regression standardises in any case, and retrieval has no training rows to choose by: auto is zscore there.
         """
@@ -80,7 +80,7 @@ class Verdict:
 
     @property
     def how(self) -> str | None:
-        """What most rounds did to the features, of equals the first; None where there are none."""
+        """The standardising of most rounds, of equals the first; None where there are none."""
         return Counter(self.hows).most_common(1)[0][0] if self.hows else None
 
 
@@ -158,7 +158,7 @@ def _settings(probe: str, k: Sequence[int], weights: str, seed: int, max_rows: i
 
 
 def standardise_warnings(problem: Problem, settings: Settings) -> list[str]:
-    """What to say of what is done to the features. Raises UserError where nothing would be left of them."""
+    """Warnings about the standardising of features. Raises UserError where nothing would be left of them."""
     (how, *others), told = settings.hows, []
     if how == "centre-slide":
         counts = np.bincount(problem.slide)
@@ -196,7 +196,7 @@ def run_probe(problem: Problem, x: np.ndarray, metric: Metric, settings: Setting
 
 
 def _chosen(found: ProbeResult, name: str) -> dict[str, Any]:
-    """What most rounds took, and what each took."""
+    """The value that most rounds took, and that of each."""
     number: Callable[[float], float] = int if name == "chosen_k" else float
     most = found.chosen_most
     return {name: None if most is None else number(most), f"{name}_per_round": [number(value) for value in found.chosen]}

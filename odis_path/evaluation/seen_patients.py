@@ -1,4 +1,4 @@
-"""Which of the tested patients an encoder was pretrained on: their labels were never used, but their tissue is not new."""
+"""Count the tested patients an encoder was pretrained on: their labels were never used, but their tissue is not new."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Seen:
         return f"the encoder was pretrained on {self.seen} of the {self.tested} tested {self.unit}{base}"
 
     def warnings(self, *, split_given: bool) -> list[str]:
-        """What to say where the score may be too high."""
+        """Warnings where the score may be too high."""
         if not self.seen or not self.known:
             told = []
         else:

@@ -1,4 +1,4 @@
-"""Who is judged by whom: folds of whole patients, and the rounds of training, choosing and testing made of them."""
+"""Split rows by whole patients: folds, and the rounds of training, choosing and testing made of them."""
 
 from __future__ import annotations
 

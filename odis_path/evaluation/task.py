@@ -1,4 +1,4 @@
-"""What is judged: embeddings with their classes, patients and folds, the same for a model and for all its baselines."""
+"""The task of an evaluation: embeddings with classes, patients and folds, the same for a model and all its baselines."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def draw_groups(y: np.ndarray, group: np.ndarray, n_classes: int, bootstrap: int
 
 
 def group_warnings(groups: str, features: FeatureSet, plan: Plan) -> list[str]:
-    """What to say where patients were not kept apart."""
+    """Warnings where patients were not kept apart."""
     if groups == "patient_id":
         return []
     used = plan.fold >= 0

@@ -1,1 +1,1 @@
-"""What other programs read: timm weights, QuPath GeoJSON."""
+"""Exports for other programs: timm weights, QuPath GeoJSON."""

@@ -1,4 +1,4 @@
-"""`export`: what was made here, in the forms that other programs read."""
+"""`export`: write an encoder or the contents of slide files in the formats of other programs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A trained encoder for the programs of others: the teacher's ViT as plain timm weights."""
+"""Export a trained encoder: the teacher's ViT as plain timm weights."""
 
 from __future__ import annotations
 

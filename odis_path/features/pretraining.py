@@ -1,4 +1,4 @@
-"""Whom an encoder was pretrained on: kept in its checkpoints, written beside its embeddings, read when these are judged.
+"""The patients an encoder was pretrained on: kept in its checkpoints, written beside its embeddings, read to judge these.
 
 A checkpoint of odis-path names its slides and patients, those of the run's weights included where these are a checkpoint too.
 `embed` writes them as pretraining.csv beside the feature files, which name its hash, so that neither the run nor the checkpoint
@@ -57,7 +57,7 @@ class Pretraining:
         return file.getvalue()
 
     def note(self) -> str:
-        """What a feature file says of it: JSON with kind, of, why, base and the hash of pretraining.csv."""
+        """The note of it in a feature file: JSON with kind, of, why, base and the hash of pretraining.csv."""
         digest = hashlib.sha256(self.text().encode()).hexdigest() if self.kind == "run" else ""
         return json.dumps(
             {"kind": self.kind, "of": self.of, "why": self.why, "base": self.base, "sha256": digest}, sort_keys=True
@@ -81,7 +81,7 @@ def unknown(of: str, why: str) -> Pretraining:
 
 
 def of_checkpoint(path: Path, data: Mapping[str, Any]) -> Pretraining:
-    """Whom the checkpoint was trained on. data: what it keeps of its tiles; an older one's slides are in its run folder."""
+    """The pretraining of a checkpoint. data: what it keeps of its tiles; an older one's slides are in its run folder."""
     kept = data.get("pretrained_on")
     if kept is not None:
         slides = tuple(Slide(str(a), str(b), str(c), bool(d)) for a, b, c, d in kept["slides"])
@@ -90,7 +90,7 @@ def of_checkpoint(path: Path, data: Mapping[str, Any]) -> Pretraining:
 
 
 def of_run_folder(checkpoint: Path) -> Pretraining:
-    """Whom a checkpoint was trained on, from the split.csv beside it."""
+    """The pretraining of a checkpoint, from the split.csv beside it."""
     from odis_path.tables import read_csv
 
     split = checkpoint.parent / "split.csv"
@@ -115,7 +115,7 @@ def side_of(patient: str, away: set[str]) -> str:
 
 
 def kept_in_checkpoint(slides: Iterable[Slide], weights: str | None) -> dict[str, Any]:
-    """What a new run keeps of its slides. weights: model.weights, whose slides are added where they are a checkpoint."""
+    """Slides of a run, for its checkpoints. weights: model.weights, whose slides are added where they are a checkpoint."""
     rows = {slide.slide_id: slide for slide in slides}
     before = None
     if weights is not None:
@@ -132,7 +132,7 @@ def kept_in_checkpoint(slides: Iterable[Slide], weights: str | None) -> dict[str
 
 
 def read_checkpoint(path: Path) -> Pretraining:
-    """Whom a file of weights was trained on: unknown where it is no checkpoint of odis-path."""
+    """The pretraining of a file of weights: unknown where it is no checkpoint of odis-path."""
     from odis_path.checkpoint import read_data_facts
 
     data = read_data_facts(path)
@@ -140,7 +140,7 @@ def read_checkpoint(path: Path) -> Pretraining:
 
 
 def of_encoder(source: str, *, random_weights: bool) -> Pretraining:
-    """Whom an encoder was pretrained on. source: the path of a file, or the name of a model of others."""
+    """The pretraining of an encoder. source: the path of a file, or the name of a model of others."""
     if random_weights:
         return Pretraining("none", source)
     if Path(source).is_file():
@@ -149,7 +149,7 @@ def of_encoder(source: str, *, random_weights: bool) -> Pretraining:
 
 
 def _content(note: str) -> dict[str, Any]:
-    """What a note says; something that says nothing where it is damaged."""
+    """Read a note as JSON; one without a kind where it is damaged."""
     try:
         content = json.loads(note) if note else {}
     except ValueError:
@@ -169,7 +169,7 @@ def common_note(notes: Iterable[str]) -> str:
 
 
 def read_note(note: str, folder: Path, checkpoint: str) -> Pretraining:
-    """Whom embeddings in a folder were pretrained on, from what their files say; a note of older files is empty.
+    """The pretraining of the encoder of embeddings in a folder, from their files; a note of older files is empty.
 
     checkpoint: path (with size and time) or name of what made them. The run folder is looked at where pretraining.csv is
     gone.

@@ -73,7 +73,7 @@ class FeatureSet:
         return len(self.slide_id)
 
     def pretraining_in(self, folder: Path) -> Pretraining:
-        """Whom the encoder was pretrained on, as these files and the folder that they lie in say."""
+        """The pretraining of the encoder, from these files and the folder that they lie in."""
         return read_note(self.pretraining, folder, str(self.parameters.get("checkpoint", "")))
 
     def take(self, rows: np.ndarray) -> FeatureSet:

@@ -87,7 +87,7 @@ def write_features(
 
 
 def embedded_already(path: Path, level: str, slide_path: Path, parameters: Mapping[str, Any]) -> bool:
-    """Whether a feature file holds this level of this slide file, made with these parameters.
+    """Tell whether a feature file holds this level of this slide file, made with these parameters.
 
     Tiles embedded whole do not depend on the annotations: when only those have changed, the stored labels are brought up
     to date here and the embeddings stay.
@@ -127,7 +127,7 @@ def open_features(path: Path) -> CheckedFile:
 
 
 def is_damaged(path: Path) -> bool:
-    """Whether a feature file does not hold what was written into it. Looked through where something touched it since."""
+    """Tell whether a feature file is damaged. It is read whole where something touched it since it was written."""
     try:
         with open_features(path) as file:
             if was_touched(path):
@@ -192,7 +192,7 @@ def refuse_other_encoder(path: Path, level: str, slide_file: SlideFile, encoder:
 
 
 def _stale(path: Path, level: str, root: Mapping[str, Any], encoder: str, mode: str, *, overwrite: bool = False) -> list[str]:
-    """What of an existing feature file no longer goes with the slide file. UserError for another encoder or mode, which
+    """The parts of an existing feature file that no longer go with the slide file. UserError for another encoder or mode, which
     goes where `overwrite` is given."""
     other = DATASETS["object" if level == "tile" else "tile"]
     with open_features(path) as file:

@@ -1,4 +1,4 @@
-"""How the figures of a report look: colours that colour-blind readers tell apart, sizes, saving."""
+"""Style of figures: colours that colour-blind readers tell apart, sizes, saving."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def sharpened(logits: Tensor, center: Tensor, temperature: float | Tensor) -> Te
 
 
 def counted_pairs(seen: Tensor, queries: int = 2) -> Tensor:
-    """How many pairs of a teacher view and another student view count: bool or 0 and 1 (V, ...), globals first -> scalar."""
+    """Number of pairs of a teacher view and another student view: bool or 0 and 1 (V, ...), globals first -> scalar."""
     seen = seen.to(torch.float64)
     return (seen[:queries].sum(0) * seen.sum(0)).sum() - seen[:queries].sum()
 

@@ -29,7 +29,7 @@ SHORT = re.compile(r"(?:vit[-_])?([a-z]{1,2}/\d+)", re.IGNORECASE)
 
 
 def is_model_name(source: str) -> bool:
-    """Whether a word that looks like a path names a model: `S/16`, `hf-hub:owner/name`, `local-dir:folder`."""
+    """Tell whether a word that looks like a path names a model: `S/16`, `hf-hub:owner/name`, `local-dir:folder`."""
     return bool(SHORT.fullmatch(source.strip()) or re.match(r"(hf[-_]hub|local-dir):", source))
 
 

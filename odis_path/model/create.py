@@ -98,7 +98,7 @@ def _layers(known: Published | None, gated: bool) -> dict[str, Any]:
 
 
 def _own_options(known: Published | None, folder: HubFolder | None, resolved: dict[str, Any]) -> dict[str, Any]:
-    """What a name is built with where its own tokens and pooling stay: its folder's word counts before its authors'."""
+    """The options that a name is built with where its own tokens and pooling stay; its folder's come before its authors'."""
     stated: dict[str, Any] = {}
     if folder is not None:
         stated = resolve_model(folder.architecture, dict(folder.arguments))[1]
@@ -132,7 +132,7 @@ def _sketch(name: str, options: dict[str, Any]) -> Any:
 
 
 def is_plain(vit: Any) -> bool:
-    """Whether a timm model is what `ObjViT` wraps: patches cut by one convolution, no second class token, blocks."""
+    """Tell whether `ObjViT` can wrap a timm model: patches cut by one convolution, no second class token, blocks."""
     from timm.layers import PatchEmbed
     from timm.models.eva import Eva
     from timm.models.vision_transformer import VisionTransformer
@@ -228,7 +228,7 @@ def _norm_of_pixels(vit: Any, folder: HubFolder | None, known: Published | None)
 
 
 def start_pool(start: Start, name: str) -> Literal["obj", "linear"]:
-    """How training goes on from weights: [OBJ] takes the place of a class token that was trained to be the embedding.
+    """Pooling to train on with: [OBJ] takes the place of a class token that was trained to be the embedding.
 
     DINOv3's was, though timm averages its patches. Raises UserError for pooling that cannot be gone on with.
     """
@@ -245,7 +245,7 @@ def start_pool(start: Start, name: str) -> Literal["obj", "linear"]:
 
 
 def embedding_pool(start: Start, source: str, asked: str | None) -> EncoderPool:
-    """How `embed` pools: as asked (a word of --pool), or as the model was trained. UserError where it cannot."""
+    """The pooling of `embed`: as asked (a word of --pool), or as the model was trained. UserError where it cannot."""
     pool = POOL_WORDS[asked] if asked is not None else start.pool
     if pool == "" and start.vit.cls_token is not None:
         pool = "obj"

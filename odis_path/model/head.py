@@ -51,5 +51,5 @@ class DinoHead(nn.Module):
         return self.last_layer(self.embed(x))
 
     def embed(self, x: Tensor) -> Tensor:
-        """What the prototypes are compared with: float (.., D) -> unit vectors (.., bottleneck_dim)."""
+        """The bottleneck that prototypes are compared with: float (.., D) -> unit vectors (.., bottleneck_dim)."""
         return F.normalize(self.mlp(x), dim=-1)

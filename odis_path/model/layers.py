@@ -73,7 +73,7 @@ def additive(mask: Tensor, like: Tensor) -> Tensor:
 
 
 def attention_kernels(tokens: Tensor) -> AbstractContextManager[Any]:
-    """Where attention over (B, T, D) has to run: on a GPU the kernel that suits few tokens, else whatever torch takes."""
+    """Context for attention over (B, T, D): on a GPU the kernel that suits few tokens, else torch's choice."""
     if not tokens.is_cuda or tokens.shape[1] >= FEW_TOKENS:
         return nullcontext()
     return sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])

@@ -1,4 +1,4 @@
-"""One training step: views to tokens to losses, student against teacher."""
+"""Backbone and projection head as one network: tokens and logits of a batch of views."""
 
 from __future__ import annotations
 

@@ -75,13 +75,13 @@ class Backbone:
 
     @property
     def norm_after_pool(self) -> bool | None:
-        """Whether the last norm comes after pooling (fc_norm) or before it (norm); None where it has both or neither."""
+        """Tell whether the last norm comes after pooling (fc_norm) or before it (norm); None where it has both or neither."""
         after = "fc_norm.weight" in self.state
         return None if after == ("norm.weight" in self.state) else after
 
 
 def is_gated(state: Mapping[str, Tensor]) -> bool:
-    """Whether the MLP of a backbone has gate and value in one first layer, as SwiGLUPacked has."""
+    """Tell whether the MLP of a backbone has gate and value in one first layer, as SwiGLUPacked has."""
     first, second = ("w12", "w3") if any(".mlp.w12." in key for key in state) else ("fc1", "fc2")
     rows, columns = (state.get(f"blocks.0.mlp.{layer}.weight") for layer in (first, second))
     return rows is not None and columns is not None and rows.shape[0] == 2 * columns.shape[1]
@@ -89,7 +89,7 @@ def is_gated(state: Mapping[str, Tensor]) -> bool:
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What was loaded: the layout found, the number of tensors, the keys left aside, and what had to be adapted.
+    """Account of what was loaded: the layout, the number of tensors, the keys left aside, and what had to be adapted.
 
     trained_px: side of the images that its positions were trained on, None where it has none. resampled: whether positions or
     patch kernels had another size. mask_token: float (1, 1, D), the token of masked patches where the file has one; the caller
@@ -155,7 +155,7 @@ def load_backbone(vit: nn.Module, backbone: Backbone) -> LoadReport:
 
 
 def _another_pool(key: str, model: Any) -> bool:
-    """Whether a key is of the attention pooling that a model published with it is used without (SigLIP's `gap` names)."""
+    """Tell whether a key is of the attention pooling that a model published with it is used without (SigLIP's `gap` names)."""
     return key.startswith("attn_pool.") and model.global_pool == "avg"
 
 

@@ -1,4 +1,4 @@
-"""What the authors of published pathology models say of using them: how to pool, at which size, with which mean and std.
+"""Usage notes of published pathology models, from their authors: pooling, input size, mean and std.
 
 Known without torch. A model is told by its name on the hub, or by the name of the folder its files lie in.
 """
@@ -81,7 +81,7 @@ NOT_PLAIN = {
 
 
 def published(source: str) -> Published | None:
-    """What is known of `hf-hub:owner/name` or `local-dir:folder`; None for names of timm and models that are not known.
+    """Look up `hf-hub:owner/name` or `local-dir:folder`; None for names of timm and models that are not known.
 
     Raises UserError for a known model that is no plain vision transformer.
     """

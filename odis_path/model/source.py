@@ -1,4 +1,4 @@
-"""What is meant by the name of a model or checkpoint, and whether it can be loaded: told without torch.
+"""Resolve the name of a model or checkpoint, and check that it can be loaded, without torch.
 
 A source is a checkpoint or run folder of `odis-path pretrain`, a name of timm, `hf-hub:owner/name`, or a folder in the form of
 the hub (`local-dir:folder`, or its bare path): `config.json` as timm writes it, and one file of weights.
@@ -54,7 +54,7 @@ def settled_source(source: str) -> str:
 
 
 def is_checkpoint(source: str) -> bool:
-    """Whether a checkpoint file or a run folder of odis-path is meant, and no model of timm or the hub."""
+    """Tell whether a source is a checkpoint file or run folder of odis-path, and no model of timm or the hub."""
     if settled_source(source).startswith(LOCAL):
         return False
     path = Path(source)
@@ -127,7 +127,7 @@ def fingerprint(source: str) -> str:
 
 
 def no_file(path: Path) -> str:
-    """Why model.weights cannot be this path, which is no file."""
+    """The reason why model.weights cannot be this path, which is no file."""
     if not path.is_dir():
         return f"{path}: no such file; model.weights takes a local .safetensors, .pth, .pt or .bin file, or 'timm'"
     if (path / CONFIG).is_file():

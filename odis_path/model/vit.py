@@ -29,7 +29,7 @@ from odis_path.model.published import RGB
 
 
 class Tokens(NamedTuple):
-    """What the encoder returns after the last norm: obj (B, D), or (B, K, D) for K masks an image, and patches (B, N, D).
+    """Output of the encoder after the last norm: obj (B, D), or (B, K, D) for K masks an image, and patches (B, N, D).
 
     obj has 2 D columns where the encoder puts the mean of patches beside [OBJ].
     """
@@ -95,7 +95,7 @@ class ObjViT(nn.Module):
         self.trained_px: int | None = None  # side of the images that its weights were trained on, where something says it
         self.norm: tuple[RGB, RGB] | None = None  # mean and std of pixels that its weights want, where something says it
         self.loaded: LoadReport | None = None
-        # What tells the further [OBJ] tokens from the first; drawn apart, or they would never part.
+        # Offsets of the further [OBJ] tokens from the first; drawn at random, since equal tokens would get equal gradients.
         self.more_obj = nn.Parameter(0.02 * torch.randn(tokens - 1, self.embed_dim)) if tokens > 1 else None
 
     @property
@@ -105,11 +105,11 @@ class ObjViT(nn.Module):
 
     @property
     def has_positions(self) -> bool:
-        """Whether it has learned positions, which other sizes of image interpolate."""
+        """Tell whether it has learned positions, which other sizes of image interpolate."""
         return self.vit.pos_embed is not None
 
     def adapted(self) -> str:
-        """What of its weights was resampled when they were loaded, as the end of a line; empty where nothing was."""
+        """Describe weights that were resampled when loaded, as the end of a line; empty where none were."""
         grid: Any = self.vit.patch_embed.grid_size  # type: ignore[union-attr]
         if self.loaded is None or not self.loaded.resampled:
             return ""
@@ -118,12 +118,12 @@ class ObjViT(nn.Module):
 
     @property
     def masks_attention(self) -> bool:
-        """Whether a box restricts the attention of [OBJ]; else it restricts what is pooled after a pass that is plain."""
+        """Tell whether a box restricts the attention of [OBJ]; else it restricts what is pooled after a pass that is plain."""
         return "obj" in self.pool
 
     @property
     def shares_passes(self) -> bool:
-        """Whether any number of objects of an image take one pass, and come out as they would alone."""
+        """Tell whether any number of objects of an image take one pass, and come out as they would alone."""
         return self.read_only or not self.masks_attention
 
     def forward(self, images: Tensor, obj_mask: Tensor | None = None, hidden: Tensor | None = None) -> Tokens:

@@ -36,7 +36,7 @@ def report(folder: Path | str, out: Path | str | None = None) -> Report:
     cohort = read_cohort(found.slides)
     evaluations = [read_evaluation(e) for e in found.evaluations]
     files.mkdir(parents=True, exist_ok=True)
-    if (files / "report.json").is_file():  # an earlier report's files; nobody else's are touched
+    if (files / "report.json").is_file():  # an earlier report's files; no others are removed
         for old in (*files.glob("*.png"), *files.glob("*.csv")):
             old.unlink()
     made = Report(found, cohort, evaluations, files, out, problems=[*found.problems, *cohort.problems])

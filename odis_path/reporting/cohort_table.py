@@ -1,4 +1,4 @@
-"""What the slide files of a cohort say: one row per slide, and counts of objects per class."""
+"""Summarise the slide files of a cohort: one row per slide, and counts of objects per class."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `evaluate` found, made ready for the report: scores with intervals, baselines, tables, sentences."""
+"""Prepare the results of `evaluate` for the report: scores with intervals, baselines, tables, sentences."""
 
 from __future__ import annotations
 

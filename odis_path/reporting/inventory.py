@@ -1,4 +1,4 @@
-"""What lies in a folder: slide files, run folders, evaluations, feature files."""
+"""List the contents of a folder: slide files, run folders, evaluations, feature files."""
 
 from __future__ import annotations
 

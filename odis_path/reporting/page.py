@@ -1,4 +1,4 @@
-"""Put a report together: find, draw, render, write."""
+"""The parts of a report page: figures, tables, text, sections; and the report as a result."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class Section:
 
 @dataclass
 class Report(Result):
-    """What sections draw on, and where they put their pictures and numbers.
+    """The data that sections draw on, and the place for their pictures and numbers.
 
     page: the HTML file. problems: what could not be shown, and why.
     """

@@ -26,7 +26,7 @@ RETRIEVAL = {"precision": "precision", "hit": "hit", "map": "mAP", "mmv_balanced
 
 
 def headline(report: Report) -> Section:
-    """What was done and what came out, in plain words; the scores as table and figure."""
+    """Section of the headline: methods and results in plain words; the scores as table and figure."""
     section = Section("headline", "In short")
     section.items += [TextItem(text, lead=i == 0) for i, text in enumerate(plain_words(report))]
     scored = [e for e in report.evaluations if e.main is not None]
@@ -166,7 +166,7 @@ def _confusion(report: Report, e: Evaluation) -> FigureItem:
 
 
 def _retrieval_table(e: Evaluation) -> TableItem:
-    """Who may answer, how many answers, and each measure with its interval."""
+    """The rule of retrieval, the number of answers, and each measure with its interval."""
     rows: list[list[str]] = []
     for rule, per_k in e.retrieval.items():
         rows.append([f"answers from {rule}"])

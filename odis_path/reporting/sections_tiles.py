@@ -19,7 +19,7 @@ MAX_RUNS = 3
 
 
 def crops(report: Report) -> Section | None:
-    """What the model is trained on: tiles with their boxes and both crops of the pair."""
+    """Section of training samples: tiles with their boxes and both crops of the pair."""
     run, paths = _run_with_tiles(report)
     if run is None:
         return None
@@ -55,7 +55,7 @@ def crops(report: Report) -> Section | None:
 
 
 def attention(report: Report) -> Section | None:
-    """Where [OBJ] of each trained network looks, kept to a box and over the whole tile."""
+    """Section of attention: [OBJ] of each trained network, kept to a box and over the whole tile."""
     from annotations.errors import UserError
 
     section = Section("attention", "Where the model looks")

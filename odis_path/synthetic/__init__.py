@@ -1,1 +1,1 @@
-"""The demo: a synthetic cohort with annotations and the whole chain run on it."""
+"""Synthetic H&E-like slides with annotations, for the demo and the tests."""

@@ -1,4 +1,4 @@
-"""Nuclei of a synthetic slide: where each lies, how it is shaped, and its outline as a polygon."""
+"""Nuclei of a synthetic slide: positions, shapes, and outlines as polygons."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the tissue of a synthetic slide lies: outline, patchwork of tissue types, and their polygons."""
+"""Lay out the tissue of a synthetic slide: outline, patchwork of tissue types, and their polygons."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ tissue, and must not be used as if they did.
 
 @dataclass(frozen=True)
 class SlideJob:
-    """What one worker needs to write one slide."""
+    """Everything one worker needs to write one slide."""
 
     out: Path
     slide_id: str

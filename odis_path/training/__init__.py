@@ -1,1 +1,1 @@
-"""Training: configuration, schedules, the loop, checkpoints, ranks."""
+"""Training: the loop, the step, schedules, resume, log."""

@@ -1,4 +1,4 @@
-"""What is watched while a run trains: k-NN on held-out patients, and signs of collapse."""
+"""Watch for signs of collapse while a run trains."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When and how a run is compiled: each block by itself, the views, and the loss of hidden patches (see `Criterion`)."""
+"""Compile a run where it pays: each block by itself, the views, and the loss of hidden patches (see `Criterion`)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _KINDS_OF_BLOCK = 64
 
 
 def compiles(config: PretrainConfig, ranks: Ranks) -> bool:
-    """Whether a run compiles what it computes; model.compile_blocks=auto: on a GPU, and if it cannot there, it is said."""
+    """Tell whether a run compiles; with model.compile_blocks=auto it does on a GPU, and says so where it cannot."""
     if config.model.compile_blocks != "auto":
         return config.model.compile_blocks
     if ranks.device.type != "cuda":
@@ -31,7 +31,7 @@ def compiles(config: PretrainConfig, ranks: Ranks) -> bool:
 
 
 def missing_for_compiling() -> str:
-    """What this machine lacks to compile for a GPU, in words; empty where it lacks nothing."""
+    """Describe what this machine lacks to compile for a GPU; empty where it lacks nothing."""
     if find_spec("triton") is None:
         return "the package triton"
     if not any(shutil.which(name) for name in (os.environ.get("CC", ""), "cc", "gcc", "clang") if name):

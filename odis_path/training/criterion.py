@@ -1,4 +1,4 @@
-"""One training step: views to tokens to losses, student against teacher."""
+"""The loss of a training step: [OBJ] across views, hidden patches, and what a configuration adds."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class Criterion(nn.Module):
 
 
 def token_spread(obj: Tensor) -> Tensor:
-    """How far unit [OBJ] embeddings (..., B, D) of B tiles lie apart: mean standard deviation over the tiles times sqrt(D).
+    """Spread of unit [OBJ] embeddings (..., B, D) of B tiles: mean standard deviation over the tiles times sqrt(D).
 
     1 for a uniform sphere, 0 when collapsed; the mean over whatever comes before the tiles (the views).
     """

@@ -1,4 +1,4 @@
-"""What is watched while a run trains: k-NN on held-out patients, and signs of collapse."""
+"""Watch a run as it trains: k-NN on held-out patients, and the share of identical pairs of views."""
 
 from __future__ import annotations
 

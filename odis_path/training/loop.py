@@ -314,7 +314,7 @@ def check_figures(run: Run, figures: dict[str, Any]) -> None:
 
 
 def tell(run: Run, log: RunLog, figures: dict[str, Any] | None, probe: KnnProbe | None) -> None:
-    """What there is to say after a step, into the log."""
+    """Write the figures of a step, and the score of the teacher if it is due, into the log."""
     if figures is not None:
         log.write(figures)
         tell_lost(run, log)

@@ -1,4 +1,4 @@
-"""Schedules as pure functions of the step."""
+"""Optimisation: schedules as pure functions of the step, parameter groups, clipping, the teacher's update."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def parameter_groups(network: Network, layer_decay: float = 1.0, *, decay_gain: 
 
 
 def layer_of(name: str, depth: int) -> int:
-    """Where a parameter lies: 0 for what comes before the first block, i + 1 for block i, depth + 1 for what comes after."""
+    """The depth of a parameter: 0 for what comes before the first block, i + 1 for block i, depth + 1 for what comes after."""
     if name.startswith("encoder.vit.blocks."):
         return int(name.split(".")[3]) + 1
     early = ("patch_embed.", "cls_token", "reg_token", "pos_embed", "norm_pre.", "rope.")
@@ -69,7 +69,7 @@ def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> N
 
 
 class StepValues(NamedTuple):
-    """What changes from step to step."""
+    """Scheduled values of one step."""
 
     lr: float
     weight_decay: float

@@ -1,4 +1,4 @@
-"""Whether a run can start, and whether it may go on from a checkpoint: the same configuration, tiles and held-out patients."""
+"""Check that a run can start, and that it may go on from a checkpoint: same configuration, tiles and held-out patients."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def config_difference(new: PretrainConfig, old: PretrainConfig) -> str:
 
 
 def data_facts(index: TileIndex, away: set[str]) -> dict[str, Any]:
-    """What a run trains on, to be kept in its checkpoints: counts to tell a user, and a hash of all that matters.
+    """Facts about the data of a run, to be kept in its checkpoints: counts to tell a user, and a hash of all that matters.
 
     index: every tile, held out or not. away: the held-out patients.
     """
@@ -83,7 +83,7 @@ def data_facts(index: TileIndex, away: set[str]) -> dict[str, Any]:
 
 
 def data_difference(new: dict[str, Any], old: dict[str, Any] | None) -> str:
-    """What changed in the tiles since a checkpoint; empty where nothing did, or where it does not say (an older one)."""
+    """Describe how the tiles changed since a checkpoint; empty where they did not, or where it does not say (an older one)."""
     if old is None or new["sha256"] == old["sha256"]:
         return ""
     if (new["slides"], new["tiles"]) != (old["slides"], old["tiles"]):

@@ -1,4 +1,4 @@
-"""`pretrain`: a model from a configuration, and how its run ended."""
+"""`pretrain`: train a model from a configuration; the result tells how the run ended."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def pretrain(
 ) -> TrainedRun:
     """Train a model from a configuration; under torchrun every rank calls it.
 
-    config: a YAML file, or the name of a recipe such as "odis_wsi". overrides: what of it is otherwise, as {"data.tiles":
-    "tiles"} or ["data.tiles=tiles"]. A run that stopped goes on from its newest checkpoint; from_previous: from
-    the last whole one, where the newest is damaged. Raises UserError for a
-    configuration or tiles that cannot be, before torch is imported where that is known.
+    config: a YAML file, or the name of a recipe such as "odis_wsi". overrides: keys to change in it, as {"data.tiles":
+    "tiles"} or ["data.tiles=tiles"]. A run that stopped goes on from its newest checkpoint; from_previous: from the last whole
+    one, where the newest is damaged. Raises UserError for an impossible configuration or unusable tiles, where possible before
+    torch is imported.
     """
     settings = load_config(config, override_words(overrides))
     goes_on = any(Path(settings.run.out).glob("checkpoint-*.pt"))

@@ -1,4 +1,4 @@
-"""One training step: views to tokens to losses, student against teacher."""
+"""The parts of a training step around the networks: build the student, cut the views of a batch."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def with_pool(config: PretrainConfig, pool: str) -> PretrainConfig:
 
 
 def start_line(config: PretrainConfig, encoder: ObjViT) -> str:
-    """What a run starts from, in a line: the layout of its weights, how they pool, the size they were trained at."""
+    """Describe the start of a run, in a line: the layout of its weights, how they pool, the size they were trained at."""
     loaded, m = encoder.loaded, config.model
     assert loaded is not None
     obj = encoder.pool == "obj"

@@ -1,4 +1,4 @@
-"""Annotation files of slides: which files they are, whose they are, and what their readers need to know of it."""
+"""Match annotation files to slides by name, and give their readers the facts of the slide."""
 
 from __future__ import annotations
 

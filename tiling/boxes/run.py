@@ -326,7 +326,7 @@ def _in_words(*records: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _outcome(result: dict[str, Any], done: bool = False) -> dict[str, Any]:
-    """What the cohort shows of one slide."""
+    """The outcome of one slide, as the summary of the cohort shows it."""
     shown = {key: result[key] for key in ("objects", "boxes", "repaired", "outside", "origin")}
     shown["left_out"] = result["skipped"]
     return {**shown, "skipped": done, "message": message(result)}

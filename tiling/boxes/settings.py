@@ -1,4 +1,4 @@
-"""Annotation files -> boxes in the slide files: match by name, find the origin, clip to the tiles, write."""
+"""The settings of `annotate`, validated."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class AnnotateSettings:
 
 @dataclass(frozen=True)
 class Reading:
-    """How the files of a slide are read; only the settings change the result."""
+    """Options of reading the files of a slide; only the settings change the result."""
 
     settings: AnnotateSettings
     stream: bool = False

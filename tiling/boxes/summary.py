@@ -1,4 +1,4 @@
-"""What annotate tells: a line a slide, and a table of classes with what was made of their objects and what was left out."""
+"""Summarise `annotate`: a line a slide, and a table of classes with the fate of their objects."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def by_label(table: ObjectTable, boxes: TileBoxes) -> dict[str, dict[str, Any]]:
 
 
 def placement(clipped: Clipped, grid: Grid, which: int) -> dict[str, Any]:
-    """What tells whether the annotations lie where the tissue is: extents, objects off the slide, and on tiles by origin."""
+    """Measures of whether the annotations lie where the tissue is: extents, objects off the slide, and on tiles by origin."""
     n = len(clipped)
     extent = (clipped.extent_l0 + np.tile(grid.shifts[which], 2)).tolist() if n else []
     low = grid.coords_l0.min(axis=0) if len(grid.coords_l0) else np.zeros(2)
@@ -137,12 +137,12 @@ def message(result: Mapping[str, Any]) -> str:
 
 
 def changed_lines(counts: Mapping[str, int], ids: Mapping[str, Sequence[str]]) -> list[str]:
-    """What reading changed, of the counts of a table, with the ids of the objects where they are known."""
+    """Remarks on objects that reading changed, from the counts of a table, with their ids where known."""
     return [f"{counts[name]} {what}{_called(ids.get(name, ()))}" for name, what in CHANGED.items() if counts.get(name)]
 
 
 def left_out(skipped: Mapping[tuple[str, str], int], ids: Mapping[str, Sequence[str]]) -> list[str]:
-    """What was left out, of all classes: a remark for each reason, with the ids of the objects."""
+    """Remarks on objects left out, over all classes: one for each reason, with their ids."""
     total: Counter[str] = Counter()
     for (_, reason), n in skipped.items():
         total[reason] += n
@@ -190,7 +190,7 @@ def _origin(result: Mapping[str, Any]) -> list[str]:
 
 
 def _extents(result: Mapping[str, Any]) -> str:
-    """Where the objects lie and where the tiles: another scale or swapped axes are seen from it."""
+    """The extents of the objects and of the tiles: they show another scale or swapped axes."""
     mine, tiles = result.get("extent_l0"), result.get("tiles_extent_l0")
     if not mine or not tiles:
         return ""
@@ -253,7 +253,7 @@ class BoxOutcomes(Outcomes):
 
     @property
     def results(self) -> list[Mapping[str, Any]]:
-        """What became of the boxes, one result a slide file or image, as slide files keep it."""
+        """The results of clipping, one for each slide file or image, as slide files keep them."""
         return list(results_of(Path(self.out), self).values() if self._stored is None else self._stored)
 
     def show(self, console: Console) -> None:

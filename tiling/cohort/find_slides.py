@@ -124,7 +124,7 @@ def _files_under(folder: Path, suffixes: frozenset[str]) -> Iterator[Path]:
 
 
 def _entries(folder: Path, *, needed: bool) -> list[os.DirEntry[str]]:
-    """What is in a folder and not hidden, by name. One that may not be looked into is told, and left out unless needed."""
+    """List a folder without hidden files, by name. One that may not be read is reported, and left out unless needed."""
     try:
         with os.scandir(folder) as entries:
             return sorted((each for each in entries if not each.name.startswith(".")), key=lambda each: each.name)
@@ -136,7 +136,7 @@ def _entries(folder: Path, *, needed: bool) -> list[os.DirEntry[str]]:
 
 
 def _with_unique_ids(items: list[SlideItem], known: Mapping[str, str]) -> list[SlideItem]:
-    """Ids that occur once stay; of the others, each slide of a name gets the first of `_told_apart` that nobody has.
+    """Ids that occur once stay; of the others, each slide of a name gets the first free name of `_told_apart`.
 
     known: place -> an id that stays as it is, and which others make way for.
     """

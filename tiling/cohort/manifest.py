@@ -86,7 +86,7 @@ def mpp_in(manifest: Path, line: int, row: Mapping[str, str]) -> float | None:
 
 
 def path_from(manifest: Path, slide: Path) -> str:
-    """How a manifest names a slide: what was given as a relative path from its own folder if it is below that, else whole."""
+    """The path of a slide in a manifest: relative where it was given so and lies below the manifest, else absolute."""
     if slide.is_absolute() or url_of(slide):
         return shown(slide)
     whole, folder = absolute(slide), absolute(manifest).parent
@@ -137,7 +137,7 @@ class Before:
 
 
 def manifest_before(out: Path) -> Before:
-    """What is at `out`. Raises UserError where that is no manifest, or one that cannot be read: it is not written over."""
+    """Read the manifest at `out`. Raises UserError for another file or one that cannot be read: it is not written over."""
     if not out.exists() or not out.stat().st_size:
         return Before()
     try:
@@ -163,7 +163,7 @@ def _given(out: Path, line: int, row: dict[str, str]) -> float | None:
 
 
 def by_hand(given: float | None, own: float | None) -> bool:
-    """Whether a manifest's mpp was given by hand: it is not what the slide's headers say, rounded or not."""
+    """Tell whether a manifest's mpp was given by hand: it differs from the slide's headers, rounded or not."""
     return given is not None and (own is None or not math.isclose(given, own, rel_tol=1e-6))
 
 

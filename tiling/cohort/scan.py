@@ -1,4 +1,4 @@
-"""Read the headers of slides and write the manifest of a cohort; the work list of whoever reads it."""
+"""Read the headers of slides and write the manifest of a cohort, the work list of later commands."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def _row(out: Path, before: Before, item: SlideItem, outcome: Outcome) -> dict[s
 
 
 def header_row(item: SlideItem, mpp: float | None = None, assume_mpp: float | None = None) -> dict[str, Any]:
-    """What a slide's headers say, as columns of the manifest (under the key `row`), and `will_fail`, 0 or 1."""
+    """The header facts of a slide as columns of the manifest (under the key `row`), and `will_fail`, 0 or 1."""
     if item.path.is_symlink() and not item.path.exists():
         raise UserError(f"{item.path}: is a link to {printable(os.readlink(item.path))}, which leads to no file: mend the link")
     with Slide.open(item.path) as slide:
@@ -123,7 +123,7 @@ def header_row(item: SlideItem, mpp: float | None = None, assume_mpp: float | No
 
 
 def cut_off(path: Path) -> str:
-    """What of a TIFF's stored pixels lies beyond its end, in words; empty where all is there, or where it is no TIFF."""
+    """Describe the stored pixels of a TIFF that lie beyond its end; empty where none do, or where it is no TIFF."""
     from tiling.wsi.backends.tiff_pages import tiff_pages
 
     try:

@@ -44,7 +44,7 @@ class Drawn:
 
 @dataclass
 class BoxReport:
-    """What became of the boxes of an import. results: as `annotate` stores them; notes: lines on what is of no image here."""
+    """The outcome of the boxes of an import. results: as `annotate` stores them; notes: lines on boxes of no image here."""
 
     results: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -168,7 +168,7 @@ def _factor(stated: Size, size: Size) -> float | None:
 
 
 def _orientation(image: Path) -> int:
-    """How a file says that it is stored, 1 to 8: EXIF and TIFF have the same tag."""
+    """The orientation that a file states, 1 to 8: EXIF and TIFF have the same tag."""
     from PIL import Image
 
     try:
@@ -241,7 +241,7 @@ def box_groups(
 
 
 def result_of(file: SlideFile) -> dict[str, Any]:
-    """What an earlier import says of the boxes of a slide file, `result` and `message` for the outcome; of none, nothing."""
+    """The `result` and `message` that an earlier import stored with the boxes of a slide file; empty where there is none."""
     text = file.group_attrs("objects").get(RESULT_ATTR)
     if text is None:
         return {}

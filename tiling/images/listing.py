@@ -157,7 +157,7 @@ def match_names(items: Sequence[ImageItem], names: Iterable[str], where: object)
 
 
 def _common_folders(name: str, path: Path) -> int:
-    """How many folders before the file name a name shares with a path."""
+    """The number of folders before the file name that a name shares with a path."""
     pairs = zip(reversed(name.split("/")[:-1]), reversed(path.absolute().parts[:-1]), strict=False)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 

@@ -325,7 +325,7 @@ def _parameters(settings: ImportSettings, mpp: float | None, xml: Path | None) -
 
 
 def _done(path: Path, parameters: dict[str, Any], item: ImageItem) -> dict[str, Any] | None:
-    """What an up-to-date file holds (its patient_id is brought up to date), None where it must be made.
+    """The counts of an up-to-date file (its patient_id is brought up to date), None where it must be made.
 
     Raises UserError where it is no slide file, or another image's that is still there, and is not to be replaced.
     """

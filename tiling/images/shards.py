@@ -334,7 +334,7 @@ def _mosaic(shard: Shard, settings: ShardSettings, present: list[int], tiles: li
 
 
 def _left_out(tiles: Sequence[Fitted]) -> list[str]:
-    """What of its images is not shown: one remark, with how many it is true of, for each."""
+    """Remarks on parts of images that are left out, each with the number of images."""
     notes = Counter(tile.note for tile in tiles if tile.note)
     return [f"{note} ({count} images)" if count > 1 else note for note, count in notes.items()]
 

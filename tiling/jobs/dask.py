@@ -57,7 +57,7 @@ def run_dask(job: Job, scheduler: str, stopped: Callable[[], bool] = lambda: Fal
             if client.status == "running":
                 executor.shutdown(wait=False)  # takes back what has not come
             else:
-                client.close(timeout=1)  # nobody is there to say goodbye to
+                client.close(timeout=1)  # the scheduler is gone: no answer is waited for
 
 
 def _address_in(scheduler_file: str) -> str:

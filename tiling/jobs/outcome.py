@@ -1,4 +1,4 @@
-"""What became of one item of a cohort, and the guard that turns whatever happens to it into one."""
+"""The outcome of one item of a cohort, and the guard that turns any exception into one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BUSY, FULL, STOPS = "busy", "full", "stops"
 
 @dataclass
 class Outcome:
-    """What became of one item.
+    """The outcome of one item of a cohort.
 
     item: its name as shown. ok: it worked or was skipped. skipped: it was done already. message: one line, the
     failure or a remark. seconds: time spent on it. info: what else the work function returned; its key `redone` says why
@@ -62,7 +62,7 @@ def one_line(error: BaseException) -> str:
 
 
 def timed_out(timeout: float) -> str:
-    """What is said of an item that took longer than `timeout` seconds."""
+    """The message for an item that took longer than `timeout` seconds."""
     return f"no result after {timeout:g} s (--timeout): its reader hangs, or it needs more time"
 
 

@@ -1,8 +1,4 @@
-"""One function over many items: worker processes or a Dask cluster, one progress bar, a table of failures.
-
-A bad item becomes a failed `Outcome` and the rest go on; so does one that hangs or whose worker process dies. Several runs
-may share a folder: what another run is at is left to it, and looked at again in the end.
-"""
+"""Show a cohort's work: the progress bar, the results of a command as an object, the table of failures."""
 
 from __future__ import annotations
 
@@ -70,7 +66,7 @@ class _Progress:
             print(f"{self.title}: {self.count}/{self.total} {remark} {self._eta()}", file=sys.stderr, flush=True)
 
     def _eta(self) -> str:
-        """What is left takes as long as what was not skipped did, in its share of the time since the start."""
+        """Estimate the time left from the items that were not skipped, in their share of the time since the start."""
         if not self.worked:
             return ""
         share = self.worked_s / self.seconds if self.seconds else 1.0
@@ -79,11 +75,11 @@ class _Progress:
 
 
 class Result(ABC):
-    """What a command made: `print` it, take its `summary` as text, or let a notebook show it."""
+    """The result of a command: `print` it, take its `summary` as text, or let a notebook show it."""
 
     @property
     def failed(self) -> Sequence[Any]:
-        """What of it failed; nothing, where a command that fails raises UserError instead."""
+        """Items that failed; empty where a command that fails raises UserError instead."""
         return ()
 
     @abstractmethod
@@ -152,7 +148,7 @@ class Outcomes(Result, Sequence[Outcome]):
         return [outcome for outcome in self if not outcome.ok]
 
     def counts(self) -> dict[str, int]:
-        """How many items are done, skipped, failed and (only where there are any) not tried."""
+        """The numbers of items done, skipped, failed and (only where there are any) not tried."""
         skipped = sum(outcome.skipped for outcome in self)
         untried = sum(outcome.message == NOT_TRIED for outcome in self)
         failed = len(self.failed) - untried
@@ -206,7 +202,7 @@ def show_lines(console: Console, lines: Iterable[str]) -> None:
 
 
 def _notes(outcomes: Sequence[Outcome]) -> list[str]:
-    """Why items were made anew, and what is remarked on them: one line a reason and a remark, however many items have it."""
+    """Reasons why items were made anew, and remarks on them: one line each, however many items have it."""
     fine = [outcome for outcome in outcomes if outcome.ok]
     anew = _grouped((outcome.item, str(outcome.info.get("redone") or "")) for outcome in fine)
     remarks = _grouped((outcome.item, outcome.message) for outcome in fine)

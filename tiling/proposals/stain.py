@@ -1,4 +1,4 @@
-"""How much a pixel looks like a nucleus, and what a slide as a whole says about it."""
+"""Score pixels by how much they look like nuclei, and estimate the stain of a slide as a whole."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ Stain = Literal["dark", "eosin", "plain"]
 
 @dataclass(frozen=True)
 class SlideLevels:
-    """What one tile cannot know of its slide.
+    """Facts about a slide that no single tile can tell.
 
     stain: dark (fluorescence), eosin (pink beside the nuclei) or plain (nuclei alone take colour). floor: least score of
     a nucleus, so that a tile without nuclei is not cut in two.

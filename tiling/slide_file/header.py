@@ -1,4 +1,4 @@
-"""What a slide file says about itself and its grid; the lower half of tiling.slide_file.read.SlideFile."""
+"""The header of a slide file: its attributes and its grid; base class of tiling.slide_file.read.SlideFile."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class SlideHeader:
             raise UserError(f"{self.path}: {what}: not a slide file this odis-path reads; make it with odis-path tile")
 
     def _remedy(self, name: str) -> str:
-        """What to do where the object `name` is damaged."""
+        """The remedy where the object `name` is damaged."""
         if name.partition("/")[0] in ("boxes", "objects"):
             return "run odis-path annotate (or propose) again: its objects and boxes are made anew"
         return REMEDY

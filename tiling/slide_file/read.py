@@ -210,7 +210,7 @@ class SlideFile(SlideHeader):
 
     @cached_property
     def has_polygons(self) -> bool:
-        """Whether annotate stored the clipped outlines too."""
+        """Tell whether annotate stored the clipped outlines too."""
         return self.has_boxes and "boxes/polygon" in self._checked
 
     @cached_property
@@ -304,12 +304,12 @@ class SlideFile(SlideHeader):
                 self.tile_bytes(i)
 
     def has_attr(self, name: str, key: str) -> bool:
-        """Whether an object of the file has an attribute, be its value damaged or not."""
+        """Tell whether an object of the file has an attribute, damaged or not."""
         return name in self._checked and key in self._file[name].attrs
 
     @property
     def boxes_damaged(self) -> bool:
-        """Whether what annotate and propose wrote does not match its checksums; looked at where something touched the file."""
+        """Tell whether objects or boxes do not match their checksums; compared only where something touched the file."""
         if not was_touched(self.path):
             return False
         try:
@@ -320,7 +320,7 @@ class SlideFile(SlideHeader):
 
     @property
     def has_checksums(self) -> bool:
-        """Whether the file is of a version with checksums."""
+        """Tell whether the file is of a version with checksums."""
         return CRC_ATTR in self._file["coords"].attrs
 
 

@@ -34,7 +34,7 @@ GroupContent = Mapping[str, Any] | np.ndarray | tuple[np.ndarray, Mapping[str, A
 
 @dataclass(frozen=True)
 class SlideMeta:
-    """What a slide file says about its slide and its grid.
+    """Facts about the slide and its grid, for the attributes of a slide file.
 
     width_l0, height_l0: level-0 pixels. mpp: micrometres per target pixel; mpp_level0: per level-0 pixel.
     patch_px, overlap_px: target pixels. bounds_xy: the scanned area's offset in level-0 pixels (OpenSlide bounds-x/y).

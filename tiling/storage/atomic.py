@@ -111,7 +111,7 @@ def _put_in_place(temporary: Path, final: Path) -> None:
 
 
 def unwritten(final: Path, error: OSError) -> UserError:
-    """What is said of a file that cannot be written: a DiskFullError where there is no space."""
+    """The error for a file that cannot be written: a DiskFullError where there is no space."""
     if error.errno in FULL:
         return DiskFullError(
             f"{final}: cannot be written: {os.strerror(error.errno or 0)}: make room, then run the same command again "
@@ -146,9 +146,9 @@ def _alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     except OSError:
-        pass  # somebody else's
+        pass  # another user's process
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (OSError, IndexError):  # a system that does not say
         return True
-    return state not in "ZX"  # dead, and nobody has asked how it ended
+    return state not in "ZX"  # ended, its parent has not waited for it yet

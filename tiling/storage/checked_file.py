@@ -58,7 +58,7 @@ def _is_text(value: Any) -> bool:
 
 
 def _number(node: Node, key: str) -> int:
-    """How many attributes an object had been given before this one; -1 where HDF5 does not keep it."""
+    """The number of attributes an object had been given before this one; -1 where HDF5 does not keep it."""
     info = h5py.h5a.get_info(node.id, key.encode())
     return int(info.corder) if info.corder_valid else -1
 

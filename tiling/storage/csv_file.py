@@ -73,7 +73,7 @@ def whole_number_in(text: str) -> int:
 
 
 def _separator(text: str, needed: Sequence[str]) -> str:
-    """What parts the header into columns that have the needed names among them, and into the most of those; else a comma."""
+    """The separator that splits the header into the most columns with the needed names among them; else a comma."""
 
     def fits(separator: str) -> tuple[int, int]:
         try:

@@ -1,4 +1,4 @@
-"""New HDF5 files that survive a full disk: written whole, or not at all, and never the end of the process.
+"""New HDF5 files that survive a full disk: written whole or not at all, without crashing the process.
 
 When a write fails under HDF5's own file driver, the file cannot be closed any more: its space stays taken, the next file
 fails with it, and the process crashes. Here the bytes go through `_Sink`, which notes the first failed write and lets

@@ -1,4 +1,4 @@
-"""Who works on what: locks that end with their process, so that several runs may share one folder.
+"""Locks on files that end with their process, so that several runs may share one folder.
 
 A lock is the kernel's (flock) on a small file beside the one that is worked on. A process that is killed, however, gives
 it up in that moment; nothing has to be timed out or cleaned by hand. Where a mount knows no locks, runs are not kept apart:
@@ -55,7 +55,7 @@ def claim(path: Path) -> Iterator[None]:
 
 
 def is_claimed(lock: Path) -> bool:
-    """Whether somebody holds this lock now."""
+    """Tell whether a process holds this lock now."""
     if fcntl is None or not os.path.lexists(lock):
         return False
     try:
@@ -135,7 +135,7 @@ def _write_down(descriptor: int, text: str) -> bool:
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """What differs between two sets of parameters, in words: "mpp 1.0, now 1.5; quality 90, now 70"."""
+    """Describe how two sets of parameters differ: "mpp 1.0, now 1.5; quality 90, now 70"."""
     keys = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
     return "; ".join(f"{key} {_short(old.get(key))}, now {_short(new.get(key))}" for key in keys)
 
@@ -146,7 +146,7 @@ def _short(value: Any) -> str:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed runs left in a folder: temporary files without a writer, lock files nobody holds."""
+    """Remove what killed runs left in a folder: temporary files without a writer, lock files that no process holds."""
     if not folder.is_dir():
         return
     with contextlib.suppress(OSError):

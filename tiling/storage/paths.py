@@ -1,4 +1,4 @@
-"""Slides behind a URL: http, s3 and whatever else fsspec opens.
+"""Paths of files and URLs: http, s3 and whatever else fsspec opens.
 
 They travel as paths like all others. pathlib takes one of a URL's slashes ("http:/host/a.svs"), which is put back here.
 """
@@ -40,7 +40,7 @@ def path_of(given: Path | str) -> Path:
 
 
 def from_home(given: Path | str) -> Path:
-    """A path with `~` or `~user` in front replaced by that home; `~$lock.svs` and other names of nobody stay as they are."""
+    """A path with `~` or `~user` in front replaced by that home; others, as `~$lock.svs`, stay as they are."""
     return Path(os.path.expanduser(given))
 
 

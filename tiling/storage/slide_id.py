@@ -1,4 +1,4 @@
-"""What a slide may be called: its id names its files, so one that is read from a file must not lead anywhere else."""
+"""Check slide ids: an id names files, so one that is read from a file must not lead outside its folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def slide_stem(path: Path) -> str:
 
 
 def id_of(slide: Path) -> str:
-    """What the files of a slide are called where nobody says: its stem, as far as a file may be called so."""
+    """The default id of a slide: the stem of its path, without characters that a file name may not have."""
     return safe_id(printable(slide_stem(slide))) or "slide"
 
 
@@ -37,7 +37,7 @@ def safe_id(text: str) -> str:
 
 
 def id_problem(slide_id: str) -> str:
-    """Why a slide_id that somebody gave cannot be one; empty where it can."""
+    """The reason why a given slide_id is not allowed; empty where it is."""
     if not slide_id.strip():
         return "slide_id is empty: give one"
     if NO_FILE_NAME.search(slide_id):

@@ -1,7 +1,7 @@
 """Tell whether something touched a file since it was written: its time ends in a mark that no other program gives it.
 
 To read all pixels of a cohort only to find that it is done takes as long as its disks do. A file with the mark was not written
-to since; one that was, or was copied without its times, or in which somebody met damage, is looked through whole.
+to since; one that was, or was copied without its times, or in which damage was found, is read whole.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def mark_untouched(path: Path) -> None:
 
 
 def was_touched(path: Path) -> bool:
-    """Whether a file may hold something else than what was written."""
+    """Tell whether a file may have changed since it was written."""
     return path.stat().st_mtime_ns % SECOND_NS != MARK_NS
 
 

@@ -78,7 +78,7 @@ def stored_level(slide: Slide, plan: GridPlan) -> int | None:
 
 
 def unscanned(slide: Slide, plan: GridPlan) -> int:
-    """How many tiles reach into stored tiles that the file leaves empty: the background colour is there."""
+    """The number of tiles that reach into stored tiles that the file leaves empty: the background colour is there."""
     if not len(plan.coords):
         return 0
     boxes = np.concatenate([plan.coords, plan.coords + plan.size_l0], axis=1)

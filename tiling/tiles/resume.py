@@ -1,4 +1,4 @@
-"""What a run finds where it is to write a slide file."""
+"""Decide from the file at the output path whether a slide is done, to be tiled, or another run's."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def found_at(path: Path) -> Found | None:
 
 
 def has_boxes(path: Path) -> bool:
-    """Whether there is a slide file with boxes at `path`."""
+    """Tell whether there is a slide file with boxes at `path`."""
     try:
         with SlideFile(path) as file:
             return file.has_boxes
@@ -91,20 +91,20 @@ def refuse_other(path: Path, source: Path, stamp: Stamp, slide: Path, now: Stamp
 
 
 def up_to_date(found: Found, parameters: Mapping[str, Any], slide: Path, now: Stamp) -> bool:
-    """Whether a slide file was made with these parameters from this slide, whose stamp is `now`."""
+    """Tell whether a slide file was made with these parameters from this slide, whose stamp is `now`."""
     moved = not found.has_pixels and found.source != absolute(slide)  # the slide itself is read later, where it is
     return found.digest == parameters_hash(parameters)[1] and found.stamp == now and not moved
 
 
 def why_anew(found: Found, parameters: Mapping[str, Any], now: Stamp) -> str:
-    """Why a slide file that is not up to date is made anew."""
+    """The reason why a slide file that is not up to date is made anew."""
     if found.stamp != now:
         return "the slide file changed"
     return changes(found.parameters, parameters) or "the slide was moved"
 
 
 def _same(one: Path, other: Path) -> bool:
-    """Whether two paths lead to one file, or to copies of one, as far as some of their bytes tell."""
+    """Tell whether two paths lead to one file, or to copies of one, by a sample of their bytes."""
     try:
         if one.samefile(other):
             return True

@@ -170,7 +170,7 @@ def tile_slide(item: SlideItem, out: Path, settings: TileSettings, threads: int 
 
 
 def _task(item: SlideItem, path: Path, settings: TileSettings) -> tuple[Task, Stamp]:
-    """What is known before the slide is opened, and its stamp, where there is something to compare it with.
+    """The facts known before the slide is opened, and its stamp, where there is something to compare it with.
 
     Raises UserError where another slide's tiles, or no tiles at all, lie where this one's are to go.
     """
@@ -291,7 +291,7 @@ def _sha256(path: Path) -> str:
 
 
 def _done(task: Task, mpp_level0: float, now: Stamp) -> bool:
-    """Whether the slide file that is there is up to date; if so its patient_id is brought up to date."""
+    """Tell whether the slide file that is there is up to date; if so its patient_id is brought up to date."""
     item, there = task.item, task.there
     if there is None or not up_to_date(there, task.parameters(mpp_level0), item.path, now):
         return False
@@ -355,7 +355,7 @@ def _pixels(
 
 
 def _about_pixels(slide: Slide, plan: GridPlan, settings: TileSettings, bad: dict[int, str]) -> list[str]:
-    """What there is to say of the pixels."""
+    """Remarks on the pixels."""
     said = [slide.info.note, about_levels(slide)]
     if bad:
         row, problem = next(iter(bad.items()))

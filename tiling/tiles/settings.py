@@ -1,4 +1,4 @@
-"""What is asked of every slide of a cohort that is tiled."""
+"""The settings of `tile`, the same for every slide of a cohort."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PIXELS = ("none", "jpeg", "copy")
 
 @dataclass(frozen=True)
 class TileSettings:
-    """What is asked of every slide of a cohort.
+    """Settings of `tile`, the same for every slide of a cohort.
 
     mpp: micrometres per target pixel. size: side of a tile, overlap: of neighbours, both in target pixels. min_tissue: least
     share of tissue in a tile. tissue: "auto", "none", or a folder of outlines named by slide. pixels: store encoded tiles
@@ -42,7 +42,7 @@ class TileSettings:
 
     @property
     def stores_pixels(self) -> bool:
-        """Whether the slide files hold the tiles, or where they are alone."""
+        """Tell whether the slide files hold the tiles' pixels, or only their places."""
         return self.pixels != "none"
 
     def check(self) -> TileSettings:

@@ -1,1 +1,1 @@
-"""Where a slide's tissue is: mask, pen and blur, regions drawn by people."""
+"""Find a slide's tissue: mask, pen and blur, regions drawn by people."""

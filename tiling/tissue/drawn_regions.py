@@ -1,4 +1,4 @@
-"""Where a slide is to be tiled: its tissue, found or drawn, less what is excluded; outlines in and out; what gets lost."""
+"""Regions that people drew, as GeoJSON or masks: read them, and write tissue outlines back."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def tissue_mask(thumb_rgb: np.ndarray, um_per_px: float | None = None, pen: np.n
 
 
 def is_dark(thumb_rgb: np.ndarray) -> bool:
-    """Whether uint8 (h, w, 3) shows light on a dark ground (fluorescence), not glass, be it in black padding."""
+    """Tell whether uint8 (h, w, 3) shows light on a dark ground (fluorescence) and not glass, also in black padding."""
     image = _planes(thumb_rgb)
     brightest = image.max(axis=0)
     if np.median(brightest) >= DARK_BACKGROUND:
@@ -74,7 +74,7 @@ def is_dark(thumb_rgb: np.ndarray) -> bool:
 
 
 def is_black(thumb_rgb: np.ndarray) -> bool:
-    """Whether an overview holds nothing that could be told from black."""
+    """Tell whether an overview is black throughout."""
     return bool((thumb_rgb > TOO_DARK).any(axis=2).mean() < 1e-3)
 
 
@@ -159,7 +159,7 @@ def rasterise(geometry: np.ndarray, shape: tuple[int, int], downsample: float) -
 
 
 def _bright_parts(brightest: np.ndarray) -> np.ndarray:
-    """What stands out of a dark background; nothing where the picture is flat."""
+    """Mask the parts that stand out of a dark background; none where the picture is flat."""
     low, high = np.percentile(brightest, [5, 99.5])
     if high - low < 8:
         return np.zeros(brightest.shape, bool)

@@ -1,4 +1,4 @@
-"""Where a slide is to be tiled: its tissue, found or drawn, less what is excluded; outlines in and out; what gets lost."""
+"""The overview of a slide: thumbnail, tissue (detected or drawn, less what is excluded), and remarks about both."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def filled(thumb: np.ndarray, lost: np.ndarray) -> np.ndarray:
 
 
 def _decodes(slide: Slide, x: int, y: int, downsample: float) -> bool:
-    """Whether the surroundings of a pixel of the overview can be read, as far as one lost part reaches at the most."""
+    """Tell whether the surroundings of a pixel of the overview can be read, as far as one lost part reaches at the most."""
     view = slide.whole(slide.best_level(downsample))
     reach = max(4, SMALLEST_PART_L0 / downsample)
     step = downsample / view.downsample

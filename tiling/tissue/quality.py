@@ -1,4 +1,4 @@
-"""What is wrong with a tile or a slide: ink of pens, blur. Arrays in, arrays out."""
+"""Quality of tiles and thumbnails: ink of pens, blur. Arrays in, arrays out."""
 
 from __future__ import annotations
 

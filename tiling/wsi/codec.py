@@ -45,7 +45,7 @@ def encode_png(rgb: np.ndarray) -> bytes:
 
 
 def encoding_of(data: bytes) -> Literal["jpeg", "png", "other"]:
-    """What the first bytes say."""
+    """The format that the first bytes tell."""
     if data[:4] == PNG_MAGIC:
         return "png"
     return "jpeg" if data[:2] == JPEG_MAGIC else "other"

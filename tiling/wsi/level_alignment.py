@@ -1,4 +1,4 @@
-"""Where a coarser level of a slide lies on level 0, told by what both show.
+"""Place a coarser level of a slide on level 0 by comparing their content.
 
 Headers give the sizes of levels only. Their ratio is the scale where a level holds what level 0 holds; some writers pad levels
 to whole stored tiles, each by another amount, and the ratio is off by a tenth or by half. So a level is compared with level 0
@@ -39,7 +39,7 @@ ROUNDED_PX = 1  # by which writers round the size of a level
 
 
 class Verdict(Enum):
-    """What the places say of a level and a scale."""
+    """The result of comparing a level at a scale with level 0, over all places."""
 
     FITS = "lies there"
     ELSEWHERE = "lies elsewhere"
@@ -48,14 +48,14 @@ class Verdict(Enum):
 
 @dataclass(frozen=True)
 class Placement:
-    """How a level lies. downsample: level-0 pixels per pixel of it, None where it is not to be used; verdict: on its size."""
+    """Place of a level. downsample: level-0 pixels per pixel of it, None where it is not to be used; verdict: on its size."""
 
     downsample: float | None
     verdict: Verdict
 
 
 def placement_of(slide: Levels, level: int) -> Placement:
-    """How a level lies on level 0; a padded one of a power of two gets its true scale.
+    """Place a level on level 0; a padded one of a power of two gets its true scale.
 
     Where content tells nothing, of blank slides, sizes decide: they are believed where both are level 0's divided by the same
     power of two, up to rounding.
@@ -73,7 +73,7 @@ def placement_of(slide: Levels, level: int) -> Placement:
 
 
 def compared(slide: Levels, level: int, downsample: float, most_against: float = MOST_AGAINST) -> Verdict:
-    """Whether a level shows level 0 divided by `downsample`, x and y apart; places that cannot be decoded do not count.
+    """Compare a level with level 0 divided by `downsample`, x and y apart; places that cannot be decoded do not count.
 
     most_against: the share of the telling places below which those that differ are overlooked.
     """
@@ -202,7 +202,7 @@ def _pair(
 
 
 def _judged(wide: np.ndarray, own: np.ndarray) -> tuple[bool, np.ndarray]:
-    """Whether a place differs from what level 0 shows; and whether it tells of shifts along x and y: bool (2,).
+    """Tell whether a place differs from level 0, and whether it would show shifts along x and y: bool (2,).
 
     wide, own: as from `_pair`. A place that differs tells of neither; nor does one that is flat in both.
     """
@@ -260,7 +260,7 @@ def _spreads(wide: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _is_power_of_two(slide: Levels, level: int) -> bool:
-    """Whether the size of a level is level 0's divided by 2, 4, 8 and so on, up to rounding."""
+    """Tell whether the size of a level is level 0's divided by 2, 4, 8 and so on, up to rounding."""
     sides = list(zip(slide.info.size_l0, slide.info.level_dimensions[level], strict=True))
     power = 2.0 ** round(math.log2(slide.info.level_downsamples[level]))
     return all(abs(whole / power - own) <= ROUNDED_PX for whole, own in sides)

@@ -1,4 +1,4 @@
-"""Whether a coarser level of a slide, or fewer coefficients of its JPEGs, may stand for all pixels.
+"""Check that a coarser level of a slide, or fewer coefficients of its JPEGs, may stand for the average of all pixels.
 
 Scanners make their coarser levels as they like: some average, some sharpen or take every other pixel, all compress them once
 more. On H&E such a level can lie 5 grey levels from the average of level 0, and slides of two scanners would differ by it.
@@ -30,7 +30,7 @@ Box = tuple[float, float, float, float]
 
 
 def is_average(slide: Levels, level: int, downsample: float) -> bool:
-    """Whether output of `downsample` level-0 pixels per pixel looks the same from a level as averaged from level 0.
+    """Tell whether output of `downsample` level-0 pixels per pixel looks the same from a level as averaged from level 0.
 
     Looks at a few places with structure; those that cannot be decoded do not count.
     """
@@ -53,7 +53,7 @@ def is_average(slide: Levels, level: int, downsample: float) -> bool:
 
 
 def scale_is_average(reader: DirectReader, level: int, scale: int) -> bool:
-    """Whether stored tiles decoded at 1 / scale look the same as averages of all their pixels.
+    """Tell whether stored tiles decoded at 1 / scale look the same as averages of all their pixels.
 
     Looks at a few of those with the most bytes, which have the most structure; those that cannot be decoded do not count.
     """

@@ -1,4 +1,4 @@
-"""What the headers say of a slide, and a level of it as it is decoded."""
+"""The header facts of a slide, and the view of one of its levels as it is decoded."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BLOCK_PIXELS = 8_000_000  # level pixels read in one piece (24 MB of RGB, 96 MB 
 
 @dataclass(frozen=True)
 class SlideInfo:
-    """What the headers say. Sizes and bounds in level-0 pixels, mpp in micrometres per level-0 pixel or None."""
+    """Header facts of a slide. Sizes and bounds in level-0 pixels, mpp in micrometres per level-0 pixel or None."""
 
     path: Path
     slide_id: str
@@ -56,7 +56,7 @@ class View:
 
 
 class Levels(Protocol):
-    """What the checks of levels need of a slide (`wsi.slide.Slide` is one)."""
+    """The part of a slide that the checks of levels need (`wsi.slide.Slide` is one)."""
 
     info: SlideInfo
     reader: Reader

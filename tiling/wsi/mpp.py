@@ -1,4 +1,4 @@
-"""Micrometres per pixel at level 0: where a slide says it, and what to do where it does not."""
+"""Micrometres per pixel at level 0: read from the slide, assumed if the user says so, else an error."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def settle_mpp(path: object, found: Mpp, *, manifest_mpp: float | None = None, a
 
 
 def missing_mpp(found: Mpp) -> str:
-    """Why there is no mpp and the three ways out, as one line."""
+    """The error message for a missing mpp: the reason and the three ways out, in one line."""
     because = f" ({found.note})" if found.note else ""
     return f"no mpp: looked at {KEYS}{because}: {WAYS_OUT}"
 

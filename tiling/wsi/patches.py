@@ -95,7 +95,7 @@ class SharedTiles:
 
 
 def uses_of_stored_tiles(reader: DirectReader, view: View, edges: np.ndarray) -> np.ndarray:
-    """How many patches need each stored tile: int32 (rows, columns). edges: int64 (N, 4), from `level_view.cover`."""
+    """The number of patches that need each stored tile: int32 (rows, columns). edges: int64 (N, 4), from `level_view.cover`."""
     page = reader.pages[view.level]
     rows, columns = page.counts.shape
     left, top, right, bottom = edges[(edges[:, :2] < (view.width, view.height)).all(1) & (edges[:, 2:] > 0).all(1)].T

@@ -1,4 +1,4 @@
-"""One slide, whatever its format: what it is, and its pixels at any resolution."""
+"""A whole-slide image of any format: its header facts, and its pixels at any resolution."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ class Slide:
         return self._chosen[key]
 
     def true_scale(self, level: int, scale: int) -> bool:
-        """Whether the decoder's 1 / scale of a level looks like an average of all its pixels (see level_fidelity)."""
+        """Tell whether the decoder's 1 / scale of a level looks like an average of all its pixels (see level_fidelity)."""
         if scale == 1 or self._any_level or not isinstance(self.reader, DirectReader):
             return True
         if (level, scale) not in self._scales:
@@ -129,7 +129,7 @@ class Slide:
         return self._scales[level, scale]
 
     def view(self, downsample: float, boxes_l0: np.ndarray) -> View:
-        """What to decode for `downsample` level-0 pixels per wanted pixel: `true_level`, scaled as far as is right.
+        """Choose what to decode for `downsample` level-0 pixels per wanted pixel: `true_level`, scaled as far as is right.
 
         boxes_l0: (N, 4) x0, y0, x1, y1 that will be cut. Pixels of a scaled level can hardly be shared out between outputs
         (up to 7 grey levels away on sharp H&E, with 3 of them an output 2): a scale is taken where boxes and outputs hold
@@ -237,7 +237,7 @@ class Slide:
         """Open the file once more: some libraries refuse all work after their first error."""
         if self.reader.name == "direct":
             return
-        # The old reader is not closed: another thread may be in the middle of it. It goes with its last user.
+        # The old reader is not closed: another thread may be in the middle of it. It is freed with its last reference.
         self.reader, _ = open_reader(self.info.path, self.info.reader)
         self.reader.expect_strips()
 

@@ -60,7 +60,7 @@ class Keys(dict[Id, str]):
 
 
 def name_of(item: Annotation, row: int) -> str:
-    """What an annotation is called: its id, or its place among all where it has none."""
+    """The name of an annotation: its id, or its place among all where it has none."""
     return str(row) if item.id is None else key_of(item.id)
 
 

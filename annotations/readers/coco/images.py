@@ -1,4 +1,4 @@
-"""COCO json, what detectors export to -> one table per image, and what became of every annotation."""
+"""Read COCO json of many images: one table per image, and the fate of every annotation."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def read_coco_images(path: Path) -> CocoTables:
 
 
 def coco_tables(document: CocoDocument, path: str) -> CocoTables:
-    """What read_coco_images returns, of a document; path: what errors call it."""
+    """The result of read_coco_images, of a document; path: its name in errors."""
     position = _positions(document.images, path)
     names = list(dict.fromkeys(image.file_name for image in document.images))
     labels, label_of = _classes(document.categories, path)
@@ -200,7 +200,7 @@ class _Objects:
 
 
 def _repeated(rows: _Rows, image: Sequence[int], changed: Counter[tuple[int, str]]) -> list[int]:
-    """What comes again with the same id; what shares its id with something else is counted."""
+    """Annotations that come again with the same id; those that share an id with another object are counted."""
     first: dict[str, int] = {}
     again: list[int] = []
     if len(set(rows.ids)) == len(rows.ids):
@@ -216,7 +216,7 @@ def _repeated(rows: _Rows, image: Sequence[int], changed: Counter[tuple[int, str
 
 
 def _same(one: Annotation, other: Annotation) -> bool:
-    """Whether two annotations of one id and image are the same object."""
+    """Tell whether two annotations of one id and image are the same object."""
     names = ("category_id", "bbox", "segmentation")
     return all(getattr(one, name) == getattr(other, name) for name in names)
 

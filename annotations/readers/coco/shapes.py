@@ -1,4 +1,4 @@
-"""What COCO annotations enclose: outlines of polygons and of run-length masks, else their boxes, and why others have none."""
+"""Outlines of COCO annotations: polygons, run-length masks, else boxes; and the reason where an annotation has none."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ class Malformed(msgspec.Struct, tag_field="type", tag="", gc=False):
 
 
 class CleanedPolygons(msgspec.Struct, tag_field="type", tag=" cleaned", gc=False):
-    """What the tolerant path makes of a Polygon or (several) a MultiPolygon: positions are pairs of numbers, NaN among them."""
+    """Outlines of a Polygon or (several) a MultiPolygon, read tolerantly: positions are pairs of numbers, NaN among them."""
 
     coordinates: list[list[Ring]]
     several: bool = False
@@ -194,7 +194,7 @@ def _loads(data: bytes, source: str) -> Any:
 
 
 def _integer(text: str) -> int | float:
-    """What no float can hold is infinite, as it is with a decimal point."""
+    """Read an integer too large for a float as infinite, as it is with a decimal point."""
     return int(text) if len(text) < 300 else float(text)
 
 

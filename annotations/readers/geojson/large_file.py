@@ -53,7 +53,7 @@ ReadText = Callable[[bytes, str], ObjectTable]
 
 @dataclass(frozen=True)
 class Grid:
-    """Where to clip to, and what is asked for.
+    """The tiles to clip to, and the options of clipping.
 
     coords_l0: (N, 2) top-left corner of each tile, level-0 pixels; size_l0: their side; patch_px: the same in target pixels
     shifts: one or more (dx, dy), level-0 pixels, that the objects are moved by before they are clipped, each in turn

@@ -1,4 +1,7 @@
-"""Measurements of GeoJSON objects, read on demand: they are most of a file's text, and clipping has no use for them."""
+"""GeoJSON features as QuPath means them: kinds, classes, nuclei, confidences -> ObjectTable.
+
+Measurements are read on demand: they are most of a file's text, and clipping has no use for them.
+"""
 
 from __future__ import annotations
 
@@ -121,7 +124,7 @@ def _class_name(feature: Feature) -> str | None:
 
 @dataclass
 class _Sorted:
-    """What features hold, by what it is.
+    """Features sorted by kind of content.
 
     polygons: JSON each, or rings each; group: the row to be of each, shared by the polygons of a MultiPolygon;
     group_feature: the feature of each row to be. points, point_feature: positions, and the feature of each.
@@ -264,7 +267,7 @@ MAX_CONFIDENCE = 1e30  # beyond it, it is damage, and no float32
 
 
 def stated_confidences(several: Sequence[Properties | None]) -> np.ndarray | None:
-    """How sure a detector says it is of each of n objects, float32 (n,), NaN where it does not; None where it never does."""
+    """Confidences that a detector states of n objects, float32 (n,), NaN where it does not; None where it never does."""
     if not any(_may_say(several[start : start + TOGETHER]) for start in range(0, len(several), TOGETHER)):
         return None
     found = [None if properties is None else _stated_confidence(properties) for properties in several]
@@ -272,7 +275,7 @@ def stated_confidences(several: Sequence[Properties | None]) -> np.ndarray | Non
 
 
 def _may_say(several: Sequence[Properties | None]) -> bool:
-    """Whether any of some objects has what may be a confidence: of millions nearly none has, so they are looked at together."""
+    """Tell whether any of many objects may have a confidence: of millions nearly none has, so they are looked at together."""
     known = [p for p in several if p is not None]
     if [p for p in known if not (p.probability is p.confidence is p.score is p.prob is p.type_prob is NOTHING)]:
         return True

@@ -44,7 +44,7 @@ class ProbeResult:
 
     @property
     def chosen_most(self) -> float | None:
-        """What most rounds took; of equals the smaller."""
+        """The value that most rounds took; of equals the smaller."""
         counts = Counter(self.chosen)
         return min(counts, key=lambda value: (-counts[value], value)) if counts else None
 
@@ -133,7 +133,7 @@ def knn_probe(
 
 
 def _best_how(scores: Mapping[Standardise, float], hows: Sequence[Standardise]) -> Standardise:
-    """What did best on the inner folds, of equals the first; zscore where there were none to choose by."""
+    """The choice that did best on the inner folds, of equals the first; zscore where there were no folds."""
     if scores:
         return max(hows, key=lambda how: (scores[how], -hows.index(how)))
     return "zscore" if "zscore" in hows else hows[0]
@@ -339,7 +339,7 @@ def prototype_probe(
 
 @dataclass(frozen=True)
 class _PrototypeSpace:
-    """What a round does to the features, these (n, d), and the inner balanced accuracy of each choice."""
+    """The standardising of a round, the features (n, d) after it, and the inner balanced accuracy of each choice."""
 
     how: Standardise
     x: np.ndarray

@@ -1,4 +1,4 @@
-"""What is done to features before distances are taken: one choice for the model and all its baselines, fitted on training rows.
+"""Standardise features before distances are taken: one choice for the model and all its baselines, fitted on training rows.
 
 none: nothing. zscore: each column to mean 0 and spread 1. whiten: principal components (those of 99 % of the variance) to
 spread 1. centre-slide: minus the mean of the slide's judged rows, which needs no label but uses the judged slide itself.

@@ -80,7 +80,7 @@ def layout_2d(features: np.ndarray, seed: int = 0) -> np.ndarray:
 
 
 def neighbourhood(e: Embeddings) -> Neighbourhood:
-    """Who the ten nearest neighbours are (cosine, full dimensions), beside what a random order would give."""
+    """Composition of the ten nearest neighbours (cosine, full dimensions), beside that of a random order."""
     unit = e.features / np.maximum(np.linalg.norm(e.features, axis=1, keepdims=True), 1e-12)
     likeness = unit @ unit.T
     np.fill_diagonal(likeness, -np.inf)

@@ -21,7 +21,7 @@ TISSUE = 0
 
 @dataclass(frozen=True)
 class SlidePicture:
-    """What a slide figure shows; geometry in thumbnail pixels.
+    """The contents of a slide figure; geometry in thumbnail pixels.
 
     image uint8 (h, w, 3); outlines: list of (k, 2); tiles float (N, 4) x0, y0, x1, y1; boxes float (M, 4);
     kind uint8 (M,), name: class of each box.

@@ -20,7 +20,7 @@ MOST_ATTENTION = 3.0  # times the attention of a patch when it is spread evenly
 
 
 class CropPair(Protocol):
-    """What `odis_path.reporting.previews.crop_pairs` returns for a tile."""
+    """A tile with its pair of crops, as `odis_path.reporting.previews.crop_pairs` returns it."""
 
     tile: np.ndarray
     boxes: np.ndarray

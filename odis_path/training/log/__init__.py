@@ -1,1 +1,1 @@
-"""What is seen of a run: the rows of its log, the live table, trackers."""
+"""The log of a run: its rows, the live table, trackers."""

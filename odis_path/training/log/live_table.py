@@ -1,4 +1,4 @@
-"""The log of a run: `train.jsonl`, a live table on a terminal, plain lines elsewhere, and what a start was made with."""
+"""The live table of a run on a terminal."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Trend:
 
 
 class Progress:
-    """Where a run stands, fed with the rows of its log: last values, their trends, the best k-NN, time to go."""
+    """State of a run, fed with the rows of its log: last values, their trends, the best k-NN, time to go."""
 
     def __init__(self, total_steps: int, first_step: int, title: str, log_k: float) -> None:
         self.total, self.step, self.title, self.log_k = total_steps, first_step, title, log_k

@@ -1,4 +1,4 @@
-"""The log of a run: `train.jsonl`, a live table on a terminal, plain lines elsewhere, and what a start was made with."""
+"""The log of a run: `train.jsonl`, plain lines or a live table, and the provenance of each start."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ class RunLog:
 
 
 def _terminal() -> bool:
-    """Whether stderr can show a live table."""
+    """Tell whether stderr can show a live table."""
     return sys.stderr.isatty() and os.environ.get("TERM", "") not in ("dumb", "unknown")
 
 

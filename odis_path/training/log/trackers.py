@@ -1,4 +1,4 @@
-"""Where the figures of a run go beside train.jsonl: TensorBoard and Weights & Biases, each on request."""
+"""Send the figures of a run to TensorBoard and Weights & Biases, each on request."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def run_id(folder: Path) -> str:
 
 
 def open_trackers(config: PretrainConfig, first_step: int) -> list[Tracker]:
-    """What `run.tensorboard` and `run.wandb` ask for. Raises UserError where the extra is not installed."""
+    """Open the trackers of `run.tensorboard` and `run.wandb`. Raises UserError where the extra is not installed."""
     folder, found = Path(config.run.out), list[Tracker]()
     if config.run.tensorboard:
         found.append(TensorBoardTracker(folder, first_step))

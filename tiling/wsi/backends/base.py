@@ -1,7 +1,4 @@
-"""What decodes slides, behind one small surface: stored tiles directly, OpenSlide, tiffslide, and plain images in memory.
-
-Which of them reads a file is tried out in that order (`open_reader`), or forced by name.
-"""
+"""The protocol of a slide backend, and what all backends share."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ GREY = ("MINISBLACK", "MINISWHITE")
 
 
 class Reader(Protocol):
-    """What tiling.wsi.slide needs from a library.
+    """The protocol of a backend, as tiling.wsi.slide uses it.
 
     Regions are in pixels of their level, divided by scale, and lie inside it. scales: what a level may be divided by while
     it is decoded. threadsafe: whether `read` may run in several threads. orientation: 1 where what it reads stands upright.

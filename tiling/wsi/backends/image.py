@@ -1,7 +1,4 @@
-"""What decodes slides, behind one small surface: stored tiles directly, OpenSlide, tiffslide, and plain images in memory.
-
-Which of them reads a file is tried out in that order (`open_reader`), or forced by name.
-"""
+"""The backend of plain images, decoded into memory."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ MOST_UNITS = 65535  # between restart markers
 
 @dataclass(frozen=True)
 class Head:
-    """What comes before the coded data of a stream.
+    """The header of a JPEG stream, up to its coded data.
 
     own: its bytes, with which every stream that goes into a stack has to begin. before, behind: the bytes of the stack's head
     around the two of its height. height, width: of the picture, in pixels. seams: at which scales rows of colour are made from

@@ -1,7 +1,4 @@
-"""What decodes slides, behind one small surface: stored tiles directly, OpenSlide, tiffslide, and plain images in memory.
-
-Which of them reads a file is tried out in that order (`open_reader`), or forced by name.
-"""
+"""The OpenSlide backend."""
 
 from __future__ import annotations
 
@@ -91,7 +88,7 @@ def _common_cache() -> Any:
 
 
 def _mistake(pages: Sequence[Any], sizes: Sequence[tuple[int, int]], *, is_plain: bool) -> str:
-    """What OpenSlide (libtiff in it) would show wrongly of a TIFF's pages; empty where nothing.
+    """Describe what OpenSlide (libtiff in it) would show wrongly of a TIFF's pages; empty where nothing.
 
     sizes: of its levels. is_plain: the TIFF is of no scanner's own format.
     """

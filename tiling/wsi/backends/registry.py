@@ -1,7 +1,4 @@
-"""What decodes slides, behind one small surface: stored tiles directly, OpenSlide, tiffslide, and plain images in memory.
-
-Which of them reads a file is tried out in that order (`open_reader`), or forced by name.
-"""
+"""Choose the backend of a slide: each is tried in order, or one is forced by name."""
 
 from __future__ import annotations
 

@@ -159,7 +159,7 @@ class DirectReader:
         return out, problem
 
     def empty(self, level: int) -> Empty | None:
-        """What of a level was not scanned; None where everything is stored."""
+        """The parts of a level that were not scanned; None where everything is stored."""
         page = self.pages[level]
         missing = page.counts == 0
         return Empty(page.tile_w, page.tile_h, missing) if missing.any() else None
@@ -189,7 +189,7 @@ class DirectReader:
         return out
 
     def _head(self, level: int) -> Head | None:
-        """What the stored tiles of a level begin with; None where they cannot be decoded in one."""
+        """The common header of the stored tiles of a level; None where they cannot be decoded in one."""
         if level not in self._heads:
             page, found = self.pages[level], None
             row, column = (int(each) // 2 for each in page.counts.shape)
@@ -350,7 +350,7 @@ def stored_pages(path: Path, size: int, mtime_ns: int) -> tuple[Page, ...]:
 
 
 def _why_not(page: Any) -> str:
-    """Why a page's tiles are not decoded here; empty where they are."""
+    """The reason why a page's tiles are not decoded here; empty where they are."""
     if not page.is_tiled:
         return "its pixels are not stored in tiles"
     if int(page.compression) not in (JPEG, *JPEG_2000):

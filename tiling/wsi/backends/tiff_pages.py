@@ -65,7 +65,7 @@ def pages_of(path: Path) -> tuple[Any, ...]:
 
 
 def colours_of(page: Any) -> str:
-    """What a page of tifffile's says its samples are: "RGB", "MINISBLACK" and so on."""
+    """The kind of samples that a page of tifffile's states: "RGB", "MINISBLACK" and so on."""
     return str(getattr(page.photometric, "name", page.photometric))
 
 
@@ -82,7 +82,7 @@ def size_of(page: Any) -> tuple[int, int]:
 
 
 def orientation_of(page: Any) -> int:
-    """How a page is to be turned to stand upright, 1 to 8 as in EXIF; 1 where its tag is missing or means nothing."""
+    """The orientation of a page, 1 to 8 as in EXIF; 1 where its tag is missing or means nothing."""
     value = page.keyframe.tags.valueof(ORIENTATION, 1)
     return int(value) if value in range(1, 9) else 1
 
@@ -93,7 +93,7 @@ def main_page(pages: Sequence[Any]) -> Any:
 
 
 def is_reduction(page: Any, whole: Any) -> bool:
-    """Whether a page may be a coarser level of another: one scale gives both sides, to a pixel, and both are turned alike."""
+    """Tell whether a page may be a coarser level of one: one scale gives both sides, to a pixel, and both are turned alike."""
     (width, height), (whole_w, whole_h) = size_of(page), size_of(whole)
     if not (width < whole_w and height < whole_h) or page.subfiletype & MASK or orientation_of(page) != orientation_of(whole):
         return False
@@ -140,7 +140,7 @@ def joined(*notes: str) -> str:
 
 
 def planes(series: Any) -> str:
-    """How many channels or planes a series of tifffile's has, where that is more than one picture shows."""
+    """The number of channels or planes of a series of tifffile's, where that is more than one picture shows."""
     sizes = dict(zip(series.axes, series.shape, strict=True))
     samples = sizes.pop("S", 1)
     planes = int(np.prod([size for axis, size in sizes.items() if axis not in "YX"]))
@@ -193,7 +193,7 @@ def empty_tiles(page: Any) -> Empty | None:
 
 
 def first_stored(page: Any) -> bytes:
-    """How the first stored tile or strip begins that is not empty."""
+    """The first bytes of the first stored tile or strip that is not empty."""
     file = page.parent.filehandle
     for offset, count in zip(page.dataoffsets, page.databytecounts, strict=False):
         if offset and count:
@@ -203,7 +203,7 @@ def first_stored(page: Any) -> bytes:
 
 
 def says_rgb(stream: bytes) -> bool:
-    """Whether libjpeg takes a stream of three components for RGB: by its JFIF marker, by Adobe's, by their names."""
+    """Tell whether libjpeg takes a stream of three components for RGB: by its JFIF marker, by Adobe's, by their names."""
     at, adobe = 2, None
     while at + 4 <= len(stream):
         marker, size = stream[at + 1], int.from_bytes(stream[at + 2 : at + 4], "big")

@@ -86,7 +86,7 @@ class TiffSlideReader:
         return pixels
 
     def empty(self, level: int) -> Empty | None:
-        """What of a level was not scanned; None where nothing is known to be missing."""
+        """The parts of a level that were not scanned; None where nothing is known to be missing."""
         return self._empty.get(self.level_dimensions[level])
 
     def close(self) -> None:
@@ -139,7 +139,7 @@ def _show_main(slide: Any) -> None:
 
 
 def _is_like(page: Any, main: Any) -> bool:
-    """Whether the pixels of a page may stand for those of another."""
+    """Tell whether the pixels of a page may stand for those of another."""
     try:
         _check_colours(page)
     except ValueError:
@@ -148,7 +148,7 @@ def _is_like(page: Any, main: Any) -> bool:
 
 
 def _orientation(series: Any) -> int:
-    """How the levels of a series of tifffile's are to be turned. Raises ValueError where that differs or cannot be done."""
+    """The orientation of the levels of a series of tifffile's. Raises ValueError where that differs or cannot be done."""
     turned = sorted({orientation_of(level.keyframe) for level in series.levels})
     if len(turned) > 1:
         raise ValueError(f"its levels have orientations {' and '.join(map(str, turned))}: which is right?")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Turn:
-    """What sets a stored picture upright: mirror it left to right, then top to bottom, then exchange its axes."""
+    """The turn that sets a stored picture upright: mirror it left to right, then top to bottom, then exchange its axes."""
 
     flip_x: bool = False
     flip_y: bool = False
@@ -57,7 +57,7 @@ TURNS = {  # orientation -> what sets it upright
 
 
 def exif_orientation(image: Any) -> int:
-    """How an image of Pillow's is to be turned to stand upright, 1 to 8; 1 where it says nothing that can be read.
+    """The orientation of an image of Pillow's, 1 to 8; 1 where it says nothing that can be read.
 
     1 of a TIFF as well: Pillow turns those as it loads them.
     """
@@ -95,7 +95,7 @@ class UprightReader:
         self._stored.expect_strips()
 
     def empty(self, level: int) -> Empty | None:
-        """What of a level was not scanned; None where nothing is known to be missing."""
+        """The parts of a level that were not scanned; None where nothing is known to be missing."""
         found, turn = self._stored.empty(level), self._turn
         if found is None:
             return None
