@@ -159,5 +159,5 @@ def test_every_folder_of_the_tests_is_a_room() -> None:
     """tests/ mirrors the house: a folder of tests is named after the room that it tests."""
     rooms = {file.parent.relative_to(ROOT) for file in modules().values()}
     tests = {file.parent.relative_to(ROOT / "tests") for file in (ROOT / "tests").rglob("test_*.py")} - {Path(".")}
-    own = {Path("cli"), Path("docs"), Path("experiments")}  # commands as typed, pages, studies
+    own = {Path("cli"), Path("docs"), Path("examples"), Path("experiments")}  # commands as typed, pages, notebooks, studies
     assert not sorted(str(folder) for folder in tests - rooms - own)

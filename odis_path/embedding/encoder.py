@@ -10,6 +10,7 @@ pass that sees the whole tile; crop and blackout average all patches of the pict
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -109,7 +110,7 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def load_encoder(
-    source: Path | str,
+    source: str | os.PathLike[str],
     *,
     device: str = "auto",
     random_weights: bool = False,
@@ -117,14 +118,14 @@ def load_encoder(
     pool: str | None = None,
     resize: int | None = None,
 ) -> FrozenEncoder:
-    """A checkpoint file, a run folder, a timm model name, or a folder in the form of the hub.
+    """What `pretrain` returned, a checkpoint file, a run folder, a timm model name, or a folder in the form of the hub.
 
     random_weights: the same architecture, untrained (the baseline): drawn from `seed`, with torch's own generator left as it
     was; no other thread may draw from it meanwhile. pool: cls, mean or cls+mean; None: as the model was trained. resize: side
     in px that tiles are resized to. Raises UserError where `source` is none of these, where its weights lack a token, norm or
     positions, and for what pool or resize cannot be.
     """
-    where, source = pick_device(device), settled_source(str(source))
+    where, source = pick_device(device), settled_source(os.fspath(source))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if is_checkpoint(source):

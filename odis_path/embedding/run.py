@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -46,7 +47,7 @@ OBJECTS_A_PASS = 64  # objects that share one pass over the patches of a tile
 
 def embed(
     folder: Path | str,
-    checkpoint: Path | str,
+    checkpoint: str | os.PathLike[str],
     out: Path | str,
     *,
     level: str = "tile",
@@ -63,16 +64,17 @@ def embed(
 ) -> Outcomes:
     """Write `<out>/<slide_id>.h5` (level tile, object) or `<out>/slides.parquet` (level slide: the mean over tiles).
 
-    checkpoint: a checkpoint file, a run folder (its newest checkpoint as the run begins), a timm model name, or a folder in the
-    form of the hub. pool: cls, mean or cls+mean; None: as the model was trained. resize: side in px that tiles are resized to.
+    checkpoint: a run of `pretrain` or its folder (the newest checkpoint as embedding begins), a checkpoint file, a timm
+    name, or a folder in the form of the hub. pool: cls, mean or cls+mean; None: as trained. resize: side in px to resize to.
     Raises UserError for a wrong option or encoder before any slide is opened, where another run embeds into `out` with other
     settings, and where `out` holds embeddings of another encoder, which are replaced with `overwrite` only; what fails on a
     slide is that slide's outcome. pretraining.csv in `out` names the slides that the encoder was trained on.
     """
     begun = perf_counter()
-    check_options(str(checkpoint), level=level, mode=mode, kinds=kinds, dtype=dtype, pool=pool, resize=resize)
+    model = os.fspath(checkpoint)
+    check_options(model, level=level, mode=mode, kinds=kinds, dtype=dtype, pool=pool, resize=resize)
     files, target = [path.absolute() for path in list_slide_files(folder)], Path(out).absolute()  # workers may run elsewhere
-    source = checkpoint_file(str(checkpoint))
+    source = checkpoint_file(model)
     trained = of_encoder(source, random_weights=random_weights)
     job = EmbedJob(
         source, target, level, mode, parse_kinds(kinds), batch, dtype, random_weights, device,  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ FORMATS = ("timm", "geojson")
 
 
 def export(
-    source: Path | str,
+    source: str | os.PathLike[str],
     to: str,
     out: Path | str,
     what: Sequence[str] | None = None,
@@ -35,9 +36,9 @@ def export(
     if to == "geojson":
         from odis_path.exporters.geojson import export_geojson
 
-        return export_geojson(source, out, what, predictions, origin, workers)
+        return export_geojson(Path(source), out, what, predictions, origin, workers)
     if what is not None or predictions is not None:
         raise UserError(f"--to {to}: takes no --what and no --predictions, which go with --to geojson")
     from odis_path.exporters.timm import export_timm
 
-    return export_timm(source, Path(out))
+    return export_timm(Path(source), Path(out))

@@ -106,7 +106,8 @@ class Result(ABC):
     def _recorded(self) -> Console:
         from rich.console import Console
 
-        console = Console(file=io.StringIO(), record=True, width=self.width() or SUMMARY_WIDTH)
+        # In a notebook, a console that may know of it shows all that is written to it, whatever its file.
+        console = Console(file=io.StringIO(), record=True, width=self.width() or SUMMARY_WIDTH, force_jupyter=False)
         self.show(console)
         return console
 

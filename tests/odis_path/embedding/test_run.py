@@ -11,8 +11,10 @@ import pytest
 from annotations.errors import UserError
 from odis_path.embedding.encoder import load_encoder
 from odis_path.embedding.run import embed
+from odis_path.exporters.run import export
 from odis_path.features import read as features
 from odis_path.training import loop
+from odis_path.training.run import TrainedRun
 from tests.odis_path.conftest import tiny_config
 from tiling.slide_file.read import SlideFile
 
@@ -36,6 +38,18 @@ def test_tile_features_are_what_trident_and_clam_read(tiny_tiles: Path, run_fold
         assert file["features"].attrs["encoder"].startswith("odis:vit_tiny")
         assert (file["features"].attrs["name"], file["features"].attrs["mode"]) == ("S0", "full")
         assert file["tile_label"][:].tolist() == [0, 1] * 6
+
+
+def test_what_pretrain_returned_is_a_checkpoint_wherever_one_is_asked_for(
+    tiny_tiles: Path, run_folder: Path, tmp_path: Path
+) -> None:
+    (checkpoint,) = run_folder.glob("checkpoint-*.pt")
+    run = TrainedRun(checkpoint)
+    embed(tiny_tiles, run, tmp_path / "features")
+    assert features.read_features(tmp_path / "features").parameters["checkpoint"].startswith(str(checkpoint))
+    assert load_encoder(run, device="cpu").name == load_encoder(checkpoint, device="cpu").name
+    export(run, "timm", tmp_path / "model.safetensors")
+    assert (tmp_path / "model.safetensors").is_file()
 
 
 def test_full_features_are_the_encoders_on_the_tiles(tiny_tiles: Path, run_folder: Path, tmp_path: Path) -> None:
