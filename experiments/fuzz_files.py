@@ -44,7 +44,7 @@ from odis_path.features.read import read_features, read_slides_parquet
 from odis_path.features.write import write_features, write_slides_parquet
 from odis_path.model.pretrained import load_weights
 from odis_path.model.vit import build_encoder
-from odis_path.reporting import report
+from odis_path.reporting.build import report
 from odis_path.reporting.inventory import find_everything
 from odis_path.training import loop
 from odis_path.training.log.run_log import RunLog

@@ -141,7 +141,7 @@ def _add_evaluation(found: Findings, path: Path) -> None:
 def _add_run(found: Findings, folder: Path) -> None:
     import yaml
 
-    from odis_path.training.log.run_log import read_rows
+    from odis_path.training.log.rows import read_rows
 
     name = _name(found.root, folder)
     try:

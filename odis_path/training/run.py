@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from odis_path.config import load_config
 from odis_path.model.source import check_start
-from odis_path.training.log.run_log import read_log
+from odis_path.training.log.rows import read_log
 from tiling.jobs.summary import Result, show_lines
 
 if TYPE_CHECKING:

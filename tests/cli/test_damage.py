@@ -110,7 +110,8 @@ def test_a_config_that_is_no_mapping_is_one_line(text: str, tmp_path: Path) -> N
 def test_a_log_with_a_byte_that_is_no_text_is_read_without_that_line(tmp_path: Path) -> None:
     from odis_path.config import PretrainConfig
     from odis_path.reporting.inventory import find_everything
-    from odis_path.training.log.run_log import RunLog, read_log
+    from odis_path.training.log.rows import read_log
+    from odis_path.training.log.run_log import RunLog
 
     rows = [json.dumps({"step": step, "epoch": step / 10, "loss": 5.0}).encode() for step in range(1, 6)]
     rows[2] = rows[2].replace(b"loss", b"lo\xffs")

@@ -18,7 +18,7 @@ from tiling.wsi.codec import encode_png
 
 WRITER = """
 import contextlib, pathlib, sys, time
-from tiling.atomic import atomic_path
+from tiling.storage.atomic import atomic_path
 with contextlib.ExitStack() as stack:
     for name in sys.argv[1:]:
         temporary = stack.enter_context(atomic_path(pathlib.Path(name)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def test_seconds_are_by_the_clock_on_the_wall(
     places = {"SLIDES": cohort / "slides", "IMAGES": tmp_path / "images", "TILES": tiles, "DRAWN": cohort / "annotations"}
     words = [str(places.get(word, word.replace("OUT", str(tmp_path / "out")))) for word in COMMANDS[module]]
     (tmp_path / "out").mkdir()
-    monkeypatch.setattr(f"{module}.run_cohort", cohort_of_slow_workers)
+    monkeypatch.setattr(import_module(module), "run_cohort", cohort_of_slow_workers)
     done = CliRunner().invoke(app, words, env={"COLUMNS": "200"})
     assert done.exit_code == 0, done.output
     table = [[cell.strip() for cell in line.replace("│", "┃").split("┃")] for line in done.stdout.splitlines()]

@@ -31,7 +31,7 @@ def test_an_example_becomes_objects(example: str, objects: int, tmp_path: Path) 
 
 
 def test_the_keys_of_box_noise_are_those_of_the_configuration() -> None:
-    config = (Path(__file__).parents[2] / "odis_path" / "train" / "config.py").read_text()
+    config = (Path(__file__).parents[2] / "odis_path" / "config.py").read_text()
     keys = re.findall(r"`target\.(noise_\w+)=", PAGE)
     assert len(keys) == 3
     for key in keys:

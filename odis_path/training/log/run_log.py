@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from annotations.errors import UserError
 from odis_path.config import PretrainConfig
@@ -20,12 +20,9 @@ from odis_path.features.pretraining import side_of
 from odis_path.training.collapse import CollapseWatch
 from odis_path.training.knn_monitor import IdentityWatch
 from odis_path.training.log.live_table import LiveTable, Progress
+from odis_path.training.log.rows import read_rows
 from odis_path.training.log.trackers import Tracker
 from tiling.storage.atomic import atomic_path, unwritten
-
-if TYPE_CHECKING:
-    pass
-
 
 _QUIET_SECONDS = 30.0  # between plain lines
 
@@ -185,24 +182,3 @@ def record_start(folder: Path, step: int, facts: dict[str, Any]) -> None:
         known["resumed"] = [*known.get("resumed", []), {"step": step, **changed}]
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(known if isinstance(known, dict) else facts, indent=2), encoding="utf-8")
-
-
-def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The rows of train.jsonl; [] where there is none, lines that are no rows are left out."""
-    path = folder / "train.jsonl"
-    return read_rows(path)[0] if path.exists() else []
-
-
-def read_rows(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
-    """The rows of a train.jsonl, and the numbers (from 1) of lines that are none: cut off, damaged, or no object."""
-    rows, wrong = [], []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        try:
-            row = json.loads(line.decode("utf-8"))
-        except (ValueError, RecursionError):
-            row = None
-        if isinstance(row, dict):
-            rows.append(row)
-        else:
-            wrong.append(number)
-    return rows, wrong

@@ -15,7 +15,7 @@ import torch
 
 from annotations.errors import UserError
 from odis_path.checkpoint import latest_checkpoint
-from odis_path.embedding.encoder import load_encoder
+from odis_path.embedding.encoder import FrozenEncoder, load_encoder
 from odis_path.embedding.run import checkpoint_file, checkpoint_stamp, embed, shared_encoder
 from odis_path.features.read import read_features, read_slides_parquet
 from odis_path.training import loop
@@ -78,7 +78,7 @@ def forbid_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     def encode(*_: object) -> np.ndarray:
         raise AssertionError("embedded before it was known that nothing can be written")
 
-    monkeypatch.setattr("odis_path.embedding.run.encode", encode)
+    monkeypatch.setattr(FrozenEncoder, "encode", encode)
 
 
 def test_a_run_folder_that_trained_on_is_embedded_with_its_new_weights(
@@ -212,7 +212,7 @@ def test_equal_runs_at_once_share_the_work(tiny_tiles: Path, run_folder: Path, t
     with ThreadPoolExecutor(2) as pool:
         runs = [pool.submit(embed, tiny_tiles, str(run_folder), tmp_path / "out", level="slide") for _ in range(2)]
         first, second = (run.result(120) for run in runs)
-    assert all(o.ok for o in first + second)
+    assert all(o.ok for o in [*first, *second])
     assert [a.skipped + b.skipped for a, b in zip(first, second, strict=True)] == [1] * 6
     assert len(read_slides_parquet(tmp_path / "out")) == 6
 

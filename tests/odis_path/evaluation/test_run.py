@@ -12,7 +12,7 @@ import pytest
 
 from annotations.errors import UserError
 from odis_path.evaluation.run import evaluate
-from tests.odis_path.evaluation.conftest import CLASSES, Cohort
+from tests.odis_path.evaluation.judged import CLASSES, Cohort, judged_cohort  # noqa: F401  a fixture
 
 KEYS = {
     "format", "probe", "level", "mode", "encoder", "labels", "n", "n_patients", "groups", "split", "headline", "baselines",
@@ -142,8 +142,8 @@ BAD = {
     "k": ("annotations", None, {"k": [0]}, "--k 0"),
     "folds": ("annotations", None, {"folds": 1}, "--folds 1"),
     "weights": ("annotations", None, {"weights": "uniform"}, "--weights uniform"),
-    "baseline name": ("annotations", None, {"baselines": {"texture": Path("x")}}, "--baseline texture"),
-    "baseline folder": ("annotations", None, {"baselines": {"x": Path("nowhere")}}, "nowhere"),
+    "baseline name": ("annotations", None, {"baseline": {"texture": Path("x")}}, "--baseline texture"),
+    "baseline folder": ("annotations", None, {"baseline": {"x": Path("nowhere")}}, "nowhere"),
 }
 
 

@@ -314,7 +314,7 @@ def test_a_folder_that_may_not_be_searched_is_one_line(tmp_path: Path, monkeypat
 def test_scan_finds_out_that_it_cannot_write_before_it_reads(
     slide_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scan, "run_cohort", lambda *_, **__: pytest.fail("slides were read"))
+    monkeypatch.setattr("tiling.cohort.scan.run_cohort", lambda *_, **__: pytest.fail("slides were read"))
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"m\.csv: cannot be written: .*(exists|directory)"):
         scan([slide_path], tmp_path / "file" / "m.csv")

@@ -109,7 +109,16 @@ class Stage:
 class StubEncoder:
     """Means over the colours, so that what is embedded is known and no model is needed."""
 
-    name, dim = "stub", 3
+    name, dim, pool, trained_px = "stub", 3, "cls", None
+
+    def about(self, tile_px: int) -> str:
+        return f"stub: tiles of {tile_px} px"
+
+    def size_px(self, tile_px: int) -> int:
+        return tile_px
+
+    def encode(self, tiles: np.ndarray, _boxes: object, _mode: str) -> np.ndarray:
+        return tiles.mean(axis=(1, 2)).astype(np.float32)
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +131,6 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> None:
     import odis_path.embedding.run as module
 
     monkeypatch.setattr(module, "shared_encoder", lambda *args: StubEncoder())
-    monkeypatch.setattr(module, "encode", lambda encoder, tiles, boxes, mode: tiles.mean(axis=(1, 2)).astype(np.float32))
 
 
 COMMANDS = ("tile", "annotate", "propose", "embed")
@@ -432,7 +440,7 @@ def test_a_lost_write_ends_the_work_for_its_file_early(tmp_path: Path, monkeypat
 
 TWO = """
 import json, pathlib, sys, time
-from tiling.tile import tile
+from tiling.tiles.run import tile
 slides, out, go = map(pathlib.Path, sys.argv[1:])
 print("ready", flush=True)
 while not go.exists(): time.sleep(0.001)

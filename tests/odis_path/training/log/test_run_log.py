@@ -288,10 +288,10 @@ def test_a_later_start_adds_what_was_different(tmp_path: Path) -> None:
 
 
 def test_the_commit_is_that_of_this_checkout_or_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    import odis_path.diagnostics as doctor
+    import odis_path.versions as versions
 
-    if (Path(doctor.__file__).parent.parent / ".git").exists() and git_commit():
+    if (Path(versions.__file__).parent.parent / ".git").exists() and git_commit():
         assert len(git_commit().split()[0]) == 40
-    monkeypatch.setattr(doctor, "__file__", str(tmp_path / "odis_path" / "doctor.py"))
+    monkeypatch.setattr(versions, "__file__", str(tmp_path / "odis_path" / "versions.py"))
     assert git_commit() == ""
     assert provenance("cpu", 4)["git_commit"] == ""

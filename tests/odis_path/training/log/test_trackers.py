@@ -74,7 +74,9 @@ def test_wandb_gets_the_config_and_every_row_of_the_log(
     (init,) = recorder.inits
     assert init["project"] == "slides"
     assert init["resume"] == "allow"
-    assert init["config"] == config.model_dump(mode="json")
+    settled = config.model_dump(mode="json")
+    settled["model"]["pool"] = "obj"  # what "auto" means here
+    assert init["config"] == settled
     assert init["config"]["optim"]["lr"] == 5e-4
     rows = [json.loads(line) for line in (tmp_path / "run" / "train.jsonl").read_text().splitlines()]
     assert recorder.rows == rows

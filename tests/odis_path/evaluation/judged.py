@@ -46,8 +46,8 @@ def write_slide(path: Path, slide_id: str, patient_id: str, rng: np.random.Gener
     return label
 
 
-@pytest.fixture(scope="session")
-def cohort(tmp_path_factory: pytest.TempPathFactory) -> Cohort:
+@pytest.fixture(scope="session", name="cohort")
+def judged_cohort(tmp_path_factory: pytest.TempPathFactory) -> Cohort:
     """Six slides of six patients."""
     from odis_path.features.write import write_features
     from tiling.slide_file.read import SlideFile

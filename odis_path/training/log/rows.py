@@ -1,0 +1,28 @@
+"""The rows of a run's log, `train.jsonl`; read without torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """The rows of train.jsonl; [] where there is none, lines that are no rows are left out."""
+    path = folder / "train.jsonl"
+    return read_rows(path)[0] if path.exists() else []
+
+
+def read_rows(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """The rows of a train.jsonl, and the numbers (from 1) of lines that are none: cut off, damaged, or no object."""
+    rows, wrong = [], []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            row = json.loads(line.decode("utf-8"))
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict):
+            rows.append(row)
+        else:
+            wrong.append(number)
+    return rows, wrong
