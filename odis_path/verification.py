@@ -110,14 +110,12 @@ def _kind(path: Path) -> tuple[str, Any]:
         return WEIGHTS, _check_weights
     if path.suffix == ".parquet":
         return EMBEDDINGS, _check_embeddings
-    import h5py
-
-    from odis_path.features.write import FORMAT
+    from odis_path.features.write import FORMAT, open_features
     from tiling.slide_file.read import is_slide_file
 
     try:
-        with h5py.File(path, "r", locking=False) as file:
-            if file.attrs.get("format") == FORMAT:
+        with open_features(path) as file:
+            if file.h5.attrs.get("format") == FORMAT:
                 return FEATURES, _check_features
     except Exception:  # HDF5 has many: what cannot be read may have been one of ours
         return UNKNOWN, _check_slide

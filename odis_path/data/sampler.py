@@ -5,6 +5,7 @@ The order is a pure function of (seed, step): a run that stops and goes on sees 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -58,7 +59,7 @@ def next_batch(batches: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
     try:
         return next(batches)
     except UserError as error:
-        raise UserError(str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")) from None
+        raise UserError(re.sub(r"^[\w.]+Error: ", "", str(error).strip().splitlines()[-1])) from None
 
 
 def collate(items: list[dict[str, np.ndarray]]) -> dict[str, Tensor]:

@@ -9,9 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import h5py
-
 from annotations.errors import UserError
+from tiling.storage.checked_file import CheckedFile
 
 FEATURES_FORMAT = "odis-path-features"
 
@@ -121,8 +120,8 @@ def _short(things: list[Any]) -> list[Any]:
 
 def _h5_format(path: Path, problems: list[str]) -> str:
     try:
-        with h5py.File(path, "r", locking=False) as file:
-            return str(file.attrs.get("format", ""))
+        with CheckedFile(path, lambda _: "") as file:
+            return str(file.h5.attrs.get("format", ""))
     except Exception:  # HDF5 has many for a damaged file
         problems.append(f"{path.name}: not a readable HDF5 file")
         return ""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,10 @@ from safetensors.torch import save_file
 
 from annotations.errors import UserError
 from odis_path.checkpoint import load_checkpoint
+from odis_path.embedding.run import embed
 from odis_path.exporters.timm import export_timm
+from odis_path.features.read import read_features, read_slides_parquet
+from odis_path.features.write import write_slides_parquet
 from odis_path.model.pretrained import load_weights
 from odis_path.model.vit import build_encoder
 from odis_path.tensor_file import check_zip
@@ -134,3 +139,57 @@ def test_exported_tensors_are_checked_when_they_are_read(checkpoint: Path, tmp_p
         UserError, match=r"d\.safetensors: damaged: its tensors do not match their checksum: copy or fetch it again"
     ):
         load_weights(vit, path)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_training_stops_at_a_damaged_file_with_one_line(workers: int, tiny_tiles: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_tiles, tmp_path / "tiles")
+    path = tmp_path / "tiles" / "S1.h5"
+    with h5py.File(path) as file:
+        at = int(file["boxes/xyxy"].id.get_offset())
+    flipped(path, path, at + 3)
+    config = tiny_config(tmp_path / "tiles", tmp_path / "run", data={"workers": workers}, eval={"every_epochs": 0})
+    with pytest.raises(UserError, match=r"^\S*S1\.h5: damaged \(/boxes/xyxy does not match its checksum\): run .* annotate"):
+        loop.pretrain(config)
+
+
+def test_embed_has_a_row_for_a_damaged_slide_and_makes_damaged_features_anew(
+    tiny_tiles: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_tiles, tmp_path / "tiles")
+    out = tmp_path / "f"
+    assert all(outcome.ok for outcome in embed(tmp_path / "tiles", str(checkpoint), out))
+    before = read_features(out).x
+    with h5py.File(out / "S2.h5") as file:
+        at = int(file["features"].id.get_offset())
+    flipped(out / "S2.h5", out / "S2.h5", at + 100)
+    with pytest.raises(UserError, match=r"S2\.h5: damaged \(/features does not .*: run odis-path embed again"):
+        read_features(out)
+    outcomes = {outcome.item: outcome for outcome in embed(tmp_path / "tiles", str(checkpoint), out)}
+    assert outcomes["S2"].info["redone"] == "the file was damaged"
+    assert all(outcome.skipped for name, outcome in outcomes.items() if name != "S2")
+    assert np.array_equal(read_features(out).x, before)
+    slide = tmp_path / "tiles" / "S3.h5"
+    with h5py.File(slide) as file:
+        at = int(file["pixels/data"].id.get_chunk_info(0).byte_offset)
+    flipped(slide, slide, at + 700)
+    (out / "S3.h5").unlink()
+    (outcome,) = [outcome for outcome in embed(tmp_path / "tiles", str(checkpoint), out) if not outcome.ok]
+    assert (outcome.item, "run odis-path tile again" in outcome.message) == ("S3", True)
+
+
+def test_slide_embeddings_are_checked(tmp_path: Path) -> None:
+    row: dict[str, Any] = {"patient_id": "p", "n_tiles": 1, "encoder": "e", "mode": "full"}
+    rng = np.random.default_rng(0)
+    rows = [{**row, "slide_id": f"s{i}", "features": rng.normal(size=64)} for i in range(9)]
+    path = write_slides_parquet(tmp_path / "slides.parquet", rows)
+    whole = read_slides_parquet(path).x
+    refused = 0
+    for at in range(20, path.stat().st_size, 41):
+        try:
+            changed = read_slides_parquet(flipped(path, tmp_path / "d.parquet", at)).x
+        except UserError:
+            refused += 1
+        else:
+            assert np.array_equal(changed, whole)
+    assert refused > 20

@@ -333,7 +333,8 @@ def _done(path: Path, parameters: dict[str, Any], item: ImageItem) -> dict[str, 
         return None
     try:
         with SlideFile(path) as file:
-            file.check(boxes=(touched := was_touched(path)), pixels=touched)
+            if was_touched(path):
+                file.check()
             attrs, patient_id, source = file.attrs, file.patient_id, file.source
             done: dict[str, Any] = {"tiles": len(file), "boxes": len(file.boxes_table()["object"]), **result_of(file)}
             if item.label:

@@ -299,8 +299,8 @@ class SlideFile(SlideHeader):
             self._expect("tissue_fraction", self.tissue_fraction.shape == (len(self),))
             _ = (self.mpp, self.mpp_level0, self.patch_size, self.dimensions_l0, self.slide_id, self.parameters)
         if others and self.has_pixels:
-            _ = self._pixel_offsets, self._pixel_crc32s
-            for i in range(len(self) if pixels else 0):
+            _ = self._pixel_offsets
+            for i in range(len(self) if pixels and self._pixel_crc32s is not None else 0):
                 self.tile_bytes(i)
 
     def has_attr(self, name: str, key: str) -> bool:

@@ -16,7 +16,7 @@ import numpy as np
 
 from annotations.errors import UserError
 from tiling.grid import side_l0
-from tiling.storage.checked_file import CRC_ATTR, TEXTS_ATTR, CheckedFile, attr_checksums, write_attr_checksums
+from tiling.storage.checked_file import CRC_ATTR, OWN_ATTRS, CheckedFile, attr_checksums, write_attr_checksums
 from tiling.storage.checksums import DamagedError, crc32, value_crc32
 from tiling.storage.hdf5 import new_h5
 from tiling.storage.paths import absolute, shown, url_of, url_stamp
@@ -182,7 +182,7 @@ def replace_groups(
         with old.reading("", "its attributes"):
             before, changed = dict(old.h5.attrs), dict(root_attrs or {})
             kept = {key: value for key, value in attr_checksums(old.h5, before).items() if key not in changed}
-        new.attrs.update({key: value for key, value in (before | changed).items() if key != TEXTS_ATTR})
+        new.attrs.update({key: value for key, value in (before | changed).items() if key not in OWN_ATTRS})
         write_attr_checksums(new, kept)
         with old.reading("", "its groups"):
             names = list(old.h5)

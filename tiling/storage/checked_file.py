@@ -2,9 +2,9 @@
 
 A dataset has the CRC-32 of its values in its attribute `crc32`. What is read piece by piece has a checksum a piece beside it:
 `/pixels/crc32` of the tiles, `/boxes/polygon/crc32` of the outlines. An object with attributes of text has theirs in
-`attrs_crc32`. All else (numbers in attributes, these checksums, names, shapes, places) HDF5 guards itself, in the format of its
-version 1.10. What an HDF5 program deletes or sets anew is taken as it is. A file of an earlier version has no checksums, and is
-read unchecked.
+`attrs_crc32`, and what HDF5 keeps texts in is listed in `heaps` of the root. All else (numbers in attributes, these checksums,
+names, shapes, places) HDF5 guards itself, in the format of its version 1.10. What an HDF5 program deletes or sets anew is taken
+as it is. A file of an earlier version has no checksums, and is read unchecked.
 """
 
 from __future__ import annotations
@@ -20,10 +20,13 @@ import numpy as np
 
 from annotations.errors import UserError
 from tiling.storage.checksums import DamagedError, value_crc32
+from tiling.storage.heaps import heaps_are_sound
 from tiling.storage.touched import touch
 
 CRC_ATTR = "crc32"  # uint32, of the values of a dataset
+HEAPS_ATTR = "heaps"  # uint64 (k, 3), of the root, see tiling.storage.heaps
 TEXTS_ATTR = "attrs_crc32"  # uint32 (n,): at i that of the attribute that was the i-th to be made, 0 where it is no text
+OWN_ATTRS = (CRC_ATTR, TEXTS_ATTR, HEAPS_ATTR)
 MOST_PACKED = 64  # a dataset is at most so many times as large as the file it is in
 Node: TypeAlias = h5py.Group | h5py.Dataset
 
@@ -75,6 +78,18 @@ class CheckedFile:
         self.path, self._remedy = path, remedy
         # Files are replaced by renaming, never written in place, so no lock is needed (and none works on some network mounts).
         self.h5 = h5py.File(path, "r", locking=False, **options)
+        try:
+            self._check_heaps()
+        except BaseException:
+            self.close()
+            raise
+
+    def _check_heaps(self) -> None:
+        """Raises DamagedError where HDF5 might never come back from reading a text."""
+        with self.reading("", "its texts"):
+            table = self.h5.attrs.get(HEAPS_ATTR)
+            if table is not None and not heaps_are_sound(self.h5.id.get_vfd_handle(), table):
+                raise self.damaged("", "the texts in it do not match their checksum")
 
     def close(self) -> None:
         self.h5.close()
@@ -116,7 +131,7 @@ class CheckedFile:
         for key, stored in sums.items():
             if value_crc32(values[key]) != stored:
                 raise self.damaged(name, f"the attribute {key} of /{name} does not match its checksum")
-        return {key: value for key, value in values.items() if key not in (CRC_ATTR, TEXTS_ATTR)}
+        return {key: value for key, value in values.items() if key not in OWN_ATTRS}
 
     def check(self, choose: Callable[[str], bool] = lambda _: True) -> None:
         """Read all objects for which `choose` says so ("" is the root); raises DamagedError for the first that is damaged."""

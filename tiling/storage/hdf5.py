@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import h5py
+import numpy as np
 
 from tiling.storage.atomic import atomic_path
-from tiling.storage.checked_file import write_attr_checksums
+from tiling.storage.checked_file import HEAPS_ATTR, write_attr_checksums
+from tiling.storage.heaps import LARGEST_BYTES, heap_table, heaps_in
 from tiling.storage.touched import mark_untouched
 
 # The first format of HDF5 whose own structures have checksums; every HDF5 since 1.10 (2016) reads it.
@@ -55,6 +57,8 @@ def new_h5(final: Path, *, mark: bool = True) -> Iterator[NewFile]:
                 yield file
                 write_attr_checksums(file)
                 file.visititems(lambda _, node: write_attr_checksums(node))
+                file.flush()  # from here on no text is written
+                file.attrs[HEAPS_ATTR] = sink.heap_table()
         except Exception:
             # What HDF5 makes of a lost write is no news; the write is.
             if sink.error is not None:
@@ -75,6 +79,7 @@ class _Sink:
         self.error: OSError | None = None
         self._at = 0
         self._end = 0
+        self._heaps: set[int] = set()
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
 
     def read(self, size: int = -1) -> bytes:
@@ -91,6 +96,7 @@ class _Sink:
 
     def write(self, buffer: Any) -> int:
         view = memoryview(buffer).cast("B")
+        self._heaps.update(heaps_in(view.tobytes(), self._at) if len(view) < LARGEST_BYTES else ())
         done = 0
         try:
             while done < len(view) and self.error is None:
@@ -100,6 +106,10 @@ class _Sink:
         self._at += len(view)
         self._end = max(self._end, self._at)
         return len(view)
+
+    def heap_table(self) -> np.ndarray:
+        """The heaps of texts in what was written so far, see `tiling.storage.heaps`."""
+        return heap_table(self._descriptor, () if self.error else self._heaps)
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         self._at = offset + (0, self._at, self._end)[whence]

@@ -301,3 +301,26 @@ def test_a_file_without_tiles_has_checksums(tmp_path: Path) -> None:
     with SlideFile(tmp_path / "a.h5") as file:
         file.check()
         assert file.has_checksums
+
+
+def test_no_damage_to_texts_makes_hdf5_loop(annotated: Path, tmp_path: Path) -> None:
+    """A damaged size in a heap of texts would: every 8 bytes of them are set to what makes the next one begin at itself."""
+    data = annotated.read_bytes()
+    with h5py.File(annotated, locking=False) as file:
+        heaps = file.attrs["heaps"].tolist()
+    assert heaps
+    path, told = tmp_path / "S.h5", 0
+    for address, size, _ in heaps:
+        for at in range(address + 8, address + min(size, 2000), 8):
+            path.write_bytes(data[:at] + (-16 % 2**64).to_bytes(8, "little") + data[at + 8 :])
+            told += is_damaged(path)
+    assert told > 100
+
+
+def is_damaged(path: Path) -> bool:
+    try:
+        with SlideFile(path) as file:
+            file.check()
+    except DamagedError:
+        return True
+    return False
