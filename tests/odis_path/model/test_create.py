@@ -329,11 +329,13 @@ def test_another_pool_or_size_is_embedded_again_and_never_mixed(tiny_tiles: Path
 
     assert skipped("a") == {False}
     assert skipped("a") == {True}
-    assert skipped("a", pool="mean") == {False}
+    with pytest.raises(UserError, match="--overwrite"):
+        skipped("a", pool="mean")
+    assert skipped("a", pool="mean", overwrite=True) == {False}
     assert skipped("a", pool="mean") == {True}
-    assert skipped("a", pool="mean", resize=32) == {False}
-    outcome = embed(tiny_tiles, source, tmp_path / "a", level="object", pool="cls", device="cpu")[0]
-    assert "one folder holds one encoder" in outcome.message
+    assert skipped("a", pool="mean", resize=32, overwrite=True) == {False}
+    with pytest.raises(UserError, match="holds embeddings of another encoder"):
+        embed(tiny_tiles, source, tmp_path / "a", level="object", pool="cls", device="cpu")
     embed(tiny_tiles, source, tmp_path / "other", device="cpu")
     (tmp_path / "a" / "S0.h5").unlink()
     (tmp_path / "other" / "S0.h5").rename(tmp_path / "a" / "S0.h5")
@@ -347,9 +349,9 @@ def test_other_weights_or_config_in_the_folder_are_embedded_again(tiny_tiles: Pa
     assert all(o.skipped for o in embed(tiny_tiles, str(tmp_path / "model"), tmp_path / "out", device="cpu"))
     config = tmp_path / "model" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "global_pool": "avg"}))
-    assert not any(o.skipped for o in embed(tiny_tiles, source, tmp_path / "out", device="cpu"))
+    assert not any(o.skipped for o in embed(tiny_tiles, source, tmp_path / "out", device="cpu", overwrite=True))
     hub_folder(tmp_path / "model", "vit_tiny_patch16_224", change=lambda s: {k: v + 0.1 for k, v in s.items()})
-    assert not any(o.skipped for o in embed(tiny_tiles, source, tmp_path / "out", device="cpu"))
+    assert not any(o.skipped for o in embed(tiny_tiles, source, tmp_path / "out", device="cpu", overwrite=True))
 
 
 def test_random_weights_are_of_the_same_architecture_and_pooled_alike(tmp_path: Path) -> None:

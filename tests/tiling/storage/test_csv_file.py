@@ -147,7 +147,8 @@ def test_labels_splits_predictions_and_the_manifest_of_an_import_are_read_alike(
         read_labels(path)
     split = tmp_path / "split.csv"
     split.write_text("slide_id\tsplit\nA\ttrain\nB\ttest\n")
-    assert read_split(split) == ("slide_id", {"A": "train", "B": "test"})
+    sides = read_split(split)
+    assert (sides.key, sides.side) == ("slide_id", {"A": "train", "B": "test"})
     told = tmp_path / "predictions.csv"
     told.write_text("slide_id;x;y;object;label;predicted;score a\nS;64;0;-1;a;a;0,75\n")
     assert read_predictions(told)["S"].scores == [{"score a": 0.75}]
