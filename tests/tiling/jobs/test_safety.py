@@ -19,6 +19,7 @@ from PIL import Image
 
 import tiling.boxes.run
 import tiling.jobs.run
+import tiling.jobs.summary
 import tiling.tiles.run
 from annotations.errors import UserError
 from tiling.boxes.run import annotate
@@ -331,7 +332,7 @@ def test_a_torn_tile_on_glass_and_black_padding_hold_no_tissue(
 def test_the_time_left_is_told_by_what_was_not_skipped(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(tiling.jobs.run, "PLAIN_LINE_EVERY_S", 0.15)
+    monkeypatch.setattr(tiling.jobs.summary, "PLAIN_LINE_EVERY_S", 0.15)
 
     def work(i: int) -> dict[str, Any]:
         if i >= 300:
