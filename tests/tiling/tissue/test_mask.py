@@ -234,7 +234,7 @@ def test_a_large_mask_is_read_and_a_larger_one_is_one_line(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert not read_mask(tmp_path / "m.png", info, (48, 64)).any()
-    monkeypatch.setattr("tiling.tissue.overview.MAX_IMAGE_PIXELS", 40_000_000)
+    monkeypatch.setattr("tiling.tissue.drawn_regions.MAX_IMAGE_PIXELS", 40_000_000)
     with pytest.raises(UserError, match=r"m\.png: a mask of more than 80,000,000 pixels: save it smaller"):
         read_mask(tmp_path / "m.png", info, (48, 64))
 
