@@ -298,7 +298,7 @@ def test_a_torn_stored_tile_is_marked_and_the_others_are_as_before(tmp_path: Pat
             assert outcome.ok, outcome.message
             assert outcome.info["bad_tiles"] == (slide is bad)
             assert ("1 tiles cannot be decoded and are marked" in outcome.message) == (slide is bad)
-    for out in (tmp_path / "out_True", tmp_path / "out_copy"):
+    for out in (tmp_path / "out_jpeg", tmp_path / "out_copy"):
         with SlideFile(out / "good.h5") as before, SlideFile(out / "bad.h5") as after:
             (row,) = after._file["bad_tiles"][...].tolist()
             assert "bad_tiles" not in before._file
