@@ -105,6 +105,8 @@ def test_an_import_with_other_settings_is_refused_while_one_is_at_work(what: str
         assert (second.returncode, stdout) == (2, ""), stderr
         assert re.search(rf"another run of odis-path import is at work here with other settings \(.*\b{what} ", stderr), stderr
         assert len(stderr.splitlines()) == 1
+        assert first.stderr is not None
+        assert any("waiting for another run" in line for line in first.stderr)  # it says so before this test lets it go on
     stdout, stderr = first.communicate(timeout=300)
     assert first.returncode == 0, stderr
     assert counts(stdout) == ((40 if fit == "tiles" else 20), 0, 0)

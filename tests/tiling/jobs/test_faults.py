@@ -382,7 +382,11 @@ def test_a_full_disk_stops_the_run_with_a_line(
     stage: Stage, whole: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    for size in range(1000, 29_000, 3000):
+    free = tmp_path / "free"
+    stage.tile(free)
+    smallest = min(path.stat().st_size for path in free.glob("*.h5"))
+    assert smallest > 20_000
+    for size in range(1000, smallest, 3000):
         out = tmp_path / str(size)
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
         try:
