@@ -30,6 +30,7 @@ from tiling.proposals.run import propose
 from tiling.slide_file.read import SlideFile
 from tiling.slide_file.write import SlideMeta, replace_groups, write_slide_file
 from tiling.storage.atomic import DiskFullError, atomic_path, machine, sweep_temporaries
+from tiling.storage.checked_file import HEAPS_ATTR
 from tiling.storage.checksums import value_crc32
 from tiling.storage.locks import BusyError, claim, is_claimed, lock_of, same_settings, sweep
 from tiling.tiles.run import tile
@@ -52,20 +53,25 @@ def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
 
 
 def contents(path: Path) -> dict[str, Any]:
-    """Every dataset (type, shape and bytes) and every attribute of an HDF5 file."""
-    found: dict[str, Any] = {}
+    """Every dataset (type, shape and bytes) and every attribute of an HDF5 file.
+
+    Without the checksum of where HDF5 keeps texts: the texts themselves are compared, and in a feature file the path of the
+    slide file, which is another in every folder, is one of them.
+    """
+    values: dict[str, Any] = {}
 
     def visit(name: str, node: Any) -> None:
         for key, value in node.attrs.items():
-            found[f"{name}@{key}"] = np.asarray(value).tolist()
+            values[f"{name}@{key}"] = np.asarray(value).tolist()
         if isinstance(node, h5py.Dataset):
             value = node[...]
-            found[name] = (str(node.dtype), node.shape, value.tolist() if node.dtype == object else value.tobytes())
+            values[name] = (str(node.dtype), node.shape, value.tolist() if node.dtype == object else value.tobytes())
 
     with h5py.File(path, "r", locking=False) as file:
         visit("/", file)
         file.visititems(visit)
-    return found
+    del values[f"/@{HEAPS_ATTR}"]
+    return values
 
 
 def folder_contents(folder: Path) -> dict[str, Any]:
