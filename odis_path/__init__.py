@@ -42,27 +42,27 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = (
-    "annotations.readers.read.read_annotations",
-    "odis_path.chain.demo",
-    "odis_path.diagnostics.doctor",
-    "odis_path.embedding.run.embed",
-    "odis_path.embedding.encoder.load_encoder",
-    "odis_path.evaluation.run.evaluate",
-    "odis_path.exporters.run.export",
-    "odis_path.features.read.read_features",
-    "odis_path.reporting.build.report",
-    "odis_path.training.run.pretrain",
-    "tiling.boxes.run.annotate",
-    "tiling.jobs.outcome.Outcome",
-    "tiling.jobs.summary.Outcomes",
-    "tiling.images.run.import_images",
-    "tiling.proposals.run.propose",
-    "tiling.cohort.scan.scan",
-    "tiling.slide_file.read.SlideFile",
-    "tiling.tiles.run.tile",
-    "tiling.tiles.settings.TileSettings",
+    "annotations.readers.read:read_annotations",
+    "odis_path.chain:demo",
+    "odis_path.diagnostics:doctor",
+    "odis_path.embedding.run:embed",
+    "odis_path.embedding.encoder:load_encoder",
+    "odis_path.evaluation.run:evaluate",
+    "odis_path.exporters.run:export",
+    "odis_path.features.read:read_features",
+    "odis_path.reporting.build:report",
+    "odis_path.training.run:pretrain",
+    "tiling.boxes.run:annotate",
+    "tiling.jobs.outcome:Outcome",
+    "tiling.jobs.summary:Outcomes",
+    "tiling.images.run:import_images",
+    "tiling.proposals.run:propose",
+    "tiling.cohort.scan:scan",
+    "tiling.slide_file.read:SlideFile",
+    "tiling.tiles.run:tile",
+    "tiling.tiles.settings:TileSettings",
 )
-_HOME_OF = {path.rpartition(".")[2]: path for path in _HOME} | {"open_slide": "tiling.wsi.slide.Slide.open"}
+_HOME_OF = {path.rpartition(":")[2]: path for path in _HOME} | {"open_slide": "tiling.wsi.slide:Slide.open"}
 
 __all__ = [
     "Outcome",

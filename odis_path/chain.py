@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -221,32 +221,28 @@ def make_model(settings: DemoSettings) -> None:
 def fit_recipe(tiles: Path) -> list[str]:
     """Overrides that fit the demo's recipe to a cohort: batch, epochs, kinds of objects, held-out patients."""
     from odis_path.data.tile_index import index_tiles
-    from tiling.slide_file.read import SlideFile
 
     index = index_tiles(tiles)
-    kinds: set[int] = set()
-    for path in index.paths:
-        with SlideFile(path) as file:
-            kinds.update(int(kind) for kind in set(file.objects_table(ids=False)["kind"].tolist()))
-    names = [name for number, name in ((0, "tissue"), (1, "cell"), (2, "proposal")) if number in kinds]
-    chosen = ["tissue"] if "tissue" in names else names or ["tissue"]
     patients = len(set(index.patients))
     holdout = 0.4 if patients >= 3 else 0.0
     batch = max(2, min(32, round(len(index) * (1 - holdout)) // 2))
     steps_per_epoch = max(1, int(len(index) * (1 - holdout)) // batch)
     return [
-        f"data.kinds=[{','.join(chosen)}]", f"data.holdout={holdout}", f"optim.batch_size={batch}",
+        f"data.kinds=[{object_kinds(index.paths)}]", f"data.holdout={holdout}", f"optim.batch_size={batch}",
         f"optim.epochs={STEPS / steps_per_epoch:.3g}", f"eval.every_epochs={STEPS / steps_per_epoch / 5:.3g}",
     ]  # fmt: skip
 
 
 def make_features(settings: DemoSettings) -> None:
     """Tile, slide and object embeddings of the trained encoder, and tile and object ones of an untrained twin."""
+    from tiling.slide_file.read import list_slide_files
+
     out = settings.out
     tiles, run = str(out / "tiles"), str(out / "run")
+    kinds = object_kinds(list_slide_files(out / "tiles"))
     for name, extra in (("odis", []), ("random", ["--random-weights"])):
         settings.command(["embed", tiles, "--checkpoint", run, "--out", str(out / "features" / f"{name}-tile"), *extra])
-        objects = ["--level", "object", "--mode", "masked", "--kinds", object_kind(out / "tiles")]
+        objects = ["--level", "object", "--mode", "masked", "--kinds", kinds]
         settings.command(
             ["embed", tiles, "--checkpoint", run, "--out", str(out / "features" / f"{name}-object"), *objects, *extra]
         )
@@ -254,10 +250,17 @@ def make_features(settings: DemoSettings) -> None:
     settings.command(["embed", tiles, "--checkpoint", run, *slide])
 
 
-def object_kind(tiles: Path) -> str:
-    """The kind of objects the demo embeds: tissue where it is annotated, else cells, else proposals."""
-    kinds = next(item for item in fit_recipe(tiles) if item.startswith("data.kinds="))
-    return kinds.split("[")[1].rstrip("]")
+def object_kinds(slide_files: Iterable[Path]) -> str:
+    """The kinds of objects that the demo trains on and embeds: tissue where it is annotated, else all that there are."""
+    from odis_path.data.tile_index import KINDS
+    from tiling.slide_file.read import SlideFile
+
+    kinds: set[int] = set()
+    for path in slide_files:
+        with SlideFile(path) as file:
+            kinds.update(file.objects_table(ids=False)["kind"].tolist())
+    names = [name for name, number in KINDS.items() if number in kinds]
+    return "tissue" if "tissue" in names else ",".join(names) or "tissue"
 
 
 def make_probes(settings: DemoSettings) -> list[str]:

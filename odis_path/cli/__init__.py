@@ -4,25 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING, Any
 
 from annotations.errors import UserError
 from odis_path.cli.streams import usable_streams
 
-if TYPE_CHECKING:
-    from odis_path.cli.app import app
-
-__all__ = ["app", "main"]
-
 STOPPED = 130  # what shells and typer make of Ctrl-C
-
-
-def __getattr__(name: str) -> Any:
-    if name == "app":  # not before it is asked for: Ctrl-C while it is imported is for main to answer
-        from odis_path.cli.app import app
-
-        return app
-    raise AttributeError(name)
 
 
 def main() -> None:
@@ -31,7 +17,7 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         usable_streams()
-        from odis_path.cli.app import app
+        from odis_path.cli.app import app  # here, so that Ctrl-C while it is imported is answered too
 
         app()
     except UserError as error:

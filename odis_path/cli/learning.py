@@ -52,11 +52,6 @@ def embed(
     scheduler: Scheduler = None,
 ) -> None:
     """Write tile, object or slide embeddings of every slide."""
-    from odis_path.embedding.request import check_options
-    from tiling.slide_file.read import list_slide_files
-
-    check_options(checkpoint, level=level, mode=mode, kinds=kinds, dtype=dtype, pool=pool, resize=resize)
-    list_slide_files(folder)
     from odis_path.embedding.run import embed as run
 
     outcomes = run(

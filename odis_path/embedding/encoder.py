@@ -23,12 +23,10 @@ import torch.nn.functional as F
 from annotations.errors import UserError
 from odis_path.data.crops import View, patch_mask
 from odis_path.data.views import normalise
-from odis_path.embedding.request import MODES, Mode
+from odis_path.embedding.request import Mode
 from odis_path.model.create import POOL_WORDS, WORDS_OF_POOL, create_vit, embedding_pool
 from odis_path.model.source import is_checkpoint, settled_source
 from odis_path.model.vit import ObjViT, wrapped
-
-__all__ = ["MODES", "FrozenEncoder", "Mode", "encode_objects", "load_encoder"]
 
 
 @dataclass(frozen=True)

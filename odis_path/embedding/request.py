@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from annotations.errors import UserError
-from odis_path.evaluation.pixel_baselines import KINDS
+from odis_path.data.tile_index import KINDS
 from odis_path.features.write import DATASETS, open_features
 from odis_path.model.source import check_source, is_checkpoint
 

@@ -11,14 +11,13 @@ from functools import lru_cache, partial
 from pathlib import Path
 from threading import Lock
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from annotations.errors import UserError
-from odis_path.embedding.encoder import FrozenEncoder, encode_objects, load_encoder
+from odis_path.data.tile_index import KINDS
 from odis_path.embedding.request import EmbedJob, check_options, other_encoder, parse_kinds
-from odis_path.evaluation.pixel_baselines import KINDS
 from odis_path.features.pretraining import FILE as PRETRAINING_FILE
 from odis_path.features.pretraining import of_encoder
 from odis_path.features.read import read_features
@@ -40,6 +39,9 @@ from tiling.slide_file.read import SlideFile, list_slide_files
 from tiling.storage.atomic import check_writable
 from tiling.storage.checksums import DAMAGED, DamagedError
 from tiling.storage.locks import claim, same_settings
+
+if TYPE_CHECKING:
+    from odis_path.embedding.encoder import FrozenEncoder
 
 MOST_TORN = 0.5  # share of tiles that cannot be read; a slide with more of them fails
 OBJECTS_A_PASS = 64  # objects that share one pass over the patches of a tile
@@ -158,6 +160,8 @@ _loading = Lock()
 def _loaded(
     checkpoint: str, stamp: str, device: str, random_weights: bool, pool: str | None, resize: int | None
 ) -> FrozenEncoder:
+    from odis_path.embedding.encoder import load_encoder  # torch: not before all that does without it is checked
+
     _refuse_another(checkpoint, stamp)
     encoder = load_encoder(checkpoint, device=device, random_weights=random_weights, pool=pool, resize=resize)
     _refuse_another(checkpoint, stamp)  # it may have been replaced meanwhile
@@ -292,6 +296,8 @@ def encode_rows(
     encoder: FrozenEncoder, file: SlideFile, tile_of: np.ndarray, boxes: np.ndarray | None, job: EmbedJob
 ) -> np.ndarray:
     """Embed tile tile_of[i] (with boxes[i]) for every i: float32 (n, D). Tiles of the next batch are read meanwhile."""
+    from odis_path.embedding.encoder import batches, encode_objects
+
     features = np.zeros((len(tile_of), encoder.dim), dtype=np.float32)
     if boxes is not None and job.mode == "masked" and encoder.module.shares_passes:
         for rows, tiles in shared_passes(file, tile_of, job.batch):
@@ -302,7 +308,7 @@ def encode_rows(
         numbers, back = np.unique(tile_of[part], return_inverse=True)
         return file.tiles(numbers)[back]
 
-    for part, tiles in read_ahead([slice(i, i + job.batch) for i in range(0, len(tile_of), job.batch)], read):
+    for part, tiles in read_ahead(list(batches(len(tile_of), job.batch)), read):
         features[part] = encoder.encode(tiles, None if boxes is None else boxes[part], job.mode)
     return features
 
@@ -312,6 +318,8 @@ def shared_passes(file: SlideFile, tile_of: np.ndarray, batch: int) -> Iterator[
 
     Passes of like length go together, so that little is filled up.
     """
+    from odis_path.embedding.encoder import batches
+
     order = np.argsort(tile_of, kind="stable")
     by_tile = np.split(order, np.flatnonzero(np.diff(tile_of[order])) + 1) if len(order) else []
     passes = [some[i : i + OBJECTS_A_PASS] for some in by_tile for i in range(0, len(some), OBJECTS_A_PASS)]
@@ -320,7 +328,7 @@ def shared_passes(file: SlideFile, tile_of: np.ndarray, batch: int) -> Iterator[
     def read(part: slice) -> np.ndarray:
         return np.stack([file.tile(int(tile_of[rows[0]])) for rows in passes[part]])
 
-    for part, tiles in read_ahead([slice(i, i + batch) for i in range(0, len(passes), batch)], read):
+    for part, tiles in read_ahead(list(batches(len(passes), batch)), read):
         yield passes[part], tiles
 
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 
 from annotations.errors import UserError
+from odis_path.data.tile_index import KINDS
 from odis_path.features.read import FeatureSet
 from tiling.slide_file.read import SlideFile
 
-KINDS = {"tissue": 0, "cell": 1, "proposal": 2}
 MIN_SIDE_PX = 8
 MAX_SIDE_PX = 128  # texture is measured on regions shrunk to this, as fine noise says little
 SLIDE_TILES = 64

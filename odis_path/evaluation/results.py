@@ -178,11 +178,10 @@ def draw_figures(out: Path, results: dict[str, Any], y: np.ndarray, scores: np.n
     """The figures this probe has, as PNG. y int (t,), scores (t, C)."""
     from odis_path.figures import scores as figures
     from odis_path.figures import style
-    from odis_path.figures.scores import draw_confusion
 
     labels = results["labels"]
     drawn: dict[str, Figure | None] = {
-        "confusion": draw_confusion(np.array(results["confusion"]), labels),
+        "confusion": figures.draw_confusion(np.array(results["confusion"]), labels),
         "roc": figures.draw_roc(y, scores, labels),
     }
     if results.get("per_k"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from annotations.errors import UserError
+from odis_path.features.read import source_of
 from tiling.jobs.run import run_cohort
 from tiling.jobs.summary import Outcomes
 from tiling.slide_file.read import SlideFile, h5_files, list_slide_files
@@ -215,7 +215,8 @@ def _features(
 def slide_files(folder: Path) -> list[Path]:
     """The slide files of a folder, or those that the feature files of a folder were made of. Raises UserError."""
     paths = h5_files(folder) if folder.is_dir() else []
-    sources = [_source(path) or path for path in paths]  # what is no feature file among them is a failure, by its own name
+    # What is no feature file among them is a failure, by its own name.
+    sources = [source[1] if (source := source_of(path)) else path for path in paths]
     if sources == paths:
         return list_slide_files(folder)
     behind = [path for path in sources if path not in paths]
@@ -235,16 +236,6 @@ def _refuse_twins(paths: Sequence[Path]) -> None:
             continue
         if (first := owners.setdefault(slide_id, path)) != path:
             raise UserError(f"{path}: slide_id {slide_id} is also in {first.name}: one slide, one file")
-
-
-def _source(path: Path) -> Path | None:
-    """The slide file that a feature file was made of; None for any other file."""
-    from odis_path.features.write import FORMAT, open_features
-
-    with suppress(UserError), open_features(path) as file:
-        attrs = file.attrs()
-        return Path(str(attrs["source"])) if attrs.get("format") == FORMAT else None
-    return None
 
 
 def read_predictions(path: Path) -> dict[str, Predicted]:

@@ -13,10 +13,11 @@ from torch import nn
 
 from annotations.errors import UserError
 from odis_path import __version__
-from odis_path.checkpoint import Checkpoint, load_checkpoint
+from odis_path.checkpoint import Checkpoint, load_checkpoint, load_into
 from odis_path.config import PretrainConfig
 from odis_path.model.architectures import BASE_KWARGS, find_layer, resolve_model
 from odis_path.model.create import tokens_and_norm
+from odis_path.model.network import build_network
 from odis_path.model.pretrained import is_gated
 from odis_path.model.published import published
 from odis_path.model.vit import ObjViT
@@ -108,12 +109,8 @@ def _checkpoint(path: Path) -> Checkpoint:
 
 
 def _teacher(loaded: Checkpoint) -> ObjViT:
-    """The teacher's encoder, without the start weights it once had and without the heads."""
-    from odis_path.checkpoint import load_into
-    from odis_path.model.network import build_network
-
-    model = loaded.config.model.model_copy(update={"weights": None, "compile_blocks": False})
-    network = build_network(loaded.config.model_copy(update={"model": model}), student=False, like=loaded.state["teacher"])
+    """The teacher's encoder, without the heads."""
+    network = build_network(loaded.config, student=False, like=loaded.state["teacher"])
     load_into(network, loaded.state["teacher"], loaded.path, "teacher")
     encoder = network.encoder.eval()
     several = "it has several [OBJ] tokens (or one of the whole image beside it)"

@@ -17,24 +17,11 @@ from odis_path.features.write import (
     DATASETS,
     FORMAT,
     SLIDES_FILE,
-    embedded_already,
     open_features,
-    write_features,
-    write_slides_parquet,
 )
 from tiling.slide_file.read import h5_files
 from tiling.storage.checked_file import CheckedFile
 from tiling.storage.slide_id import checked_id
-
-__all__ = [
-    "FeatureSet",
-    "embedded_already",
-    "levels_in",
-    "read_features",
-    "read_slides_parquet",
-    "write_features",
-    "write_slides_parquet",
-]
 
 
 @dataclass(frozen=True)
@@ -322,10 +309,13 @@ def read_slides_parquet(path: Path) -> FeatureSet:
 
 
 def _sources_beside(folder: Path) -> dict[str, Path]:
-    sources = {}
-    for path in h5_files(folder):
-        with suppress(UserError), open_features(path) as file:
-            attrs = file.attrs()
-            if attrs.get("format") == FORMAT:
-                sources[str(attrs["slide_id"])] = Path(str(attrs["source"]))
-    return sources
+    return dict(source for path in h5_files(folder) if (source := source_of(path)) is not None)
+
+
+def source_of(path: Path) -> tuple[str, Path] | None:
+    """slide_id and slide file of which a feature file was made; None for any other file."""
+    with suppress(UserError), open_features(path) as file:
+        attrs = file.attrs()
+        if attrs.get("format") == FORMAT:
+            return str(attrs["slide_id"]), Path(str(attrs["source"]))
+    return None

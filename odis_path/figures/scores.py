@@ -132,26 +132,6 @@ def draw_per_k(series: Sequence[tuple[str, list[int], list[float], int | None]])
     return figure
 
 
-def draw_all(results: dict[str, Any], y: np.ndarray, scores: np.ndarray) -> dict[str, Figure]:
-    """File name -> figure. y int (n,), scores (n, C) of the model."""
-    labels = results["labels"]
-    found = {"confusion": draw_confusion(np.array(results["confusion"]), labels)}
-    roc = draw_roc(y, scores, labels)
-    if roc is not None:
-        found["roc"] = roc
-    if results["per_k"]:
-        validation = "validation folds" if results["probe"] == "knn" else "majority vote of the answers"
-        points = {float(k): v for k, v in results["per_k"].items() if v is not None}
-        found["k_curve"] = draw_curve(points, results["k"], "neighbours asked (k)", f"balanced accuracy, {validation}")
-    if results.get("per_c"):
-        points = {float(c): v for c, v in results["per_c"].items()}
-        found["c_curve"] = draw_curve(points, results["chosen_C"], "C (weaker regularisation to the right)",
-                                      "balanced accuracy, validation folds")  # fmt: skip
-    if results.get("per_shots"):
-        found["shots"] = draw_shots(results["per_shots"])
-    return found
-
-
 def draw_roc(y: np.ndarray, scores: np.ndarray, labels: list[str]) -> Figure | None:
     """One class against the rest, a curve per class; None where no class has rows on both sides."""
     figure = style.new_figure(5.6, 4.6)

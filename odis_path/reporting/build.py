@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from annotations.errors import UserError
 from odis_path.reporting.cohort_table import read_cohort
@@ -14,9 +13,6 @@ from odis_path.reporting.inventory import find_everything
 from odis_path.reporting.page import Report, Section
 from tiling.storage.atomic import atomic_path
 from tiling.storage.locks import sweep
-
-if TYPE_CHECKING:
-    pass
 
 
 def report(folder: Path | str, out: Path | str | None = None) -> Report:

@@ -12,8 +12,6 @@ from typing import Any
 from annotations.errors import UserError
 from tiling.storage.checked_file import CheckedFile
 
-FEATURES_FORMAT = "odis-path-features"
-
 
 @dataclass(frozen=True)
 class RunFound:
@@ -72,6 +70,7 @@ def find_everything(root: Path, leave_out: Path | None = None) -> Findings:
 
     Raises UserError where there is no such folder or nothing in it to report on.
     """
+    from odis_path.features.write import FORMAT as FEATURES_FORMAT
     from tiling.slide_file.write import FORMAT
 
     if not root.is_dir():

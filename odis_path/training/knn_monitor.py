@@ -68,13 +68,13 @@ class KnnProbe:
     def score(self, encoder: FrozenEncoder) -> dict[str, float]:
         """Balanced accuracy on the queries, and the spread of their embeddings (0: collapsed)."""
         from odis_path.evaluation.metrics import balanced_accuracy
-        from odis_path.evaluation.probes.knn import knn_scores
+        from odis_path.evaluation.probes.knn import knn_scores, unit_rows
 
         gallery = np.concatenate([encoder.encode(self.gallery[s]) for s in batches(len(self.gallery), _BATCH)])
         queries = np.concatenate([encoder.encode(self.queries[s]) for s in batches(len(self.queries), _BATCH)])
         classes = len(self.names)
         scores = knn_scores(gallery, self.gallery_labels, queries, classes, min(self.k, len(gallery)))
-        unit = queries / np.maximum(np.linalg.norm(queries, axis=1, keepdims=True), 1e-12)
+        unit = unit_rows(queries)
         return {
             "knn_balanced_accuracy": float(balanced_accuracy(self.query_labels, scores.argmax(1), classes)),
             "knn_queries": len(queries),

@@ -148,8 +148,9 @@ def prepare(config: PretrainConfig, ranks: Ranks, *, from_previous: bool = False
         resume(run, checkpoint)
     else:
         on_first(ranks, partial(write_run_files, run.folder, run.config, run.train, away), f"{run.folder}: not begun")
-    base = config.model.name if config.model.weights == "timm" else config.model.weights
-    run.data.setdefault("pretrained_on", kept_in_checkpoint(slides_of(run.train, away), base))
+    if "pretrained_on" not in run.data:
+        base = config.model.name if config.model.weights == "timm" else config.model.weights
+        run.data["pretrained_on"] = kept_in_checkpoint(slides_of(run.train, away), base)
     return run
 
 

@@ -6,10 +6,6 @@ from typing import Literal
 
 import numpy as np
 
-from odis_path.evaluation.metrics import balanced_accuracy, confusion_matrix
-
-__all__ = ["balanced_accuracy", "confusion_matrix", "knn_scores", "nearest", "unit_rows", "votes"]
-
 TEMPERATURE = 0.07
 Weights = Literal["temperature", "majority"]
 
