@@ -79,9 +79,13 @@ def table_features(table: ObjectTable, **options: Any) -> dict[str, Any]:
         measured = {"confidence": table.confidence, **measured}
     rows = [{name: float(values[i]) for name, values in measured.items()} for i in range(len(table))] if measured else None
     return feature_collection(
-        table.geometry, labels=table.class_names(), object_type=[kinds[kind] for kind in table.kind.tolist()],
-        ids=list(table.id), measurements=rows, **options,
-    )  # fmt: skip
+        table.geometry,
+        labels=table.class_names(),
+        object_type=[kinds[kind] for kind in table.kind.tolist()],
+        ids=list(table.id),
+        measurements=rows,
+        **options,
+    )
 
 
 def encode_geojson(fc: Mapping[str, Any]) -> bytes:

@@ -47,9 +47,12 @@ def odis_path(arguments: list[str], log: Path) -> None:
     """One command in a process of one thread, its output appended to a log."""
     with log.open("a") as file:
         done = subprocess.run(
-            [sys.executable, "-m", "odis_path", *arguments], stdout=file, stderr=file, check=False,
+            [sys.executable, "-m", "odis_path", *arguments],
+            stdout=file,
+            stderr=file,
+            check=False,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+        )
     if done.returncode:
         raise SystemExit(f"odis-path {arguments[0]} ended with code {done.returncode}: see {log}")
 
@@ -82,9 +85,24 @@ def run_variant(name: str, options: argparse.Namespace) -> dict[str, Any]:
             log,
         )
         odis_path(
-            ["evaluate", str(features), "--labels", "annotations", "--probe", "knn", "--groups", "patient_id", "--level", level,
-             "--split", str(out / "run" / "split.csv"), "--out", str(judged)], log,
-        )  # fmt: skip
+            [
+                "evaluate",
+                str(features),
+                "--labels",
+                "annotations",
+                "--probe",
+                "knn",
+                "--groups",
+                "patient_id",
+                "--level",
+                level,
+                "--split",
+                str(out / "run" / "split.csv"),
+                "--out",
+                str(judged),
+            ],
+            log,
+        )
         found[title] = json.loads((judged / "results.json").read_text())["headline"]["balanced_accuracy"]
     print(name, {title: round(value["point"], 3) for title, value in found.items()}, flush=True)
     return found

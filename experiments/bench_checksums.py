@@ -50,14 +50,19 @@ def make(folder: Path) -> None:
     boxes = 4 * TILES
     groups = {
         "objects": {
-            "id": [f"object-{i}" for i in range(boxes)], "label": np.zeros(boxes, np.int16), "kind": np.zeros(boxes, np.uint8),
-            "area_um2": np.ones(boxes, np.float32), "attrs": {"labels": ["Tumor"]},
+            "id": [f"object-{i}" for i in range(boxes)],
+            "label": np.zeros(boxes, np.int16),
+            "kind": np.zeros(boxes, np.uint8),
+            "area_um2": np.ones(boxes, np.float32),
+            "attrs": {"labels": ["Tumor"]},
         },
         "boxes": {
-            "xyxy": np.tile(np.array([10, 10, 90, 90], np.float32), (boxes, 1)), "object": np.arange(boxes, dtype=np.int32),
-            "offsets": np.arange(0, boxes + 1, 4), "visible": np.ones(boxes, np.float32),
+            "xyxy": np.tile(np.array([10, 10, 90, 90], np.float32), (boxes, 1)),
+            "object": np.arange(boxes, dtype=np.int32),
+            "offsets": np.arange(0, boxes + 1, 4),
+            "visible": np.ones(boxes, np.float32),
         },
-    }  # fmt: skip
+    }
     pixels = (encoded[i % len(encoded)] for i in range(TILES))
     write_slide_file(folder / "with.h5", meta=meta, coords=coords, pixels=pixels, groups=groups)
     features = rng.normal(size=(TILES, DIM))

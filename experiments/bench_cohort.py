@@ -41,9 +41,14 @@ def make_slides(folder: Path, count: int) -> None:
         picture = np.full((384, 512, 3), 243, np.uint8)
         picture[16 : 320 + kind, 16:400] = pixels[kind * 8 : kind * 8 + 304 + kind, kind * 16 : kind * 16 + 384]
         tifffile.imwrite(
-            kinds / f"{kind}.svs", picture, tile=(256, 256), compression="jpeg", photometric="rgb", metadata=None,
+            kinds / f"{kind}.svs",
+            picture,
+            tile=(256, 256),
+            compression="jpeg",
+            photometric="rgb",
+            metadata=None,
             description=text,
-        )  # fmt: skip
+        )
     for number in range(count):
         path = folder / f"{number % FOLDERS:02d}" / f"S{number:05d}.svs"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -86,9 +91,13 @@ def followed(words: list[str], out: Path) -> dict[str, Any]:
     early = table[table[:, 0] < max(seconds / 10, 4.0)].max(axis=0)
     most = table.max(axis=0)
     return {
-        "seconds": seconds, "first_s": first, "parent_early_mb": early[1], "parent_mb": most[1],
-        "worker_early_mb": early[2], "worker_mb": most[2],
-    }  # fmt: skip
+        "seconds": seconds,
+        "first_s": first,
+        "parent_early_mb": early[1],
+        "parent_mb": most[1],
+        "worker_early_mb": early[2],
+        "worker_mb": most[2],
+    }
 
 
 def main() -> None:

@@ -75,14 +75,18 @@ def add_boxes(path: Path) -> None:
     size = rng.uniform(TILE_PX / 4, TILE_PX * 3 / 4, (rows, 2))
     corner = rng.uniform(0, 1, size.shape) * (TILE_PX - size)
     objects = {
-        "id": [str(i) for i in range(rows)], "label": np.zeros(rows, np.int16), "kind": np.ones(rows, np.uint8),
-        "area_um2": np.ones(rows, np.float32), "attrs": {"labels": ["cell"]},
-    }  # fmt: skip
+        "id": [str(i) for i in range(rows)],
+        "label": np.zeros(rows, np.int16),
+        "kind": np.ones(rows, np.uint8),
+        "area_um2": np.ones(rows, np.float32),
+        "attrs": {"labels": ["cell"]},
+    }
     boxes = {
         "xyxy": np.concatenate([corner, corner + size], axis=1).astype(np.float32),
-        "offsets": np.arange(0, rows + 1, BOXES, dtype=np.int64), "object": np.arange(rows, dtype=np.int32),
+        "offsets": np.arange(0, rows + 1, BOXES, dtype=np.int64),
+        "object": np.arange(rows, dtype=np.int32),
         "visible": np.ones(rows, np.float32),
-    }  # fmt: skip
+    }
     replace_groups(path, {"objects": objects, "boxes": boxes})
 
 

@@ -73,9 +73,17 @@ def write_slide(path: Path, width: int, height: int) -> Path:
                 encoded = [encode(tile) for tile in stock]
                 tiles = (encoded[i] for i in order.ravel())
             file.write(
-                tiles, shape=(h, w, 3), dtype=np.uint8, tile=(TILE_PX, TILE_PX), photometric="ycbcr", subsampling=(2, 1),
-                compression="jpeg", subfiletype=1 if downsample > 1 else 0, description=text, metadata=None,
-            )  # fmt: skip
+                tiles,
+                shape=(h, w, 3),
+                dtype=np.uint8,
+                tile=(TILE_PX, TILE_PX),
+                photometric="ycbcr",
+                subsampling=(2, 1),
+                compression="jpeg",
+                subfiletype=1 if downsample > 1 else 0,
+                description=text,
+                metadata=None,
+            )
     os.replace(temporary, path)
     return path
 

@@ -55,22 +55,32 @@ def write_tiles(folder: Path, count: int, side: int, boxes: int) -> Path:
     columns = int(np.ceil(np.sqrt(count)))
     coords = np.array([(i % columns * side, i // columns * side) for i in range(count)], dtype=np.int64)
     meta = SlideMeta(
-        slide_id="bench", source=folder / "bench.png", width_l0=columns * side, height_l0=columns * side, mpp=0.5,
-        mpp_level0=0.5, patch_px=side, patient_id="none",
-    )  # fmt: skip
+        slide_id="bench",
+        source=folder / "bench.png",
+        width_l0=columns * side,
+        height_l0=columns * side,
+        mpp=0.5,
+        mpp_level0=0.5,
+        patch_px=side,
+        patient_id="none",
+    )
     meta.source.touch()
     rows = count * boxes
     groups: dict[str, Any] = {
         "objects": {
-            "id": [str(i) for i in range(rows)], "label": np.zeros(rows, np.int16), "kind": np.ones(rows, np.uint8),
-            "area_um2": np.ones(rows, np.float32), "attrs": {"labels": ["cell"]},
+            "id": [str(i) for i in range(rows)],
+            "label": np.zeros(rows, np.int16),
+            "kind": np.ones(rows, np.uint8),
+            "area_um2": np.ones(rows, np.float32),
+            "attrs": {"labels": ["cell"]},
         },
         "boxes": {
             "xyxy": np.concatenate([corner, corner + size], axis=1).astype(np.float32),
-            "offsets": np.arange(0, rows + 1, boxes, dtype=np.int64), "object": np.arange(rows, dtype=np.int32),
+            "offsets": np.arange(0, rows + 1, boxes, dtype=np.int64),
+            "object": np.arange(rows, dtype=np.int32),
             "visible": np.ones(rows, np.float32),
         },
-    }  # fmt: skip
+    }
     write_slide_file(folder / "bench.h5", meta=meta, coords=coords, pixels=pixels, groups=groups)
     return folder
 
@@ -223,10 +233,13 @@ def bench_floor(bench: Bench) -> dict[str, Any]:
         floor.append(bench.seconds(lambda: [alone() for _ in range(stretch)]) / stretch)
     step = statistics.median(whole)
     found = {
-        "step_ms": 1e3 * step, "floor_ms": 1e3 * statistics.median(floor),
-        "ratio": statistics.median(a / b for a, b in zip(whole, floor, strict=True)), "limit": 1.10 if gpu else 1.25,
-        "images_per_s": run.config.optim.batch_size / step, "data_wait_share": statistics.median(waits),
-    }  # fmt: skip
+        "step_ms": 1e3 * step,
+        "floor_ms": 1e3 * statistics.median(floor),
+        "ratio": statistics.median(a / b for a, b in zip(whole, floor, strict=True)),
+        "limit": 1.10 if gpu else 1.25,
+        "images_per_s": run.config.optim.batch_size / step,
+        "data_wait_share": statistics.median(waits),
+    }
     if gpu:
         tflops = count_flops(alone) / step / 1e12
         peak = matrix_tflops()

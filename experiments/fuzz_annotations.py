@@ -63,11 +63,51 @@ LOSSES = (
 )
 GRID = stream.Grid(np.array([[x, y] for y in (0, 40, 80) for x in (0, 40, 80)]), 50.0, 32, (200.0, 200.0), polygons=True)
 TOKENS = (
-    b"NaN", b"Infinity", b"-Infinity", b"1e308", b"-1e400", b"null", b"true", b"[]", b"{}", b'""', b"0", b"-0.0", b"1" * 5000,
-    b"[", b"]", b"{", b"}", b",", b":", b'"', b"\\", b"\\u0000", b"\\ud800", b"\x00", b"\xff", b"\xef\xbb\xbf", b"\xe9",
-    b'"type"', b'"Feature"', b'"geometry"', b'"features"', b'"coordinates"', b'"Polygon"', b'"Point"', b'"GeometryCollection"',
-    b'"geometries"', b'"properties"', b'"childObjects"', b'"id"', b'"classification"', b"<", b"&a;", b"[[[[[[[[", b"1,2",
-)  # fmt: skip
+    b"NaN",
+    b"Infinity",
+    b"-Infinity",
+    b"1e308",
+    b"-1e400",
+    b"null",
+    b"true",
+    b"[]",
+    b"{}",
+    b'""',
+    b"0",
+    b"-0.0",
+    b"1" * 5000,
+    b"[",
+    b"]",
+    b"{",
+    b"}",
+    b",",
+    b":",
+    b'"',
+    b"\\",
+    b"\\u0000",
+    b"\\ud800",
+    b"\x00",
+    b"\xff",
+    b"\xef\xbb\xbf",
+    b"\xe9",
+    b'"type"',
+    b'"Feature"',
+    b'"geometry"',
+    b'"features"',
+    b'"coordinates"',
+    b'"Polygon"',
+    b'"Point"',
+    b'"GeometryCollection"',
+    b'"geometries"',
+    b'"properties"',
+    b'"childObjects"',
+    b'"id"',
+    b'"classification"',
+    b"<",
+    b"&a;",
+    b"[[[[[[[[",
+    b"1,2",
+)
 
 
 def polygon(x: float, y: float, side: float = 20) -> dict[str, Any]:
@@ -102,11 +142,17 @@ def seeds() -> list[bytes]:
     masks.append({"id": 4, "image_id": 9, "iscrowd": 1})
     coco = {"images": [{"id": 1, "file_name": "s.svs", "width": 200, "height": 200}], "annotations": boxes + masks}
     documents: list[Any] = [
-        {"type": "FeatureCollection", "features": plain}, plain, {"type": "FeatureCollection", "features": mixed}, mixed,
-        parent, {"type": "FeatureCollection", "features": [parent, *plain]}, nested,
-        {"cells": cells, "type_map": {"1": "Tumor"}}, {"mag": 40, "nuc": nuc},
+        {"type": "FeatureCollection", "features": plain},
+        plain,
+        {"type": "FeatureCollection", "features": mixed},
+        mixed,
+        parent,
+        {"type": "FeatureCollection", "features": [parent, *plain]},
+        nested,
+        {"cells": cells, "type_map": {"1": "Tumor"}},
+        {"mag": 40, "nuc": nuc},
         {**coco, "categories": [{"id": 1, "name": "nucleus"}]},
-    ]  # fmt: skip
+    ]
     sets = [feature(multi), feature({**multi, "coordinates": multi["coordinates"][:1]})]  # CellViT's cells.geojson
     for one, name in zip(sets, ("Neoplastic", "Dead"), strict=True):
         one["properties"] = {"objectType": "annotation", "classification": {"name": name, "color": [1, 2, 3]}}
@@ -188,9 +234,13 @@ ring = st.one_of(
 )
 rings = st.lists(ring, max_size=3)
 coordinates = {
-    "Point": position, "MultiPoint": ring, "LineString": ring, "MultiLineString": rings, "Polygon": rings,
+    "Point": position,
+    "MultiPoint": ring,
+    "LineString": ring,
+    "MultiLineString": rings,
+    "Polygon": rings,
     "MultiPolygon": st.lists(rings, max_size=3),
-}  # fmt: skip
+}
 simple = st.one_of(
     *(st.fixed_dictionaries({"type": st.just(name), "coordinates": value | anything}) for name, value in coordinates.items())
 )
@@ -336,9 +386,12 @@ def main() -> int:
 
         @with_seed(options.seed)
         @settings(
-            max_examples=options.inputs - options.inputs // 2, deadline=None, database=None, phases=[Phase.generate],
+            max_examples=options.inputs - options.inputs // 2,
+            deadline=None,
+            database=None,
+            phases=[Phase.generate],
             suppress_health_check=list(HealthCheck),
-        )  # fmt: skip
+        )
         @given(document)
         def grow(value: Any) -> None:
             nonlocal grown

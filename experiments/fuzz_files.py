@@ -109,21 +109,26 @@ def write_slide(path: Path, seed: int) -> Path:
     rings = np.stack([np.stack(pair, 1) for pair in ((x0, y0), (x1, y0), (x1, y1))], 1).reshape(-1, 2)
     groups: dict[str, Any] = {
         "objects": {
-            "id": [f"object {i}" for i in range(2 * n)], "label": (np.arange(2 * n) % 2).astype(np.int16),
-            "kind": np.zeros(2 * n, np.uint8), "area_um2": np.full(2 * n, 400, np.float32),
+            "id": [f"object {i}" for i in range(2 * n)],
+            "label": (np.arange(2 * n) % 2).astype(np.int16),
+            "kind": np.zeros(2 * n, np.uint8),
+            "area_um2": np.full(2 * n, 400, np.float32),
             "attrs": {"labels": ["Tumor", "Stroma"]},
         },
         "boxes": {
-            "xyxy": boxes, "offsets": np.arange(0, 2 * n + 1, 2), "object": np.arange(2 * n, dtype=np.int32),
+            "xyxy": boxes,
+            "offsets": np.arange(0, 2 * n + 1, 2),
+            "object": np.arange(2 * n, dtype=np.int32),
             "visible": np.ones(2 * n, np.float32),
             "polygon": {"xy": rings, "ring_offsets": 3 * np.arange(2 * n + 1), "offsets": np.arange(2 * n + 1)},
         },
         "thumbnail": {
-            "jpeg": np.frombuffer(codec.encode_jpeg(pictures[0], 90), np.uint8), "tissue": np.ones((32, 32), np.uint8),
+            "jpeg": np.frombuffer(codec.encode_jpeg(pictures[0], 90), np.uint8),
+            "tissue": np.ones((32, 32), np.uint8),
             "attrs": {"downsample": 6.0},
         },
         "quality": {"pen": np.zeros(n, np.float32), "blur": np.zeros(n, np.float32)},
-    }  # fmt: skip
+    }
     meta = SlideMeta(path.stem, path.with_suffix(".svs"), 6 * SIDE_PX, 4 * SIDE_PX, 0.5, 0.5, SIDE_PX, patient_id=f"P{seed}")
     path.parent.mkdir(parents=True, exist_ok=True)
     encoded = (codec.encode_jpeg(picture, 90) for picture in pictures)
@@ -143,13 +148,17 @@ def make_features(folder: Path, slide: Path) -> Path:
 
 def make_run(folder: Path, tiles: Path) -> Path:
     """A run of two steps; returns its checkpoint."""
-    config = PretrainConfig.model_validate({
-        "data": {"tiles": str(tiles), "workers": 0, "holdout": 0},
-        "views": {"global_size": 32, "local_size": 16, "local_count": 2},
-        "model": {"name": "Ti/16", "kwargs": {k: v for k, v in MODEL.items() if k != "img_size"}},
-        "head": {"out_dim": 32, "hidden_dim": 32, "bottleneck_dim": 16}, "optim": {"batch_size": 16, "epochs": 1},
-        "eval": {"every_epochs": 0}, "run": {"out": str(folder), "device": "cpu", "log_every_steps": 1},
-    })  # fmt: skip
+    config = PretrainConfig.model_validate(
+        {
+            "data": {"tiles": str(tiles), "workers": 0, "holdout": 0},
+            "views": {"global_size": 32, "local_size": 16, "local_count": 2},
+            "model": {"name": "Ti/16", "kwargs": {k: v for k, v in MODEL.items() if k != "img_size"}},
+            "head": {"out_dim": 32, "hidden_dim": 32, "bottleneck_dim": 16},
+            "optim": {"batch_size": 16, "epochs": 1},
+            "eval": {"every_epochs": 0},
+            "run": {"out": str(folder), "device": "cpu", "log_every_steps": 1},
+        }
+    )
     return loop.pretrain(config)
 
 
@@ -158,12 +167,25 @@ def write_evaluation(folder: Path) -> Path:
     folder.mkdir(parents=True)
     score = {"value": 0.8, "low": 0.7, "high": 0.9}
     results = {
-        "format": "odis-path-evaluation", "format_version": 1, "probe": "knn", "level": "tile", "mode": "full", "encoder": "e",
-        "labels": ["Tumor", "Stroma"], "n": 48, "n_patients": 2, "groups": "patient_id", "split": "5 folds",
-        "headline": {"balanced_accuracy": score, "auroc": score}, "confusion": [[20, 4], [5, 19]],
+        "format": "odis-path-evaluation",
+        "format_version": 1,
+        "probe": "knn",
+        "level": "tile",
+        "mode": "full",
+        "encoder": "e",
+        "labels": ["Tumor", "Stroma"],
+        "n": 48,
+        "n_patients": 2,
+        "groups": "patient_id",
+        "split": "5 folds",
+        "headline": {"balanced_accuracy": score, "auroc": score},
+        "confusion": [[20, 4], [5, 19]],
         "per_class": [{"label": name, "n": 24, "recall": 0.8, "precision": 0.8, "f1": 0.8} for name in ("Tumor", "Stroma")],
-        "per_k": {"1": 0.7, "5": 0.8}, "chosen_k": 5, "baselines": {"majority": {"balanced_accuracy": score}}, "warnings": [],
-    }  # fmt: skip
+        "per_k": {"1": 0.7, "5": 0.8},
+        "chosen_k": 5,
+        "baselines": {"majority": {"balanced_accuracy": score}},
+        "warnings": [],
+    }
     (folder / "results.json").write_text(json.dumps(results, indent=1))
     return folder / "results.json"
 
@@ -173,9 +195,16 @@ def make_kinds(base: Path) -> list[Kind]:
     tiles = [write_slide(base / "tiles" / f"S{i}.h5", i) for i in range(3)]
     features = make_features(base / "features", tiles[0])
     rows = [
-        {"slide_id": f"S{i}", "patient_id": f"P{i}", "n_tiles": 24, "encoder": "e", "mode": "full",
-         "features": np.random.default_rng(i).normal(size=16)} for i in range(6)
-    ]  # fmt: skip
+        {
+            "slide_id": f"S{i}",
+            "patient_id": f"P{i}",
+            "n_tiles": 24,
+            "encoder": "e",
+            "mode": "full",
+            "features": np.random.default_rng(i).normal(size=16),
+        }
+        for i in range(6)
+    ]
     embeddings = write_slides_parquet(base / "features" / "slides.parquet", rows)
     checkpoint = make_run(base / "run", base / "tiles")
     weights = base / "weights.pth"
@@ -210,11 +239,23 @@ def read_slide(path: Path) -> Any:
     with SlideFile(path) as file:
         rows = range(len(file.boxes_table()["object"]))
         return [
-            file.attrs, file.coords_attrs, file.coords, file.tissue_fraction, file.pen_share, file.blur, file.bad_tiles,
-            file.parameters, [file.tile_bytes(i) for i in range(len(file))], file.boxes_table(), file.objects_table(),
-            [file.polygon(row) for row in rows], file.thumbnail(), file.tissue_mask(), tile_labels(file),
+            file.attrs,
+            file.coords_attrs,
+            file.coords,
+            file.tissue_fraction,
+            file.pen_share,
+            file.blur,
+            file.bad_tiles,
+            file.parameters,
+            [file.tile_bytes(i) for i in range(len(file))],
+            file.boxes_table(),
+            file.objects_table(),
+            [file.polygon(row) for row in rows],
+            file.thumbnail(),
+            file.tissue_mask(),
+            tile_labels(file),
             [file.group_attrs(name) for name in ("objects", "boxes", "thumbnail")],
-        ]  # fmt: skip
+        ]
 
 
 def read_training(path: Path) -> Any:

@@ -29,11 +29,18 @@ from odis_path.training.knn_monitor import read_tiles
 from odis_path.training.loop import pretrain
 
 SMALL = [
-    "target.crop=false", "target.mask=false", "data.boxless=keep", "data.workers=0", "loss.patch_weight=1",
-    "views.global_size=36", "views.global_scale=[0.3,1]",
+    "target.crop=false",
+    "target.mask=false",
+    "data.boxless=keep",
+    "data.workers=0",
+    "loss.patch_weight=1",
+    "views.global_size=36",
+    "views.global_scale=[0.3,1]",
     "model.kwargs={img_size: 36, patch_size: 4, embed_dim: 64, depth: 4, num_heads: 4}",
-    "eval.every_epochs=0", "run.save_every_epochs=1000", "run.device=cpu",
-]  # fmt: skip
+    "eval.every_epochs=0",
+    "run.save_every_epochs=1000",
+    "run.device=cpu",
+]
 GAIN = ["head.norm_last_layer=false", "optim.decay_gain=true"]
 VARIANTS: dict[str, list[str]] = {
     "this project's values": [],
@@ -42,7 +49,7 @@ VARIANTS: dict[str, list[str]] = {
     "loss.patch_center=all": ["loss.patch_center=all"],
     "head.prototype_init=uniform": ["head.prototype_init=uniform"],
     "the gain trained and decayed": GAIN,
-}  # fmt: skip
+}
 VARIANTS["all of iBOT's"] = [key for keys in list(VARIANTS.values()) for key in keys]
 
 
@@ -97,9 +104,11 @@ def main() -> None:
         right[name] = np.stack([hits for hits, _ in runs])
         gap = (right[name].astype(float) - right[names[0]]).mean(0)
         found[name] = {
-            "accuracy": right[name].mean(1).tolist(), "difference": float(gap.mean()),
-            "error": float(gap.std() / len(gap) ** 0.5), "cpu_seconds": [seconds for _, seconds in runs],
-        }  # fmt: skip
+            "accuracy": right[name].mean(1).tolist(),
+            "difference": float(gap.mean()),
+            "error": float(gap.std() / len(gap) ** 0.5),
+            "cpu_seconds": [seconds for _, seconds in runs],
+        }
         row = found[name]
         points = " ".join(f"{value:.3f}" for value in row["accuracy"])
         spent = sum(row["cpu_seconds"])

@@ -116,10 +116,20 @@ def demo(
     None: stderr. Done stages are skipped when it runs again. Raises UserError where a stage cannot be done.
     """
     settings = DemoSettings(
-        out=Path(out), slides=_path(slides), geojson=_path(geojson), assume_mpp=assume_mpp, manifest=_path(manifest),
-        point_size=point_size, config=config, epochs=epochs, patients=patients, slide_px=slide_px, seed=seed, workers=workers,
+        out=Path(out),
+        slides=_path(slides),
+        geojson=_path(geojson),
+        assume_mpp=assume_mpp,
+        manifest=_path(manifest),
+        point_size=point_size,
+        config=config,
+        epochs=epochs,
+        patients=patients,
+        slide_px=slide_px,
+        seed=seed,
+        workers=workers,
         stream=stream,
-    )  # fmt: skip
+    )
     if settings.slides is not None and not settings.slides.exists():
         raise UserError(f"{slides}: no such slide or folder")
     if settings.geojson is not None and not settings.geojson.exists():
@@ -228,9 +238,12 @@ def fit_recipe(tiles: Path) -> list[str]:
     batch = max(2, min(32, round(len(index) * (1 - holdout)) // 2))
     steps_per_epoch = max(1, int(len(index) * (1 - holdout)) // batch)
     return [
-        f"data.kinds=[{object_kinds(index.paths)}]", f"data.holdout={holdout}", f"optim.batch_size={batch}",
-        f"optim.epochs={STEPS / steps_per_epoch:.3g}", f"eval.every_epochs={STEPS / steps_per_epoch / 5:.3g}",
-    ]  # fmt: skip
+        f"data.kinds=[{object_kinds(index.paths)}]",
+        f"data.holdout={holdout}",
+        f"optim.batch_size={batch}",
+        f"optim.epochs={STEPS / steps_per_epoch:.3g}",
+        f"eval.every_epochs={STEPS / steps_per_epoch / 5:.3g}",
+    ]
 
 
 def make_features(settings: DemoSettings) -> None:
@@ -271,10 +284,22 @@ def make_probes(settings: DemoSettings) -> list[str]:
     for level, probe, name in probes:
         features = out / "features"
         arguments = [
-            "evaluate", str(features / f"odis-{level}"), "--labels", "annotations", "--probe", probe, "--groups", "patient_id",
-            "--level", level, "--out", str(out / "evaluation" / name),
-            "--baseline", f"random weights={features / f'random-{level}'}", *split,
-        ]  # fmt: skip
+            "evaluate",
+            str(features / f"odis-{level}"),
+            "--labels",
+            "annotations",
+            "--probe",
+            probe,
+            "--groups",
+            "patient_id",
+            "--level",
+            level,
+            "--out",
+            str(out / "evaluation" / name),
+            "--baseline",
+            f"random weights={features / f'random-{level}'}",
+            *split,
+        ]
         if settings.command(arguments, may_fail=True):
             lines.append(f"{level} {probe}: not evaluated; its message above says why")
             continue

@@ -77,9 +77,13 @@ def save_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"checkpoint-{step:08d}.pt"
     content = {
-        "format": FORMAT, "software_version": __version__, "step": step, "epoch": epoch,
-        "config": config.model_dump(mode="json"), **state,
-    }  # fmt: skip
+        "format": FORMAT,
+        "software_version": __version__,
+        "step": step,
+        "epoch": epoch,
+        "config": config.model_dump(mode="json"),
+        **state,
+    }
     with atomic_path(final) as temporary:
         _write(content, temporary)
     for path in damaged:

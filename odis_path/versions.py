@@ -14,10 +14,30 @@ from typing import Any
 from odis_path import __version__
 
 PACKAGES = (
-    "torch", "torchvision", "timm", "numpy", "h5py", "openslide-python", "openslide-bin", "tiffslide", "tifffile",
-    "imagecodecs", "simplejpeg", "shapely", "msgspec", "scikit-learn", "scikit-image", "pillow", "pyarrow", "pydantic",
-    "omegaconf", "typer", "rich", "matplotlib", "jinja2",
-)  # fmt: skip
+    "torch",
+    "torchvision",
+    "timm",
+    "numpy",
+    "h5py",
+    "openslide-python",
+    "openslide-bin",
+    "tiffslide",
+    "tifffile",
+    "imagecodecs",
+    "simplejpeg",
+    "shapely",
+    "msgspec",
+    "scikit-learn",
+    "scikit-image",
+    "pillow",
+    "pyarrow",
+    "pydantic",
+    "omegaconf",
+    "typer",
+    "rich",
+    "matplotlib",
+    "jinja2",
+)
 OPTIONAL = {"distributed": "cluster", "tensorboard": "tracking", "wandb": "tracking"}
 
 
@@ -54,8 +74,12 @@ def provenance(device: str, ranks: int) -> dict[str, Any]:
 
     gpu = device.startswith("cuda")
     return {
-        **versions(), "torch_build": torch.__version__, "cuda": torch.version.cuda or "" if gpu else "",
-        "git_commit": git_commit(), "ranks": ranks,
+        **versions(),
+        "torch_build": torch.__version__,
+        "cuda": torch.version.cuda or "" if gpu else "",
+        "git_commit": git_commit(),
+        "ranks": ranks,
         "device": torch.cuda.get_device_name(device) if gpu else f"CPU, {torch.get_num_threads()} threads",
-        "command": shlex.join(sys.argv), "started": datetime.now(UTC).isoformat(timespec="seconds"),
-    }  # fmt: skip
+        "command": shlex.join(sys.argv),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+    }

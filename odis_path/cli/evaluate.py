@@ -51,10 +51,24 @@ def evaluate(
 
     with Console().status("starting") as status:
         result = run(
-            feats, labels, probe=probe, out=out, groups=groups, level=level, split=split, k=parse_ks(k),
-            weights=weights, standardise=standardise, folds=folds, seed=seed, bootstrap=bootstrap, max_rows=max_rows,
-            baseline=parse_baselines(baseline or []), overwrite=overwrite, tell=status.update,
-        )  # fmt: skip
+            feats,
+            labels,
+            probe=probe,
+            out=out,
+            groups=groups,
+            level=level,
+            split=split,
+            k=parse_ks(k),
+            weights=weights,
+            standardise=standardise,
+            folds=folds,
+            seed=seed,
+            bootstrap=bootstrap,
+            max_rows=max_rows,
+            baseline=parse_baselines(baseline or []),
+            overwrite=overwrite,
+            tell=status.update,
+        )
     end(result)
 
 

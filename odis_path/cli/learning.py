@@ -55,9 +55,21 @@ def embed(
     from odis_path.embedding.run import embed as run
 
     outcomes = run(
-        folder, checkpoint, out, level=level, mode=mode, kinds=kinds, batch=batch, dtype=dtype, pool=pool, resize=resize,
-        random_weights=random_weights, device=device, overwrite=overwrite, scheduler=scheduler,
-    )  # fmt: skip
+        folder,
+        checkpoint,
+        out,
+        level=level,
+        mode=mode,
+        kinds=kinds,
+        batch=batch,
+        dtype=dtype,
+        pool=pool,
+        resize=resize,
+        random_weights=random_weights,
+        device=device,
+        overwrite=overwrite,
+        scheduler=scheduler,
+    )
     end(outcomes)
 
 
@@ -91,7 +103,18 @@ def demo(
     from odis_path.chain import demo as run
 
     result = run(
-        out, slides=slides, geojson=geojson, assume_mpp=assume_mpp, manifest=manifest, point_size=point_size, config=config,
-        epochs=epochs, patients=patients, slide_px=slide_px, seed=seed, workers=workers, stream=sys.stdout,
-    )  # fmt: skip
+        out,
+        slides=slides,
+        geojson=geojson,
+        assume_mpp=assume_mpp,
+        manifest=manifest,
+        point_size=point_size,
+        config=config,
+        epochs=epochs,
+        patients=patients,
+        slide_px=slide_px,
+        seed=seed,
+        workers=workers,
+        stream=sys.stdout,
+    )
     end(result)

@@ -112,9 +112,7 @@ class _Columns(NamedTuple):
 @lru_cache(maxsize=64)
 def _columns(rules: tuple[ColourRule, ...]) -> _Columns:
     chances = [(r.stain_p, r.jitter_p, r.gray_p, r.blur_p, r.solarise_p) for r in rules]
-    reach = [
-        (*(r.stain_scale,) * 3, *(r.stain_shift,) * 3, r.brightness, r.contrast, r.saturation, r.hue) for r in rules
-    ]  # fmt: skip
+    reach = [(*(r.stain_scale,) * 3, *(r.stain_shift,) * 3, r.brightness, r.contrast, r.saturation, r.hue) for r in rules]
     hsv = [r.hue_space == "hsv" and r.hue > 0 for r in rules]
     return _Columns(*(np.array(rows).T for rows in (chances, reach, [r.blur_sigma for r in rules], hsv)))
 
@@ -123,9 +121,13 @@ def unpack_colours(packed: Tensor) -> Colours:
     """Split (n, 24) or (n, 25) rows of `draw_colours`."""
     n = len(packed)
     return Colours(
-        packed[:, :12].reshape(n, 3, 4), packed[:, 12:21].reshape(n, 3, 3), packed[:, 21], packed[:, SIGMA], packed[:, 23],
+        packed[:, :12].reshape(n, 3, 4),
+        packed[:, 12:21].reshape(n, 3, 3),
+        packed[:, 21],
+        packed[:, SIGMA],
+        packed[:, 23],
         packed[:, HUE] if packed.shape[1] > HUE else None,
-    )  # fmt: skip
+    )
 
 
 def apply_colours(images: Tensor, packed: Tensor, blurred: Tensor | None) -> Tensor:

@@ -177,9 +177,13 @@ class TileSamples(torch.utils.data.Dataset[dict[str, np.ndarray]]):
         """A target among the allowed boxes."""
         rows = np.flatnonzero(allowed)
         found = targets.choose_box(
-            rng, boxes[rows], choice=self.config.target.choice, groups=None if labels is None else labels[rows],
-            min_side_px=self._min_side_px, side_px=self.index.tile_px,
-        )  # fmt: skip
+            rng,
+            boxes[rows],
+            choice=self.config.target.choice,
+            groups=None if labels is None else labels[rows],
+            min_side_px=self._min_side_px,
+            side_px=self.index.tile_px,
+        )
         return None if found is None else Target(found.box, rows[found.rows])
 
     def _views(
@@ -230,9 +234,14 @@ def view_rules(config: PretrainConfig) -> tuple[crops.CropRule, crops.CropRule]:
     """The rules by which global and local crops are drawn."""
     v, t = config.views, config.target
     shared: dict[str, Any] = {
-        "ratio": v.ratio, "turns": v.turns, "containment": t.containment, "fraction": t.fraction, "sampler": t.sampler,
-        "tries": t.tries, "fallback": t.fallback,
-    }  # fmt: skip
+        "ratio": v.ratio,
+        "turns": v.turns,
+        "containment": t.containment,
+        "fraction": t.fraction,
+        "sampler": t.sampler,
+        "tries": t.tries,
+        "fallback": t.fallback,
+    }
     return (
         crops.CropRule(scale=v.global_scale, size_px=v.global_size, **shared),
         crops.CropRule(scale=v.local_scale, size_px=v.local_size, **shared),
@@ -244,9 +253,20 @@ def colour_rules(config: PretrainConfig) -> tuple[colour.ColourRule, ...]:
     v = config.views
     first, second, local = (
         colour.ColourRule(
-            v.brightness, v.contrast, v.saturation, v.hue, v.jitter_p, v.gray_p, v.blur_p[k], v.blur_sigma,
-            v.solarise_p if k == 1 else 0.0, v.stain_scale, v.stain_shift, v.stain_p, v.hue_space,
+            v.brightness,
+            v.contrast,
+            v.saturation,
+            v.hue,
+            v.jitter_p,
+            v.gray_p,
+            v.blur_p[k],
+            v.blur_sigma,
+            v.solarise_p if k == 1 else 0.0,
+            v.stain_scale,
+            v.stain_shift,
+            v.stain_p,
+            v.hue_space,
         )
         for k in range(3)
-    )  # fmt: skip
+    )
     return (first, second, *(local,) * v.local_count)

@@ -32,9 +32,15 @@ def cut_views(tiles: Tensor, theta: Tensor, size_px: int, max_shrink: float = 1.
 
 
 def view_images(
-    tiles: Tensor, theta: Tensor, colours: Tensor, blurred: Tensor | None, size_px: int, max_shrink: float,
-    mean: tuple[float, ...], std: tuple[float, ...],
-) -> Tensor:  # fmt: skip
+    tiles: Tensor,
+    theta: Tensor,
+    colours: Tensor,
+    blurred: Tensor | None,
+    size_px: int,
+    max_shrink: float,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> Tensor:
     """All views of one size of a batch, ready for the network.
 
     tiles: uint8 (B, S, S, 3); theta: (V, B, 2, 3), see `cut_views`; colours: (V, B, 24) and blurred, see `apply_colours`.

@@ -46,10 +46,14 @@ class EmbedJob:
         if is_checkpoint(self.checkpoint) and not self.pool and not self.resize:
             view = {}  # as it always was: what is embedded with a run's own encoder stays valid
         return {
-            "checkpoint": self.stamp, "level": "tile" if self.level == "slide" else self.level, "mode": self.mode,
-            "kinds": list(self.kinds) if self.kinds else "all", "dtype": self.dtype,
-            "random_weights": self.random_weights, **view,
-        }  # fmt: skip
+            "checkpoint": self.stamp,
+            "level": "tile" if self.level == "slide" else self.level,
+            "mode": self.mode,
+            "kinds": list(self.kinds) if self.kinds else "all",
+            "dtype": self.dtype,
+            "random_weights": self.random_weights,
+            **view,
+        }
 
     def settings(self) -> dict[str, Any]:
         """The same for runs at once: a long path is cut where it is shown, so what tells two of them apart comes first."""

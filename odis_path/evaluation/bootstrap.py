@@ -232,8 +232,10 @@ def estimate_classes(
     without an interval, and samples that lack a class are left out of theirs. The AUROC takes the first ten episodes.
     """
     scores_of = {
-        "balanced_accuracy": balanced_from_confusion, "macro_f1": macro_f1_from_confusion, "accuracy": accuracy_from_confusion,
-    }  # fmt: skip
+        "balanced_accuracy": balanced_from_confusion,
+        "macro_f1": macro_f1_from_confusion,
+        "accuracy": accuracy_from_confusion,
+    }
     sums: dict[str, list[tuple[float, np.ndarray]]] = {name: [] for name in scores_of}
     for pred in judged.pred:
         per_cluster = confusion_by_cluster(y, pred, draws.cluster, n_classes, draws.n_clusters)

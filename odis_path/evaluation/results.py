@@ -134,9 +134,15 @@ def prediction_lines(problem: Problem, judged: Judged, scores: np.ndarray) -> It
     yield ["slide_id", "patient_id", "x", "y", "object", "label", "predicted", "fold", *(f"score {name}" for name in names)]
     for i in range(len(rows)):
         yield [
-            features.slide_id[i], features.patient_id[i], *features.coords[i].tolist(), int(features.object[i]),
-            names[truth[i]], names[predicted[i]], int(fold[i]), *(f"{score:.6g}" for score in scores[i].tolist()),
-        ]  # fmt: skip
+            features.slide_id[i],
+            features.patient_id[i],
+            *features.coords[i].tolist(),
+            int(features.object[i]),
+            names[truth[i]],
+            names[predicted[i]],
+            int(fold[i]),
+            *(f"{score:.6g}" for score in scores[i].tolist()),
+        ]
 
 
 def table_lines(results: dict[str, Any]) -> Iterator[list[Any]]:

@@ -45,13 +45,18 @@ class Seen:
         """For results.json; counts are None where they are not known."""
         p, known = self.pretraining, self.known
         return {
-            "known": known, "kind": p.kind, "of": p.of, "why": p.why, "began_from": p.base, "unit": self.unit,
-            "tested": self.tested, "seen": self.seen if known else None, "held_out": self.held_out if known else None,
-            "per_fold": [
-                {"fold": list(f.fold), "tested": f.tested, "seen": f.seen if known else None} for f in self.folds
-            ],
+            "known": known,
+            "kind": p.kind,
+            "of": p.of,
+            "why": p.why,
+            "began_from": p.base,
+            "unit": self.unit,
+            "tested": self.tested,
+            "seen": self.seen if known else None,
+            "held_out": self.held_out if known else None,
+            "per_fold": [{"fold": list(f.fold), "tested": f.tested, "seen": f.seen if known else None} for f in self.folds],
             "in_words": self.words(),
-        }  # fmt: skip
+        }
 
     def words(self) -> str:
         """One line, for the table and the report."""

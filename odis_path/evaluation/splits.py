@@ -115,10 +115,13 @@ def _two_folds(y: np.ndarray, group: np.ndarray, fold: np.ndarray, seed: int) ->
     numbers, fine = np.unique(fine, return_inverse=True)
     sides = [tuple(int(i) for i in np.flatnonzero(numbers // 2 == f)) for f in range(2)]
     rounds = tuple(
-        Round(sides[t], sides[1 - t], tuple(((g,), tuple(h for h in sides[1 - t] if h != g)) for g in sides[1 - t])
-              if len(sides[1 - t]) > 1 else ())
+        Round(
+            sides[t],
+            sides[1 - t],
+            tuple(((g,), tuple(h for h in sides[1 - t] if h != g)) for g in sides[1 - t]) if len(sides[1 - t]) > 1 else (),
+        )
         for t in range(2)
-    )  # fmt: skip
+    )
     return fine.astype(np.int64), rounds
 
 

@@ -61,9 +61,18 @@ class Problem:
 
 
 def prepare(
-    feats: Path, labels: Path | str, *, probe: str, groups: str, level: str, split: Path | str | None, folds: int,
-    seed: int, bootstrap: int, max_rows: int,
-) -> Problem:  # fmt: skip
+    feats: Path,
+    labels: Path | str,
+    *,
+    probe: str,
+    groups: str,
+    level: str,
+    split: Path | str | None,
+    folds: int,
+    seed: int,
+    bootstrap: int,
+    max_rows: int,
+) -> Problem:
     """Read embeddings and labels, and say who is judged by whom. split: a CSV, or "auto" for that of the encoder's run.
 
     Raises UserError for what would make the result void.

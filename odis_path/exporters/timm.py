@@ -65,11 +65,14 @@ class TimmExport(Result):
 
     def show(self, console: Console) -> None:
         """The two files and what they hold, a line each."""
-        show_lines(console, [
-            f"{self.weights}: {self.model}, {self.embed_dim} features, from {self.source}",
-            f"{self.sidecar}: mean {list(self.mean)}, std {list(self.std)}, mpp {self.mpp or 'unknown'}",
-            self.python,
-        ])  # fmt: skip
+        show_lines(
+            console,
+            [
+                f"{self.weights}: {self.model}, {self.embed_dim} features, from {self.source}",
+                f"{self.sidecar}: mean {list(self.mean)}, std {list(self.std)}, mpp {self.mpp or 'unknown'}",
+                self.python,
+            ],
+        )
 
 
 def export_timm(checkpoint: str | Path, out: Path) -> TimmExport:
@@ -142,11 +145,23 @@ def _describe(loaded: Checkpoint, encoder: ObjViT, name: str, kwargs: dict[str, 
     config = loaded.config
     mpp, tile_px = _tiles_trained_on(config.data.tiles)
     return TimmExport(
-        weights=str(out), model=name, kwargs=kwargs, mean=config.data.mean, std=config.data.std, mpp=mpp, tile_px=tile_px,
-        input_px=config.views.global_size, patch_px=encoder.patch_px, embed_dim=encoder.embed_dim, registers=encoder.registers,
-        source=loaded.path.name, step=loaded.step, crc32=state_crc32(encoder.vit.state_dict()), software_version=__version__,
+        weights=str(out),
+        model=name,
+        kwargs=kwargs,
+        mean=config.data.mean,
+        std=config.data.std,
+        mpp=mpp,
+        tile_px=tile_px,
+        input_px=config.views.global_size,
+        patch_px=encoder.patch_px,
+        embed_dim=encoder.embed_dim,
+        registers=encoder.registers,
+        source=loaded.path.name,
+        step=loaded.step,
+        crc32=state_crc32(encoder.vit.state_dict()),
+        software_version=__version__,
         python=_python(name, kwargs, out),
-    )  # fmt: skip
+    )
 
 
 def _python(name: str, kwargs: dict[str, Any], out: Path) -> str:

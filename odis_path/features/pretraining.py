@@ -124,9 +124,11 @@ def kept_in_checkpoint(slides: Iterable[Slide], weights: str | None) -> dict[str
         for slide in before.slides:
             here = rows.get(slide.slide_id)
             if slide.seen:
-                rows[slide.slide_id] = Slide(slide.slide_id, here.patient_id, here.split, True) if here else Slide(
-                    slide.slide_id, slide.patient_id, "", True
-                )  # fmt: skip
+                rows[slide.slide_id] = (
+                    Slide(slide.slide_id, here.patient_id, here.split, True)
+                    if here
+                    else Slide(slide.slide_id, slide.patient_id, "", True)
+                )
     base = "" if before is None else before.base if before.kind == "run" else str(weights)
     return {"slides": [[s.slide_id, s.patient_id, s.split, s.seen] for s in rows.values()], "base": base}
 

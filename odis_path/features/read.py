@@ -157,11 +157,19 @@ def _read_index(path: Path, level: str) -> FeatureSet | None:
         raise UserError(f"{path}: /{name} has shape {shape} for {count} {level}s: embed this slide again")
     slide_id = checked_id(str(root["slide_id"]), path) if "slide_id" in root else path.stem
     return FeatureSet(
-        level=level, x=np.zeros((count, 0), dtype=np.float32), slide_id=_repeat(slide_id, count),
-        patient_id=_repeat(str(root.get("patient_id", "")), count), encoder=str(attrs.get("encoder", "")),
-        mode=str(attrs.get("mode", "")), mpp=mpp, sources={slide_id: Path(str(root.get("source", "")))},
-        parameters=parameters, dim=shape[1], pretraining=str(attrs.get("pretraining", "")), **columns,
-    )  # fmt: skip
+        level=level,
+        x=np.zeros((count, 0), dtype=np.float32),
+        slide_id=_repeat(slide_id, count),
+        patient_id=_repeat(str(root.get("patient_id", "")), count),
+        encoder=str(attrs.get("encoder", "")),
+        mode=str(attrs.get("mode", "")),
+        mpp=mpp,
+        sources={slide_id: Path(str(root.get("source", "")))},
+        parameters=parameters,
+        dim=shape[1],
+        pretraining=str(attrs.get("pretraining", "")),
+        **columns,
+    )
 
 
 def _tile_columns(file: CheckedFile, coords: np.ndarray) -> dict[str, Any]:
@@ -175,9 +183,14 @@ def _tile_columns(file: CheckedFile, coords: np.ndarray) -> dict[str, Any]:
             raise ValueError(f"{len(label)} tile labels for {count} tiles")
         _refuse_labels(label, names)
     return {
-        "coords": coords, "tile": np.arange(count), "object": np.full(count, -1, dtype=np.int64), "label": label,
-        "labels": names, "xyxy": np.full((count, 4), np.nan, dtype=np.float32), "visible": np.ones(count, dtype=np.float32),
-    }  # fmt: skip
+        "coords": coords,
+        "tile": np.arange(count),
+        "object": np.full(count, -1, dtype=np.int64),
+        "label": label,
+        "labels": names,
+        "xyxy": np.full((count, 4), np.nan, dtype=np.float32),
+        "visible": np.ones(count, dtype=np.float32),
+    }
 
 
 def _object_columns(file: CheckedFile, coords: np.ndarray) -> dict[str, Any]:
@@ -188,9 +201,14 @@ def _object_columns(file: CheckedFile, coords: np.ndarray) -> dict[str, Any]:
     label, names = file.array("objects/label").astype(np.int64), tuple(str(n) for n in file.attrs("objects")["labels"])
     _refuse_labels(label, names)
     return {
-        "coords": coords[tile], "tile": tile, "object": row, "label": label[row], "labels": names,
-        "xyxy": file.array("boxes/xyxy"), "visible": file.array("boxes/visible"),
-    }  # fmt: skip
+        "coords": coords[tile],
+        "tile": tile,
+        "object": row,
+        "label": label[row],
+        "labels": names,
+        "xyxy": file.array("boxes/xyxy"),
+        "visible": file.array("boxes/visible"),
+    }
 
 
 def _refuse_labels(label: np.ndarray, names: tuple[str, ...]) -> None:
@@ -299,13 +317,25 @@ def read_slides_parquet(path: Path) -> FeatureSet:
     count = len(rows)
     none = np.full(count, -1, dtype=np.int64)
     return FeatureSet(
-        level="slide", x=x, slide_id=np.array([row["slide_id"] for row in rows], dtype=object),
-        patient_id=np.array([row["patient_id"] or "" for row in rows], dtype=object), coords=np.stack([none, none], 1),
-        tile=none, object=none, xyxy=np.full((count, 4), np.nan, dtype=np.float32), visible=np.ones(count, dtype=np.float32),
-        label=none, labels=(), encoder=str(rows[0]["encoder"]), mode=str(rows[0]["mode"]), mpp=float("nan"),
-        sources=_sources_beside(path.parent), parameters={}, dim=x.shape[1],
+        level="slide",
+        x=x,
+        slide_id=np.array([row["slide_id"] for row in rows], dtype=object),
+        patient_id=np.array([row["patient_id"] or "" for row in rows], dtype=object),
+        coords=np.stack([none, none], 1),
+        tile=none,
+        object=none,
+        xyxy=np.full((count, 4), np.nan, dtype=np.float32),
+        visible=np.ones(count, dtype=np.float32),
+        label=none,
+        labels=(),
+        encoder=str(rows[0]["encoder"]),
+        mode=str(rows[0]["mode"]),
+        mpp=float("nan"),
+        sources=_sources_beside(path.parent),
+        parameters={},
+        dim=x.shape[1],
         pretraining=((table.schema.metadata or {}).get(b"pretraining") or b"").decode(),
-    )  # fmt: skip
+    )
 
 
 def _sources_beside(folder: Path) -> dict[str, Path]:

@@ -69,9 +69,13 @@ def write_features(
         raise UserError(f"{path}: embeddings of encoder {encoder} are {what}")
     text, digest = parameters_hash(parameters or {})
     attrs = {
-        "encoder": encoder, "name": slide_file.slide_id, "mode": mode, **(seen or {}), "parameters": text,
+        "encoder": encoder,
+        "name": slide_file.slide_id,
+        "mode": mode,
+        **(seen or {}),
+        "parameters": text,
         "parameters_sha256": digest,
-    }  # fmt: skip
+    }
     attrs |= {"pretraining": pretraining} if pretraining else {}
     content: dict[str, GroupContent] = {"coords": (slide_file.coords, slide_file.coords_attrs)}
     content[DATASETS[level]] = (stored, attrs)
@@ -156,11 +160,17 @@ def _root_attrs(slide_file: SlideFile, parameters: str, parameters_sha256: str) 
         boxes.update(np.ascontiguousarray(objects[key]).tobytes())
     boxes.update(json.dumps([objects["labels"], [str(i) for i in objects["id"]]]).encode())
     return {
-        "format": FORMAT, "format_version": FORMAT_VERSION, "slide_id": slide_file.slide_id,
-        "patient_id": slide_file.patient_id, "source": str(slide_file.path.absolute()), "parameters": parameters,
-        "parameters_sha256": parameters_sha256, "software_version": software_version(),
-        "tiles_sha256": tiles.hexdigest(), "objects_sha256": boxes.hexdigest(),
-    }  # fmt: skip
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "slide_id": slide_file.slide_id,
+        "patient_id": slide_file.patient_id,
+        "source": str(slide_file.path.absolute()),
+        "parameters": parameters,
+        "parameters_sha256": parameters_sha256,
+        "software_version": software_version(),
+        "tiles_sha256": tiles.hexdigest(),
+        "objects_sha256": boxes.hexdigest(),
+    }
 
 
 def _tile_label(slide_file: SlideFile) -> GroupContent:
@@ -175,9 +185,11 @@ def _boxes(boxes: Mapping[str, np.ndarray], rows: np.ndarray) -> dict[str, np.nd
     kept[rows] = True
     before = np.concatenate([[0], np.cumsum(kept)])
     return {
-        "xyxy": boxes["xyxy"][rows], "object": boxes["object"][rows], "visible": boxes["visible"][rows],
+        "xyxy": boxes["xyxy"][rows],
+        "object": boxes["object"][rows],
+        "visible": boxes["visible"][rows],
         "offsets": before[boxes["offsets"]].astype(np.int64),
-    }  # fmt: skip
+    }
 
 
 def _objects(slide_file: SlideFile) -> dict[str, Any]:
@@ -225,10 +237,17 @@ def write_slides_parquet(path: Path, rows: Iterable[Mapping[str, Any]], pretrain
     import pyarrow.parquet as pq
 
     table = [{**row, "features": np.asarray(row["features"], dtype=np.float32).tolist()} for row in rows]
-    schema = pa.schema([
-        ("slide_id", pa.string()), ("patient_id", pa.string()), ("n_tiles", pa.int64()), ("encoder", pa.string()),
-        ("mode", pa.string()), ("features", pa.list_(pa.float32())),
-    ], metadata={"pretraining": pretraining})  # fmt: skip
+    schema = pa.schema(
+        [
+            ("slide_id", pa.string()),
+            ("patient_id", pa.string()),
+            ("n_tiles", pa.int64()),
+            ("encoder", pa.string()),
+            ("mode", pa.string()),
+            ("features", pa.list_(pa.float32())),
+        ],
+        metadata={"pretraining": pretraining},
+    )
     with atomic_path(Path(path)) as temporary:
         pq.write_table(pa.Table.from_pylist(table, schema=schema), temporary, write_page_checksum=True)
     return Path(path)

@@ -33,9 +33,16 @@ class DinoHead(nn.Module):
     """MLP with GELU and no norm, L2 normalisation, prototype layer: float (.., D) -> logits (.., out_dim)."""
 
     def __init__(
-        self, in_dim: int, out_dim: int, *, hidden_dim: int = 2048, bottleneck_dim: int = 256, layers: int = 3,
-        norm_last_layer: bool = True, prototype_init: PrototypeInit = "normal",
-    ) -> None:  # fmt: skip
+        self,
+        in_dim: int,
+        out_dim: int,
+        *,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+        layers: int = 3,
+        norm_last_layer: bool = True,
+        prototype_init: PrototypeInit = "normal",
+    ) -> None:
         super().__init__()
         sizes = [in_dim, *[hidden_dim] * (layers - 1), bottleneck_dim]
         steps: list[nn.Module] = []

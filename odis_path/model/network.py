@@ -94,18 +94,28 @@ def build_network(
     m, h = config.model, config.head
     prefix = "encoder.vit."
     encoder = build_encoder(
-        m.name, m.kwargs, weights=m.weights if weights else None, drop_path=m.drop_path if student else 0.0,
+        m.name,
+        m.kwargs,
+        weights=m.weights if weights else None,
+        drop_path=m.drop_path if student else 0.0,
         pool=m.pool if weights or m.pool == "linear" else "obj",
-        tokens=obj_tokens(config), read_only=m.read_only, image_token=config.loss.image_weight > 0,
+        tokens=obj_tokens(config),
+        read_only=m.read_only,
+        image_token=config.loss.image_weight > 0,
         checkpoint_blocks=m.checkpoint_blocks and student,
         like=None if like is None else {key[len(prefix) :]: like[key] for key in like if key.startswith(prefix)},
-    )  # fmt: skip
+    )
 
     def head() -> DinoHead:
         return DinoHead(
-            encoder.embed_dim, h.out_dim, hidden_dim=h.hidden_dim, bottleneck_dim=h.bottleneck_dim, layers=h.layers,
-            norm_last_layer=h.norm_last_layer, prototype_init=h.prototype_init,
-        )  # fmt: skip
+            encoder.embed_dim,
+            h.out_dim,
+            hidden_dim=h.hidden_dim,
+            bottleneck_dim=h.bottleneck_dim,
+            layers=h.layers,
+            norm_last_layer=h.norm_last_layer,
+            prototype_init=h.prototype_init,
+        )
 
     network = Network(encoder, head(), head() if config.loss.patch_weight and not h.shared else None)
     if not config.loss.patch_weight:

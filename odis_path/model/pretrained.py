@@ -29,8 +29,16 @@ TIMM_ANCHOR = "patch_embed.proj.weight"
 TRANSFORMERS_ANCHOR = "embeddings.patch_embeddings.projection.weight"
 # The order is the preference: a teacher or a moving average before what was trained directly.
 WRAPPERS = (
-    "teacher", "state_dict_ema", "model_ema", "student", "state_dict", "model", "model_state", "model_state_dict", "module",
-)  # fmt: skip
+    "teacher",
+    "state_dict_ema",
+    "model_ema",
+    "student",
+    "state_dict",
+    "model",
+    "model_state",
+    "model_state_dict",
+    "module",
+)
 HEADS = re.compile(r"(head|heads|head_dist|pre_logits|pooler|lm_head|dino_head|ibot_head)\d*\.")
 MASK_TOKENS = ("mask_token", "masked_embed")
 
@@ -149,9 +157,15 @@ def load_backbone(vit: nn.Module, backbone: Backbone) -> LoadReport:
     _check(state, in_model, backbone.where)
     model.load_state_dict(state)
     return LoadReport(
-        backbone.layout, len(state), (*backbone.outside, *aside), resampled, trained_px,
-        _as_token(backbone.mask_token, model.embed_dim), backbone.more_obj, backbone.checked,
-    )  # fmt: skip
+        backbone.layout,
+        len(state),
+        (*backbone.outside, *aside),
+        resampled,
+        trained_px,
+        _as_token(backbone.mask_token, model.embed_dim),
+        backbone.more_obj,
+        backbone.checked,
+    )
 
 
 def _another_pool(key: str, model: Any) -> bool:

@@ -25,9 +25,16 @@ LUNIT: tuple[RGB, RGB] = ((0.70322989, 0.53606487, 0.66096631), (0.21716536, 0.2
 SWIGLU = {"mlp_layer": "SwiGLUPacked", "act_layer": "SiLU"}
 LAYER_SCALE = {"init_values": 1e-5}
 UNI2: dict[str, Any] = {
-    "img_size": 224, "patch_size": 14, "depth": 24, "num_heads": 24, "embed_dim": 1536, "mlp_ratio": 2.66667 * 2,
-    "reg_tokens": 8, "no_embed_class": True, **LAYER_SCALE,
-}  # fmt: skip
+    "img_size": 224,
+    "patch_size": 14,
+    "depth": 24,
+    "num_heads": 24,
+    "embed_dim": 1536,
+    "mlp_ratio": 2.66667 * 2,
+    "reg_tokens": 8,
+    "no_embed_class": True,
+    **LAYER_SCALE,
+}
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,7 @@ NOT_PLAIN = {
     "TITAN": ("titan", "embeds slides, from the patch embeddings of CONCH v1.5"),
     "CTransPath": ("ctranspath", "is a Swin transformer with a convolutional stem, without a class token"),
     "MUSK": ("musk", "is a multiway transformer, not one of timm's plain ones"),
-}  # fmt: skip
+}
 
 
 def published(source: str) -> Published | None:

@@ -63,9 +63,12 @@ def write_page(report: Report, parts: list[Section]) -> None:
     from odis_path import __version__
 
     environment = Environment(
-        loader=PackageLoader("odis_path.reporting", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        loader=PackageLoader("odis_path.reporting", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
         lstrip_blocks=True,
-    )  # fmt: skip
+    )
     synthetic = report.cohort.synthetic
     page = environment.get_template("page.html.j2").render(
         title=report.found.root.resolve().name,

@@ -124,16 +124,27 @@ def read_evaluation(found: EvaluationFound) -> Evaluation:
     per_k = _per_k(r.get("per_k"))
     k = _number(r.get("k", settings.get("k")))
     return Evaluation(
-        name=found.name, probe=str(r.get("probe", "")), level=str(r.get("level", "tile")), labels=labels,
-        n=int(r.get("n") or 0), n_patients=int(r.get("n_patients") or 0), groups=str(r.get("groups", "")),
+        name=found.name,
+        probe=str(r.get("probe", "")),
+        level=str(r.get("level", "tile")),
+        labels=labels,
+        n=int(r.get("n") or 0),
+        n_patients=int(r.get("n_patients") or 0),
+        groups=str(r.get("groups", "")),
         mode=str(r.get("mode", "")),
-        scores={key: score for key, score in scores.items() if score is not None}, baselines=baselines,
+        scores={key: score for key, score in scores.items() if score is not None},
+        baselines=baselines,
         confusion=confusion if confusion.shape == (len(labels),) * 2 and len(labels) else None,
-        per_k=per_k, k=None if k is None else int(k), settings=settings, data_sha256=str(r.get("data_sha256", "")),
-        split=str(r.get("split") or ""), warnings=[str(w).rstrip(".") for w in r.get("warnings") or []],
-        retrieval=_retrieval(r.get("retrieval")), standardised=standardised,
+        per_k=per_k,
+        k=None if k is None else int(k),
+        settings=settings,
+        data_sha256=str(r.get("data_sha256", "")),
+        split=str(r.get("split") or ""),
+        warnings=[str(w).rstrip(".") for w in r.get("warnings") or []],
+        retrieval=_retrieval(r.get("retrieval")),
+        standardised=standardised,
         seen=_text_in(r.get("pretraining"), "in_words"),
-    )  # fmt: skip
+    )
 
 
 def _text_in(value: Any, key: str) -> str:

@@ -33,10 +33,13 @@ def cohort(report: Report) -> Section | None:
     rows = [_slide_row(r) for r in c.rows]
     report.write_csv("cohort", columns, [list(map(str, row)) for row in rows])
     report.numbers["cohort"] = {
-        "slides": len(c.rows), "patients": len(c.patients), "tiles": c.tiles, "boxes": sum(r.boxes for r in c.rows),
+        "slides": len(c.rows),
+        "patients": len(c.patients),
+        "tiles": c.tiles,
+        "boxes": sum(r.boxes for r in c.rows),
         "objects": [{"kind": k, "class": n, "count": v} for (k, n), v in sorted(c.objects().items())],
         "synthetic_slides": c.synthetic,
-    }  # fmt: skip
+    }
     filled = [i for i in range(len(columns)) if i < 7 or any(row[i] != "0" for row in rows)]
     shown = [[row[i] for i in filled] for row in rows[:MAX_TABLE_ROWS]]
     rest = (
@@ -53,9 +56,15 @@ def cohort(report: Report) -> Section | None:
 def _slide_row(r: Any) -> list[str]:
     by_kind = {kind: sum(n for (k, _), n in r.objects.items() if k == kind) for kind in SHOWN_KINDS}
     return [
-        r.slide_id, r.patient_id or "–", f"{r.size_l0[0]:,} × {r.size_l0[1]:,}", f"{r.mpp_level0:.3g}",
-        f"{r.tile_px} px = {r.tile_um:.0f} µm", f"{r.tiles:,}", f"{r.boxes:,}", *(f"{n:,}" for n in by_kind.values()),
-    ]  # fmt: skip
+        r.slide_id,
+        r.patient_id or "–",
+        f"{r.size_l0[0]:,} × {r.size_l0[1]:,}",
+        f"{r.mpp_level0:.3g}",
+        f"{r.tile_px} px = {r.tile_um:.0f} µm",
+        f"{r.tiles:,}",
+        f"{r.boxes:,}",
+        *(f"{n:,}" for n in by_kind.values()),
+    ]
 
 
 def _class_table(c: Cohort) -> TableItem | None:
@@ -155,10 +164,15 @@ def _run_row(run: RunFound) -> list[str]:
 
     knn = run.series("knn_balanced_accuracy")[1]
     return [
-        run.name, str((run.config.get("model") or {}).get("name", "–")), text(run.last("step"), ",.0f"),
-        text(run.last("epoch"), ".3g"), text(run.last("loss"), ".3f"), text(knn[-1] if knn else None, ".3f"),
-        text(max(knn) if knn else None, ".3f"), text(run.last("images_per_s"), ",.0f"),
-    ]  # fmt: skip
+        run.name,
+        str((run.config.get("model") or {}).get("name", "–")),
+        text(run.last("step"), ",.0f"),
+        text(run.last("epoch"), ".3g"),
+        text(run.last("loss"), ".3f"),
+        text(knn[-1] if knn else None, ".3f"),
+        text(max(knn) if knn else None, ".3f"),
+        text(run.last("images_per_s"), ",.0f"),
+    ]
 
 
 def settings(report: Report) -> Section | None:

@@ -114,13 +114,21 @@ def _keep_scores(report: Report, scored: list[Evaluation]) -> None:
     report.write_csv("scores", ["evaluation", "probe", "level", "what", "metric", "point", "low", "high"], rows)
     report.numbers["evaluations"] = [
         {
-            "name": e.name, "probe": e.probe, "level": e.level, "n": e.n, "n_patients": e.n_patients, "groups": e.groups,
-            "scores": {k: vars(s) for k, s in e.scores.items()}, "standardised": e.standardised, "pretraining": e.seen,
-            "data_sha256": e.data_sha256, "settings": e.settings,
+            "name": e.name,
+            "probe": e.probe,
+            "level": e.level,
+            "n": e.n,
+            "n_patients": e.n_patients,
+            "groups": e.groups,
+            "scores": {k: vars(s) for k, s in e.scores.items()},
+            "standardised": e.standardised,
+            "pretraining": e.seen,
+            "data_sha256": e.data_sha256,
+            "settings": e.settings,
             "baselines": {n: {"balanced_accuracy": vars(s), "difference": d and vars(d)} for n, s, d in e.baselines},
         }
         for e in scored
-    ]  # fmt: skip
+    ]
 
 
 def results(report: Report) -> Section | None:

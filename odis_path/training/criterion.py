@@ -70,9 +70,11 @@ class Criterion(nn.Module):
             self.obj_center.move()
             self.patch_center.move()
         return {
-            "loss": loss, **{f"loss_{name}": value.detach() for name, value in parts.items()},
-            "teacher_entropy": entropy(targets, weight), "token_spread": token_spread(teacher.token),
-        }  # fmt: skip
+            "loss": loss,
+            **{f"loss_{name}": value.detach() for name, value in parts.items()},
+            "teacher_entropy": entropy(targets, weight),
+            "token_spread": token_spread(teacher.token),
+        }
 
     def targets(self, center: Center, logits: Tensor, temperature: float, weight: Tensor | None = None) -> Tensor:
         """Teacher probabilities of (n, P) logits: centered and sharpened, or by Sinkhorn-Knopp."""

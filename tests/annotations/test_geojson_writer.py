@@ -83,7 +83,7 @@ COCO = {
         {"id": 13, "image_id": 1, "category_id": 5, "bbox": [5, 5, 0, 1], "segmentation": []},
         {"image_id": 1},
     ],
-}  # fmt: skip
+}
 
 
 def test_coco(tmp_path):

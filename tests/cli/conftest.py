@@ -19,9 +19,13 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 def odis_path(*arguments: str | Path, timeout: float = 900) -> subprocess.CompletedProcess[str]:
     """Run one command in a process of its own; stdout and stderr as text."""
     return subprocess.run(
-        [sys.executable, "-m", "odis_path", *map(str, arguments)], capture_output=True, text=True, check=False, timeout=timeout,
+        [sys.executable, "-m", "odis_path", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=timeout,
         env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="session")

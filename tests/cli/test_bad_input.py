@@ -83,9 +83,10 @@ def test_a_geojson_that_is_not_json(run: Run, cohort: Path, tiles: Path, tmp_pat
 
 def polygon(points: list[list[float]]) -> dict[str, object]:
     return {
-        "type": "Feature", "geometry": {"type": "Polygon", "coordinates": [[*points, points[0]]]},
+        "type": "Feature",
+        "geometry": {"type": "Polygon", "coordinates": [[*points, points[0]]]},
         "properties": {"objectType": "annotation", "classification": {"name": "odd", "color": [0, 0, 0]}},
-    }  # fmt: skip
+    }
 
 
 def test_invalid_polygons_are_repaired_and_those_outside_are_told(run: Run, tiles: Path, tmp_path: Path) -> None:

@@ -60,9 +60,11 @@ def test_doctor_looks_through_a_cohort(tiles: Path, features: Path, run: Run) ->
     assert ill.returncode == 1
     assert "Traceback" not in ill.stderr
     for what, remedy in (
-        ("tile 0", "run odis-path tile again"), ("/boxes/xyxy", "run odis-path annotate (or propose) again"),
-        ("/features", "run odis-path embed again"), ("checkpoint-00000001.pt", "copy it again, or take an older checkpoint"),
-    ):  # fmt: skip
+        ("tile 0", "run odis-path tile again"),
+        ("/boxes/xyxy", "run odis-path annotate (or propose) again"),
+        ("/features", "run odis-path embed again"),
+        ("checkpoint-00000001.pt", "copy it again, or take an older checkpoint"),
+    ):
         assert any(what in line and remedy in line for line in ill.stdout.splitlines()), what
     counts = {row.kind: (row.files, row.damaged, row.unchecked) for row in by_kind(verify(folder, workers=1).outcomes)}
     n = len(slides)

@@ -65,9 +65,13 @@ def test_names_of_another_alphabet_are_printed_as_far_as_they_can_be(cohort: Pat
 def interrupted(*arguments: str | Path, when: Path | None, after: float = 0.0) -> tuple[int, str]:
     """Exit code and stderr of a command that is sent SIGINT, with its group, once the file is there and some seconds later."""
     child = subprocess.Popen(
-        [*COMMAND, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV,
+        [*COMMAND, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENV,
         start_new_session=True,
-    )  # fmt: skip
+    )
     end = time.monotonic() + 60
     while when is not None and not when.exists() and time.monotonic() < end:
         time.sleep(0.01)

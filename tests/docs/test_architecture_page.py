@@ -16,9 +16,13 @@ import odis_path
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("annotations", "tiling", "odis_path")
-ABOUT_THE_CODE = ("ARCHITECTURE.md", "CONTRIBUTING.md", "docs/method.md", "docs/training.md", *(
-    path.relative_to(ROOT).as_posix() for path in sorted(ROOT.glob("docs/adr/*.md"))
-))  # fmt: skip
+ABOUT_THE_CODE = (
+    "ARCHITECTURE.md",
+    "CONTRIBUTING.md",
+    "docs/method.md",
+    "docs/training.md",
+    *(path.relative_to(ROOT).as_posix() for path in sorted(ROOT.glob("docs/adr/*.md"))),
+)
 ALL_PAGES = sorted(
     path.relative_to(ROOT).as_posix()
     for pattern in ("*.md", "docs/**/*.md", "experiments/*.md", "configs/*.yaml")

@@ -38,9 +38,15 @@ def write_tiny_slide(folder: Path, name: str, patient: str, tiles: int, seed: in
     xyxy = np.stack([tissue, cell], axis=1).reshape(-1, 4).astype(np.float32)
     area = (xyxy[:, 2] - xyxy[:, 0]) * (xyxy[:, 3] - xyxy[:, 1]) * 0.25
     meta = SlideMeta(
-        slide_id=name, source=folder / f"{name}.png", width_l0=columns * SIDE, height_l0=-(-tiles // columns) * SIDE,
-        mpp=0.5, mpp_level0=0.5, patch_px=SIDE, patient_id=patient,
-    )  # fmt: skip
+        slide_id=name,
+        source=folder / f"{name}.png",
+        width_l0=columns * SIDE,
+        height_l0=-(-tiles // columns) * SIDE,
+        mpp=0.5,
+        mpp_level0=0.5,
+        patch_px=SIDE,
+        patient_id=patient,
+    )
     path = folder / f"{name}.h5"
     x0, y0, x1, y1 = xyxy.T
     x, y = (x0 + x1) / 2, (y0 + y1) / 2
@@ -50,16 +56,20 @@ def write_tiny_slide(folder: Path, name: str, patient: str, tiles: int, seed: in
     meta.source.touch()
     groups: dict[str, Any] = {
         "objects": {
-            "id": [f"{name}-{i}" for i in range(2 * tiles)], "label": np.repeat(labels, 2),
-            "kind": np.tile([0, 1], tiles).astype(np.uint8), "area_um2": area.astype(np.float32),
+            "id": [f"{name}-{i}" for i in range(2 * tiles)],
+            "label": np.repeat(labels, 2),
+            "kind": np.tile([0, 1], tiles).astype(np.uint8),
+            "area_um2": area.astype(np.float32),
             "attrs": {"labels": LABELS},
         },
         "boxes": {
-            "xyxy": xyxy, "offsets": np.arange(0, 2 * tiles + 1, 2, dtype=np.int64),
-            "object": np.arange(2 * tiles, dtype=np.int32), "visible": np.ones(2 * tiles, dtype=np.float32),
+            "xyxy": xyxy,
+            "offsets": np.arange(0, 2 * tiles + 1, 2, dtype=np.int64),
+            "object": np.arange(2 * tiles, dtype=np.int32),
+            "visible": np.ones(2 * tiles, dtype=np.float32),
             **(outlines if polygons else {}),
         },
-    }  # fmt: skip
+    }
     write_slide_file(path, meta=meta, coords=coords, pixels=pixels, groups=groups)
     return path
 
@@ -78,17 +88,23 @@ def tiny_values(tiles: Path | str, out: Path | str, **sections: dict[str, Any]) 
     values: dict[str, Any] = {
         "data": {"tiles": str(tiles), "workers": 0, "holdout": 0.34},
         "views": {
-            "global_size": 32, "local_count": 2, "local_size": 16, "turns": "dihedral", "stain_p": 0.5, "stain_scale": 0.2,
+            "global_size": 32,
+            "local_count": 2,
+            "local_size": 16,
+            "turns": "dihedral",
+            "stain_p": 0.5,
+            "stain_scale": 0.2,
         },
         "model": {
-            "name": "vit_tiny_patch16_224", "drop_path": 0.1,
+            "name": "vit_tiny_patch16_224",
+            "drop_path": 0.1,
             "kwargs": {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2},
         },
         "head": {"out_dim": 64, "hidden_dim": 32, "bottleneck_dim": 16},
         "optim": {"batch_size": 8, "epochs": 2, "warmup_epochs": 0.5, "freeze_last_layer_epochs": 0.5},
         "eval": {"every_epochs": 1, "k": 5},
         "run": {"out": str(out), "log_every_steps": 1, "device": "cpu"},
-    }  # fmt: skip
+    }
     for name, keys in sections.items():
         values[name] = {**values.get(name, {}), **keys}
     return values

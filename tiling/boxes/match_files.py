@@ -15,9 +15,20 @@ if TYPE_CHECKING:
     from annotations.readers.slide_context import SlideFrame
 
 SUFFIXES = (
-    ".geojson.gz", ".geojson.zip", ".json.gz", ".json.zip", ".geojson", ".json", ".zip",
-    ".xml", ".xml.gz", ".annotations", ".ndpa", ".parquet", ".geoparquet",
-)  # fmt: skip
+    ".geojson.gz",
+    ".geojson.zip",
+    ".json.gz",
+    ".json.zip",
+    ".geojson",
+    ".json",
+    ".zip",
+    ".xml",
+    ".xml.gz",
+    ".annotations",
+    ".ndpa",
+    ".parquet",
+    ".geoparquet",
+)
 MASK_SUFFIXES = (".png", ".tif", ".tiff")  # looked for in folders that hold nothing else: pictures abound
 SIDECAR = ".classes.json"
 OFFSETS = ("hamamatsu.XOffsetFromSlideCentre", "hamamatsu.YOffsetFromSlideCentre")

@@ -23,9 +23,30 @@ SLIDE_EXTENSIONS = frozenset(
 )
 # Slides only where they are named; odis-path import takes them for tiles.
 IMAGE_EXTENSIONS = frozenset(
-    [".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib", ".webp", ".avif", ".gif", ".jp2", ".j2k", ".j2c", ".jpc",
-     ".jpf", ".jpx", ".pbm", ".pgm", ".ppm", ".pnm", ".tga"]
-)  # fmt: skip
+    [
+        ".png",
+        ".jpg",
+        ".jpeg",
+        ".jpe",
+        ".jfif",
+        ".bmp",
+        ".dib",
+        ".webp",
+        ".avif",
+        ".gif",
+        ".jp2",
+        ".j2k",
+        ".j2c",
+        ".jpc",
+        ".jpf",
+        ".jpx",
+        ".pbm",
+        ".pgm",
+        ".ppm",
+        ".pnm",
+        ".tga",
+    ]
+)
 
 
 def find_slides(inputs: Iterable[Path | str], known: Mapping[str, str] | None = None) -> list[SlideItem]:

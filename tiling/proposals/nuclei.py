@@ -11,9 +11,18 @@ from tiling.proposals.regions import REGION_LABELS, boxes_of, find_regions, segm
 from tiling.proposals.stain import ProposalSettings, SlideLevels, nucleus_score, slide_levels, stain_of
 
 __all__ = [
-    "LABELS", "ProposalSettings", "Proposals", "SlideLevels", "boxes_of", "nucleus_outlines", "propose_tile",
-    "segment_clusters", "segment_nuclei", "slide_levels", "stain_of",
-]  # fmt: skip
+    "LABELS",
+    "ProposalSettings",
+    "Proposals",
+    "SlideLevels",
+    "boxes_of",
+    "nucleus_outlines",
+    "propose_tile",
+    "segment_clusters",
+    "segment_nuclei",
+    "slide_levels",
+    "stain_of",
+]
 
 LABELS = ("nucleus", *REGION_LABELS)
 

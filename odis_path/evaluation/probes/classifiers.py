@@ -92,9 +92,15 @@ class FoldNeighbours:
 
 
 def knn_probe(
-    features: Features, y: np.ndarray, plan: Plan, n_classes: int, *, ks: Sequence[int], weights: Weights,
+    features: Features,
+    y: np.ndarray,
+    plan: Plan,
+    n_classes: int,
+    *,
+    ks: Sequence[int],
+    weights: Weights,
     hows: Sequence[Standardise] = ("none",),
-) -> ProbeResult:  # fmt: skip
+) -> ProbeResult:
     """k-NN; y int (n,). k of `ks` and what of `hows` is done to the features: those with the best inner balanced accuracy, of
     equals the first and smallest."""
     tested = plan.tested
@@ -153,9 +159,8 @@ def _choose_k(
         return {}
     together = np.concatenate(truth)
     return {
-        k: balanced_accuracy(together, np.concatenate([part[i] for part in predictions]), n_classes)
-        for i, k in enumerate(ks)
-    }  # fmt: skip
+        k: balanced_accuracy(together, np.concatenate([part[i] for part in predictions]), n_classes) for i, k in enumerate(ks)
+    }
 
 
 def _default_k(ks: Sequence[int]) -> int:

@@ -68,9 +68,12 @@ def read_boxes(path: Path) -> BoxPicture | None:
         x, y, x1, y1 = np.round(frame).astype(int).tolist()
         inside = ((boxes[:, :2] < frame[2:]) & (boxes[:, 2:] > frame[:2])).all(axis=1)
         close = View(
-            image[y:y1, x:x1], float(x1 - x), boxes[inside] - [x, y, x, y], names[here][inside],
+            image[y:y1, x:x1],
+            float(x1 - x),
+            boxes[inside] - [x, y, x, y],
+            names[here][inside],
             [(name, ring - [x, y]) for name, ring in rings],
-        )  # fmt: skip
+        )
         middle = View(image, side, boxes, names[here], rings, np.array([x, y, x1, y1], dtype=float))
         return BoxPicture(file.slide_id, row, file.mpp, (_around(file, row, table["xyxy"], tile, names), middle, close))
 

@@ -63,9 +63,16 @@ def read_embeddings(folder: Path, level: str, seed: int = 0) -> Embeddings | Non
     slides, slide = np.unique(found.slide_id.astype(str), return_inverse=True)
     used = np.unique(found.label)
     return Embeddings(
-        level=level, encoder=found.encoder, mode=found.mode, features=found.x, label=np.searchsorted(used, found.label),
-        labels=[found.labels[i] for i in used], slide=slide, slides=slides.tolist(), total=labelled,
-    )  # fmt: skip
+        level=level,
+        encoder=found.encoder,
+        mode=found.mode,
+        features=found.x,
+        label=np.searchsorted(used, found.label),
+        labels=[found.labels[i] for i in used],
+        slide=slide,
+        slides=slides.tolist(),
+        total=labelled,
+    )
 
 
 def layout_2d(features: np.ndarray, seed: int = 0) -> np.ndarray:

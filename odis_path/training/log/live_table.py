@@ -158,9 +158,11 @@ class LiveTable:
         self._progress, self._lock = progress, lock
         self.console = Console(stderr=True)
         self._live = Live(
-            console=self.console, get_renderable=self.render, refresh_per_second=_FRAMES_PER_SECOND,
+            console=self.console,
+            get_renderable=self.render,
+            refresh_per_second=_FRAMES_PER_SECOND,
             redirect_stdout=sys.stdout.isatty(),
-        )  # fmt: skip
+        )
         self._live.start()
 
     def render(self) -> RenderableType:
@@ -179,9 +181,13 @@ class LiveTable:
         head = Table.grid(padding=(0, 2), expand=False)
         epoch = f"epoch {p.last['epoch']:.1f}" if "epoch" in p.last else ""
         head.add_row(
-            Text(p.title, style="bold"), ProgressBar(total=p.total, completed=p.step, width=20), f"{p.step}/{p.total}",
-            epoch, p.elapsed(), f"ETA {p.eta()}",
-        )  # fmt: skip
+            Text(p.title, style="bold"),
+            ProgressBar(total=p.total, completed=p.step, width=20),
+            f"{p.step}/{p.total}",
+            epoch,
+            p.elapsed(),
+            f"ETA {p.eta()}",
+        )
         return head
 
     def _table(self) -> Table:

@@ -35,9 +35,18 @@ class RunLog:
     """
 
     def __init__(
-        self, folder: Path, total_steps: int, *, active: bool, first_step: int = 0, title: str = "", prototypes: int = 0,
-        warmup_steps: int = 0, trackers: Sequence[Tracker] = (), identity: IdentityWatch | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        folder: Path,
+        total_steps: int,
+        *,
+        active: bool,
+        first_step: int = 0,
+        title: str = "",
+        prototypes: int = 0,
+        warmup_steps: int = 0,
+        trackers: Sequence[Tracker] = (),
+        identity: IdentityWatch | None = None,
+    ) -> None:
         self.active = active
         if not active:
             return

@@ -56,9 +56,14 @@ class WandbTracker:
         folder.mkdir(parents=True, exist_ok=True)
         try:
             self._run = wandb.init(
-                project=project, id=run_id(folder), resume="allow", name=folder.name, dir=str(folder), config=dict(config),
+                project=project,
+                id=run_id(folder),
+                resume="allow",
+                name=folder.name,
+                dir=str(folder),
+                config=dict(config),
                 settings={"console": "off"},  # it would log every frame of the live table
-            )  # fmt: skip
+            )
         except Exception as error:  # no key, no network, a name that is refused: the user can mend each
             line = " ".join(str(error).split())[:160]
             raise UserError(

@@ -251,10 +251,15 @@ def test_geoparquet_of_others(tmp_path: Path) -> None:
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     hole = shapely.box(0, 0, 9, 9).difference(shapely.box(1, 1, 2, 2))
     geometry = [
-        shapely.MultiPolygon([BOX, shapely.box(20, 0, 30, 10)]), hole, shapely.Point(5, 6),
+        shapely.MultiPolygon([BOX, shapely.box(20, 0, 30, 10)]),
+        hole,
+        shapely.Point(5, 6),
         shapely.LineString([(0, 0), (1, 1)]),
-        None, shapely.Polygon(), shapely.Polygon([(0, 0), (10, 10), (10, 0), (0, 10)]), shapely.box(np.nan, 0, 1, 1),
-    ]  # fmt: skip
+        None,
+        shapely.Polygon(),
+        shapely.Polygon([(0, 0), (10, 10), (10, 0), (0, 10)]),
+        shapely.box(np.nan, 0, 1, 1),
+    ]
     n = len(geometry)
     columns = {
         "outline": [None if g is None else shapely.to_wkb(g) for g in geometry],

@@ -95,9 +95,11 @@ SAVED: dict[str, tuple[str, Callable[[], bytes], str]] = {
     "grey, opaque": (".png", lambda: imagecodecs.png_encode(colour(BINARY * 7, WHITE)), "7"),
     "colour, TIFF": (".tif", lambda: tiff(colour(*[BINARY * 255] * 3), photometric="rgb"), "255"),
     "colour, in planes": (
-        ".tif", lambda: tiff(np.stack([BINARY * 255] * 3), photometric="rgb", planarconfig="separate"), "255",
+        ".tif",
+        lambda: tiff(np.stack([BINARY * 255] * 3), photometric="rgb", planarconfig="separate"),
+        "255",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("form", SAVED)

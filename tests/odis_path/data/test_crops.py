@@ -88,10 +88,14 @@ def rules(draw: st.DrawFn) -> CropRule:
     ratio = draw(st.sampled_from(RATIOS))
     scale = draw(st.sampled_from([scale for scale in SCALES if scale[0] <= min(1, ratio[1], 1 / ratio[0])]))
     return CropRule(
-        scale=scale, ratio=ratio, size_px=32, containment=draw(st.sampled_from(["full", "fraction", "any"])),
-        sampler=draw(st.sampled_from(["construct", "reject"])), fraction=draw(st.sampled_from([0.2, 0.5, 1.0])),
+        scale=scale,
+        ratio=ratio,
+        size_px=32,
+        containment=draw(st.sampled_from(["full", "fraction", "any"])),
+        sampler=draw(st.sampled_from(["construct", "reject"])),
+        fraction=draw(st.sampled_from([0.2, 0.5, 1.0])),
         tries=draw(st.sampled_from([1, 5, 20])),
-    )  # fmt: skip
+    )
 
 
 @st.composite

@@ -222,10 +222,15 @@ def test_layer_decay_gives_each_block_its_rate(tiny_tiles: Path, tmp_path: Path)
     rate = {id(p): group["lr"] for group in run.optimizer.param_groups for p in group["params"]}
     named = dict(run.student.named_parameters())
     expected = {
-        "encoder.vit.patch_embed.proj.weight": 3, "encoder.vit.cls_token": 3, "encoder.vit.pos_embed": 3,
-        "encoder.vit.blocks.0.attn.qkv.weight": 2, "encoder.vit.blocks.1.mlp.fc1.bias": 1, "encoder.vit.norm.weight": 0,
-        "encoder.mask_token": 0, "head.mlp.0.weight": 0,
-    }  # fmt: skip
+        "encoder.vit.patch_embed.proj.weight": 3,
+        "encoder.vit.cls_token": 3,
+        "encoder.vit.pos_embed": 3,
+        "encoder.vit.blocks.0.attn.qkv.weight": 2,
+        "encoder.vit.blocks.1.mlp.fc1.bias": 1,
+        "encoder.vit.norm.weight": 0,
+        "encoder.mask_token": 0,
+        "head.mlp.0.weight": 0,
+    }
     for name, power in expected.items():
         assert rate[id(named[name])] == pytest.approx(peak * 0.5**power), name
     groups = parameter_groups(run.student, 0.5)
@@ -319,9 +324,13 @@ def test_compiled_blocks_train_as_plain_ones(tiny_tiles: Path, tmp_path: Path) -
     losses = []
     for on in (False, True):
         config = tiny_config(
-            tiny_tiles, tmp_path, views={"local_count": 0}, eval={"every_epochs": 0}, optim={"epochs": 0.1},
+            tiny_tiles,
+            tmp_path,
+            views={"local_count": 0},
+            eval={"every_epochs": 0},
+            optim={"epochs": 0.1},
             model={"compile_blocks": on, "drop_path": 0.0, "kwargs": {**TINY_VIT, "depth": 1}},
-        )  # fmt: skip
+        )
         run = loop.prepare(config, CPU)
         losses.append([row["loss"] for row in loop.steps(run) if row is not None])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)

@@ -71,9 +71,13 @@ def boxes(draw: st.DrawFn) -> np.ndarray:
 
 @settings(max_examples=400, deadline=None)
 @given(
-    boxes(), st.integers(0, 2**32 - 1), st.sampled_from(["construct", "reject"]), st.sampled_from(["full", "fraction", "any"]),
-    st.sampled_from([0.5, 0.8, 1.0]), st.sampled_from(["box_first", "crop_first"]),
-)  # fmt: skip
+    boxes(),
+    st.integers(0, 2**32 - 1),
+    st.sampled_from(["construct", "reject"]),
+    st.sampled_from(["full", "fraction", "any"]),
+    st.sampled_from([0.5, 0.8, 1.0]),
+    st.sampled_from(["box_first", "crop_first"]),
+)
 def test_above_the_share_a_box_is_the_tile_and_below_it_is_cropped_around(
     index: Any, box: np.ndarray, seed: int, sampler: str, containment: str, share: float, order: str
 ) -> None:
@@ -153,9 +157,13 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 def test_the_log_holds_the_share_of_identity_pairs_of_its_steps(tiny_tiles: Path, tmp_path: Path) -> None:
     """Against the samples of those steps, drawn again; equal rectangles count, however they are turned."""
     config = tiny_config(
-        tiny_tiles, tmp_path / "run", target={"whole_share": 1.0, "min_patches": 1}, run={"log_every_steps": 4},
-        optim={"epochs": 2, "batch_size": 8, "accumulate": 2}, eval={"every_epochs": 0},
-    )  # fmt: skip
+        tiny_tiles,
+        tmp_path / "run",
+        target={"whole_share": 1.0, "min_patches": 1},
+        run={"log_every_steps": 4},
+        optim={"epochs": 2, "batch_size": 8, "accumulate": 2},
+        eval={"every_epochs": 0},
+    )
     folder = loop.pretrain(config).parent
     run = loop.prepare(tiny_config(tiny_tiles, tmp_path / "other"), CPU)
     samples = TileSamples(run.train, config, 8)

@@ -117,10 +117,12 @@ def test_a_choice_of_kinds_keeps_its_own_boxes(tiny_tiles: Path, run_folder: Pat
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"level": "patch"}, "--level patch"), ({"mode": "halo"}, "--mode halo"), ({"kinds": "nerve"}, "--kinds nerve"),
+        ({"level": "patch"}, "--level patch"),
+        ({"mode": "halo"}, "--mode halo"),
+        ({"kinds": "nerve"}, "--kinds nerve"),
         ({"dtype": "int8"}, "--dtype int8"),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_option_is_one_line(
     options: dict[str, str], words: str, tiny_tiles: Path, run_folder: Path, tmp_path: Path
 ) -> None:

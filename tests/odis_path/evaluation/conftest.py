@@ -33,9 +33,15 @@ def write_slide(path: Path, slide_id: str, patient_id: str, rng: np.random.Gener
     coords = np.stack([x, y], 1) * TILE_PX
     tiles = [(rng.integers(0, 60, (TILE_PX, TILE_PX, 3)) + 60 * c).astype(np.uint8) for c in label]
     meta = SlideMeta(
-        slide_id=slide_id, patient_id=patient_id, source=path, patch_px=TILE_PX, mpp=0.5, mpp_level0=0.5,
-        width_l0=SIDE * TILE_PX, height_l0=SIDE * TILE_PX,
-    )  # fmt: skip
+        slide_id=slide_id,
+        patient_id=patient_id,
+        source=path,
+        patch_px=TILE_PX,
+        mpp=0.5,
+        mpp_level0=0.5,
+        width_l0=SIDE * TILE_PX,
+        height_l0=SIDE * TILE_PX,
+    )
     n = len(label)
     groups: dict[str, Any] = {
         "boxes": {
@@ -45,10 +51,13 @@ def write_slide(path: Path, slide_id: str, patient_id: str, rng: np.random.Gener
             "visible": np.array([*np.full(n - 1, 1.0), 0.5, 1.0], np.float32),
         },
         "objects": {
-            "id": [f"o{i}" for i in range(n)], "label": np.array([*label[:-1], -1], np.int16), "kind": np.zeros(n, np.uint8),
-            "area_um2": np.full(n, 28 * 28 * 0.25, np.float32), "attrs": {"labels": list(CLASSES)},
+            "id": [f"o{i}" for i in range(n)],
+            "label": np.array([*label[:-1], -1], np.int16),
+            "kind": np.zeros(n, np.uint8),
+            "area_um2": np.full(n, 28 * 28 * 0.25, np.float32),
+            "attrs": {"labels": list(CLASSES)},
         },
-    }  # fmt: skip
+    }
     write_slide_file(path, meta=meta, coords=coords, pixels=[encode_png(tile) for tile in tiles], groups=groups)
 
 
@@ -71,7 +80,15 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> Cohort:
                     write_features(
                         folder / path.name, level=level, features=x, slide_file=file, encoder=folder.name, mode="full"
                     )
-        rows.append({"slide_id": f"s{i}", "patient_id": f"p{i}", "n_tiles": 16, "encoder": "good", "mode": "full",
-                     "features": means[i % 2] + 0.1 * rng.normal(size=8)})  # fmt: skip
+        rows.append(
+            {
+                "slide_id": f"s{i}",
+                "patient_id": f"p{i}",
+                "n_tiles": 16,
+                "encoder": "good",
+                "mode": "full",
+                "features": means[i % 2] + 0.1 * rng.normal(size=8),
+            }
+        )
     write_slides_parquet(found.good / "slides.parquet", rows)
     return found

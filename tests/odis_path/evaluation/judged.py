@@ -31,17 +31,32 @@ def write_slide(path: Path, slide_id: str, patient_id: str, rng: np.random.Gener
     label = np.resize(np.arange(len(CLASSES)), SIDE**2)
     tiles = [(rng.integers(0, 60, (TILE_PX, TILE_PX, 3)) + 60 * c).astype(np.uint8) for c in label]
     meta = SlideMeta(
-        slide_id=slide_id, patient_id=patient_id, source=path, patch_px=TILE_PX, mpp=0.5, mpp_level0=0.5,
-        width_l0=SIDE * TILE_PX, height_l0=SIDE * TILE_PX,
-    )  # fmt: skip
+        slide_id=slide_id,
+        patient_id=patient_id,
+        source=path,
+        patch_px=TILE_PX,
+        mpp=0.5,
+        mpp_level0=0.5,
+        width_l0=SIDE * TILE_PX,
+        height_l0=SIDE * TILE_PX,
+    )
     n = len(label)
     boxes = np.tile(np.array([2, 2, 30, 30], np.float32), (n, 1))
     groups = {
-        "boxes": {"xyxy": boxes, "offsets": np.arange(n + 1), "object": np.arange(n, dtype=np.int32),
-                  "visible": np.ones(n, np.float32)},
-        "objects": {"id": [f"o{i}" for i in range(n)], "label": label.astype(np.int16), "kind": np.zeros(n, np.uint8),
-                    "area_um2": np.full(n, 28 * 28 * 0.25, np.float32), "attrs": {"labels": list(CLASSES)}},
-    }  # fmt: skip
+        "boxes": {
+            "xyxy": boxes,
+            "offsets": np.arange(n + 1),
+            "object": np.arange(n, dtype=np.int32),
+            "visible": np.ones(n, np.float32),
+        },
+        "objects": {
+            "id": [f"o{i}" for i in range(n)],
+            "label": label.astype(np.int16),
+            "kind": np.zeros(n, np.uint8),
+            "area_um2": np.full(n, 28 * 28 * 0.25, np.float32),
+            "attrs": {"labels": list(CLASSES)},
+        },
+    }
     write_slide_file(path, meta=meta, coords=coords, pixels=[encode_png(tile) for tile in tiles], groups=groups)
     return label
 

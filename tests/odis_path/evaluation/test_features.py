@@ -37,8 +37,13 @@ def test_the_readers_of_clam_and_trident_open_it(cohort: Cohort) -> None:
         assert file.attrs["format"] == "odis-path-features"
         assert file["object_features"].shape[0] == file["boxes/xyxy"].shape[0] == 17
     assert set(pq.read_table(cohort.good / "slides.parquet").column_names) == {
-        "slide_id", "patient_id", "n_tiles", "encoder", "mode", "features",
-    }  # fmt: skip
+        "slide_id",
+        "patient_id",
+        "n_tiles",
+        "encoder",
+        "mode",
+        "features",
+    }
 
 
 def test_a_folder_is_read_as_one_table(cohort: Cohort) -> None:
@@ -182,12 +187,19 @@ def spoil(path: Path, what: str) -> None:
 @pytest.mark.parametrize(
     ("what", "words"),
     [
-        ("unreadable", "not a readable"), ("nan", "1 embeddings hold NaN"), ("zero", "row 3 is all zeros"),
-        ("constant", "are the same"), ("encoder", "encoder is another"), ("mode", "mode is another"), ("mpp", "mpp is 0.25"),
-        ("rows", "for 16 tiles"), ("labels", "3 tile labels for 16 tiles"), ("slide", "slide_id s1 is also in"),
+        ("unreadable", "not a readable"),
+        ("nan", "1 embeddings hold NaN"),
+        ("zero", "row 3 is all zeros"),
+        ("constant", "are the same"),
+        ("encoder", "encoder is another"),
+        ("mode", "mode is another"),
+        ("mpp", "mpp is 0.25"),
+        ("rows", "for 16 tiles"),
+        ("labels", "3 tile labels for 16 tiles"),
+        ("slide", "slide_id s1 is also in"),
         ("format", "format 'other'"),
     ],
-)  # fmt: skip
+)
 def test_a_spoilt_file_is_named_in_one_line(folder: Path, what: str, words: str) -> None:
     spoil(folder / "s4.h5", what)
     with pytest.raises(UserError, match=words) as error:

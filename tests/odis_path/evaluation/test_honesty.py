@@ -170,8 +170,11 @@ def test_the_model_and_every_baseline_get_the_same(cohort: Cohort, tmp_path: Pat
     found = run(cohort.good, tmp_path, probe=probe, standardise=how, baseline={"noise": cohort.noise}, k=[5])
     assert found["standardise"]["chosen"] == how
     assert {name: values["standardise"] for name, values in found["baselines"].items()} == {
-        "majority": None, "rgb_mean": how, "texture": how, "noise": how,
-    }  # fmt: skip
+        "majority": None,
+        "rgb_mean": how,
+        "texture": how,
+        "noise": how,
+    }
     rows = list(csv.DictReader((tmp_path / "table.csv").open()))
     assert {row["standardise"] for row in rows if row["what"] in ("model", "texture", "noise")} == {how}
     assert any("slide's own rows" in w for w in found["warnings"]) == (how == "centre-slide")

@@ -15,9 +15,25 @@ from odis_path.evaluation.run import evaluate
 from tests.odis_path.evaluation.judged import CLASSES, Cohort, judged_cohort  # noqa: F401  a fixture
 
 KEYS = {
-    "format", "probe", "level", "mode", "encoder", "labels", "n", "n_patients", "groups", "split", "headline", "baselines",
-    "confusion", "per_class", "warnings", "settings", "data_sha256", "software",
-}  # fmt: skip
+    "format",
+    "probe",
+    "level",
+    "mode",
+    "encoder",
+    "labels",
+    "n",
+    "n_patients",
+    "groups",
+    "split",
+    "headline",
+    "baselines",
+    "confusion",
+    "per_class",
+    "warnings",
+    "settings",
+    "data_sha256",
+    "software",
+}
 
 
 def run(cohort: Cohort, out: Path, **options: Any) -> dict[str, Any]:
@@ -194,9 +210,20 @@ def test_the_command_prints_a_table(cohort: Cohort, tmp_path: Path) -> None:
     app = typer.Typer()
     register(app)
     arguments = [
-        str(cohort.good), "--labels", "annotations", "--probe", "knn", "--k", "1,3", "--level", "tile",
-        "--out", str(tmp_path / "out"), "--baseline", f"random={cohort.noise}",
-    ]  # fmt: skip
+        str(cohort.good),
+        "--labels",
+        "annotations",
+        "--probe",
+        "knn",
+        "--k",
+        "1,3",
+        "--level",
+        "tile",
+        "--out",
+        str(tmp_path / "out"),
+        "--baseline",
+        f"random={cohort.noise}",
+    ]
     done = CliRunner().invoke(app, arguments, terminal_width=200)
     assert done.exit_code == 0, done.output
     for word in ("majority", "random", "texture", str(tmp_path / "out")):

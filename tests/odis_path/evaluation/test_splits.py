@@ -128,11 +128,18 @@ def test_what_may_be_one_thing() -> None:
     ids = ["P01", "p1", "P-01", "1-12", "11-2", "7", "7.0", "007", "TCGA-AA-0001", "tcga_aa_1", "x"]
     assert alike(ids, ids=True) == [["007", "7", "7.0"], ["P-01", "P01", "p1"], ["TCGA-AA-0001", "tcga_aa_1"]]
     assert alike(["Tumor", "tumor", "HER2+", "HER2-", "1", "01", "non tumor", "Non-Tumor"]) == [
-        ["Non-Tumor", "non tumor"], ["Tumor", "tumor"],
-    ]  # fmt: skip
+        ["Non-Tumor", "non tumor"],
+        ["Tumor", "tumor"],
+    ]
     assert [word for word in ("nan", "NA", "N/A", "#N/A", "<NA>", "null", "", "banana", "0", "NAT1") if is_missing(word)] == [
-        "nan", "NA", "N/A", "#N/A", "<NA>", "null", "",
-    ]  # fmt: skip
+        "nan",
+        "NA",
+        "N/A",
+        "#N/A",
+        "<NA>",
+        "null",
+        "",
+    ]
 
 
 def test_a_csv_of_excel_is_read(tmp_path: Path) -> None:

@@ -40,9 +40,12 @@ def write_checkpoint(folder: Path, tiles: Path | str = "gone", **model: Any) -> 
     """A checkpoint of an untrained teacher (every tensor moved from its start) and its encoder."""
     size = model["kwargs"]["img_size"]
     config = tiny_config(
-        tiles, folder, model={**model, "weights": "start-weights-that-are-gone.pth"},
-        views={"global_size": size, "local_size": 16}, data={"mean": (0.7, 0.57, 0.7), "std": (0.2, 0.23, 0.18)},
-    )  # fmt: skip
+        tiles,
+        folder,
+        model={**model, "weights": "start-weights-that-are-gone.pth"},
+        views={"global_size": size, "local_size": 16},
+        data={"mean": (0.7, 0.57, 0.7), "std": (0.2, 0.23, 0.18)},
+    )
     torch.manual_seed(0)
     start = config.model_copy(update={"model": config.model.model_copy(update={"weights": None})})
     network = build_network(start, student=False)

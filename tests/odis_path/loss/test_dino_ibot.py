@@ -31,8 +31,11 @@ def test_the_cross_view_loss_is_the_sum_over_pairs_written_out() -> None:
     ours = cross_view_loss(sharpened(z, teacher.value, tau), s, 0.1)
     terms = [
         cross_entropy(softmax((z[q, b] - center) / tau), s[v, b], 0.1)
-        for q in range(2) for v in range(views) if v != q for b in range(batch)
-    ]  # fmt: skip
+        for q in range(2)
+        for v in range(views)
+        if v != q
+        for b in range(batch)
+    ]
     assert len(terms) == 2 * (views - 1) * batch
     assert float(ours) == pytest.approx(sum(terms) / len(terms), rel=1e-12)
 
@@ -52,8 +55,12 @@ def test_a_view_without_its_box_weighs_nothing() -> None:
     seen = torch.tensor([[1, 1], [1, 0], [1, 1]])
     terms = [
         cross_entropy(p[q, b].tolist(), s[v, b], 0.1)
-        for q in range(2) for v in range(3) if v != q for b in range(2) if seen[q, b] and seen[v, b]
-    ]  # fmt: skip
+        for q in range(2)
+        for v in range(3)
+        if v != q
+        for b in range(2)
+        if seen[q, b] and seen[v, b]
+    ]
     assert float(cross_view_loss(p, s, 0.1, seen)) == pytest.approx(sum(terms) / len(terms), rel=1e-12)
     assert float(cross_view_loss(p, s, 0.1, torch.zeros(3, 2))) == 0.0
 

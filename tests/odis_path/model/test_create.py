@@ -70,9 +70,13 @@ def test_a_tile_of_another_size_is_seen_as_timm_sees_it(kind: str, tmp_path: Pat
 
 
 LAYOUTS = {
-    "dino": dino, "ibot": ibot, "wrapped": lambda s: {"state_dict": prefixed(s, "module.")}, "dinov2": dinov2,
-    "transformers dinov2": transformers_dinov2, "transformers vit": transformers_vit,
-}  # fmt: skip
+    "dino": dino,
+    "ibot": ibot,
+    "wrapped": lambda s: {"state_dict": prefixed(s, "module.")},
+    "dinov2": dinov2,
+    "transformers dinov2": transformers_dinov2,
+    "transformers vit": transformers_vit,
+}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -128,11 +132,13 @@ def test_weights_that_lack_a_token_norm_or_position_are_refused(kind: str, prefi
 @pytest.mark.parametrize(
     ("kind", "more"),
     [
-        ("gap", {"cls_token": (1, 1, 32)}), ("class token", {"reg_token": (1, 4, 32)}),
-        ("class token", {"dist_token": (1, 1, 32)}), ("class token", {"blocks.0.ls1.gamma": (32,)}),
+        ("gap", {"cls_token": (1, 1, 32)}),
+        ("class token", {"reg_token": (1, 4, 32)}),
+        ("class token", {"dist_token": (1, 1, 32)}),
+        ("class token", {"blocks.0.ls1.gamma": (32,)}),
         ("class token", {"norm_pre.weight": (32,)}),
     ],
-)  # fmt: skip
+)
 def test_weights_with_a_part_that_the_model_lacks_are_refused(kind: str, more: dict[str, Any], tmp_path: Path) -> None:
     architecture, arguments, _ = KINDS[kind]
     extra = {key: torch.ones(*shape) for key, shape in more.items()}
@@ -194,11 +200,12 @@ def test_a_norm_after_pooling_is_taken_by_whatever_is_pooled(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("kind", "pool", "words"),
     [
-        ("gap", "cls", "has no class token: take --pool mean"), ("gap", "cls+mean", "has no class token"),
+        ("gap", "cls", "has no class token: take --pool mean"),
+        ("gap", "cls+mean", "has no class token"),
         ("attention", "cls", "has no class token"),
         ("class token", "max", "--pool max: no such pooling; take one of cls, mean"),
     ],
-)  # fmt: skip
+)
 def test_a_pool_that_cannot_be_is_one_line(kind: str, pool: str, words: str, tiny_tiles: Path, tmp_path: Path) -> None:
     architecture, arguments, _ = KINDS[kind]
     source, _ = hub_folder(tmp_path / "model", architecture, **arguments)

@@ -167,10 +167,13 @@ def test_a_change_of_hue_keeps_greys_and_luma_and_saturation_alone_pulls_towards
 @pytest.mark.parametrize(
     ("wanted", "device", "lacks", "compiled"),
     [
-        ("auto", "cpu", "", False), ("auto", "cuda", "", True), ("auto", "cuda", "a C compiler", False),
-        (True, "cpu", "", True), (False, "cuda", "", False),
+        ("auto", "cpu", "", False),
+        ("auto", "cuda", "", True),
+        ("auto", "cuda", "a C compiler", False),
+        (True, "cpu", "", True),
+        (False, "cuda", "", False),
     ],
-)  # fmt: skip
+)
 def test_auto_compiles_on_a_gpu_and_says_what_is_missing_there(
     wanted: Any, device: str, lacks: str, compiled: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -60,10 +60,13 @@ def dino(state: State) -> dict[str, Any]:
     """facebookresearch/dino, save_dict of main_dino: the student wrapped for many GPUs, the teacher bare."""
     student = {**prefixed({k: v + 1 for k, v in state.items()}, "backbone."), **prefixed(head(), "head.")}
     return {
-        "student": prefixed(student, "module."), "teacher": {**prefixed(state, "backbone."), **prefixed(head(), "head.")},
-        "optimizer": {"state": {0: {"step": 1}}, "param_groups": []}, "epoch": 3,
-        "args": argparse.Namespace(arch="vit_small", patch_size=16, lr=5e-4), "dino_loss": {"center": torch.zeros(1, 8)},
-    }  # fmt: skip
+        "student": prefixed(student, "module."),
+        "teacher": {**prefixed(state, "backbone."), **prefixed(head(), "head.")},
+        "optimizer": {"state": {0: {"step": 1}}, "param_groups": []},
+        "epoch": 3,
+        "args": argparse.Namespace(arch="vit_small", patch_size=16, lr=5e-4),
+        "dino_loss": {"center": torch.zeros(1, 8)},
+    }
 
 
 def ibot(state: State) -> dict[str, Any]:
@@ -326,15 +329,25 @@ def damaged(kind: str, folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("kind", "says"),
     [
-        ("gone", "no such file"), ("folder", "a folder"), ("torn", "not readable"), ("torn safetensors", "not readable"),
-        ("empty", "not readable"), ("text", "not readable"), ("foreign class", "Foreign"), ("runs", "pathlib"),
-        ("plain pickle", "not readable"), ("list", "holds list"), ("no vit", "conv1.weight"),
+        ("gone", "no such file"),
+        ("folder", "a folder"),
+        ("torn", "not readable"),
+        ("torn safetensors", "not readable"),
+        ("empty", "not readable"),
+        ("text", "not readable"),
+        ("foreign class", "Foreign"),
+        ("runs", "pathlib"),
+        ("plain pickle", "not readable"),
+        ("list", "holds list"),
+        ("no vit", "conv1.weight"),
         ("wrong width", r"cls_token: \(1, 1, 48\) there, \(1, 1, 32\) in the model \(\d+ differences\)"),
         ("deeper", r"blocks\.2\.norm1\.weight: \(32,\) there, none in the model \(12 differences\)"),
         ("missing key", r"blocks\.1\.norm2\.bias: missing there, \(32,\) in the model \(1 differences\)"),
-        ("extra key", "dist_token"), ("odd grid", "fit"), ("two backbones", r"2 backbones \(a\., b\.\)"),
+        ("extra key", "dist_token"),
+        ("odd grid", "fit"),
+        ("two backbones", r"2 backbones \(a\., b\.\)"),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_fit_is_one_line(kind: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     vit = build(seed=2)

@@ -35,13 +35,24 @@ def add_boxes(slide_file: Path, geojson: Path) -> None:
                 owner.append(i)
                 visible.append(part.area / shapes[i].area)
         offsets.append(len(owner))
-    replace_groups(slide_file, {
-        "boxes": {"xyxy": np.array(xyxy, np.float32), "offsets": np.array(offsets, np.int64),
-                  "object": np.array(owner, np.int32), "visible": np.array(visible, np.float32)},
-        "objects": {"id": [f["id"] for f in features], "label": np.array([labels.index(n) for n in names], np.int16),
-                    "kind": np.array([f["properties"]["objectType"] != "annotation" for f in features], np.uint8),
-                    "area_um2": (shapely.area(shapes) * 0.25).astype(np.float32), "attrs": {"labels": labels}},
-    })  # fmt: skip
+    replace_groups(
+        slide_file,
+        {
+            "boxes": {
+                "xyxy": np.array(xyxy, np.float32),
+                "offsets": np.array(offsets, np.int64),
+                "object": np.array(owner, np.int32),
+                "visible": np.array(visible, np.float32),
+            },
+            "objects": {
+                "id": [f["id"] for f in features],
+                "label": np.array([labels.index(n) for n in names], np.int16),
+                "kind": np.array([f["properties"]["objectType"] != "annotation" for f in features], np.uint8),
+                "area_um2": (shapely.area(shapes) * 0.25).astype(np.float32),
+                "attrs": {"labels": labels},
+            },
+        },
+    )
 
 
 def write_features(tiles: Path, out: Path) -> None:
@@ -67,17 +78,27 @@ def example_results(probe: str = "knn") -> dict[str, Any]:
 
     counts = (np.eye(5, dtype=int) * 30 + 2).tolist()
     return {
-        "probe": probe, "level": "tile", "labels": TISSUES, "n": 190, "n_patients": 3, "groups": "patient_id",
+        "probe": probe,
+        "level": "tile",
+        "labels": TISSUES,
+        "n": 190,
+        "n_patients": 3,
+        "groups": "patient_id",
         "headline": {"balanced_accuracy": interval(0.8), "macro_f1": interval(0.79), "auroc": interval(0.95)},
         "baselines": {
             "random_encoder": {"balanced_accuracy": interval(0.31), "difference": interval(0.49), "standardise": "whiten"},
             "rgb_mean": {"balanced_accuracy": interval(0.22), "difference": interval(0.58)},
         },
-        "confusion": counts, "per_k": {"5": 0.75, "20": 0.8}, "k": 20, "warnings": ["two patients lack necrosis"],
+        "confusion": counts,
+        "per_k": {"5": 0.75, "20": 0.8},
+        "k": 20,
+        "warnings": ["two patients lack necrosis"],
         "standardise": {"asked": "auto", "chosen": "zscore"},
         "pretraining": {"in_words": "the encoder was pretrained on 1 of the 3 tested patients"},
-        "split": "5 folds", "settings": {"k": 20, "seed": 0}, "data_sha256": "ab" * 32,
-    }  # fmt: skip
+        "split": "5 folds",
+        "settings": {"k": 20, "seed": 0},
+        "data_sha256": "ab" * 32,
+    }
 
 
 def write_run(out: Path, tiles: Path) -> None:
@@ -98,7 +119,7 @@ def write_run(out: Path, tiles: Path) -> None:
         "optim": {"batch_size": 16, "epochs": 0.3, "warmup_epochs": 0.1},
         "eval": {"every_epochs": 0},
         "run": {"out": str(out), "log_every_steps": 1, "device": "cpu"},
-    }  # fmt: skip
+    }
     pretrain(parse_config(values, "test"))
     with (out / "train.jsonl").open("a") as file:
         for epoch, score in ((0.1, 0.3), (0.3, 0.6)):

@@ -204,14 +204,28 @@ def test_chromium_shows_every_picture_without_a_complaint(written: Path, tmp_pat
     check.write_text(html, encoding="utf-8")
     done = subprocess.run(
         [
-            chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-quic",
+            chromium,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+            "--disable-quic",
             "--no-first-run",
-            "--disable-background-networking", "--disable-component-update", "--disable-sync",
-            f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--virtual-time-budget=5000",
-            "--window-size=900,1200", "--dump-dom", check.as_uri(),
+            "--disable-background-networking",
+            "--disable-component-update",
+            "--disable-sync",
+            f"--user-data-dir={tmp_path / 'profile'}",
+            "--enable-logging=stderr",
+            "--virtual-time-budget=5000",
+            "--window-size=900,1200",
+            "--dump-dom",
+            check.as_uri(),
         ],
-        capture_output=True, text=True, timeout=180, check=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=True,
+    )
     count = html.count("<img ")
     assert f"<title>shown {count} of {count}, wide false</title>" in done.stdout
     assert "CONSOLE" not in done.stderr

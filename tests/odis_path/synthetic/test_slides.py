@@ -98,8 +98,10 @@ def test_cells_are_valid_polygons_inside_the_slide_and_centred_in_a_region(cohor
 
 
 def test_regions_and_cells_carry_their_classes_and_unique_ids(cohort: Path) -> None:
-    names = {kind: {f["properties"]["classification"]["name"] for f in features(cohort, kind)}
-             for kind in ("annotation", "detection")}  # fmt: skip
+    names = {
+        kind: {f["properties"]["classification"]["name"] for f in features(cohort, kind)}
+        for kind in ("annotation", "detection")
+    }
     assert names["annotation"] == set(TISSUE_TYPES)
     assert names["detection"] == {"tumour cell", "lymphocyte", "fibroblast", "epithelial cell"}
     ids = [f["id"] for kind in ("annotation", "detection") for f in features(cohort, kind)]

@@ -113,9 +113,13 @@ def configured(tiles: Path, out: Path, **sections: Any) -> Path:
 def limited(kilobytes: int, *command: str) -> subprocess.CompletedProcess[str]:
     """A command under a limit on the size of files, as the shell sets it."""
     return subprocess.run(
-        ["bash", "-c", f'ulimit -f {kilobytes}; exec "$@"', "-", *command], capture_output=True, text=True, check=False,
-        env=ENVIRONMENT, timeout=240,
-    )  # fmt: skip
+        ["bash", "-c", f'ulimit -f {kilobytes}; exec "$@"', "-", *command],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=ENVIRONMENT,
+        timeout=240,
+    )
 
 
 def test_pretrain_on_a_full_disk_ends_in_one_line(tiny_tiles: Path, tmp_path: Path) -> None:
@@ -207,14 +211,16 @@ def test_from_previous_goes_on_bit_for_bit(run_folder: Path, trained: Path, tiny
     straight.joinpath("checkpoint-00000012.pt").unlink()
     expected = load_checkpoint(loop.pretrain(three_epochs(tiny_tiles, straight)))
     cut(run_folder / "checkpoint-00000012.pt")
-    values = tiny_values(
-        tiny_tiles, run_folder, optim={"epochs": 3}, eval={"every_epochs": 0}, run={"save_every_epochs": 1}
-    )  # fmt: skip
+    values = tiny_values(tiny_tiles, run_folder, optim={"epochs": 3}, eval={"every_epochs": 0}, run={"save_every_epochs": 1})
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(values))
     done = subprocess.run(
-        [sys.executable, "-m", "odis_path", "pretrain", str(tmp_path / "c.yaml"), "--from-previous"], capture_output=True,
-        text=True, check=False, env=ENVIRONMENT, timeout=240,
-    )  # fmt: skip
+        [sys.executable, "-m", "odis_path", "pretrain", str(tmp_path / "c.yaml"), "--from-previous"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=ENVIRONMENT,
+        timeout=240,
+    )
     assert done.returncode == 0, done.stderr
     assert "going on from step 6 of 18, not from checkpoint-00000012.pt: damaged" in done.stderr
     gone_on = load_checkpoint(run_folder)

@@ -17,13 +17,23 @@ from tiling.images.run import import_images
 
 RECIPES = ("odis_in1k", "ibot_in1k", "dino_in1k")
 TINY = [
-    "data.workers=0", "views.global_size=32", "views.local_size=16", "views.local_count=2",
+    "data.workers=0",
+    "views.global_size=32",
+    "views.local_size=16",
+    "views.local_count=2",
     "model.name=vit_tiny_patch16_224",
     "model.kwargs={img_size: 32, patch_size: 8, embed_dim: 32, depth: 2, num_heads: 2}",
-    "head.out_dim=64", "head.hidden_dim=32", "head.bottleneck_dim=16",
-    "optim.batch_size=8", "optim.epochs=1", "optim.warmup_epochs=0", "optim.freeze_last_layer_epochs=0",
-    "loss.teacher_temperature_epochs=0", "run.log_every_steps=1", "run.device=cpu",
-]  # fmt: skip
+    "head.out_dim=64",
+    "head.hidden_dim=32",
+    "head.bottleneck_dim=16",
+    "optim.batch_size=8",
+    "optim.epochs=1",
+    "optim.warmup_epochs=0",
+    "optim.freeze_last_layer_epochs=0",
+    "loss.teacher_temperature_epochs=0",
+    "run.log_every_steps=1",
+    "run.device=cpu",
+]
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +84,17 @@ def test_every_recipe_writes_out_what_was_published(name: str) -> None:
     written = OmegaConf.to_container(OmegaConf.load(config_folders()[-1] / f"{name}.yaml"))
     assert {"views", "model", "head", "loss", "optim"} <= set(written)
     keys = {
-        "epochs", "batch_size", "lr", "min_lr", "warmup_epochs", "weight_decay", "clip", "clip_mode",
-        "freeze_last_layer_epochs", "ema",
-    }  # fmt: skip
+        "epochs",
+        "batch_size",
+        "lr",
+        "min_lr",
+        "warmup_epochs",
+        "weight_decay",
+        "clip",
+        "clip_mode",
+        "freeze_last_layer_epochs",
+        "ema",
+    }
     assert keys <= set(written["optim"])
     assert (config.optim.epochs, config.optim.batch_size, config.optim.lr) == (800, 1024, 5e-4)
     assert (config.optim.weight_decay, config.optim.ema, config.optim.clip) == ((0.04, 0.4), (0.996, 1.0), 3.0)

@@ -97,8 +97,10 @@ def test_every_recipe_trains(recipe: str, tiny_tiles: Path, tmp_path: Path) -> N
     tiny = tiny_values(tiny_tiles, tmp_path / "run")
     small = [
         f"{section}.{key}={json.dumps(value)}"
-        for section in ("data", "model", "head", "run") for key, value in tiny[section].items() if key != "drop_path"
-    ] + ["model.weights=null"]  # fmt: skip
+        for section in ("data", "model", "head", "run")
+        for key, value in tiny[section].items()
+        if key != "drop_path"
+    ] + ["model.weights=null"]
     small += ["views.global_size=32", "views.local_size=16", "optim.batch_size=8", "optim.epochs=0.34", "eval.every_epochs=0"]
     config = load_config(recipe, small)
     folder = loop.pretrain(config).parent
@@ -111,9 +113,13 @@ def test_accumulated_micro_batches_give_the_gradient_of_the_batch(tiny_tiles: Pa
     weights = []
     for parts in (1, 2):
         config = tiny_config(
-            tiny_tiles, tmp_path / str(parts), model={"drop_path": 0.0}, optim={"accumulate": parts, "epochs": 0.17},
-            loss={"center_momentum": 1.0}, eval={"every_epochs": 0},
-        )  # fmt: skip
+            tiny_tiles,
+            tmp_path / str(parts),
+            model={"drop_path": 0.0},
+            optim={"accumulate": parts, "epochs": 0.17},
+            loss={"center_momentum": 1.0},
+            eval={"every_epochs": 0},
+        )
         weights.append(load_checkpoint(loop.pretrain(config)).state["optimizer"]["state"])
     for name, moments in weights[0].items():
         other = weights[1][name]["exp_avg"]

@@ -26,9 +26,16 @@ from tests.odis_path.model.test_create import KINDS, TILES, tokens_of, without
 
 @pytest.mark.parametrize(
     ("name", "pool"),
-    [("Virchow2", "cls+mean"), ("virchow", "cls+mean"), ("H0-mini", "cls+mean"), ("UNI2-h", "cls"), ("H-optimus-1", "cls"),
-     ("models--paige-ai--Virchow2/snapshots/0a1b", "cls+mean"), ("other", "cls")],
-)  # fmt: skip
+    [
+        ("Virchow2", "cls+mean"),
+        ("virchow", "cls+mean"),
+        ("H0-mini", "cls+mean"),
+        ("UNI2-h", "cls"),
+        ("H-optimus-1", "cls"),
+        ("models--paige-ai--Virchow2/snapshots/0a1b", "cls+mean"),
+        ("other", "cls"),
+    ],
+)
 def test_a_published_model_is_pooled_as_its_authors_do(name: str, pool: str, tmp_path: Path) -> None:
     arguments = {"reg_tokens": 4, "global_pool": ""}
     source, model = hub_folder(tmp_path / name, "vit_tiny_patch16_224", **arguments)

@@ -24,14 +24,24 @@ from tests.odis_path.conftest import tiny_config
 
 # The official values of the keys, for ViT-S/16 (docs/method.md).
 PUBLISHED: dict[str, Any] = {
-    "views.hue_space": "hsv", "mim.blocks": "ibot", "head.norm_last_layer": False, "head.prototype_init": "uniform",
-    "loss.patch_center": "all", "optim.decay_gain": True,
-}  # fmt: skip
+    "views.hue_space": "hsv",
+    "mim.blocks": "ibot",
+    "head.norm_last_layer": False,
+    "head.prototype_init": "uniform",
+    "loss.patch_center": "all",
+    "optim.decay_gain": True,
+}
 # What the recipes for slides have in their place (experiments/RESULTS.md).
 OURS: dict[str, Any] = {
-    "views.hue_space": "yiq", "mim.blocks": "filled", "head.norm_last_layer": True, "head.prototype_init": "normal",
-    "loss.patch_center": "hidden", "optim.decay_gain": False, "target.sampler": "construct", "target.local": "object",
-}  # fmt: skip
+    "views.hue_space": "yiq",
+    "mim.blocks": "filled",
+    "head.norm_last_layer": True,
+    "head.prototype_init": "normal",
+    "loss.patch_center": "hidden",
+    "optim.decay_gain": False,
+    "target.sampler": "construct",
+    "target.local": "object",
+}
 
 
 def flat(config: PretrainConfig) -> dict[str, Any]:
@@ -74,9 +84,10 @@ def shape_of(masks: list[np.ndarray]) -> dict[str, float]:
     pieces = [np.bincount(ndimage.label(mask)[0].ravel())[1:] for mask in masks]
     sizes = np.concatenate(pieces)
     return {
-        "hidden": float(np.mean([mask.mean() for mask in masks])), "pieces": float(np.mean([len(p) for p in pieces])),
+        "hidden": float(np.mean([mask.mean() for mask in masks])),
+        "pieces": float(np.mean([len(p) for p in pieces])),
         "tiny": float((sizes <= 2).mean()),
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("grid", [14, 6, 16])
@@ -119,9 +130,14 @@ def one_step(values: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.
     network = build_network(config, student=False).double().eval()
     hidden = torch.rand(6, 16) < 0.3
     views = Views(
-        torch.randn(6, 3, 32, 32).double(), torch.zeros(0), torch.ones(6, 1, 16, dtype=torch.bool), None, hidden,
-        hidden.flatten().nonzero()[:, 0], torch.ones(2, 3, 1, dtype=torch.bool),
-    )  # fmt: skip
+        torch.randn(6, 3, 32, 32).double(),
+        torch.zeros(0),
+        torch.ones(6, 1, 16, dtype=torch.bool),
+        None,
+        hidden,
+        hidden.flatten().nonzero()[:, 0],
+        torch.ones(2, 3, 1, dtype=torch.bool),
+    )
     criterion = Criterion(config).double()
     mean = config.loss.patch_center == "all"
     with torch.no_grad():
@@ -152,9 +168,14 @@ def test_the_targets_do_not_depend_on_how_the_center_is_counted() -> None:
     network = build_network(tiny_config("x", "y"), student=False).double().eval()
     hidden = torch.rand(4, 16) < 0.5
     views = Views(
-        torch.randn(4, 3, 32, 32).double(), torch.zeros(0), None, None, hidden, hidden.flatten().nonzero()[:, 0],
+        torch.randn(4, 3, 32, 32).double(),
+        torch.zeros(0),
+        None,
+        None,
+        hidden,
+        hidden.flatten().nonzero()[:, 0],
         torch.ones(2, 2, 1, dtype=torch.bool),
-    )  # fmt: skip
+    )
     plain = network(views, with_locals=False, hide=False, patches=True)
     beside = network(views, with_locals=False, hide=False, patches=True, mean=True)
     assert torch.allclose(plain.patches, beside.patches, atol=1e-12)
@@ -283,12 +304,15 @@ def test_odis_crops_as_its_authors_tell(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "keys"),
     [
-        ("odis_crop_only", {"target.mask"}), ("odis_mask_only", {"target.crop"}), ("linear_pool", {"model.pool"}),
-        ("odis_multi_obj", {"target.objects"}), ("odis_polygon", {"target.geometry"}),
+        ("odis_crop_only", {"target.mask"}),
+        ("odis_mask_only", {"target.crop"}),
+        ("linear_pool", {"model.pool"}),
+        ("odis_multi_obj", {"target.objects"}),
+        ("odis_polygon", {"target.geometry"}),
         ("odis_readonly", {"target.objects", "target.local", "model.read_only"}),
         ("ibot", {"target.crop", "target.mask", "target.sampler", "target.local"}),
     ],
-)  # fmt: skip
+)
 def test_an_ablation_differs_from_odis_in_what_it_is_named_after(name: str, keys: set[str]) -> None:
     assert set(difference(name, "odis")) == keys
 

@@ -78,8 +78,12 @@ def train_steps(rank: int, world: int, values: dict[str, Any], count: int) -> di
         parts = forward_in_double(run, batch, scheduled)
         losses.append(loop.mean_of_ranks(parts["loss"].detach().clone(), ranks))
         loop.apply_gradients(run, scheduled)
-    return {"losses": torch.stack(losses), "student": run.student.state_dict(), "teacher": run.teacher.state_dict(),
-            "criterion": run.criterion.state_dict()}  # fmt: skip
+    return {
+        "losses": torch.stack(losses),
+        "student": run.student.state_dict(),
+        "teacher": run.teacher.state_dict(),
+        "criterion": run.criterion.state_dict(),
+    }
 
 
 def forward_in_double(run: loop.Run, batch: dict[str, Any], scheduled: Any) -> dict[str, torch.Tensor]:
@@ -106,9 +110,14 @@ def forward_in_double(run: loop.Run, batch: dict[str, Any], scheduled: Any) -> d
 def test_two_ranks_train_like_one(tiny_tiles: Path, tmp_path: Path, objects: int, loss: dict[str, Any], steps: int) -> None:
     """Losses, weights and centers; free crops, so that views lack their object and masked counts differ between ranks."""
     config = tiny_config(
-        tiny_tiles, tmp_path / "run", model={"drop_path": 0.0}, optim={"clip": 0.5}, eval={"every_epochs": 0}, loss=loss,
+        tiny_tiles,
+        tmp_path / "run",
+        model={"drop_path": 0.0},
+        optim={"clip": 0.5},
+        eval={"every_epochs": 0},
+        loss=loss,
         target={"crop": False, "objects": objects, "min_patches": 1},
-    )  # fmt: skip
+    )
     values = config.model_dump(mode="json")
     one = train_steps(0, 1, values, steps)
     two = on_two_ranks(train_steps, tmp_path, values, steps)
@@ -138,9 +147,13 @@ def test_torchrun_trains_one_run_on_two_ranks(tiny_tiles: Path, tmp_path: Path) 
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "odis_path"]
     done = subprocess.run(
-        [*command, "pretrain", str(tmp_path / "config.yaml")], capture_output=True, text=True, check=False, timeout=240,
+        [*command, "pretrain", str(tmp_path / "config.yaml")],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [json.loads(line) for line in (tmp_path / "run" / "train.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 13))

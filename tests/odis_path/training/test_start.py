@@ -72,9 +72,7 @@ def test_micro_batches_add_up_to_the_batch_where_views_lack_their_object(
 
 def test_pairs_are_counted_as_the_loss_counts_them() -> None:
     seen = torch.tensor([[1, 0], [1, 1], [0, 1], [1, 0]])  # two globals, two locals, of two tiles
-    by_hand = sum(
-        int(seen[q, b] and seen[v, b]) for b in range(2) for q in range(2) for v in range(4) if v != q
-    )  # fmt: skip
+    by_hand = sum(int(seen[q, b] and seen[v, b]) for b in range(2) for q in range(2) for v in range(4) if v != q)
     assert float(counted_pairs(seen)) == by_hand == 5
 
 
@@ -168,9 +166,12 @@ def test_a_torn_slide_without_stored_pixels_costs_its_tiles_and_no_run(
     outcomes = tile(slides, tmp_path / "tiles", 0.5, 64, pixels="none", tissue="none", workers=1)
     assert all(outcome.ok for outcome in outcomes), outcomes
     config = tiny_config(
-        tmp_path / "tiles", tmp_path / "run", data={"workers": 2, "holdout": 0}, optim={"epochs": 1, "batch_size": 12},
+        tmp_path / "tiles",
+        tmp_path / "run",
+        data={"workers": 2, "holdout": 0},
+        optim={"epochs": 1, "batch_size": 12},
         eval={"every_epochs": 0},
-    )  # fmt: skip
+    )
     torn = TileSamples(index_tiles(tmp_path / "tiles"), config, 8)
     lost = [i for i in range(len(torn)) if torn[0, i]["lost"] >= 0]
     assert 1 <= len(lost) <= 9

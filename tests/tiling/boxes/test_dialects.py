@@ -114,10 +114,15 @@ def test_coco_losses_are_in_the_table_and_named_by_their_ids(tmp_path: Path) -> 
     result = CliRunner().invoke(app, [*command, "--verbose"], env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.output
     for line in (
-        "scaled by 10", "that the file does not list, taken without a class (annotation 102)", "(iscrowd)",
-        "left out: a: no area: annotation 104", "of an image that the file does not list: annotation 103",
-        "1 of an image that the file does not list", "1 on no tile", "1 no area",
-    ):  # fmt: skip
+        "scaled by 10",
+        "that the file does not list, taken without a class (annotation 102)",
+        "(iscrowd)",
+        "left out: a: no area: annotation 104",
+        "of an image that the file does not list: annotation 103",
+        "1 of an image that the file does not list",
+        "1 on no tile",
+        "1 no area",
+    ):
         assert line in result.output.replace("\n", " "), line
     with SlideFile(path) as file:
         assert file.boxes(0).tolist() == [[0, 0, 100, 100], [0, 0, 50, 50]]

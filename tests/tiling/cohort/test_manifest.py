@@ -60,8 +60,10 @@ def test_what_people_filled_in_stays(cohort: Path, tmp_path: Path, capsys: pytes
         assert (silent["problem"], a["width_l0"]) == ("", "1024")
         assert [outcome.info["will_fail"] for outcome in outcomes] == [0, 0, 0]
     assert [(item.slide_id, item.patient_id, item.mpp) for item in read_manifest(manifest)] == [
-        ("first", "P1", 0.25), ("b", "", 0.5), ("silent", "P3", 0.4),
-    ]  # fmt: skip
+        ("first", "P1", 0.25),
+        ("b", "", 0.5),
+        ("silent", "P3", 0.4),
+    ]
 
 
 def test_an_mpp_that_scan_wrote_itself_is_not_kept_for_a_slide_that_says_another_now(

@@ -138,9 +138,15 @@ def test_dead_links_are_rows_and_linked_folders_are_looked_into_once(slide_path:
         folder.mkdir(parents=True)
         shutil.copy(slide_path, folder / f"{folder.name}.svs")
     links = {
-        "dead.svs": "nowhere.svs", "loop.svs": "loop.svs", "linked": other, "again": other, "self": ".", "up": "..",
-        "asub": "sub", "sub/back": "..",
-    }  # fmt: skip
+        "dead.svs": "nowhere.svs",
+        "loop.svs": "loop.svs",
+        "linked": other,
+        "again": other,
+        "self": ".",
+        "up": "..",
+        "asub": "sub",
+        "sub/back": "..",
+    }
     for name, target in links.items():
         (cohort / name).symlink_to(target)
     found = {os.path.relpath(item.path, cohort) for item in find_slides([cohort, cohort / "linked", other])}

@@ -95,9 +95,15 @@ def every_loss(tmp_path: Path) -> None:
         picture(tmp_path / "in" / name)
     images = [image(1, "a.png", 64, 64), image(2, "x/b.png", 64, 64), image(4, "missing.png", 64, 64)]
     annotations = [
-        box(101, 1, 4, 4, 8, 8), box(102, 2, 4, 4, 8, 8, category=1234), box(103, 4, 1, 1, 9, 9), box(104, 2, 4, 4, 0, 0),
-        box(105, 2, 600, 600, 9, 9), box(106, 99, 1, 1, 9, 9), box(107, 4, 1, 1, 0, 0), {"id": 108, "image_id": 2},
-    ]  # fmt: skip
+        box(101, 1, 4, 4, 8, 8),
+        box(102, 2, 4, 4, 8, 8, category=1234),
+        box(103, 4, 1, 1, 9, 9),
+        box(104, 2, 4, 4, 0, 0),
+        box(105, 2, 600, 600, 9, 9),
+        box(106, 99, 1, 1, 9, 9),
+        box(107, 4, 1, 1, 0, 0),
+        {"id": 108, "image_id": 2},
+    ]
     coco(tmp_path / "c.json", images, annotations)
 
 
@@ -107,13 +113,14 @@ def test_every_annotation_is_a_box_or_counted_by_reason_and_named(tmp_path: Path
     outcomes = run(tmp_path, fit)
     text = "; ".join([*(outcome.message for outcome in outcomes), *outcomes.notes])
     for line in (
-        "1 left out, no area (annotation 104)", "1 left out, on no tile (annotation 105)",
+        "1 left out, no area (annotation 104)",
+        "1 left out, on no tile (annotation 105)",
         "1 left out, no geometry (annotation 108)",
         "1 objects of a category that the file does not list, taken without a class (annotation 102)",
         "1 of the 3 images it lists are not here (missing.png)",
         "2 left out, of an image that is not here (annotation 103, 107)",
         "1 left out, of an image that the file does not list (annotation 106)",
-    ):  # fmt: skip
+    ):
         assert line in text, line
     rows = [row for result in outcomes.results for row in result["labels"].values()]
     lost = sum(sum(row["skipped"].values()) for row in rows)

@@ -224,8 +224,12 @@ def test_shards_of_class_folders_and_their_labels(classes: Path, tmp_path: Path)
     out = tmp_path / "out"
     outcomes = import_images(classes, out, fit="crop", no_mpp=True, size=32, shard=2, workers=2)
     assert [(each.item, each.info["tiles"]) for each in outcomes] == [
-        ("n01-0000", 2), ("n01-0001", 2), ("n01-0002", 1), ("n02-0000", 2), ("n02-0001", 1),
-    ]  # fmt: skip
+        ("n01-0000", 2),
+        ("n01-0001", 2),
+        ("n01-0002", 1),
+        ("n02-0000", 2),
+        ("n02-0001", 1),
+    ]
     rows = labels_of(out)
     assert [row["image"] for row in rows] == [f"n01/n01_{i}.JPEG" for i in range(5)] + [f"n02/n02_{i}.JPEG" for i in range(3)]
     for row in rows:
@@ -246,8 +250,12 @@ def test_shards_of_class_folders_and_their_labels(classes: Path, tmp_path: Path)
     assert (out / "labels.csv").read_text() == before
     os.utime(classes / "n01" / "n01_2.JPEG", ns=(1, 1))
     assert [each.skipped for each in import_images(classes, out, fit="crop", no_mpp=True, size=32, shard=2)] == [
-        True, False, True, True, True,
-    ]  # fmt: skip
+        True,
+        False,
+        True,
+        True,
+        True,
+    ]
     with pytest.raises(UserError, match=r"n01-0002.h5: of an earlier import with other images or another --shard: delete it"):
         import_images(classes, out, fit="crop", no_mpp=True, size=32, shard=3)
 
@@ -268,8 +276,11 @@ def test_a_bad_image_is_named_and_its_shard_goes_on(classes: Path, tmp_path: Pat
     call = {"fit": "crop", "no_mpp": True, "size": 32, "boxes": tmp_path / "xml"}
     outcomes = {each.item: each for each in import_images(classes, out, **call)}
     assert [(name, each.ok) for name, each in outcomes.items()] == [
-        ("n01-0000", True), ("n02-0000", True), ("n01/n01_1.JPEG", False), ("n02/n02_2.JPEG", False),
-    ]  # fmt: skip
+        ("n01-0000", True),
+        ("n02-0000", True),
+        ("n01/n01_1.JPEG", False),
+        ("n02/n02_2.JPEG", False),
+    ]
     assert f"{broken}: not a readable image" in outcomes["n01/n01_1.JPEG"].message
     assert "its boxes are of an image of 640 x 480" in outcomes["n02/n02_2.JPEG"].message
     with SlideFile(out / "n01-0000.h5") as file:
@@ -306,13 +317,16 @@ def test_splits_around_class_folders(tmp_path: Path) -> None:
     import_images(tmp_path / "in", tmp_path / "out", fit="crop", no_mpp=True, size=32)
     rows = labels_of(tmp_path / "out")
     assert [(row["slide_id"], row["label"], row["split"]) for row in rows] == [
-        ("train__cat-0000", "cat", "train"), ("train__dog-0000", "dog", "train"),
-        ("val__cat-0000", "cat", "val"), ("val__dog-0000", "dog", "val"),
-    ]  # fmt: skip
+        ("train__cat-0000", "cat", "train"),
+        ("train__dog-0000", "dog", "train"),
+        ("val__cat-0000", "cat", "val"),
+        ("val__dog-0000", "dog", "val"),
+    ]
     import_images(tmp_path / "in" / "val", tmp_path / "only", fit="crop", no_mpp=True, size=32)
     assert [(row["slide_id"], row["split"]) for row in labels_of(tmp_path / "only")] == [
-        ("val__cat-0000", "val"), ("val__dog-0000", "val"),
-    ]  # fmt: skip
+        ("val__cat-0000", "val"),
+        ("val__dog-0000", "val"),
+    ]
 
 
 def test_patients_and_scales_are_never_mixed_in_a_file(tmp_path: Path) -> None:

@@ -51,9 +51,12 @@ class Cluster:
         with (self.base / f"{module}-{len(self.processes)}.log").open("w") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", f"distributed.cli.{module}", "--scheduler-file", str(self.file), *words],
-                cwd=self.base, env=os.environ | failures | {"PYTHONPATH": folders}, stdout=log, stderr=log,
+                cwd=self.base,
+                env=os.environ | failures | {"PYTHONPATH": folders},
+                stdout=log,
+                stderr=log,
                 start_new_session=True,
-            )  # fmt: skip
+            )
         self.processes.append(process)
         return process
 
@@ -189,8 +192,9 @@ def test_what_hangs_or_kills_on_a_cluster_is_named_and_the_rest_goes_on(cluster:
     items = ["one", "hangs", "two", "dies", "three"]
     outcomes = run_cohort(items, work, title="t", scheduler=cluster.address, timeout=2)
     assert {outcome.item: outcome.message for outcome in outcomes if not outcome.ok} == {
-        "hangs": "no result after 2 s (--timeout): its reader hangs, or it needs more time", "dies": DIED,
-    }  # fmt: skip
+        "hangs": "no result after 2 s (--timeout): its reader hangs, or it needs more time",
+        "dies": DIED,
+    }
 
 
 def test_a_scheduler_that_goes_away_ends_the_run_with_a_line(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,8 +70,12 @@ def test_outcomes_come_in_order_and_failures_stop_nobody(workers: int) -> None:
 def test_a_worker_that_dies_takes_only_its_item_with_it() -> None:
     outcomes = run_cohort(["one", "dies", "two", "three", "four"], work, title="t", workers=2)
     assert [(outcome.item, outcome.ok) for outcome in outcomes] == [
-        ("one", True), ("dies", False), ("two", True), ("three", True), ("four", True),
-    ]  # fmt: skip
+        ("one", True),
+        ("dies", False),
+        ("two", True),
+        ("three", True),
+        ("four", True),
+    ]
     assert outcomes[1].message == DIED
 
 
@@ -260,8 +264,10 @@ def test_scan_says_which_slides_tile_will_refuse_and_why(tmp_path: Path, make_sl
     with (tmp_path / "m.csv").open() as file:
         rows = {row["slide_id"]: row for row in csv.DictReader(file)}
     assert {name: outcome.info.get("will_fail") for name, outcome in outcomes.items() if outcome.ok} == {
-        "good": 0, "coarse": 1, "silent": 1,
-    }  # fmt: skip
+        "good": 0,
+        "coarse": 1,
+        "silent": 1,
+    }
     assert "lie beyond its end" in rows["cut"]["problem"]
     assert "--mpp 0.5 is finer than the slide's 1" in rows["coarse"]["problem"]
     assert rows["silent"]["problem"].startswith("no mpp")

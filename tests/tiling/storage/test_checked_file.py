@@ -51,10 +51,12 @@ def outlines(folder: Path) -> Path:
     }
     features = [
         {
-            "type": "Feature", "geometry": {"type": "Polygon", "coordinates": [[*ring, ring[0]]]},
+            "type": "Feature",
+            "geometry": {"type": "Polygon", "coordinates": [[*ring, ring[0]]]},
             "properties": {"classification": {"name": name}},
-        } for name, ring in rings.items()
-    ]  # fmt: skip
+        }
+        for name, ring in rings.items()
+    ]
     path = folder / "S.geojson"
     path.write_text(json.dumps({"type": "FeatureCollection", "features": features}))
     return path
@@ -253,11 +255,13 @@ def test_a_file_of_an_earlier_version_is_read_and_annotated(annotated: Path, tmp
 @pytest.mark.parametrize(
     ("name", "value", "says"),
     [
-        ("objects/label", 99, "/objects/label does not fit"), ("objects/label", -2, "/objects/label does not fit"),
-        ("boxes/object", 10_000, "/boxes/object does not fit"), ("boxes/offsets", 10_000, "/boxes/offsets does not fit"),
+        ("objects/label", 99, "/objects/label does not fit"),
+        ("objects/label", -2, "/objects/label does not fit"),
+        ("boxes/object", 10_000, "/boxes/object does not fit"),
+        ("boxes/offsets", 10_000, "/boxes/offsets does not fit"),
         ("pixels/offsets", 1 << 40, "/pixels/offsets does not fit"),
     ],
-)  # fmt: skip
+)
 def test_numbers_that_point_beyond_are_told_without_checksums_too(
     name: str, value: int, says: str, annotated: Path, tmp_path: Path
 ) -> None:

@@ -41,9 +41,13 @@ def a_pipe(lock: Path, victim: Path) -> None:
 
 
 KINDS = {
-    linked: "is a symbolic link", dangling: "is a symbolic link", to_a_folder: "is a symbolic link",
-    hard_linked: "is a second name of another file", a_folder: "is a folder", a_pipe: "is no plain file",
-}  # fmt: skip
+    linked: "is a symbolic link",
+    dangling: "is a symbolic link",
+    to_a_folder: "is a symbolic link",
+    hard_linked: "is a second name of another file",
+    a_folder: "is a folder",
+    a_pipe: "is no plain file",
+}
 
 
 @pytest.fixture

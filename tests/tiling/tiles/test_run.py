@@ -53,8 +53,12 @@ def test_equal_names_in_different_folders_get_their_folders_in_front(tmp_path: P
         (tmp_path / name).touch()
     ids = {str(item.path.relative_to(tmp_path)): item.slide_id for item in find_slides([tmp_path])}
     assert ids == {
-        "x/one/s.svs": "x_one_s", "y/one/s.svs": "y_one_s", "y/two/t.svs": "t", "z/p.svs": "p_svs", "z/p.tif": "p_tif",
-    }  # fmt: skip
+        "x/one/s.svs": "x_one_s",
+        "y/one/s.svs": "y_one_s",
+        "y/two/t.svs": "t",
+        "z/p.svs": "p_svs",
+        "z/p.tif": "p_tif",
+    }
 
 
 def test_files_folders_and_globs_name_a_slide_once(cohort: Path) -> None:
@@ -169,8 +173,10 @@ def test_a_slide_that_is_done_is_not_opened_again(cohort: Path, tmp_path: Path, 
 def test_a_bad_slide_stops_nobody(cohort: Path, tmp_path: Path) -> None:
     outcomes = {outcome.item: outcome for outcome in tile([cohort], tmp_path / "out", 1.0, 64, workers=2)}
     assert {name: outcome.ok for name, outcome in outcomes.items()} == {
-        "TCGA-AA-1234-01Z": True, "broken": False, "silent": False,
-    }  # fmt: skip
+        "TCGA-AA-1234-01Z": True,
+        "broken": False,
+        "silent": False,
+    }
     for words in ("silent.svs", "openslide.mpp-x", "aperio.MPP", "manifest column mpp", "--assume-mpp", "resolution tags"):
         assert words in outcomes["silent"].message
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["TCGA-AA-1234-01Z.h5"]
@@ -251,8 +257,12 @@ def test_real_slides_tile_and_the_broken_one_does_not(test_data: Path, tmp_path:
     names = ["CMU-1-Small-Region.svs", "test3-DAPI.ndpi", "TCGA-CR-7395-01A-01-TS1.svs", "broken.svs", "boxes.tiff"]
     outcomes = {o.item: o for o in tile([slides / name for name in names], tmp_path, 0.5, 224, workers=1)}
     assert {name: outcome.ok for name, outcome in outcomes.items()} == {
-        "CMU-1-Small-Region": True, "test3-DAPI": True, "TCGA-CR-7395-01A-01-TS1": False, "broken": False, "boxes": False,
-    }  # fmt: skip
+        "CMU-1-Small-Region": True,
+        "test3-DAPI": True,
+        "TCGA-CR-7395-01A-01-TS1": False,
+        "broken": False,
+        "boxes": False,
+    }
     assert "72 dpi" in outcomes["boxes"].message
     with SlideFile(tmp_path / "test3-DAPI.h5") as file:
         assert file.mpp_level0 == pytest.approx(0.2282, abs=1e-4)

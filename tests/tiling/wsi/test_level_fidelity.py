@@ -33,16 +33,22 @@ def stained(sigma: float, height: int = 768, width: int = 1024) -> np.ndarray:
 def write(path: Path, rgb: np.ndarray, sampling: str = "444", side: int = SIDE) -> Path:
     """One level of stored JPEG tiles, its sides multiples of theirs."""
     pieces = (
-        simplejpeg.encode_jpeg(
-            np.ascontiguousarray(rgb[y : y + side, x : x + side]), quality=90, colorsubsampling=sampling
-        )
+        simplejpeg.encode_jpeg(np.ascontiguousarray(rgb[y : y + side, x : x + side]), quality=90, colorsubsampling=sampling)
         for y in range(0, rgb.shape[0], side)
         for x in range(0, rgb.shape[1], side)
-    )  # fmt: skip
+    )
     tifffile.imwrite(
-        path, pieces, shape=rgb.shape, dtype=np.uint8, tile=(side, side), compression="jpeg", photometric="ycbcr",
-        subsampling=SAMPLING[sampling], metadata=None, description="Aperio Image Library v11\nx|MPP = 0.25",
-    )  # fmt: skip
+        path,
+        pieces,
+        shape=rgb.shape,
+        dtype=np.uint8,
+        tile=(side, side),
+        compression="jpeg",
+        photometric="ycbcr",
+        subsampling=SAMPLING[sampling],
+        metadata=None,
+        description="Aperio Image Library v11\nx|MPP = 0.25",
+    )
     return path
 
 

@@ -57,9 +57,15 @@ def test_a_run_length_mask_becomes_its_outline_with_holes(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     "segmentation",
-    [[SQUARE], SQUARE, [[[x, y] for x, y in zip(SQUARE[::2], SQUARE[1::2], strict=True)]], json.dumps([SQUARE]),
-     [[x, y] for x, y in zip(SQUARE[::2], SQUARE[1::2], strict=True)], [[*SQUARE, 10, 10]]],
-)  # fmt: skip
+    [
+        [SQUARE],
+        SQUARE,
+        [[[x, y] for x, y in zip(SQUARE[::2], SQUARE[1::2], strict=True)]],
+        json.dumps([SQUARE]),
+        [[x, y] for x, y in zip(SQUARE[::2], SQUARE[1::2], strict=True)],
+        [[*SQUARE, 10, 10]],
+    ],
+)
 def test_a_polygon_is_read_in_every_way_it_is_written(tmp_path: Path, segmentation: Any) -> None:
     table = read(tmp_path, one(segmentation=segmentation, bbox=[0, 0, 1, 1]))
     assert table.geometry[0].equals(shapely.box(10, 10, 30, 30))

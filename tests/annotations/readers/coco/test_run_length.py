@@ -105,14 +105,25 @@ def test_a_mask_of_a_whole_slide_is_never_unpacked() -> None:
 @pytest.mark.parametrize(
     "mask",
     [
-        {}, {"size": [2, 2]}, {"size": [2], "counts": [4]}, {"size": [2, 2], "counts": [3]}, {"size": [2, 2], "counts": [1, 4]},
-        {"size": [2, 2], "counts": [-1, 5]}, {"size": [0, 2], "counts": []}, {"size": [2, 2], "counts": None},
-        {"size": [2, 2], "counts": "P"}, {"size": [2, 2], "counts": "4 "}, {"size": [2, 2], "counts": "4ä"},
-        {"size": [2, 2], "counts": "o" * 30 + "0"}, {"size": [1, 10**9], "counts": [0, 10**9]},
-        {"size": ["a", 2], "counts": [4]}, {"size": [2, 2], "counts": [2**70]},
-        {"size": [2, 2], "counts": [[4]]*2}, {"size": [2, 2], "counts": [2**62, 2**62]},
+        {},
+        {"size": [2, 2]},
+        {"size": [2], "counts": [4]},
+        {"size": [2, 2], "counts": [3]},
+        {"size": [2, 2], "counts": [1, 4]},
+        {"size": [2, 2], "counts": [-1, 5]},
+        {"size": [0, 2], "counts": []},
+        {"size": [2, 2], "counts": None},
+        {"size": [2, 2], "counts": "P"},
+        {"size": [2, 2], "counts": "4 "},
+        {"size": [2, 2], "counts": "4ä"},
+        {"size": [2, 2], "counts": "o" * 30 + "0"},
+        {"size": [1, 10**9], "counts": [0, 10**9]},
+        {"size": ["a", 2], "counts": [4]},
+        {"size": [2, 2], "counts": [2**70]},
+        {"size": [2, 2], "counts": [[4]] * 2},
+        {"size": [2, 2], "counts": [2**62, 2**62]},
     ],
-)  # fmt: skip
+)
 def test_what_is_no_mask_is_refused(mask: dict) -> None:
     with pytest.raises(ValueError, match=r".+"):
         runs_of(mask)

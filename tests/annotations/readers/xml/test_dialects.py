@@ -177,18 +177,26 @@ def test_halo_shapes_are_told_by_words(read) -> None:
         ),
         point_size_l0=2,
     )
-    assert same(table.geometry[[0, 1, 3, 4]], [
-        shapely.Polygon([(50, 50), (150, 50), (150, 150)]), shapely.box(250, 250, 350, 350), shapely.box(39, 59, 41, 61),
-        shapely.box(0, 0, 10, 10),
-    ])  # fmt: skip
+    assert same(
+        table.geometry[[0, 1, 3, 4]],
+        [
+            shapely.Polygon([(50, 50), (150, 50), (150, 150)]),
+            shapely.box(250, 250, 350, 350),
+            shapely.box(39, 59, 41, 61),
+            shapely.box(0, 0, 10, 10),
+        ],
+    )
     assert table.geometry[2].bounds == (450, 250, 550, 350)
     assert table.geometry[2].area == pytest.approx(3.14159 * 50 * 50, rel=2e-3)
     assert labels(table) == ["Tumor"] * 3 + ["Mitosis", None]
     assert table.kind.tolist() == [TISSUE] * 3 + [CELL, TISSUE]
     assert len(set(table.id)) == 5
     assert table.remarks.skipped == {
-        ("Tumor", "lines_skipped"): 2, ("Tumor", "empty"): 1, ("Tumor", "invalid_dropped"): 1, ("Tumor", "zero_area"): 1,
-    }  # fmt: skip
+        ("Tumor", "lines_skipped"): 2,
+        ("Tumor", "empty"): 1,
+        ("Tumor", "invalid_dropped"): 1,
+        ("Tumor", "zero_area"): 1,
+    }
     assert table.counts["features"] == len(table) + sum(table.remarks.skipped.values())
 
 

@@ -26,9 +26,19 @@ from tests.odis_path.conftest import tiny_config
 
 def row(step: int, **more: Any) -> dict[str, Any]:
     return {
-        "step": step, "epoch": step / 10, "loss": 8.0 - step / 100, "loss_obj": 4.5, "loss_patch": 3.5, "loss_koleo": 1.25,
-        "teacher_entropy": 3.0, "token_spread": 0.8, "lr": 5e-4, "images_per_s": 1234.0, "data_wait_share": 0.02, **more,
-    }  # fmt: skip
+        "step": step,
+        "epoch": step / 10,
+        "loss": 8.0 - step / 100,
+        "loss_obj": 4.5,
+        "loss_patch": 3.5,
+        "loss_koleo": 1.25,
+        "teacher_entropy": 3.0,
+        "token_spread": 0.8,
+        "lr": 5e-4,
+        "images_per_s": 1234.0,
+        "data_wait_share": 0.02,
+        **more,
+    }
 
 
 def open_log(folder: Path, **more: Any) -> RunLog:
@@ -135,9 +145,7 @@ def test_without_a_terminal_the_first_line_one_in_30_seconds_and_the_last(
     log.close()
     log.close()
     lines = capsys.readouterr().err.splitlines()
-    assert [line.split(",")[0] for line in lines] == [
-        f"pretraining odis: step {step}/100" for step in (10, 40, 70, 100, 100)
-    ]  # fmt: skip
+    assert [line.split(",")[0] for line in lines] == [f"pretraining odis: step {step}/100" for step in (10, 40, 70, 100, 100)]
     assert lines[0].endswith("ETA ?")
     assert lines[1].endswith("ETA 0:01:12")  # 60 steps to go at 1.2 s
     assert "loss 7.000 (obj 4.500, patch 3.500, koleo 1.250)" in lines[-1]
@@ -278,8 +286,10 @@ def test_a_later_start_adds_what_was_different(tmp_path: Path) -> None:
     record_start(tmp_path, 30, {"torch": "2.6", "ranks": 8})
     record_start(tmp_path, 50, {"torch": "2.7", "ranks": 1})
     assert json.loads((tmp_path / "versions.json").read_text()) == {
-        "torch": "2.6", "ranks": 1, "resumed": [{"step": 30, "ranks": 8}, {"step": 50, "torch": "2.7"}],
-    }  # fmt: skip
+        "torch": "2.6",
+        "ranks": 1,
+        "resumed": [{"step": 30, "ranks": 8}, {"step": 50, "torch": "2.7"}],
+    }
     (tmp_path / "versions.json").write_text("{torn")
     record_start(tmp_path, 60, {"torch": "2.7"})
     assert json.loads((tmp_path / "versions.json").read_text()) == {"torch": "2.7"}

@@ -233,10 +233,16 @@ def start_job(tmp_path: Path, *words: str) -> subprocess.Popen[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     env = {
-        **os.environ, "PATH": f"{fakes}:{os.environ['PATH']}", "FAKE": str(fakes), "PYTHON": sys.executable,
-        "OMP_NUM_THREADS": "1", "SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "node[0-1]", "MASTER_PORT": str(port),
+        **os.environ,
+        "PATH": f"{fakes}:{os.environ['PATH']}",
+        "FAKE": str(fakes),
+        "PYTHON": sys.executable,
+        "OMP_NUM_THREADS": "1",
+        "SLURM_JOB_ID": "77",
+        "SLURM_JOB_NODELIST": "node[0-1]",
+        "MASTER_PORT": str(port),
         "PYTHONPATH": str(ROOT),
-    }  # fmt: skip
+    }
     return subprocess.Popen(["bash", str(SCRIPT), *words], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

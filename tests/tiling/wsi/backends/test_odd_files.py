@@ -135,9 +135,15 @@ def write_every_other_pixel(path: Path, level: np.ndarray) -> None:
         for number in range(2):
             text = f"Aperio Image Library v11\n{len(level)}x{len(level)} (256x256) JPEG/RGB Q=95|MPP = 0.25"
             file.write(
-                level, tile=(256, 256), compression="jpeg", compressionargs={"level": 95}, photometric="rgb", metadata=None,
-                subfiletype=number, description=text,
-            )  # fmt: skip
+                level,
+                tile=(256, 256),
+                compression="jpeg",
+                compressionargs={"level": 95},
+                photometric="rgb",
+                metadata=None,
+                subfiletype=number,
+                description=text,
+            )
             level = level[::2, ::2]
 
 
@@ -171,9 +177,14 @@ def test_tiles_of_a_level_that_is_no_average_are_copied_only_when_it_is_asked_fo
 
 def test_stored_tiles_are_copied_at_an_mpp_that_is_no_round_number(tmp_path: Path, picture: np.ndarray) -> None:
     tifffile.imwrite(
-        tmp_path / "a.svs", picture, tile=(240, 240), compression="jpeg", photometric="rgb", metadata=None,
+        tmp_path / "a.svs",
+        picture,
+        tile=(240, 240),
+        compression="jpeg",
+        photometric="rgb",
+        metadata=None,
         description="Aperio Image Library v11\n1024x768 (240x240) JPEG/RGB Q=95|MPP = 0.4415",
-    )  # fmt: skip
+    )
     (outcome,) = tile([tmp_path / "a.svs"], tmp_path, 0.4415, 240, tissue="none", pixels="copy", workers=1)
     assert (outcome.ok, outcome.message) == (True, "")
     with SlideFile(tmp_path / "a.h5") as file:

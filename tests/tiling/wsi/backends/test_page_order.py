@@ -50,9 +50,15 @@ def write(path: Path, pages: Sequence[np.ndarray], flags: Sequence[int], hows: S
     with tifffile.TiffWriter(path, bigtiff=options.pop("bigtiff", False)) as file:
         for pixels, flag, how in zip(pages, flags, hows, strict=True):
             file.write(
-                pixels, photometric="rgb", metadata=None, subfiletype=flag, resolutionunit="CENTIMETER",
-                resolution=(20000 * pixels.shape[1] / 1024,) * 2, **STORED[how], **options,
-            )  # fmt: skip
+                pixels,
+                photometric="rgb",
+                metadata=None,
+                subfiletype=flag,
+                resolutionunit="CENTIMETER",
+                resolution=(20000 * pixels.shape[1] / 1024,) * 2,
+                **STORED[how],
+                **options,
+            )
     return path
 
 
@@ -174,9 +180,14 @@ def test_a_larger_picture_beneath_a_page_is_level_0(tmp_path: Path, levels: list
         for pixels, mpp, below in ((levels[2], 2.0, 1), (levels[0], 0.5, None)):
             resolution = (1e4 / mpp,) * 2
             file.write(
-                pixels, photometric="rgb", metadata=None, resolution=resolution, resolutionunit=3, subifds=below,
+                pixels,
+                photometric="rgb",
+                metadata=None,
+                resolution=resolution,
+                resolutionunit=3,
+                subifds=below,
                 **STORED["tiles lzw"],
-            )  # fmt: skip
+            )
     check_is_the_largest(tmp_path / "a.tif", levels[0])
     with pytest.raises(UserError, match=r"a\.tif: not a readable slide \(image: its largest page lies beneath another"):
         Slide.open(tmp_path / "a.tif", reader="image")
@@ -196,9 +207,13 @@ def test_an_ome_pyramid_beneath_its_page_has_nothing_left_out(tmp_path: Path, le
         scale = {"PhysicalSizeX": 0.5, "PhysicalSizeY": 0.5}
         for number, pixels in enumerate(levels):
             file.write(
-                pixels, photometric="rgb", subfiletype=int(number > 0), subifds=None if number else 2,
-                metadata=None if number else scale, **STORED["tiles jpeg"],
-            )  # fmt: skip
+                pixels,
+                photometric="rgb",
+                subfiletype=int(number > 0),
+                subifds=None if number else 2,
+                metadata=None if number else scale,
+                **STORED["tiles jpeg"],
+            )
     assert check_is_the_largest(tmp_path / "a.ome.tif", levels[0]) == ""
 
 
@@ -209,9 +224,12 @@ def test_a_scanners_own_file_is_as_before(
     text = "Aperio Image Library v11\n1024x768 (128x128) JPEG/RGB Q=95|AppMag = 20|MPP = 0.5"
     with tifffile.TiffWriter(tmp_path / "a.svs") as file:
         for pixels, how, flag in (
-            (levels[0], "tiles jpeg", 0), (levels[2], "strips", 0), (levels[1], "tiles jpeg", 0), (macro, "strips", 1),
+            (levels[0], "tiles jpeg", 0),
+            (levels[2], "strips", 0),
+            (levels[1], "tiles jpeg", 0),
+            (macro, "strips", 1),
             (macro[:, :120].copy(), "strips", 9),
-        ):  # fmt: skip
+        ):
             file.write(pixels, photometric="rgb", metadata=None, description=text, subfiletype=flag, **STORED[how])
     for reader in ("auto", "openslide", "tiffslide"):
         assert check_is_the_largest(tmp_path / "a.svs", levels[0], reader) == ""

@@ -128,9 +128,17 @@ def test_an_unscanned_tile_is_white_through_every_reader_and_no_tissue(tmp_path:
     ]
     tiles[1] = b""
     tifffile.imwrite(
-        tmp_path / "a.svs", iter(tiles), shape=(512, 512, 3), dtype=np.uint8, tile=(256, 256), compression="jpeg",
-        photometric="ycbcr", subsampling=(2, 2), metadata=None, description="Aperio Image Library v11|MPP = 0.5",
-    )  # fmt: skip
+        tmp_path / "a.svs",
+        iter(tiles),
+        shape=(512, 512, 3),
+        dtype=np.uint8,
+        tile=(256, 256),
+        compression="jpeg",
+        photometric="ycbcr",
+        subsampling=(2, 2),
+        metadata=None,
+        description="Aperio Image Library v11|MPP = 0.5",
+    )
     for reader in ("direct", "openslide"):
         with Slide.open(tmp_path / "a.svs", reader=reader) as slide:
             assert (slide.read_region(256, 0, 256, 256, 128, 128) == 255).all()

@@ -63,9 +63,17 @@ def abbreviated(stream: bytes) -> tuple[bytes, bytes]:
 
 
 def write(
-    path: Path, rgb: np.ndarray, colours: str = "ycbcr", *, stated: str = "", tables: bool = False, aperio: bool = True,
-    change: Callable[[list[bytes]], list[bytes]] | None = None, mpp: float = 0.25, **options: bool,
-) -> Path:  # fmt: skip
+    path: Path,
+    rgb: np.ndarray,
+    colours: str = "ycbcr",
+    *,
+    stated: str = "",
+    tables: bool = False,
+    aperio: bool = True,
+    change: Callable[[list[bytes]], list[bytes]] | None = None,
+    mpp: float = 0.25,
+    **options: bool,
+) -> Path:
     """One level of stored tiles; `change` may put others in their place before they are written."""
     tiles = list(jpeg_tiles(rgb, colours))
     extra: list[tuple] = []
@@ -77,10 +85,17 @@ def write(
     text = f"Aperio Image Library v11\n{width}x{height} [0,0 {width}x{height}] (256x256) JPEG/RGB Q=92|MPP = {mpp}"
     with tifffile.TiffWriter(path, **options) as file:
         file.write(
-            iter(change(tiles) if change else tiles), shape=rgb.shape, dtype=np.uint8, tile=(SIDE, SIDE), compression="jpeg",
-            photometric=stated or colours, subsampling=(2, 2) if (stated or colours) == "ycbcr" else None, metadata=None,
-            description=text if aperio else None, extratags=extra,
-        )  # fmt: skip
+            iter(change(tiles) if change else tiles),
+            shape=rgb.shape,
+            dtype=np.uint8,
+            tile=(SIDE, SIDE),
+            compression="jpeg",
+            photometric=stated or colours,
+            subsampling=(2, 2) if (stated or colours) == "ycbcr" else None,
+            metadata=None,
+            description=text if aperio else None,
+            extratags=extra,
+        )
     return path
 
 
@@ -142,9 +157,15 @@ def write_j2k(path: Path, rgb: np.ndarray, compression: int, change: Callable = 
     text = f"Aperio Image Library v11\n{width}x{height} (256x256) J2K/KDU Q=70|MPP = 0.25"
     with tifffile.TiffWriter(path) as file:
         file.write(
-            iter(change(tiles)), shape=rgb.shape, dtype=np.uint8, tile=(SIDE, SIDE), compression=compression,
-            photometric="rgb", metadata=None, description=text,
-        )  # fmt: skip
+            iter(change(tiles)),
+            shape=rgb.shape,
+            dtype=np.uint8,
+            tile=(SIDE, SIDE),
+            compression=compression,
+            photometric="rgb",
+            metadata=None,
+            description=text,
+        )
     return path
 
 
@@ -182,9 +203,15 @@ def test_a_level_that_is_no_average_is_not_read(tmp_path: Path, texture: np.ndar
     with tifffile.TiffWriter(tmp_path / "a.svs") as file:
         for level, rgb in enumerate((picture, np.asarray(coarse))):
             file.write(
-                rgb, tile=(SIDE, SIDE), compression="jpeg", photometric="rgb", compressionargs={"level": 95}, metadata=None,
-                description="Aperio Image Library|MPP = 0.25", subfiletype=level,
-            )  # fmt: skip
+                rgb,
+                tile=(SIDE, SIDE),
+                compression="jpeg",
+                photometric="rgb",
+                compressionargs={"level": 95},
+                metadata=None,
+                description="Aperio Image Library|MPP = 0.25",
+                subfiletype=level,
+            )
     with Slide.open(tmp_path / "a.svs") as slide:
         assert slide.info.reader == "direct"
         assert slide.true_level(2.0) == (1 if made == "average" else 0)
@@ -208,9 +235,15 @@ def test_levels_that_are_no_whole_part_are_read_directly(tmp_path: Path, texture
             picture = np.asarray(Image.fromarray(texture).resize(size, Image.Resampling.BOX))
             text = f"Aperio Image Library v11\n1300x1000 (256x256) -> {size[0]}x{size[1]} JPEG/RGB Q=92|MPP = 0.25"
             file.write(
-                picture, tile=(SIDE, SIDE), compression="jpeg", photometric="rgb", metadata=None, description=text,
-                subfiletype=number, compressionargs={"level": 92},
-            )  # fmt: skip
+                picture,
+                tile=(SIDE, SIDE),
+                compression="jpeg",
+                photometric="rgb",
+                metadata=None,
+                description=text,
+                subfiletype=number,
+                compressionargs={"level": 92},
+            )
     with Slide.open(path) as slide:
         assert (slide.info.reader, slide.info.level_downsamples[1].is_integer()) == ("direct", False)
         found = slide.reader.read(1, 0, 0, 649, 499)
@@ -273,9 +306,17 @@ def test_a_tile_left_out_of_a_coarser_level_comes_from_the_finer_one(tmp_path: P
         for level, rgb in enumerate((picture, coarse)):
             tiles = [b"" if level and i == 1 else tile for i, tile in enumerate(jpeg_tiles(rgb, "ycbcr"))]
             file.write(
-                iter(tiles), shape=rgb.shape, dtype=np.uint8, tile=(SIDE, SIDE), compression="jpeg", photometric="ycbcr",
-                subsampling=(2, 2), metadata=None, description="Aperio Image Library|MPP = 0.25", subfiletype=level,
-            )  # fmt: skip
+                iter(tiles),
+                shape=rgb.shape,
+                dtype=np.uint8,
+                tile=(SIDE, SIDE),
+                compression="jpeg",
+                photometric="ycbcr",
+                subsampling=(2, 2),
+                metadata=None,
+                description="Aperio Image Library|MPP = 0.25",
+                subfiletype=level,
+            )
     with (
         Slide.open(tmp_path / "a.svs", resample="pyramid") as slide,
         openslide.OpenSlide(str(tmp_path / "a.svs")) as theirs,
@@ -430,9 +471,10 @@ def test_decoded_tiles_are_let_go_after_their_last_use(tmp_path: Path, texture: 
         shared = SharedTiles(slide.reader, view, uses.copy())
         for around in edges.tolist():
             slide.block(
-                view, around,
+                view,
+                around,
                 lambda x, y, w, h: slide.reader.assemble(0, 1, (x, y, x + w, y + h), shared.get)[0],  # type: ignore[union-attr]
-            )  # fmt: skip
+            )
         assert not shared._kept
         assert (shared._left == 0).all()
         assert uses.max() >= 4

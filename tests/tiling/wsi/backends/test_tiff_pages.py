@@ -205,9 +205,16 @@ def test_what_was_not_scanned_is_white_in_each_level_where_it_is(tmp_path: Path,
     with tifffile.TiffWriter(tmp_path / "a.tif", byteorder=">") as file:
         for number, (level, tiles) in enumerate(zip((fine, coarse), stored, strict=True)):
             file.write(
-                iter(tiles), shape=level.shape, dtype=np.uint8, tile=(SIDE, SIDE), compression="deflate", photometric="rgb",
-                metadata=None, subfiletype=number, subifds=1 - number,
-            )  # fmt: skip
+                iter(tiles),
+                shape=level.shape,
+                dtype=np.uint8,
+                tile=(SIDE, SIDE),
+                compression="deflate",
+                photometric="rgb",
+                metadata=None,
+                subfiletype=number,
+                subifds=1 - number,
+            )
     with Slide.open(tmp_path / "a.tif", reader="tiffslide") as slide:
         reader = slide.reader
         assert reader.level_dimensions == ((601, 401), (300, 200))
@@ -282,9 +289,17 @@ def test_tiles_over_what_was_not_scanned_are_counted_whoever_reads(tmp_path: Pat
     path = tmp_path / "a.tif"
     tiles = (b"" if at == 3 else zlib.compress(np.ascontiguousarray(rgb[:256, :256]).tobytes()) for at in range(4))
     tifffile.imwrite(
-        path, tiles, shape=rgb.shape, dtype=np.uint8, tile=(256, 256), compression="adobe_deflate", photometric="rgb",
-        metadata=None, resolution=(20000, 20000), resolutionunit="CENTIMETER",
-    )  # fmt: skip
+        path,
+        tiles,
+        shape=rgb.shape,
+        dtype=np.uint8,
+        tile=(256, 256),
+        compression="adobe_deflate",
+        photometric="rgb",
+        metadata=None,
+        resolution=(20000, 20000),
+        resolutionunit="CENTIMETER",
+    )
     (outcome,) = tile([path], tmp_path / "out", 0.5, 128, tissue="none", workers=1, reader=reader)
     assert outcome.info["tiles"] == 16
     assert "4 tiles reach into what was not scanned" in outcome.message
@@ -295,9 +310,15 @@ def test_tiles_over_what_was_not_scanned_are_counted_whoever_reads(tmp_path: Pat
 def test_channels_of_16_bits_stored_apart_are_right_or_refused(tmp_path: Path, byteorder: Any, compression: str | None) -> None:
     rgb = np.random.default_rng(0).integers(0, 65536, (60, 80, 3), np.uint16)
     tifffile.imwrite(
-        tmp_path / "a.tif", np.moveaxis(rgb, -1, 0).copy(), planarconfig="separate", photometric="rgb", metadata=None,
-        compression=compression, byteorder=byteorder, rowsperstrip=16,
-    )  # fmt: skip
+        tmp_path / "a.tif",
+        np.moveaxis(rgb, -1, 0).copy(),
+        planarconfig="separate",
+        photometric="rgb",
+        metadata=None,
+        compression=compression,
+        byteorder=byteorder,
+        rowsperstrip=16,
+    )
     if compression is None:
         with pytest.raises(UserError, match="channels of 16 bits stored apart and not compressed"):
             Slide.open(tmp_path / "a.tif", assume_mpp=0.5)

@@ -59,11 +59,16 @@ def write(path: Path, pages: list[np.ndarray], orientations: list[int], subifds:
     with tifffile.TiffWriter(path, **opening) as file:
         for number, (pixels, orientation) in enumerate(zip(pages, orientations, strict=True)):
             file.write(
-                pixels, photometric="rgb", metadata=None, subfiletype=int(number > 0), resolutionunit="CENTIMETER",
+                pixels,
+                photometric="rgb",
+                metadata=None,
+                subfiletype=int(number > 0),
+                resolutionunit="CENTIMETER",
                 extratags=[(274, 3, 1, orientation, True)] if orientation else [],
                 resolution=(20000 * len(pixels) / len(pages[0]),) * 2,
-                subifds=len(pages) - 1 if subifds and not number else None, **options,
-            )  # fmt: skip
+                subifds=len(pages) - 1 if subifds and not number else None,
+                **options,
+            )
     return path
 
 
@@ -180,9 +185,14 @@ def test_a_level_of_another_orientation_is_left_out_and_told(
 def test_an_ome_tiff_is_shown_upright(tmp_path: Path, stored: np.ndarray) -> None:
     for side in (None, (SIDE, SIDE)):
         tifffile.imwrite(
-            tmp_path / "a.ome.tif", stored, photometric="rgb", tile=side, extratags=[(274, 3, 1, 6, True)], ome=True,
+            tmp_path / "a.ome.tif",
+            stored,
+            photometric="rgb",
+            tile=side,
+            extratags=[(274, 3, 1, 6, True)],
+            ome=True,
             metadata={"PhysicalSizeX": 0.5, "PhysicalSizeY": 0.5, "PhysicalSizeXUnit": "µm", "PhysicalSizeYUnit": "µm"},
-        )  # fmt: skip
+        )
         np.testing.assert_array_equal(shown(tmp_path / "a.ome.tif"), np.rot90(stored, -1))
         with Slide.open(tmp_path / "a.ome.tif") as slide:
             assert slide.info.mpp == 0.5
@@ -204,9 +214,17 @@ def test_unscanned_tiles_are_white_and_counted_where_they_stand_upright(tmp_path
     tiles = [np.full((SIDE, SIDE, 3), 90, np.uint8).tobytes()] * 12
     tiles[1] = tiles[11] = b""
     tifffile.imwrite(
-        tmp_path / "a.tif", iter(tiles), shape=(size[1], size[0], 3), dtype=np.uint8, tile=(SIDE, SIDE), photometric="rgb",
-        metadata=None, extratags=[(274, 3, 1, orientation, True)], resolution=(20000, 20000), resolutionunit="CENTIMETER",
-    )  # fmt: skip
+        tmp_path / "a.tif",
+        iter(tiles),
+        shape=(size[1], size[0], 3),
+        dtype=np.uint8,
+        tile=(SIDE, SIDE),
+        photometric="rgb",
+        metadata=None,
+        extratags=[(274, 3, 1, orientation, True)],
+        resolution=(20000, 20000),
+        resolutionunit="CENTIMETER",
+    )
     expected = np.full((size[1], size[0], 3), 90, np.uint8)
     expected[:SIDE, SIDE : 2 * SIDE] = expected[2 * SIDE :, 3 * SIDE :] = 255
     upright = UPRIGHT[orientation](expected)
