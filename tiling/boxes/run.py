@@ -21,7 +21,7 @@ from tiling.boxes.settings import AnnotateSettings, Kind, Origin, Reading, check
 from tiling.boxes.summary import CHANGED, RESULT_ATTR, BoxOutcomes, by_label, message, placement
 from tiling.jobs.outcome import Outcome
 from tiling.jobs.run import available_cpus, run_cohort
-from tiling.slide_file.merge import PARTS_ATTR, appended, new_files, parts_of, read_groups
+from tiling.slide_file.merge import PARTS_ATTR, files_to_read, merge_groups, read_groups, run_records
 from tiling.slide_file.read import SlideFile, list_slide_files
 from tiling.slide_file.write import parameters_hash, replace_groups
 from tiling.storage.checksums import DAMAGED
@@ -180,8 +180,8 @@ def _appended(path: Path, files: Sequence[Path], how: Reading) -> dict[str, Any]
         if not file.has_boxes:
             return _annotated(path, files, how)
         how = replace(how, settings=replace(how.settings, polygons=how.settings.polygons or file.has_polygons))
-        parts = parts_of(attrs, RECORD_ATTR)
-        new = new_files(path, files, _record(file, files, how.settings), parts)
+        parts = run_records(attrs, RECORD_ATTR)
+        new = files_to_read(path, files, _record(file, files, how.settings), parts)
         before = len(file.objects_table()["label"])
         if not new:
             nothing = {
@@ -195,7 +195,7 @@ def _appended(path: Path, files: Sequence[Path], how: Reading) -> dict[str, Any]
             return {**nothing, "skipped": True, "message": f"nothing added: the objects of {names} are there already"}
         groups, result = _groups(file, new, how)
         parts.append(_record(file, new, how.settings))
-    added = appended(path, read_groups(path), groups)
+    added = merge_groups(path, read_groups(path), groups)
     record = {**parts[-1], "files": [stamp for part in parts for stamp in part["files"]]}
     result["there"] = before
     _sign(added, parameters_hash({"parts": parts})[1], record, result)

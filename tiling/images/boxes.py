@@ -30,7 +30,7 @@ Size = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Drawn:
+class ImageObjects:
     """Objects of one image, and the width and height of what they were drawn on, None where that is not stated.
 
     may_scale: a picture of another size is a copy of the image that was reduced or enlarged; else it is another image.
@@ -50,7 +50,7 @@ class BoxReport:
     notes: list[str] = field(default_factory=list)
 
 
-def coco_boxes(items: Sequence[ImageItem], coco: Path, report: BoxReport) -> tuple[dict[Path, Drawn], str]:
+def coco_boxes(items: Sequence[ImageItem], coco: Path, report: BoxReport) -> tuple[dict[Path, ImageObjects], str]:
     """The objects of each image that a COCO file names, and a hash of the file; what is of none of them goes to the report.
 
     Raises UserError where it is missing, no COCO json, or names none of the images.
@@ -74,7 +74,7 @@ def coco_boxes(items: Sequence[ImageItem], coco: Path, report: BoxReport) -> tup
     digest = hashlib.sha256(b"%d" % METHOD_VERSION)
     digest.update(data)
     return {
-        path: Drawn(listed.tables[name], listed.sizes.get(name), coco, True) for path, name in names.items()
+        path: ImageObjects(listed.tables[name], listed.sizes.get(name), coco, True) for path, name in names.items()
     }, digest.hexdigest()
 
 
@@ -123,14 +123,14 @@ def box_folder(items: Sequence[ImageItem], folder: Path) -> Path:
     return folder
 
 
-def xml_boxes(path: Path) -> Drawn:
+def xml_boxes(path: Path) -> ImageObjects:
     """The objects of a box file."""
     from annotations.readers.xml.voc import read_voc
 
-    return Drawn(*read_voc(path), path)
+    return ImageObjects(*read_voc(path), path)
 
 
-def placed(drawn: Drawn, image: Path, size: Size) -> tuple[ObjectTable, str]:
+def placed(drawn: ImageObjects, image: Path, size: Size) -> tuple[ObjectTable, str]:
     """The objects in pixels of an image of this width and height, upright; and a remark where they were scaled.
 
     What was drawn on the picture as it is stored is turned upright with it, where the sizes tell.
@@ -240,7 +240,7 @@ def box_groups(
     return groups, {**counts, "result": result}, remarks
 
 
-def result_of(file: SlideFile) -> dict[str, Any]:
+def stored_result(file: SlideFile) -> dict[str, Any]:
     """The `result` and `message` that an earlier import stored with the boxes of a slide file; empty where there is none."""
     text = file.group_attrs("objects").get(RESULT_ATTR)
     if text is None:

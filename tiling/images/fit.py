@@ -41,7 +41,7 @@ class FitMap:
 
 
 @dataclass(frozen=True)
-class Fitted:
+class FittedImage:
     """jpeg: the tile. size: width and height of the upright image. note: what of the file is not shown."""
 
     jpeg: bytes
@@ -58,7 +58,7 @@ def fit_map(size: tuple[int, int], fit: str, size_px: int) -> FitMap:
     return FitMap((width - side) / 2, (height - side) / 2, side, side, size_px)
 
 
-def read_fitted(path: Path, fit: str, size_px: int) -> Fitted:
+def read_as_tile(path: Path, fit: str, size_px: int) -> FittedImage:
     """Decode an image, turn it upright, and make it one tile. Raises UserError where it cannot be read.
 
     A plain, flawless JPEG that has the wanted size keeps its own bytes; others are resampled bicubically with antialiasing and
@@ -69,7 +69,7 @@ def read_fitted(path: Path, fit: str, size_px: int) -> Fitted:
             size = (slide.info.width_l0, slide.info.height_l0)
             part = fit_map(size, fit, size_px)
             rgb = slide.read_region(part.x0, part.y0, part.width, part.height, size_px, size_px)
-        return Fitted(codec.encode_jpeg(rgb, QUALITY), size, slide.info.note)
+        return FittedImage(codec.encode_jpeg(rgb, QUALITY), size, slide.info.note)
     try:
         return _fitted(path.read_bytes(), fit, size_px)
     except Exception as error:  # pillow has many
@@ -77,7 +77,7 @@ def read_fitted(path: Path, fit: str, size_px: int) -> Fitted:
         raise UserError(f"{path}: not a readable image ({what}): copy it again or leave it out") from None
 
 
-def _fitted(data: bytes, fit: str, size_px: int) -> Fitted:
+def _fitted(data: bytes, fit: str, size_px: int) -> FittedImage:
     from PIL import Image
 
     Image.MAX_IMAGE_PIXELS = MAX_IMAGE_PIXELS
@@ -91,11 +91,11 @@ def _fitted(data: bytes, fit: str, size_px: int) -> Fitted:
         if rgb is None:
             rgb = as_rgb(np.asarray(_flattened(image)))
     if plain and orientation == 1 and stored == (size_px, size_px):
-        return Fitted(data, stored)
+        return FittedImage(data, stored)
     box = (part.x0 / shrunk, part.y0 / shrunk, (part.x0 + part.width) / shrunk, (part.y0 + part.height) / shrunk)
     tile = Image.fromarray(rgb).resize((size_px, size_px), Image.Resampling.BICUBIC, box=box)
     turned = np.ascontiguousarray(TURNS[orientation].array(np.asarray(tile)))
-    return Fitted(codec.encode_jpeg(turned, QUALITY), TURNS[orientation].size(*stored))
+    return FittedImage(codec.encode_jpeg(turned, QUALITY), TURNS[orientation].size(*stored))
 
 
 def _decoded_jpeg(data: bytes, part: FitMap, stored: tuple[int, int]) -> tuple[np.ndarray | None, int]:

@@ -18,7 +18,17 @@ from annotations.errors import UserError
 from tiling.boxes.summary import BoxOutcomes
 from tiling.cohort.scan import listed
 from tiling.grid import plan_grid
-from tiling.images.boxes import BoxReport, Drawn, box_folder, box_groups, clipped, coco_boxes, placed, result_of, xml_boxes
+from tiling.images.boxes import (
+    BoxReport,
+    ImageObjects,
+    box_folder,
+    box_groups,
+    clipped,
+    coco_boxes,
+    placed,
+    stored_result,
+    xml_boxes,
+)
 from tiling.images.fit import FITS, QUALITY, plain_jpeg
 from tiling.images.listing import TIFF_EXTENSIONS, ImageItem, apply_manifest, box_file, find_images
 from tiling.images.shards import NOMINAL_MPP, ShardSettings, import_shards
@@ -39,7 +49,7 @@ from tiling.storage.atomic import atomic_path
 from tiling.storage.locks import claim, same_settings
 from tiling.storage.paths import from_home
 from tiling.storage.touched import was_touched
-from tiling.tiles.resume import has_boxes, refuse_other
+from tiling.tiles.resume import check_same_slide, has_boxes
 from tiling.tiles.run import THUMBNAIL_SIDE_PX, _made, _overview
 from tiling.wsi import codec
 from tiling.wsi.backends.base import MAX_IMAGE_PIXELS
@@ -56,7 +66,7 @@ POOL_FROM = 200  # an image takes milliseconds: fewer are not worth starting pro
 SUB_IFDS = 330  # TIFF tag: pages beneath one
 COUNTED = ("tiles", "boxes")  # keys of Outcome.info that are summed
 LABEL_COLUMNS = ("slide_id", "x", "y", "label", "patient_id", "image")
-Work = tuple[ImageItem, Drawn | None]
+Work = tuple[ImageItem, ImageObjects | None]
 LabelRow = tuple[ImageItem, str, int, int]  # image, slide_id, x, y
 
 
@@ -165,7 +175,7 @@ def _check_options(
 
 
 def _import_each(
-    items: Sequence[ImageItem], drawn: dict[Path, Drawn], out: Path, settings: ImportSettings, how: dict[str, Any]
+    items: Sequence[ImageItem], drawn: dict[Path, ImageObjects], out: Path, settings: ImportSettings, how: dict[str, Any]
 ) -> tuple[list[Outcome], list[LabelRow]]:
     """A slide file per image; outcomes and the place of every tile."""
     work = partial(import_image, out=out, settings=settings)
@@ -184,7 +194,7 @@ def import_image(pair: Work, out: Path, settings: ImportSettings) -> dict[str, A
         return _imported(*pair, path, settings)
 
 
-def _imported(item: ImageItem, drawn: Drawn | None, path: Path, settings: ImportSettings) -> dict[str, Any]:
+def _imported(item: ImageItem, drawn: ImageObjects | None, path: Path, settings: ImportSettings) -> dict[str, Any]:
     xml = box_file(settings.boxes, item) if settings.boxes is not None else None
     stamp = source_stamp(item.path)  # before the image is opened: it may be replaced meanwhile
     found = _known_mpp(item, settings)
@@ -336,7 +346,7 @@ def _done(path: Path, parameters: dict[str, Any], item: ImageItem) -> dict[str, 
             if was_touched(path):
                 file.check()
             attrs, patient_id, source = file.attrs, file.patient_id, file.source
-            done: dict[str, Any] = {"tiles": len(file), "boxes": len(file.boxes_table()["object"]), **result_of(file)}
+            done: dict[str, Any] = {"tiles": len(file), "boxes": len(file.boxes_table()["object"]), **stored_result(file)}
             if item.label:
                 done["coords"] = file.coords.tolist()
         stamp = (int(attrs["source_size"]), int(attrs["source_mtime_ns"]))
@@ -345,7 +355,7 @@ def _done(path: Path, parameters: dict[str, Any], item: ImageItem) -> dict[str, 
         check_ours(path)
         return None  # damaged: made anew
     now = source_stamp(item.path)
-    refuse_other(path, source, stamp, item.path, now)
+    check_same_slide(path, source, stamp, item.path, now)
     if not same or stamp != now:
         return None
     if item.patient_id and item.patient_id != patient_id:

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from annotations.errors import UserError
-from tiling.images.boxes import Drawn, box_groups, clipped, joined, moved, placed, result_of, xml_boxes
-from tiling.images.fit import QUALITY, FitMap, Fitted, fit_map, probe_image, read_fitted
+from tiling.images.boxes import ImageObjects, box_groups, clipped, joined, moved, placed, stored_result, xml_boxes
+from tiling.images.fit import QUALITY, FitMap, FittedImage, fit_map, probe_image, read_as_tile
 from tiling.images.listing import ImageItem, box_file
 from tiling.jobs.outcome import Outcome, one_line
 from tiling.jobs.run import run_cohort
@@ -71,7 +71,7 @@ class Shard:
     source: Path
     mpp: float | None
     items: tuple[ImageItem, ...]
-    coco: tuple[Drawn | None, ...]
+    coco: tuple[ImageObjects | None, ...]
 
     def __str__(self) -> str:
         return self.slide_id
@@ -93,7 +93,7 @@ class Shard:
 
 def import_shards(
     items: Sequence[ImageItem],
-    coco: Mapping[Path, Drawn],
+    coco: Mapping[Path, ImageObjects],
     out: Path,
     settings: ShardSettings,
     per_shard: int,
@@ -116,7 +116,7 @@ def import_shards(
 
 
 def plan_shards(
-    items: Sequence[ImageItem], coco: Mapping[Path, Drawn], mpps: Mapping[Path, float] | None, per_shard: int
+    items: Sequence[ImageItem], coco: Mapping[Path, ImageObjects], mpps: Mapping[Path, float] | None, per_shard: int
 ) -> list[Shard]:
     """Shards of at most `per_shard` images of one folder, one patient and one mpp, named `<folder>-<number>`.
 
@@ -195,12 +195,12 @@ def _imported(shard: Shard, path: Path, settings: ShardSettings) -> dict[str, An
     parameters = _parameters(shard, settings)
     if (done := _done(path, parameters)) is not None:
         return {"skipped": True, **done, "present": list(range(len(shard.items)))}
-    tiles: list[Fitted] = []
+    tiles: list[FittedImage] = []
     objects: list[tuple[ObjectTable, TileBoxes] | None] = []
     present, bad, scaled = [], [], 0
     for i, item in enumerate(shard.items):
         try:
-            tile = read_fitted(item.path, settings.fit, settings.size_px)
+            tile = read_as_tile(item.path, settings.fit, settings.size_px)
             drawn = shard.coco[i] or _box_file(item, settings)
             table, boxes, remark = (None, None, "") if drawn is None else _placed(drawn, item, tile, settings)
             objects.append(None if table is None or boxes is None else (table, boxes))
@@ -260,17 +260,19 @@ def _done(path: Path, parameters: dict[str, Any]) -> dict[str, Any] | None:
                 file.check()
             if file.attrs["parameters_sha256"] != parameters_hash(parameters)[1] or int(file.group_attrs("images")["failed"]):
                 return None
-            return {"tiles": len(file), "boxes": len(file.boxes_table()["object"]), **result_of(file)}
+            return {"tiles": len(file), "boxes": len(file.boxes_table()["object"]), **stored_result(file)}
     except (UserError, OSError, KeyError, RuntimeError):
         return None  # damaged, or not ours: made anew
 
 
-def _box_file(item: ImageItem, settings: ShardSettings) -> Drawn | None:
+def _box_file(item: ImageItem, settings: ShardSettings) -> ImageObjects | None:
     path = box_file(settings.boxes, item) if settings.boxes is not None else None
     return None if path is None else xml_boxes(path)
 
 
-def _placed(drawn: Drawn, item: ImageItem, tile: Fitted, settings: ShardSettings) -> tuple[ObjectTable, TileBoxes, str]:
+def _placed(
+    drawn: ImageObjects, item: ImageItem, tile: FittedImage, settings: ShardSettings
+) -> tuple[ObjectTable, TileBoxes, str]:
     """The objects of an image in pixels of its tile, whole; their boxes, clipped; and a remark where they were scaled."""
     table, scaled = placed(drawn, item.path, tile.size)
     part: FitMap = fit_map(tile.size, settings.fit, settings.size_px)
@@ -284,7 +286,7 @@ def _write(
     settings: ShardSettings,
     parameters: dict[str, Any],
     present: list[int],
-    tiles: list[Fitted],
+    tiles: list[FittedImage],
     objects: list[tuple[ObjectTable, TileBoxes] | None],
     failed: int,
     resized: str,
@@ -319,7 +321,7 @@ def _write(
     return counts, remarks
 
 
-def _mosaic(shard: Shard, settings: ShardSettings, present: list[int], tiles: list[Fitted]) -> dict[str, GroupContent]:
+def _mosaic(shard: Shard, settings: ShardSettings, present: list[int], tiles: list[FittedImage]) -> dict[str, GroupContent]:
     """The group /thumbnail: the grid of tiles, small."""
     import simplejpeg
     from PIL import Image
@@ -334,7 +336,7 @@ def _mosaic(shard: Shard, settings: ShardSettings, present: list[int], tiles: li
     return dict(_overview(picture, None, settings.size_px / cell))
 
 
-def _left_out(tiles: Sequence[Fitted]) -> list[str]:
+def _left_out(tiles: Sequence[FittedImage]) -> list[str]:
     """Remarks on parts of images that are left out, each with the number of images."""
     notes = Counter(tile.note for tile in tiles if tile.note)
     return [f"{note} ({count} images)" if count > 1 else note for note, count in notes.items()]

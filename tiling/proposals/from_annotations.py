@@ -10,7 +10,7 @@ import numpy as np
 
 from annotations.errors import UserError
 from tiling.boxes.run import HASH_ATTR as ANNOTATED_ATTR
-from tiling.slide_file.merge import appended, read_groups, without
+from tiling.slide_file.merge import drop_objects, merge_groups, read_groups
 from tiling.slide_file.read import SlideFile
 from tiling.slide_file.write import parameters_hash, replace_groups
 from tiling.storage.locks import claim
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 
 METHOD_VERSION = 1  # raise it when the method changes, so that old groups are made anew
-GATHERED_ATTR = "gathered_sha256"
+CLUSTERS_ATTR = "gathered_sha256"
 
 
-def gather_slide(path: Path, how: Gathering | None = None) -> dict[str, Any]:
+def propose_from_annotations(path: Path, how: Gathering | None = None) -> dict[str, Any]:
     """Add clusters of cells and parts of tissue to the boxes of one slide file; earlier ones are replaced.
 
     Returns counts of clusters and parts, and `skipped`. Raises UserError where the file holds no annotated objects.
@@ -44,16 +44,16 @@ def gather_slide(path: Path, how: Gathering | None = None) -> dict[str, Any]:
             attrs = file.group_attrs("objects")
             stamp = [METHOD_VERSION, asdict(how), str(attrs.get(ANNOTATED_ATTR)), int(annotated.sum()), file.has_polygons]
             digest = parameters_hash({"gathered": stamp})[1]
-            if attrs.get(GATHERED_ATTR) == digest:
+            if attrs.get(CLUSTERS_ATTR) == digest:
                 return {"skipped": True, **_counts(objects["label"], objects["labels"])}
             table = gathered(table_of_boxes(file), file.mpp_level0, how)
             boxes = clip_to_tiles(table.geometry, file.coords, file.size_l0, file.patch_size, polygons=file.has_polygons)
             new = annotation_groups(table, boxes, file.mpp_level0)
             if boxes.polygons is not None:
                 new["boxes"]["polygon"] = boxes.polygons.arrays()
-        old = without(read_groups(path), (CLUSTER_LABEL, PART_LABEL))
-        groups = appended(path, old, new)
-        groups["objects"]["attrs"][GATHERED_ATTR] = digest
+        old = drop_objects(read_groups(path), (CLUSTER_LABEL, PART_LABEL))
+        groups = merge_groups(path, old, new)
+        groups["objects"]["attrs"][CLUSTERS_ATTR] = digest
         replace_groups(path, groups)
     return _counts(groups["objects"]["label"], groups["objects"]["attrs"]["labels"])
 

@@ -14,7 +14,7 @@ import numpy as np
 from annotations.errors import UserError
 from tiling.jobs.run import run_cohort
 from tiling.jobs.summary import Outcomes
-from tiling.proposals.from_annotations import gather_slide
+from tiling.proposals.from_annotations import propose_from_annotations
 from tiling.proposals.nuclei import LABELS, Proposals, propose_tile
 from tiling.proposals.stain import ProposalSettings, slide_levels
 from tiling.slide_file.read import SlideFile, list_slide_files
@@ -26,7 +26,7 @@ PROPOSAL_KIND = 2  # annotations.objects.PROPOSAL
 METHOD_VERSION = 2  # raise it when the method changes, so that old proposals are made anew
 LEVEL_TILES = 48  # tiles looked at to learn a slide's levels
 COUNTED = ("nuclei", "clusters", "glands", "vessels", "nests")  # in the order of LABELS
-GATHERED = ("clusters", "parts")  # with from_cells
+COUNTED_FROM_CELLS = ("clusters", "parts")  # with from_cells
 HASH_ATTR = "proposal_sha256"
 
 
@@ -50,12 +50,12 @@ def propose(
     if replace and from_cells:
         raise UserError("--replace overwrites the annotations that --from-cells needs: give one of them")
     files = [path.absolute() for path in list_slide_files(folder)]
-    work = gather_slide if from_cells else partial(propose_slide, replace=replace)
+    work = propose_from_annotations if from_cells else partial(propose_slide, replace=replace)
     folder = Path(folder)
     how: dict[str, Any] = {"workers": workers, "scheduler": scheduler, "timeout": timeout, "folder": folder, "wrote": Path}
     with same_settings(folder, "propose", {"method": METHOD_VERSION, "replace": replace, "from_cells": from_cells}):
         outcomes = run_cohort(files, work, title="propose", name=_name, **how)
-    return Outcomes(outcomes, "propose", folder, GATHERED if from_cells else COUNTED, perf_counter() - begun)
+    return Outcomes(outcomes, "propose", folder, COUNTED_FROM_CELLS if from_cells else COUNTED, perf_counter() - begun)
 
 
 def propose_slide(path: Path, replace: bool = False, settings: ProposalSettings | None = None) -> dict[str, Any]:

@@ -17,14 +17,16 @@ PARTS_ATTR = "annotation_parts"  # JSON: the record of every run whose objects a
 Groups = dict[str, dict[str, Any]]
 
 
-def parts_of(attrs: Mapping[str, Any], record_attr: str) -> list[dict[str, Any]]:
+def run_records(attrs: Mapping[str, Any], record_attr: str) -> list[dict[str, Any]]:
     """Records of the runs behind the groups of a slide file, the first one first; none where annotate wrote none of them."""
     if PARTS_ATTR in attrs:
         return json.loads(attrs[PARTS_ATTR])
     return [json.loads(attrs[record_attr])] if record_attr in attrs else []
 
 
-def new_files(path: Path, files: Sequence[Path], record: Mapping[str, Any], parts: Sequence[Mapping[str, Any]]) -> list[Path]:
+def files_to_read(
+    path: Path, files: Sequence[Path], record: Mapping[str, Any], parts: Sequence[Mapping[str, Any]]
+) -> list[Path]:
     """The files whose objects are not there yet. record: of this run, with the stamp of each file under "files".
 
     Raises UserError where a file of that name is there with another content or under other settings: its objects would be
@@ -53,7 +55,7 @@ def read_groups(path: Path) -> Groups:
         return {name: _group(file, name) for name in ("objects", "boxes")}
 
 
-def appended(path: Path, old: Groups, new: Groups) -> Groups:
+def merge_groups(path: Path, old: Groups, new: Groups) -> Groups:
     """The groups of a slide file with those of a further run behind them.
 
     Classes are merged by name. A column that only one of the two has is filled with NaN, -1 or "". Raises UserError where one
@@ -124,7 +126,7 @@ def _array(values: Any) -> np.ndarray:
     return np.array(values, dtype=object) if isinstance(values, list) else np.asarray(values)
 
 
-def without(groups: Groups, labels: tuple[str, ...]) -> Groups:
+def drop_objects(groups: Groups, labels: tuple[str, ...]) -> Groups:
     """/objects and /boxes of a slide file (`read_groups`) less the objects of some labels that are proposals."""
     from annotations.objects import PROPOSAL
 

@@ -20,7 +20,7 @@ Stamp = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Found:
+class ExistingFile:
     """A slide file that is there. stamp: size and time of its slide when it was tiled; undecoded: share of its overview."""
 
     tiles: int
@@ -35,7 +35,7 @@ class Found:
     has_pixels: bool
 
 
-def found_at(path: Path) -> Found | None:
+def read_existing(path: Path) -> ExistingFile | None:
     """The slide file at `path`; None where there is none, or a damaged one. UserError where it is no slide file at all.
 
     All that tile wrote is compared with its checksums where something touched the file since it was written.
@@ -46,7 +46,7 @@ def found_at(path: Path) -> Found | None:
         with SlideFile(path) as file:
             if was_touched(path):
                 file.check(boxes=False)
-            return Found(
+            return ExistingFile(
                 tiles=len(file),
                 bad_tiles=len(file.bad_tiles),
                 undecoded=float(file.group_attrs("thumbnail").get("undecoded", 0.0)),
@@ -72,7 +72,7 @@ def has_boxes(path: Path) -> bool:
         return False
 
 
-def refuse_other(path: Path, source: Path, stamp: Stamp, slide: Path, now: Stamp) -> None:
+def check_same_slide(path: Path, source: Path, stamp: Stamp, slide: Path, now: Stamp) -> None:
     """Raises UserError where a slide file holds the tiles of another slide, which is still there.
 
     source, stamp: what the file says of the slide that it was made of. now: stamp of `slide`. One file may have many URLs
@@ -91,13 +91,13 @@ def refuse_other(path: Path, source: Path, stamp: Stamp, slide: Path, now: Stamp
         )
 
 
-def up_to_date(found: Found, parameters: Mapping[str, Any], slide: Path, now: Stamp) -> bool:
+def up_to_date(found: ExistingFile, parameters: Mapping[str, Any], slide: Path, now: Stamp) -> bool:
     """Tell whether a slide file was made with these parameters from this slide, whose stamp is `now`."""
     moved = not found.has_pixels and found.source != absolute(slide)  # the slide itself is read later, where it is
     return found.digest == parameters_hash(parameters)[1] and found.stamp == now and not moved
 
 
-def why_anew(found: Found, parameters: Mapping[str, Any], now: Stamp) -> str:
+def reason_to_redo(found: ExistingFile, parameters: Mapping[str, Any], now: Stamp) -> str:
     """The reason why a slide file that is not up to date is made anew."""
     if found.stamp != now:
         return "the slide file changed"

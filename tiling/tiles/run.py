@@ -25,11 +25,11 @@ from tiling.storage.locks import claim, same_settings
 from tiling.storage.paths import absolute, place, shown, url_of
 from tiling.storage.slide_id import id_of
 from tiling.tiles.encode import encoded_tiles, stored_level, unscanned
-from tiling.tiles.resume import Found, Stamp, found_at, refuse_other, up_to_date, why_anew
+from tiling.tiles.resume import ExistingFile, Stamp, check_same_slide, read_existing, reason_to_redo, up_to_date
 from tiling.tiles.settings import TileSettings
 from tiling.tissue.drawn_regions import MASK_SUFFIXES, OUTLINE_SUFFIXES, region_file
 from tiling.tissue.outlines_out import clear_tissue, write_tissue
-from tiling.tissue.overview import Overview, look, mended, pen_shares, remarks
+from tiling.tissue.overview import Overview, fill_unreadable, pen_shares, read_overview, remarks
 from tiling.tissue.quality import blur_score
 from tiling.wsi import codec
 from tiling.wsi.level_alignment import about_levels
@@ -141,7 +141,7 @@ class Task:
     outlines: Path | None
     exclude: Path | None
     stamp: Stamp | None
-    there: Found | None
+    existing: ExistingFile | None
     damaged: bool
 
     def parameters(self, mpp_level0: float) -> dict[str, Any]:
@@ -164,9 +164,9 @@ def tile_slide(item: SlideItem, out: Path, settings: TileSettings, threads: int 
                 if item.mpp is not None or not _done(task, mpp.value, now):
                     return _tiled(slide, task, threads, mpp, now)
         write_tissue(settings.tissue_out, path, again=False)
-    assert task.there is not None
-    counts = {"tiles": task.there.tiles, "bad_tiles": task.there.bad_tiles, "megapixels": 0.0}
-    return {"skipped": True, **counts, "message": _undecoded(task.there.undecoded)}
+    assert task.existing is not None
+    counts = {"tiles": task.existing.tiles, "bad_tiles": task.existing.bad_tiles, "megapixels": 0.0}
+    return {"skipped": True, **counts, "message": _undecoded(task.existing.undecoded)}
 
 
 def _task(item: SlideItem, path: Path, settings: TileSettings) -> tuple[Task, Stamp]:
@@ -175,11 +175,11 @@ def _task(item: SlideItem, path: Path, settings: TileSettings) -> tuple[Task, St
     Raises UserError where another slide's tiles, or no tiles at all, lie where this one's are to go.
     """
     outlines, exclude = _regions(settings, item)
-    there, is_url = found_at(path), url_of(item.path) is not None
+    there, is_url = read_existing(path), url_of(item.path) is not None
     damaged = there is None and path.exists()
     now = source_stamp(item.path) if there is not None or not is_url else (-1, -1)
     if there is not None:
-        refuse_other(path, there.source, there.stamp, item.path, now)
+        check_same_slide(path, there.source, there.stamp, item.path, now)
     return Task(item, path, settings, outlines, exclude, None if is_url else now, there, damaged), now
 
 
@@ -195,7 +195,7 @@ def _tiled(slide: Slide, task: Task, threads: int, mpp: Mpp, now: Stamp) -> dict
     twin = _twin(path, item)
     clear_tissue(settings.tissue_out, path, overview, info.bounds_xy)
     groups: dict[str, GroupContent] = {
-        "thumbnail": _overview(overview.thumb, overview.mask, overview.downsample, slide.undecoded),
+        "thumbnail": _overview(overview.thumb, overview.tissue_mask, overview.downsample, slide.undecoded),
         "quality": quality,
     }
     bad: dict[int, str] = {}
@@ -208,7 +208,7 @@ def _tiled(slide: Slide, task: Task, threads: int, mpp: Mpp, now: Stamp) -> dict
         groups=groups,
     )
     write_tissue(settings.tissue_out, path, again=True)
-    had_boxes = task.there is not None and task.there.has_boxes
+    had_boxes = task.existing is not None and task.existing.has_boxes
     said = [
         mpp.note if mpp.source != "--assume-mpp" else "",
         _why_empty(plan, info, overview),
@@ -221,15 +221,15 @@ def _tiled(slide: Slide, task: Task, threads: int, mpp: Mpp, now: Stamp) -> dict
     message = "; ".join(remark for remark in said if remark)
     megapixels = len(plan.coords) * plan.size_l0**2 / 1e6 if settings.stores_pixels else 0.0
     counts = {"tiles": len(plan.coords), "bad_tiles": len(bad), "megapixels": megapixels, "reader": info.reader}
-    anew = why_anew(task.there, parameters, now) if task.there is not None else DAMAGED if task.damaged else ""
+    anew = reason_to_redo(task.existing, parameters, now) if task.existing is not None else DAMAGED if task.damaged else ""
     return {**counts, "mpp_source": mpp.source, "message": message, "redone": anew}
 
 
 def _looked(slide: Slide, task: Task, mpp_l0: float) -> Overview:
     find, keep_pen = task.settings.tissue == "auto", task.settings.pen == "keep"
     sought: dict[str, Any] = {"find": find, "keep_pen": keep_pen, "side_px": THUMBNAIL_SIDE_PX}
-    overview = look(slide, mpp_l0, task.outlines, task.exclude, **sought)
-    return mended(slide, overview, mpp_l0, keep_pen) if find and slide.undecoded else overview
+    overview = read_overview(slide, mpp_l0, task.outlines, task.exclude, **sought)
+    return fill_unreadable(slide, overview, mpp_l0, keep_pen) if find and slide.undecoded else overview
 
 
 def _regions(settings: TileSettings, item: SlideItem) -> tuple[Path | None, Path | None]:
@@ -292,7 +292,7 @@ def _sha256(path: Path) -> str:
 
 def _done(task: Task, mpp_level0: float, now: Stamp) -> bool:
     """Tell whether the slide file that is there is up to date; if so its patient_id is brought up to date."""
-    item, there = task.item, task.there
+    item, there = task.item, task.existing
     if there is None or not up_to_date(there, task.parameters(mpp_level0), item.path, now):
         return False
     if item.patient_id and item.patient_id != there.patient_id:
@@ -321,7 +321,7 @@ def _meta(task: Task, info: SlideInfo, mpp_level0: float, parameters: dict[str, 
 def _plan(settings: TileSettings, info: SlideInfo, mpp_level0: float, overview: Overview) -> GridPlan:
     size = (info.width_l0, info.height_l0, mpp_level0, settings.mpp, settings.size, settings.overlap)
     try:
-        return plan_grid(*size, overview.mask, overview.downsample, settings.min_tissue)
+        return plan_grid(*size, overview.tissue_mask, overview.downsample, settings.min_tissue)
     except UserError as error:
         raise UserError(f"{info.path}: {error}") from None
 

@@ -43,7 +43,7 @@ def clear_tissue(folder: str, slide_file: Path, overview: Overview, bounds_xy: t
     if not folder:
         return
     target = _target(folder, slide_file)
-    now = None if overview.mask is None else (overview.mask, overview.downsample, bounds_xy)
+    now = None if overview.tissue_mask is None else (overview.tissue_mask, overview.downsample, bounds_xy)
     try:
         found = target.read_bytes()
     except FileNotFoundError:

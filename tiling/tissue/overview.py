@@ -32,14 +32,14 @@ class Overview:
     excluded: np.ndarray | None
 
     @property
-    def mask(self) -> np.ndarray | None:
+    def tissue_mask(self) -> np.ndarray | None:
         """bool (h, w): where tiles are wanted; None where everywhere."""
         if self.excluded is None:
             return self.tissue
         return ~self.excluded if self.tissue is None else self.tissue & ~self.excluded
 
 
-def look(
+def read_overview(
     slide: Slide, mpp_l0: float, outlines: Path | None, exclude: Path | None, *, find: bool, keep_pen: bool, side_px: int = 1024
 ) -> Overview:
     """Read a slide's overview, its longer side `side_px`, in bands whatever the slide's size, and find its tissue.
@@ -85,7 +85,7 @@ def remarks(overview: Overview, plan: GridPlan, *, ink_dropped: bool) -> Iterato
     """
     if is_black(overview.thumb):
         yield f"warning: {BLACK_OVERVIEW}"
-    wanted = overview.mask
+    wanted = overview.tissue_mask
     if wanted is None:
         return
     found = overview.tissue if overview.tissue is not None else np.ones_like(wanted)
@@ -119,41 +119,41 @@ def _covered(plan: GridPlan, shape: tuple[int, ...], downsample: float) -> np.nd
     return change.cumsum(axis=0).cumsum(axis=1)[:height, :width] > 0
 
 
-MOST_MENDED = 0.25  # of the picture, for one part: the surroundings of a larger one say little of it
+MOST_FILLED = 0.25  # of the picture, for one part: the surroundings of a larger one say little of it
 
 
 LEAST_PX = 4  # pixels of the overview in a part
 
 
-def mended(slide: Slide, overview: Overview, mpp_l0: float, keep_pen: bool) -> Overview:
+def fill_unreadable(slide: Slide, overview: Overview, mpp_l0: float, keep_pen: bool) -> Overview:
     """The overview with its tissue found anew, as if lost parts looked like the nearest pixels that could be decoded.
 
     So tiles there are tiled, found torn, marked and counted; black, they would pass for padding. mpp_l0: micrometres per
     level-0 pixel. keep_pen: ink counts as tissue.
     """
-    lost = lost_parts(slide, overview.thumb, overview.downsample)
+    lost = unreadable_parts(slide, overview.thumb, overview.downsample)
     if not lost.any():
         return overview
-    thumb, um_per_px = filled(overview.thumb, lost), mpp_l0 * overview.downsample
+    thumb, um_per_px = nearest_readable(overview.thumb, lost), mpp_l0 * overview.downsample
     pen = np.zeros(lost.shape, bool) if is_dark(thumb) else pen_mask(thumb, um_per_px)
     tissue = tissue_mask(thumb, um_per_px, np.zeros(lost.shape, bool) if keep_pen else pen)
     return replace(overview, pen=pen, tissue=tissue)
 
 
-def lost_parts(slide: Slide, thumb: np.ndarray, downsample: float) -> np.ndarray:
+def unreadable_parts(slide: Slide, thumb: np.ndarray, downsample: float) -> np.ndarray:
     """bool (h, w): parts of an overview that are black because they cannot be decoded, not too large to be filled."""
     from scipy.ndimage import distance_transform_edt, label, maximum_position
 
     black = (thumb == 0).all(axis=2)
     pieces, count = label(black, np.ones((3, 3)))
     sizes = np.bincount(pieces.ravel(), minlength=count + 1)
-    fitting = [i for i in range(1, count + 1) if LEAST_PX <= sizes[i] <= MOST_MENDED * black.size]
+    fitting = [i for i in range(1, count + 1) if LEAST_PX <= sizes[i] <= MOST_FILLED * black.size]
     middles = maximum_position(distance_transform_edt(black), pieces, fitting) if fitting else []
     lost = [i for i, (y, x) in zip(fitting, middles, strict=True) if not _decodes(slide, int(x), int(y), downsample)]
     return np.isin(pieces, lost)
 
 
-def filled(thumb: np.ndarray, lost: np.ndarray) -> np.ndarray:
+def nearest_readable(thumb: np.ndarray, lost: np.ndarray) -> np.ndarray:
     """uint8 (h, w, 3) with the pixels of `lost`, bool (h, w), like the nearest others."""
     from scipy.ndimage import distance_transform_edt
 

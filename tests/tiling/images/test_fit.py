@@ -17,7 +17,7 @@ from annotations.errors import UserError
 from annotations.readers.coco.images import read_coco
 from annotations.readers.xml.voc import read_voc
 from tiling import SlideFile, import_images
-from tiling.images.fit import fit_map, read_fitted
+from tiling.images.fit import fit_map, read_as_tile
 from tiling.wsi.backends.upright import TURNS
 from tiling.wsi.codec import decode, encode_jpeg
 
@@ -133,7 +133,7 @@ def test_exif_turns_pixels_and_boxes(tmp_path: Path, orientation: int) -> None:
     with Image.open(path) as image:
         upright = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     height, width = upright.shape[:2]
-    fitted = read_fitted(path, "squash", 80)
+    fitted = read_as_tile(path, "squash", 80)
     assert fitted.size == (width, height)
     part = fit_map(fitted.size, "squash", 80)
     corners = np.array([box[:2], box[2:]], dtype=float)
@@ -157,7 +157,7 @@ def test_shrinking_is_antialiased(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     stripes = np.zeros((900, 1300, 3), np.uint8)
     stripes[:, ::2] = 255
     Image.fromarray(stripes).save(tmp_path / "s.png")
-    tile = decode(read_fitted(tmp_path / "s.png", "crop", 100).jpeg)
+    tile = decode(read_as_tile(tmp_path / "s.png", "crop", 100).jpeg)
     assert np.abs(tile.astype(int) - 128).max() <= 3
     rng = np.random.default_rng(0)
     noise = Image.fromarray(rng.integers(0, 255, (45, 65, 3), dtype=np.uint8)).resize((1300, 900), Image.Resampling.BICUBIC)
@@ -168,7 +168,7 @@ def test_shrinking_is_antialiased(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     tiles = []
     for spare in (2, 1000):
         monkeypatch.setattr("tiling.images.fit.SPARE", spare)
-        tiles.append(decode(read_fitted(tmp_path / "n.jpg", "crop", 100).jpeg).astype(int))
+        tiles.append(decode(read_as_tile(tmp_path / "n.jpg", "crop", 100).jpeg).astype(int))
     assert np.abs(tiles[1] - wanted).mean() < 0.5
     assert 0 < np.abs(tiles[0] - wanted).mean() < 2
     assert np.abs(np.roll(tiles[0], 1, axis=1) - wanted).mean() > 15

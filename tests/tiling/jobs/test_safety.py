@@ -263,7 +263,7 @@ def test_a_slide_replaced_while_it_is_read_fails(
     make_slide: MakeSlide, picture: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, new = make_slide(tmp_path / "S.svs", picture), make_slide(tmp_path / "new" / "S.svs", picture[::-1])
-    look = tiling.tiles.run.look
+    look = tiling.tiles.run.read_overview
 
     def slow(*args: Any, **named: Any) -> Any:
         found = look(*args, **named)
@@ -271,7 +271,7 @@ def test_a_slide_replaced_while_it_is_read_fails(
         return found
 
     with monkeypatch.context() as patched:
-        patched.setattr(tiling.tiles.run, "look", slow)
+        patched.setattr(tiling.tiles.run, "read_overview", slow)
         outcome = tiled(path, tmp_path / "out")
     assert not outcome.ok
     assert "S.svs: changed while it was read" in outcome.message

@@ -77,15 +77,15 @@ def test_clusters_and_parts_are_added_and_annotations_stay(folder: Path, polygon
 @pytest.mark.parametrize("polygons", [False, True])
 def test_groups_are_made_anew_and_not_twice(folder: Path, polygons: bool) -> None:
     from annotations.geometry.clusters import Gathering
-    from tiling.proposals.from_annotations import gather_slide
+    from tiling.proposals.from_annotations import propose_from_annotations
 
     annotate(folder, folder.parent / "a.geojson", workers=1, polygons=polygons)
     path = folder / "a.h5"
-    first = gather_slide(path)
-    none = gather_slide(path, Gathering(members=9))
+    first = propose_from_annotations(path)
+    none = propose_from_annotations(path, Gathering(members=9))
     assert none["clusters"] == 0
     assert shown(path, CLUSTER_LABEL) == [[], []]
-    assert gather_slide(path) == first
+    assert propose_from_annotations(path) == first
     with SlideFile(path) as file:
         assert len(set(file.objects_table()["id"])) == len(file.objects_table()["id"])
         assert file.objects_table()["labels"].count(CLUSTER_LABEL) == 1

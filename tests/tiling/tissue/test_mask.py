@@ -20,7 +20,7 @@ from tiling.slide_file.read import SlideFile
 from tiling.tiles.run import tile
 from tiling.tissue.drawn_regions import read_mask, read_outlines, write_outlines
 from tiling.tissue.mask import check_brightness, is_dark, tissue_mask, tissue_outlines
-from tiling.tissue.overview import look
+from tiling.tissue.overview import read_overview
 from tiling.wsi.level_view import SlideInfo
 from tiling.wsi.slide import Slide
 
@@ -354,7 +354,7 @@ def test_a_slide_of_one_level_needs_no_more_memory_than_a_band(make_slide: Calla
 @pytest.mark.parametrize(("name", "pieces"), [("CMU-1-Small-Region.svs", 1), ("test3-DAPI.ndpi", 3), ("camelyon_jp2k.dcm", 2)])
 def test_real_slides_have_no_ink_in_their_tissue(test_data: Path, name: str, pieces: int) -> None:
     with Slide.open(test_data / "slides" / name) as slide:
-        seen = look(slide, slide.info.mpp or 0.5, None, None, find=True, keep_pen=False)
+        seen = read_overview(slide, slide.info.mpp or 0.5, None, None, find=True, keep_pen=False)
     assert seen.tissue is not None
     assert seen.pen.mean() < 1e-3
     large = [each for each in tissue_outlines(seen.tissue, 1.0) if each.area > 0.02 * seen.tissue.size]
