@@ -38,7 +38,7 @@ from tiling.jobs.summary import Outcomes
 from tiling.slide_file.read import SlideFile, list_slide_files
 from tiling.storage.atomic import check_writable
 from tiling.storage.checksums import DAMAGED, DamagedError
-from tiling.storage.locks import claim, same_settings
+from tiling.storage.locks import lock_file, lock_settings
 
 if TYPE_CHECKING:
     from odis_path.embedding.encoder import FrozenEncoder
@@ -92,7 +92,7 @@ def embed(
         tell_size(encoder, files)
     if level == "slide":
         check_writable(target / SLIDES_FILE)
-    with same_settings(target, "embed", job.settings()):
+    with lock_settings(target, "embed", job.settings()):
         if another:
             for name in (SLIDES_FILE, PRETRAINING_FILE):
                 (target / name).unlink(missing_ok=True)
@@ -183,7 +183,7 @@ def feature_file(out: Path, path: Path) -> Path:
 def embed_slide(job: EmbedJob, path: Path) -> dict[str, Any]:
     """Embed one slide file; returns counts for the summary table."""
     target = feature_file(job.out, path)
-    with claim(target):
+    with lock_file(target):
         return _embedded(job, path, target)
 
 

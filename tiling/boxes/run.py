@@ -25,7 +25,7 @@ from tiling.slide_file.merge import PARTS_ATTR, files_to_read, merge_groups, rea
 from tiling.slide_file.read import SlideFile, list_slide_files
 from tiling.slide_file.write import parameters_hash, replace_groups
 from tiling.storage.checksums import DAMAGED
-from tiling.storage.locks import changes, claim, same_settings
+from tiling.storage.locks import describe_changes, lock_file, lock_settings
 
 if TYPE_CHECKING:
     from annotations.objects import ObjectTable
@@ -96,7 +96,7 @@ def annotate(
     work = partial(annotate_slide, settings=settings, append=append, stream=stream, processes=processes)
     folder = Path(folder)
     how: dict[str, Any] = {"workers": workers, "scheduler": scheduler, "timeout": timeout, "folder": folder, "wrote": _file_of}
-    with same_settings(folder, "annotate", {**asdict(settings), "append": append, "annotations": _in_short(used)}):
+    with lock_settings(folder, "annotate", {**asdict(settings), "append": append, "annotations": _in_short(used)}):
         outcomes = run_cohort(items, work, title="annotate", name=_name, **how)
     _tell_names(items, outcomes, unused)
     return BoxOutcomes(outcomes, "annotate", folder, COUNTED, perf_counter() - begun, verbose=verbose)
@@ -150,7 +150,7 @@ def annotate_slide(
         SlideFile(path).close()  # one that cannot be read is a failure all the same
         return {"objects": 0, "boxes": 0, "message": "no annotations"}
     how = Reading(settings, stream, processes)
-    with claim(path):
+    with lock_file(path):
         return _appended(path, files, how) if append else _annotated(path, files, how)
 
 
@@ -167,7 +167,7 @@ def _annotated(path: Path, files: Sequence[Path], how: Reading) -> dict[str, Any
     replace_groups(path, groups)
     redone = {"redone": DAMAGED} if damaged else {}
     if RECORD_ATTR in attrs:
-        redone = {"redone": changes(*_in_words(json.loads(attrs[RECORD_ATTR]), record))}
+        redone = {"redone": describe_changes(*_in_words(json.loads(attrs[RECORD_ATTR]), record))}
     return {**_outcome(result), **redone}
 
 

@@ -46,7 +46,7 @@ from tiling.slide_file.write import (
     write_slide_file,
 )
 from tiling.storage.atomic import atomic_path
-from tiling.storage.locks import claim, same_settings
+from tiling.storage.locks import lock_file, lock_settings
 from tiling.storage.paths import from_home
 from tiling.storage.touched import was_touched
 from tiling.tiles.resume import check_same_slide, has_boxes
@@ -136,7 +136,7 @@ def import_images(
     if labelled or fit != "tiles":  # labels.csv and the numbers of shards tell of all images of a run
         asked |= {"images": ", ".join(str(from_home(path).absolute()) for path in listed(images)), "shard": shard}
     how: dict[str, Any] = {"title": "import", "workers": workers, "scheduler": scheduler, "folder": made}
-    with same_settings(made, "import", asked):
+    with lock_settings(made, "import", asked):
         if isinstance(settings, ImportSettings):
             outcomes, rows = _import_each(items, drawn, made, settings, how)
         else:
@@ -190,7 +190,7 @@ def _import_each(
 def import_image(pair: Work, out: Path, settings: ImportSettings) -> dict[str, Any]:
     """Import one image; returns tiles, boxes, coords (of an image with a class), result, `message`, `skipped`."""
     path = _file_of(pair, out)
-    with claim(path):
+    with lock_file(path):
         return _imported(*pair, path, settings)
 
 

@@ -28,7 +28,7 @@ from tiling.jobs.outcome import Outcome, one_line
 from tiling.jobs.run import run_cohort
 from tiling.slide_file.read import SlideFile
 from tiling.slide_file.write import FORMAT_VERSION, GroupContent, SlideMeta, parameters_hash, source_stamp, write_slide_file
-from tiling.storage.locks import claim
+from tiling.storage.locks import lock_file
 from tiling.storage.paths import printable
 from tiling.storage.slide_id import safe_id
 from tiling.storage.touched import was_touched
@@ -183,7 +183,7 @@ def import_shard(shard: Shard, out: Path, settings: ShardSettings) -> dict[str, 
     A shard is done when its file has the same parameters, images and boxes (by size and time) and no image failed.
     """
     path = _file_of(shard, out)
-    with claim(path):
+    with lock_file(path):
         return _imported(shard, path, settings)
 
 

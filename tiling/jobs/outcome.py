@@ -10,7 +10,7 @@ from typing import Any
 
 from annotations.errors import UserError
 from tiling.storage.atomic import DiskFullError
-from tiling.storage.locks import BusyError
+from tiling.storage.locks import FileLockedError
 from tiling.storage.paths import with_slashes
 
 DIED = "the worker process died (out of memory, or killed from outside)"
@@ -73,7 +73,7 @@ def guarded(work: Callable[[Any], dict | None], item: Any, name: str) -> Outcome
     try:
         info = dict(work(item) or {})
         ok, skipped, message = True, bool(info.pop("skipped", False)), str(info.pop("message", ""))
-    except BusyError as busy:
+    except FileLockedError as busy:
         ok, skipped, message, info = False, False, "another run works on it", {BUSY: str(busy.lock)}
     except Exception as error:  # a bad item must not stop the cohort
         ok, skipped, message = False, False, one_line(error)

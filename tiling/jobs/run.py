@@ -20,7 +20,7 @@ from annotations.errors import UserError
 from tiling.jobs.dask import Sight, witnessed
 from tiling.jobs.outcome import BUSY, DIED, FULL, STOPS, Job, Outcome, guarded, one_line
 from tiling.jobs.summary import NOT_TRIED, Outcomes, Result, _Progress
-from tiling.storage.locks import is_claimed, sweep
+from tiling.storage.locks import is_locked, sweep
 
 if TYPE_CHECKING:
     pass
@@ -119,7 +119,7 @@ def _freed(locked: dict[int, Path], title: str) -> list[int]:
     said = False
     while locked:
         time.sleep(POLL_S)
-        if free := [index for index, lock in locked.items() if not is_claimed(lock)]:
+        if free := [index for index, lock in locked.items() if not is_locked(lock)]:
             for index in free:
                 del locked[index]
             return free

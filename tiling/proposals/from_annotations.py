@@ -13,7 +13,7 @@ from tiling.boxes.run import HASH_ATTR as ANNOTATED_ATTR
 from tiling.slide_file.merge import drop_objects, merge_groups, read_groups
 from tiling.slide_file.read import SlideFile
 from tiling.slide_file.write import parameters_hash, replace_groups
-from tiling.storage.locks import claim
+from tiling.storage.locks import lock_file
 
 if TYPE_CHECKING:
     from annotations.geometry.clusters import Gathering
@@ -35,7 +35,7 @@ def propose_from_annotations(path: Path, how: Gathering | None = None) -> dict[s
     from annotations.slide_groups import annotation_groups
 
     how = how or Gathering()
-    with claim(path):
+    with lock_file(path):
         with SlideFile(path) as file:
             objects = file.objects_table()
             annotated = objects["kind"] != PROPOSAL

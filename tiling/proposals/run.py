@@ -20,7 +20,7 @@ from tiling.proposals.stain import ProposalSettings, slide_levels
 from tiling.slide_file.read import SlideFile, list_slide_files
 from tiling.slide_file.write import parameters_hash, replace_groups
 from tiling.storage.checksums import DAMAGED
-from tiling.storage.locks import claim, same_settings
+from tiling.storage.locks import lock_file, lock_settings
 
 PROPOSAL_KIND = 2  # annotations.objects.PROPOSAL
 METHOD_VERSION = 2  # raise it when the method changes, so that old proposals are made anew
@@ -53,14 +53,14 @@ def propose(
     work = propose_from_annotations if from_cells else partial(propose_slide, replace=replace)
     folder = Path(folder)
     how: dict[str, Any] = {"workers": workers, "scheduler": scheduler, "timeout": timeout, "folder": folder, "wrote": Path}
-    with same_settings(folder, "propose", {"method": METHOD_VERSION, "replace": replace, "from_cells": from_cells}):
+    with lock_settings(folder, "propose", {"method": METHOD_VERSION, "replace": replace, "from_cells": from_cells}):
         outcomes = run_cohort(files, work, title="propose", name=_name, **how)
     return Outcomes(outcomes, "propose", folder, COUNTED_FROM_CELLS if from_cells else COUNTED, perf_counter() - begun)
 
 
 def propose_slide(path: Path, replace: bool = False, settings: ProposalSettings | None = None) -> dict[str, Any]:
     """Propose boxes for one slide file; returns counts as in COUNTED, and `skipped`."""
-    with claim(path):
+    with lock_file(path):
         return _proposed(path, replace, settings or ProposalSettings())
 
 

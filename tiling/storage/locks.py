@@ -29,7 +29,7 @@ SUFFIX = ".odis-lock"
 SETTLE_S = 5.0  # longer than another run takes to write down its settings
 
 
-class BusyError(Exception):
+class FileLockedError(Exception):
     """Another run works on it. `lock`: the lock it holds."""
 
     def __init__(self, lock: Path) -> None:
@@ -37,15 +37,15 @@ class BusyError(Exception):
         self.lock = lock
 
 
-def lock_of(path: Path) -> Path:
+def lock_path(path: Path) -> Path:
     """The lock file of a file that is worked on."""
     return path.parent / f".{path.name}{SUFFIX}"
 
 
 @contextmanager
-def claim(path: Path) -> Iterator[None]:
-    """Work on `path` alone within the block. Raises BusyError, at once, where another run (or thread) does."""
-    lock = lock_of(path)
+def lock_file(path: Path) -> Iterator[None]:
+    """Work on `path` alone within the block. Raises FileLockedError, at once, where another run (or thread) does."""
+    lock = lock_path(path)
     descriptor = _take(lock, shared=False)
     try:
         yield
@@ -54,13 +54,13 @@ def claim(path: Path) -> Iterator[None]:
             _drop(lock, descriptor)
 
 
-def is_claimed(lock: Path) -> bool:
+def is_locked(lock: Path) -> bool:
     """Tell whether a process holds this lock now."""
     if fcntl is None or not os.path.lexists(lock):
         return False
     try:
         descriptor = _take(lock, shared=False)
-    except BusyError:
+    except FileLockedError:
         return True
     except UserError:  # no lock at all: whoever wants to take it is told
         return False
@@ -70,7 +70,7 @@ def is_claimed(lock: Path) -> bool:
 
 
 @contextmanager
-def same_settings(folder: Path, command: str, settings: Mapping[str, Any]) -> Iterator[None]:
+def lock_settings(folder: Path, command: str, settings: Mapping[str, Any]) -> Iterator[None]:
     """Let other runs of `command` on `folder` join within the block if they have the same settings (JSON-able).
 
     Raises UserError where a live run has others: the folder would end as a mixture of the two.
@@ -84,7 +84,7 @@ def same_settings(folder: Path, command: str, settings: Mapping[str, Any]) -> It
     try:
         theirs = os.pread(descriptor, 1 << 20, 0).decode()
         if theirs != text:
-            what = changes(json.loads(theirs), json.loads(text))
+            what = describe_changes(json.loads(theirs), json.loads(text))
             raise UserError(
                 f"{folder}: another run of odis-path {command} is at work here with other settings ({what}): wait for it, "
                 "or give another folder"
@@ -109,11 +109,11 @@ def _joined(lock: Path, text: str) -> int | None:
             if descriptor is None or not _write_down(descriptor, text):
                 return None
             fcntl.flock(descriptor, fcntl.LOCK_SH)
-        except BusyError:
+        except FileLockedError:
             time.sleep(0.02)
             try:
                 descriptor = _take(lock, shared=True)
-            except BusyError:
+            except FileLockedError:
                 continue
         assert descriptor is not None
         with contextlib.suppress(OSError):
@@ -134,7 +134,7 @@ def _write_down(descriptor: int, text: str) -> bool:
     return True
 
 
-def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+def describe_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """Describe how two sets of parameters differ: "mpp 1.0, now 1.5; quality 90, now 70"."""
     keys = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
     return "; ".join(f"{key} {_short(old.get(key))}, now {_short(new.get(key))}" for key in keys)
@@ -154,13 +154,13 @@ def sweep(folder: Path) -> None:
         with os.scandir(folder) as entries:
             locks = [Path(entry.path) for entry in entries if entry.name.endswith(SUFFIX) and entry.name.startswith(".")]
         for lock in locks:
-            is_claimed(lock)
+            is_locked(lock)
 
 
 def _take(lock: Path, *, shared: bool) -> int | None:
     """A file descriptor that holds the lock; None where there are no locks.
 
-    Raises BusyError where it is held, UserError where something else has its name.
+    Raises FileLockedError where it is held, UserError where something else has its name.
     """
     if fcntl is None:
         return None
@@ -175,7 +175,7 @@ def _take(lock: Path, *, shared: bool) -> int | None:
             fcntl.flock(descriptor, how)
         except BlockingIOError:
             _close(descriptor)
-            raise BusyError(lock) from None
+            raise FileLockedError(lock) from None
         except OSError:
             with contextlib.suppress(OSError):
                 if not _read_only(descriptor):  # else another user's, who may hold it

@@ -11,7 +11,7 @@ from typing import Any
 from annotations.errors import UserError
 from tiling.slide_file.read import SlideFile
 from tiling.slide_file.write import check_ours, parameters_hash, source_stamp
-from tiling.storage.locks import changes
+from tiling.storage.locks import describe_changes
 from tiling.storage.paths import absolute, place, url_of
 from tiling.storage.touched import was_touched
 
@@ -101,7 +101,7 @@ def reason_to_redo(found: ExistingFile, parameters: Mapping[str, Any], now: Stam
     """The reason why a slide file that is not up to date is made anew."""
     if found.stamp != now:
         return "the slide file changed"
-    return changes(found.parameters, parameters) or "the slide was moved"
+    return describe_changes(found.parameters, parameters) or "the slide was moved"
 
 
 def _same(one: Path, other: Path) -> bool:

@@ -21,7 +21,7 @@ from tiling.jobs.summary import Outcomes
 from tiling.slide_file.read import SlideFile
 from tiling.slide_file.write import FORMAT_VERSION, GroupContent, SlideMeta, replace_groups, source_stamp, write_slide_file
 from tiling.storage.checksums import DAMAGED
-from tiling.storage.locks import claim, same_settings
+from tiling.storage.locks import lock_file, lock_settings
 from tiling.storage.paths import absolute, place, shown, url_of
 from tiling.storage.slide_id import id_of
 from tiling.tiles.encode import encoded_tiles, stored_level, unscanned
@@ -110,7 +110,7 @@ def _tile_all(
     work = partial(tile_slide, out=folder, settings=wanted, threads=max(1, cores // max(1, len(items))))
     how: dict[str, Any] = {"workers": workers, "scheduler": scheduler, "timeout": timeout, "folder": folder}
     how["wrote"] = partial(_file_of, out=folder)
-    with same_settings(folder, "tile", asdict(wanted)):
+    with lock_settings(folder, "tile", asdict(wanted)):
         outcomes = run_cohort(items, work, title="tile", name=str, **how)
     return Outcomes(outcomes, "tile", out, ("tiles", "bad_tiles", "megapixels"), perf_counter() - begun)
 
@@ -154,7 +154,7 @@ def tile_slide(item: SlideItem, out: Path, settings: TileSettings, threads: int 
     The rows of tiles that could not be decoded whole are listed in `/bad_tiles`, int64 (K,); there is none without them.
     """
     path = _file_of(item, out)
-    with claim(path):
+    with lock_file(path):
         task, now = _task(item, path, settings)
         # With the manifest's mpp all parameters are known, and a slide that is done need not be opened.
         if item.mpp is None or not _done(task, item.mpp, now):

@@ -21,7 +21,7 @@ from odis_path.features.read import read_features, read_slides_parquet
 from odis_path.training import loop
 from tests.odis_path.conftest import tiny_config, write_tiny_slide
 from tiling.slide_file.read import SlideFile
-from tiling.storage.locks import is_claimed, same_settings
+from tiling.storage.locks import is_locked, lock_settings
 
 
 @pytest.fixture(scope="module")
@@ -196,12 +196,12 @@ def test_a_run_with_other_settings_is_refused_while_one_is_at_work(
 ) -> None:
     other = {"model": "run/checkpoint-00000099.pt", "mode": "crop"}
     words = r"another run of odis-path embed .*mode crop, now full; model run/checkpoint-00000099\.pt, now run/checkpoint-0"
-    with same_settings(tmp_path / "out", "embed", other), pytest.raises(UserError, match=words):
+    with lock_settings(tmp_path / "out", "embed", other), pytest.raises(UserError, match=words):
         embed(tiny_tiles, str(run_folder), tmp_path / "out")
     held = []
     monkeypatch.setattr(
         "odis_path.embedding.run.write_slides_parquet",
-        lambda path, *_: held.append(is_claimed(path.parent / ".embed.odis-lock")),
+        lambda path, *_: held.append(is_locked(path.parent / ".embed.odis-lock")),
     )
     embed(tiny_tiles, str(run_folder), tmp_path / "out", level="slide")
     assert held == [True]

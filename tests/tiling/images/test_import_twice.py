@@ -21,7 +21,7 @@ from tiling.cohort.find_slides import IMAGE_EXTENSIONS, SLIDE_EXTENSIONS
 from tiling.cohort.scan import scan
 from tiling.images.listing import IMAGE_EXTENSIONS as IMPORTED
 from tiling.images.listing import find_images
-from tiling.storage.locks import claim
+from tiling.storage.locks import lock_file
 
 FITS = {"tiles": ["--size", "32"], "crop": ["--fit", "crop", "--size", "32", "--shard", "2"]}
 
@@ -97,7 +97,7 @@ def test_an_import_with_other_settings_is_refused_while_one_is_at_work(what: str
             (given / name).mkdir(parents=True)
             (given / name / "x.png").write_bytes((images / "A" / "i00.png").read_bytes())
     last = out / ("i39.h5" if fit == "tiles" else "B-0009.h5")
-    with claim(last):  # so that the first run is not done before this test lets it
+    with lock_file(last):  # so that the first run is not done before this test lets it
         first = started(images, "--mpp", "0.5", *FITS[fit], "--out", out)
         wait_for(lambda: len(list(out.glob("*.h5"))) == (39 if fit == "tiles" else 19), first)
         second = started(given, *(word.replace("M", str(manifest)) for word in other), "--out", out)

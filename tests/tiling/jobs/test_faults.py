@@ -32,7 +32,7 @@ from tiling.slide_file.write import SlideMeta, replace_groups, write_slide_file
 from tiling.storage.atomic import DiskFullError, atomic_path, machine, sweep_temporaries
 from tiling.storage.checked_file import HEAPS_ATTR
 from tiling.storage.checksums import value_crc32
-from tiling.storage.locks import BusyError, claim, is_claimed, lock_of, same_settings, sweep
+from tiling.storage.locks import FileLockedError, is_locked, lock_file, lock_path, lock_settings, sweep
 from tiling.tiles.run import tile
 
 MakeSlide = Callable[..., Path]
@@ -295,7 +295,7 @@ def test_a_run_killed_with_its_workers_goes_on_from_there(stage: Stage, whole: C
     wait_for(lambda: out.is_dir() and any(path.name.endswith((".tmp", ".h5")) for path in out.iterdir()))
     run.kill()
     run.wait()
-    wait_for(lambda: not any(is_claimed(path) for path in out.glob(".*.odis-lock")))  # its workers end with it
+    wait_for(lambda: not any(is_locked(path) for path in out.glob(".*.odis-lock")))  # its workers end with it
     assert not any(Path(str(path)).suffix == ".h5" and not h5py.is_hdf5(path) for path in out.iterdir())
     assert all(outcome.ok for outcome in stage.tile(out))
     assert folder_contents(out) == whole("tile")
@@ -483,7 +483,7 @@ def test_a_slide_another_run_is_at_is_waited_for(
     let_go, holds = threading.Event(), threading.Event()
 
     def other_run() -> None:
-        with claim(out / "S1.h5"):
+        with lock_file(out / "S1.h5"):
             holds.set()
             let_go.wait(120)
 
@@ -498,9 +498,9 @@ def test_a_slide_another_run_is_at_is_waited_for(
         if len(looks) == 2:
             let_go.set()
             other.join(30)
-        return is_claimed(lock)
+        return is_locked(lock)
 
-    monkeypatch.setattr("tiling.jobs.run.is_claimed", looked_at)
+    monkeypatch.setattr("tiling.jobs.run.is_locked", looked_at)
     monkeypatch.setattr("tiling.jobs.run.POLL_S", 0.05)
     try:
         outcomes = stage.tile(out)
@@ -515,32 +515,32 @@ def test_a_slide_another_run_is_at_is_waited_for(
 def test_another_run_with_other_settings_is_refused(stage: Stage, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    with same_settings(out, "tile", {"mpp": 0.5, "size": 96}):
-        with same_settings(out, "tile", {"size": 96, "mpp": 0.5}):
+    with lock_settings(out, "tile", {"mpp": 0.5, "size": 96}):
+        with lock_settings(out, "tile", {"size": 96, "mpp": 0.5}):
             pass
         with pytest.raises(UserError, match=r"another run of odis-path tile is at work here .*mpp 0\.5, now 1\.0"):
             stage.tile(out)
-        with same_settings(out, "annotate", {"kind": "cell"}):
+        with lock_settings(out, "annotate", {"kind": "cell"}):
             pass
     assert list(out.iterdir()) == []
     assert all(outcome.ok for outcome in stage.tile(out))
 
 
-def test_a_claim_ends_with_its_process_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_lock_ends_with_its_process_and_leaves_nothing(tmp_path: Path) -> None:
     path = tmp_path / "a.h5"
-    with claim(path), pytest.raises(BusyError), claim(path):
+    with lock_file(path), pytest.raises(FileLockedError), lock_file(path):
         pass
-    assert not lock_of(path).exists()
+    assert not lock_path(path).exists()
 
     def hold() -> Iterator[None]:
-        with claim(path):
+        with lock_file(path):
             os.kill(os.getpid(), signal.SIGKILL)
         yield
 
     assert in_child(hold(), lambda: None) == KILLED
-    assert lock_of(path).exists()
-    assert not is_claimed(lock_of(path))
-    with claim(path):
+    assert lock_path(path).exists()
+    assert not is_locked(lock_path(path))
+    with lock_file(path):
         pass
     assert list(tmp_path.iterdir()) == []
 
@@ -558,9 +558,9 @@ def test_the_next_run_sweeps_up_but_never_after_a_live_one(stage: Stage, tmp_pat
     for path in (mine, gone, theirs, old, strange, lock):
         path.touch()
     os.utime(old, (time.time() - 8 * 24 * 3600,) * 2)
-    with claim(tmp_path / "S2.h5"):
+    with lock_file(tmp_path / "S2.h5"):
         sweep(tmp_path)
-        assert lock_of(tmp_path / "S2.h5").exists()
+        assert lock_path(tmp_path / "S2.h5").exists()
     assert {path.name for path in tmp_path.iterdir() if path.name.startswith(".")} == {mine.name, theirs.name, strange.name}
 
 

@@ -23,7 +23,7 @@ from tiling.jobs.outcome import DIED, Outcome
 from tiling.jobs.run import run_cohort
 from tiling.jobs.summary import NOT_TRIED, Outcomes
 from tiling.storage.atomic import DiskFullError
-from tiling.storage.locks import claim, is_claimed, lock_of
+from tiling.storage.locks import is_locked, lock_file, lock_path
 
 ROOT = Path(__file__).parents[3]
 
@@ -114,7 +114,7 @@ def test_a_reader_that_hangs_is_given_up_and_the_run_goes_on(workers: int, tmp_p
 
 
 def hold_and_hang(path: Path) -> dict:
-    with claim(path):
+    with lock_file(path):
         if path.name == "b":
             time.sleep(600)
         path.touch()
@@ -127,7 +127,7 @@ def test_what_was_given_up_is_free_for_the_next_run(tmp_path: Path) -> None:
     assert [outcome.ok for outcome in outcomes] == [True, False, True]
     run_cohort([], work, title="t", folder=tmp_path)
     end = time.monotonic() + 30
-    while is_claimed(lock_of(tmp_path / "b")):
+    while is_locked(lock_path(tmp_path / "b")):
         assert time.monotonic() < end
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "c"]
 

@@ -28,7 +28,7 @@ from tiling.jobs.dask import WRITTEN, Sight
 from tiling.jobs.outcome import Outcome
 from tiling.jobs.run import run_cohort
 from tiling.slide_file.read import SlideFile
-from tiling.storage.locks import BusyError, claim, lock_of, same_settings
+from tiling.storage.locks import FileLockedError, lock_file, lock_path, lock_settings
 from tiling.tiles.run import tile
 
 MakeSlide = Callable[..., Path]
@@ -181,8 +181,8 @@ def test_two_runs_of_annotate_with_other_files_do_not_mix(
 def test_locks_are_for_all_users_of_a_folder(tmp_path: Path) -> None:
     before = os.umask(0o077)
     try:
-        with claim(tmp_path / "a.h5"):
-            assert lock_of(tmp_path / "a.h5").stat().st_mode & 0o777 == 0o666
+        with lock_file(tmp_path / "a.h5"):
+            assert lock_path(tmp_path / "a.h5").stat().st_mode & 0o777 == 0o666
     finally:
         os.umask(before)
 
@@ -199,21 +199,21 @@ def test_a_lock_of_another_user_keeps_runs_apart(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(os, "open", foreign)
     path, lock = tmp_path / "a.h5", tmp_path / ".tile.odis-lock"
-    with claim(path), same_settings(tmp_path, "tile", {"mpp": 1}):
-        theirs |= {str(lock_of(path)), str(lock)}
-        with pytest.raises(BusyError), claim(path):
+    with lock_file(path), lock_settings(tmp_path, "tile", {"mpp": 1}):
+        theirs |= {str(lock_path(path)), str(lock)}
+        with pytest.raises(FileLockedError), lock_file(path):
             pass
-        with same_settings(tmp_path, "tile", {"mpp": 1}):
+        with lock_settings(tmp_path, "tile", {"mpp": 1}):
             pass
-        with pytest.raises(UserError, match="mpp 1, now 2"), same_settings(tmp_path, "tile", {"mpp": 2}):
+        with pytest.raises(UserError, match="mpp 1, now 2"), lock_settings(tmp_path, "tile", {"mpp": 2}):
             pass
-    lock_of(path).touch()  # left by a killed run
+    lock_path(path).touch()  # left by a killed run
     lock.touch()
     with (
-        claim(path),
-        same_settings(tmp_path, "tile", {"mpp": 2}),
+        lock_file(path),
+        lock_settings(tmp_path, "tile", {"mpp": 2}),
         pytest.raises(UserError, match="mpp 2, now 1"),
-        same_settings(tmp_path, "tile", {"mpp": 1}),
+        lock_settings(tmp_path, "tile", {"mpp": 1}),
     ):
         pass
     assert list(tmp_path.iterdir()) == []

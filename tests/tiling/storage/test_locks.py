@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from annotations.errors import UserError
-from tiling.storage.locks import claim, is_claimed, lock_of, same_settings, sweep
+from tiling.storage.locks import is_locked, lock_file, lock_path, lock_settings, sweep
 
 Plant = Callable[[Path, Path], None]
 
@@ -69,16 +69,16 @@ def untouched(victim: Path) -> None:
 def test_what_has_the_name_of_a_lock_is_left_alone_and_named(plant: Plant, victim: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    of_run, of_file = out / ".tile.odis-lock", lock_of(out / "a.h5")
+    of_run, of_file = out / ".tile.odis-lock", lock_path(out / "a.h5")
     for lock in (of_run, of_file):
         plant(lock, victim)
-    with pytest.raises(UserError) as told, same_settings(out, "tile", {"mpp": 1}):
+    with pytest.raises(UserError) as told, lock_settings(out, "tile", {"mpp": 1}):
         pass
     assert str(told.value).startswith(f"{of_run}: {KINDS[plant]}")
-    with pytest.raises(UserError) as told, claim(out / "a.h5"):
+    with pytest.raises(UserError) as told, lock_file(out / "a.h5"):
         pass
     assert str(told.value).startswith(f"{of_file}: {KINDS[plant]}")
-    assert not is_claimed(of_file)
+    assert not is_locked(of_file)
     sweep(out)
     assert os.path.lexists(of_run)
     untouched(victim)
@@ -91,11 +91,11 @@ def test_a_cohort_goes_on_past_a_slide_whose_lock_is_something_else(plant: Plant
     from tiling.jobs.run import run_cohort
 
     def work(name: str) -> None:
-        with claim(tmp_path / "out" / name):
+        with lock_file(tmp_path / "out" / name):
             pass
 
     (tmp_path / "out").mkdir()
-    plant(lock_of(tmp_path / "out" / "b.h5"), victim)
+    plant(lock_path(tmp_path / "out" / "b.h5"), victim)
     outcomes = run_cohort(["a.h5", "b.h5", "c.h5"], work, title="test", workers=1, folder=tmp_path / "out")
     assert [outcome.ok for outcome in outcomes] == [True, False, True]
     assert KINDS[plant] in outcomes[1].message
@@ -103,15 +103,15 @@ def test_a_cohort_goes_on_past_a_slide_whose_lock_is_something_else(plant: Plant
 
 
 def test_a_lock_that_is_there_keeps_its_mode(tmp_path: Path) -> None:
-    lock = lock_of(tmp_path / "a.h5")
+    lock = lock_path(tmp_path / "a.h5")
     lock.touch()
     lock.chmod(0o640)
-    with claim(tmp_path / "a.h5"):
+    with lock_file(tmp_path / "a.h5"):
         assert stat.S_IMODE(lock.stat().st_mode) == 0o640
     assert not lock.exists()
 
 
 def test_settings_are_still_told_to_those_who_join(tmp_path: Path) -> None:
-    with same_settings(tmp_path, "tile", {"mpp": 1}):
+    with lock_settings(tmp_path, "tile", {"mpp": 1}):
         assert json.loads((tmp_path / ".tile.odis-lock").read_text()) == {"mpp": 1}
     assert list(tmp_path.iterdir()) == []
