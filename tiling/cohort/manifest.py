@@ -112,7 +112,7 @@ def _item(manifest: Path, line: int, row: dict[str, str]) -> SlideItem:
 
 
 @dataclass(frozen=True)
-class Before:
+class PreviousManifest:
     """The manifest that is there: `columns` in its order; `rows` and `mpps` by place of the slide; `count`: all its rows."""
 
     columns: tuple[str, ...] = ()
@@ -129,17 +129,17 @@ class Before:
             at: slide_id for at, slide_id in given.items() if slide_id and first[slide_id] == at and not id_problem(slide_id)
         }
 
-    def onto(self, item: SlideItem) -> SlideItem:
+    def with_previous_values(self, item: SlideItem) -> SlideItem:
         """A slide with the patient and the mpp it has in the manifest."""
         at = place(item.path)
         patient_id = self.rows.get(at, {}).get("patient_id", "").strip() or item.patient_id
         return replace(item, patient_id=patient_id, mpp=self.mpps.get(at))
 
 
-def manifest_before(out: Path) -> Before:
+def read_previous(out: Path) -> PreviousManifest:
     """Read the manifest at `out`. Raises UserError for another file or one that cannot be read: it is not written over."""
     if not out.exists() or not out.stat().st_size:
-        return Before()
+        return PreviousManifest()
     try:
         manifest = manifest_rows(out)
         by_place: dict[str, tuple[int, dict[str, str]]] = {}
@@ -149,7 +149,7 @@ def manifest_before(out: Path) -> Before:
         mpps = {at: _given(out, line, row) for at, (line, row) in by_place.items()}
     except UserError as error:
         raise UserError(f"{error}; scan does not write over it: put it right, or give another --out") from None
-    return Before(tuple(manifest.columns), {at: row for at, (_, row) in by_place.items()}, mpps, len(manifest.rows))
+    return PreviousManifest(tuple(manifest.columns), {at: row for at, (_, row) in by_place.items()}, mpps, len(manifest.rows))
 
 
 def _given(out: Path, line: int, row: dict[str, str]) -> float | None:
@@ -159,23 +159,23 @@ def _given(out: Path, line: int, row: dict[str, str]) -> float | None:
         written = number_in(row.get("mpp_headers") or "nan")
     except ValueError:
         written = math.nan
-    return given if by_hand(given, None if math.isnan(written) else written) else None
+    return given if is_user_value(given, None if math.isnan(written) else written) else None
 
 
-def by_hand(given: float | None, own: float | None) -> bool:
+def is_user_value(given: float | None, own: float | None) -> bool:
     """Tell whether a manifest's mpp was given by hand: it differs from the slide's headers, rounded or not."""
     return given is not None and (own is None or not math.isclose(given, own, rel_tol=1e-6))
 
 
-def tell_kept(out: Path, before: Before, items: Sequence[SlideItem]) -> None:
+def report_kept_rows(out: Path, previous: PreviousManifest, items: Sequence[SlideItem]) -> None:
     """Say in a line on stderr what of the manifest that is there stays. Rows of other slides go to a file beside it."""
-    kept = sum(place(item.path) in before.rows for item in items)
+    kept = sum(place(item.path) in previous.rows for item in items)
     said = []
     if kept:
         said.append(
             f"{kept} of {len(items)} slides were in it and keep slide_id, patient_id, further columns and an mpp given by hand"
         )
-    if gone := before.count - kept:
+    if gone := previous.count - kept:
         names = (out.with_name(f"{out.name}.before{number or ''}") for number in (0, *range(2, 10_000)))
         aside = next(name for name in names if not name.exists())
         with atomic_path(aside) as temporary:

@@ -14,7 +14,15 @@ import numpy as np
 
 from annotations.errors import UserError
 from tiling.cohort.find_slides import find_slides
-from tiling.cohort.manifest import Before, SlideItem, by_hand, manifest_before, path_from, read_manifest, tell_kept
+from tiling.cohort.manifest import (
+    PreviousManifest,
+    SlideItem,
+    is_user_value,
+    path_from,
+    read_manifest,
+    read_previous,
+    report_kept_rows,
+)
 from tiling.grid import FINEST_SHARE
 from tiling.jobs.outcome import Outcome
 from tiling.jobs.run import run_cohort
@@ -56,28 +64,28 @@ def scan(
     out = Path(out)
     if os.path.isdir(out):
         raise UserError(f"{out}: is a folder: give the manifest a file name, for instance {out / 'manifest.csv'}")
-    before = manifest_before(out)
-    items = [before.onto(item) for item in find_slides(listed(slides), before.slide_ids)]
+    previous = read_previous(out)
+    items = [previous.with_previous_values(item) for item in find_slides(listed(slides), previous.slide_ids)]
     check_writable(out)
     if workers is None and len(items) < POOL_FROM:
         workers = 1
     work = partial(header_row, mpp=mpp, assume_mpp=assume_mpp)
     outcomes = run_cohort(items, work, title="scan", workers=workers, timeout=timeout, folder=out.parent)
-    tell_kept(out, before, items)
+    report_kept_rows(out, previous, items)
     with (
         atomic_path(out) as temporary,
         temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
     ):
-        writer = csv.DictWriter(file, dict.fromkeys((*COLUMNS, *before.columns)))
+        writer = csv.DictWriter(file, dict.fromkeys((*COLUMNS, *previous.columns)))
         writer.writeheader()
-        writer.writerows(_row(out, before, item, outcome) for item, outcome in zip(items, outcomes, strict=True))
+        writer.writerows(_row(out, previous, item, outcome) for item, outcome in zip(items, outcomes, strict=True))
     return Outcomes(outcomes, "scan", out, ("no_mpp", "will_fail"), perf_counter() - begun)
 
 
-def _row(out: Path, before: Before, item: SlideItem, outcome: Outcome) -> dict[str, Any]:
+def _row(out: Path, previous: PreviousManifest, item: SlideItem, outcome: Outcome) -> dict[str, Any]:
     """The row of a slide: what was there in columns that are not scan's, then what scan found out."""
-    there = before.rows.get(place(item.path), {})
-    row = {name: there.get(name, "") if name not in COLUMNS else "" for name in (*COLUMNS, *before.columns)}
+    there = previous.rows.get(place(item.path), {})
+    row = {name: there.get(name, "") if name not in COLUMNS else "" for name in (*COLUMNS, *previous.columns)}
     row |= {"slide_id": item.slide_id, "path": path_from(out, item.path), "patient_id": item.patient_id}
     if outcome.ok:
         return row | {"readable": "true"} | outcome.info.get("row", {})
@@ -94,7 +102,7 @@ def header_row(item: SlideItem, mpp: float | None = None, assume_mpp: float | No
         levels = about_levels(slide, odd=True)
     if cut := cut_off(item.path):
         raise UserError(f"{item.path}: {cut}: copy it again")
-    given = by_hand(item.mpp, info.mpp)
+    given = is_user_value(item.mpp, info.mpp)
     known = item.mpp if given else info.mpp
     own = known if known is not None else assume_mpp
     doubt = info.mpp_note

@@ -128,20 +128,20 @@ SLACK_NS = 2 * 10**9  # file systems keep times more or less finely
 UNSEEN = "the worker wrote it where this machine does not see it: is --out on a shared disk?"
 
 
-def witnessed(item: Any, work: Callable[[Any], dict | None], wrote: Callable[[Any], Path]) -> dict[str, Any]:
+def work_and_stat(item: Any, work: Callable[[Any], dict | None], wrote: Callable[[Any], Path]) -> dict[str, Any]:
     """`work` on an item, and what its worker sees of the file it wrote or found done (runs in the worker)."""
     info = dict(work(item) or {})
     path = wrote(item)
     return {**info, WRITTEN: (str(path), _time_ns(path))}
 
 
-class Sight:
+class SharedStorageCheck:
     """Looks for the files of items that are done; waits for one that is not there, and after one that never came no longer."""
 
     def __init__(self) -> None:
         self.until: float | None = None
 
-    def judged(self, outcome: Outcome) -> Outcome:
+    def check(self, outcome: Outcome) -> Outcome:
         """The outcome, a failure where the file its worker wrote is not seen from here. Others stay as they are."""
         written = outcome.info.pop(WRITTEN, None)
         if written is None or not outcome.ok:

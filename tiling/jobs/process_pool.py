@@ -1,7 +1,7 @@
-"""Work in processes of this machine that may die or hang: each is alone behind an executor of its own.
+"""Worker processes of this machine, each behind an executor of its own, so that a crash or a hang costs one item.
 
-One pool of many workers breaks as a whole when one of them dies, and cannot stop one that hangs. Executors of one worker
-each do not share that fate: what a worker was at when it died is known, and the others never notice.
+A pool of many workers breaks as a whole when one of them dies, and cannot stop one that hangs. With one executor per worker
+the item that a worker died of is known, and the others never notice.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from dataclasses import replace
 from annotations.errors import UserError
 from tiling.jobs.outcome import DIED, Job, guarded, one_line, timed_out
 
-TICK_S = 0.5  # how often the time of running items is looked at
-GONE_S = 5.0  # how long a killed process may take to be gone
-FALSE_STARTS = 3  # so many workers in a row that die before their first item: something is wrong with all of them
+TIMEOUT_CHECK_S = 0.5  # how often the time of running items is checked
+KILL_WAIT_S = 5.0  # how long a killed process may take to end
+MAX_FALSE_STARTS = 3  # workers in a row that die before their first item: something is wrong with all of them
 
 
-class Lane:
-    """One worker process, and the item it is at."""
+class Worker:
+    """One worker process and the item it works on."""
 
     def __init__(self) -> None:
-        self.executor = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_settle)
-        with _interrupts_held():  # a process keeps what its parent holds back: Ctrl-C while it starts is not for it
+        self.executor = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_begin_worker)
+        with _interrupts_held():  # a child inherits the mask: Ctrl-C while it starts goes to the parent alone
             self.pid = self.executor.submit(os.getpid)
         self.index = -1
         self.begun: float | None = None  # None until the process is up
@@ -41,7 +41,7 @@ class Lane:
         return self.pid.done() and self.pid.exception() is None
 
     def start(self, job: Job, index: int) -> Future:
-        """Raises BrokenProcessPool where the worker died while it was idle."""
+        """Submit an item. Raises BrokenProcessPool where the worker died while it was idle."""
         self.index, self.begun = index, None
         return self.executor.submit(guarded, job.work, job.items[index], job.names[index])
 
@@ -54,100 +54,100 @@ class Lane:
 
     def close(self, kill: bool = False) -> None:
         if kill and self.ready:
-            _end(self.pid.result())
+            _kill_group(self.pid.result())
         self.executor.shutdown(wait=False, cancel_futures=True)
 
 
-def run_lanes(job: Job, workers: int) -> None:
-    """Work off `job.todo` in `workers` processes. What a process died of is tried once more at the end, alone.
+def run_in_processes(job: Job, workers: int) -> None:
+    """Work off `job.todo` in `workers` processes. An item that a process died of is tried once more at the end, alone.
 
     Raises UserError where worker processes cannot start at all.
     """
-    died = _Pass(job).run(workers)
+    died = WorkerPool(job).run(workers)
     for index in died:
-        for _ in _Pass(replace(job, todo=deque([index]))).run(1):
+        for _ in WorkerPool(replace(job, todo=deque([index]))).run(1):
             job.fail(index, DIED)
 
 
-class _Pass:
-    """Lanes over a job's items: idle ones, and busy ones by what they will return."""
+class WorkerPool:
+    """The workers of a job: idle ones, and busy ones by their futures."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.idle: list[Lane] = []
-        self.busy: dict[Future, Lane] = {}
+        self.idle: list[Worker] = []
+        self.busy: dict[Future, Worker] = {}
         self.died: list[int] = []
         self.false_starts = 0
 
     def run(self, workers: int) -> list[int]:
-        """Returns the indexes at which a worker died."""
+        """Work off the items; return the indexes of those that a worker died of."""
         kill = True
         try:
-            self.idle = [Lane() for _ in range(min(workers, len(self.job.todo)))]
+            self.idle = [Worker() for _ in range(min(workers, len(self.job.todo)))]
             while self._feed():
-                timeout = None if self.job.timeout is None else min(TICK_S, self.job.timeout / 4)
+                timeout = None if self.job.timeout is None else min(TIMEOUT_CHECK_S, self.job.timeout / 4)
                 finished, _ = wait(self.busy, timeout, FIRST_COMPLETED)
                 for future in finished:
                     self._take(future, self.busy.pop(future))
-                self._kill(future for future, lane in list(self.busy.items()) if lane.overdue(self.job.timeout))
+                self._kill_overdue(future for future, worker in list(self.busy.items()) if worker.overdue(self.job.timeout))
             kill = False
         finally:
-            for lane in [*self.idle, *self.busy.values()]:
-                lane.close(kill)
+            for worker in [*self.idle, *self.busy.values()]:
+                worker.close(kill)
         return self.died
 
     def _feed(self) -> bool:
-        """Give every idle lane an item; whether anything is running."""
+        """Give every idle worker an item; return whether anything is running."""
         while self.job.todo and self.idle:
-            lane, index = self.idle.pop(), self.job.todo[0]
+            worker, index = self.idle.pop(), self.job.todo[0]
             try:
-                self.busy[lane.start(self.job, index)] = lane
+                self.busy[worker.start(self.job, index)] = worker
             except BrokenProcessPool:
-                self._replace(lane)
+                self._replace(worker)
                 continue
             self.job.todo.popleft()
         return bool(self.busy)
 
-    def _take(self, future: Future, lane: Lane) -> None:
+    def _take(self, future: Future, worker: Worker) -> None:
         try:
             outcome = future.result()
         except BrokenProcessPool:
-            self._replace(lane)
-            if lane.ready:
-                self.died.append(lane.index)
+            self._replace(worker)
+            if worker.ready:
+                self.died.append(worker.index)
             else:
-                self.job.todo.appendleft(lane.index)
+                self.job.todo.appendleft(worker.index)
             return
         except Exception as error:  # e.g. an item that cannot be pickled
-            self.job.fail(lane.index, one_line(error))
+            self.job.fail(worker.index, one_line(error))
         else:
             self.false_starts = 0
-            self.job.done(lane.index, outcome)
-        self.idle.append(lane)
+            self.job.done(worker.index, outcome)
+        self.idle.append(worker)
 
-    def _kill(self, overdue: Iterable[Future]) -> None:
+    def _kill_overdue(self, overdue: Iterable[Future]) -> None:
         for future in overdue:
-            lane = self.busy.pop(future)
+            worker = self.busy.pop(future)
             assert self.job.timeout is not None
-            self._replace(lane)
-            wait([future], GONE_S)  # what it held is free, and what it left can be swept, when it is gone
-            self.job.fail(lane.index, timed_out(self.job.timeout), self.job.timeout)
+            self._replace(worker)
+            wait([future], KILL_WAIT_S)  # once it is gone its locks are free and its temporary files can be swept
+            self.job.fail(worker.index, timed_out(self.job.timeout), self.job.timeout)
 
-    def _replace(self, lane: Lane) -> None:
-        lane.close(kill=True)
-        if not lane.ready:
+    def _replace(self, worker: Worker) -> None:
+        worker.close(kill=True)
+        if not worker.ready:
             self.false_starts += 1
-            if self.false_starts >= FALSE_STARTS:
+            if self.false_starts >= MAX_FALSE_STARTS:
                 raise UserError(
-                    "worker processes die as they start (what they said stands above): take --workers 1; a script that "
+                    "worker processes die as they start (their output stands above): take --workers 1; a script that "
                     'calls this keeps its work under if __name__ == "__main__"'
                 )
-        self.idle.append(Lane())
+        self.idle.append(Worker())
 
 
 @contextlib.contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Ctrl-C comes when this is over."""
+    """Hold Ctrl-C back until the block ends."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -158,8 +158,8 @@ def _interrupts_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _settle() -> None:
-    """Begin a worker: it leaves Ctrl-C to its parent, and ends when its parent does (killed, too), with what it started."""
+def _begin_worker() -> None:
+    """Start a worker, which leaves Ctrl-C to its parent and ends, with its children, when the parent ends or is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(os, "setpgrp"):
         os.setpgrp()
@@ -170,11 +170,11 @@ def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
-        _end(os.getpid())
+        _kill_group(os.getpid())
         os._exit(1)
 
 
-def _end(pid: int) -> None:
+def _kill_group(pid: int) -> None:
     """Kill a worker and the processes it started."""
     with contextlib.suppress(OSError):
         if hasattr(os, "killpg"):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from annotations.errors import UserError
-from tiling.jobs.dask import Sight, witnessed
+from tiling.jobs.dask import SharedStorageCheck, work_and_stat
 from tiling.jobs.outcome import BUSY, DIED, FULL, STOPS, Job, Outcome, guarded, one_line
 from tiling.jobs.summary import NOT_TRIED, Outcomes, Result, _Progress
 from tiling.storage.locks import is_locked, sweep
@@ -73,14 +73,14 @@ def run_cohort(
     todo: deque[int] = deque(range(len(work_list)))
     stop = threading.Event()
     if scheduler and wrote is not None:
-        work = partial(witnessed, work=work, wrote=wrote)
-    sight = Sight()
+        work = partial(work_and_stat, work=work, wrote=wrote)
+    shared_storage = SharedStorageCheck()
 
     def done(index: int, outcome: Outcome) -> None:
         if BUSY in outcome.info:
             locked[index] = Path(outcome.info[BUSY])
             return
-        outcomes[index] = outcome = sight.judged(outcome)
+        outcomes[index] = outcome = shared_storage.check(outcome)
         progress.advance(outcome)
         full.extend([index] * outcome.info.pop(FULL, False))
         if outcome.info.pop(STOPS, False) or len(full) >= MOST_FULL:
@@ -105,9 +105,9 @@ def _run(job: Job, workers: int | None, scheduler: str | None, stopped: Callable
 
         run_dask(job, scheduler, stopped)
     elif wanted > 1 or job.timeout is not None:
-        from tiling.jobs.process_pool import run_lanes
+        from tiling.jobs.process_pool import run_in_processes
 
-        run_lanes(job, wanted)
+        run_in_processes(job, wanted)
     else:
         while job.todo:
             index = job.todo.popleft()

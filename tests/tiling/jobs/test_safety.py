@@ -24,7 +24,7 @@ import tiling.tiles.run
 from annotations.errors import UserError
 from tiling.boxes.run import annotate
 from tiling.images.run import import_images
-from tiling.jobs.dask import WRITTEN, Sight
+from tiling.jobs.dask import WRITTEN, SharedStorageCheck
 from tiling.jobs.outcome import Outcome
 from tiling.jobs.run import run_cohort
 from tiling.slide_file.read import SlideFile
@@ -226,15 +226,15 @@ def test_a_file_that_only_the_worker_sees_is_a_failure(tmp_path: Path, monkeypat
     monkeypatch.setattr("tiling.jobs.dask.PATIENCE_S", 0.5)
     (tmp_path / "old.h5").touch()
     now = (tmp_path / "old.h5").stat().st_mtime_ns
-    sight = Sight()
+    shared_storage = SharedStorageCheck()
 
-    def judged(name: str, at: int) -> Outcome:
-        return sight.judged(Outcome(name, ok=True, info={WRITTEN: (str(tmp_path / name), at)}))
+    def check(name: str, at: int) -> Outcome:
+        return shared_storage.check(Outcome(name, ok=True, info={WRITTEN: (str(tmp_path / name), at)}))
 
-    assert judged("old.h5", now) == Outcome("old.h5", ok=True)
+    assert check("old.h5", now) == Outcome("old.h5", ok=True)
     begin = time.monotonic()
     for name, at in (("no.h5", now), ("no.h5", -1), ("old.h5", now + 60 * 10**9)):
-        outcome = judged(name, at)
+        outcome = check(name, at)
         assert not outcome.ok
         assert "the worker wrote it where this machine does not see it: is --out on a shared disk?" in outcome.message
     assert 0.4 < time.monotonic() - begin < 1.4  # only the first is waited for
@@ -250,10 +250,10 @@ def test_each_file_that_comes_late_is_waited_for(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr("tiling.jobs.dask.time.monotonic", lambda: clock[0])
     monkeypatch.setattr("tiling.jobs.dask.time.sleep", passes)
-    sight = Sight()
+    shared_storage = SharedStorageCheck()
     for i in range(3):
         clock[0] = 10.0 * i
-        assert sight.judged(Outcome("a", ok=True, info={WRITTEN: (str(tmp_path / f"{i}.h5"), 0)})).ok
+        assert shared_storage.check(Outcome("a", ok=True, info={WRITTEN: (str(tmp_path / f"{i}.h5"), 0)})).ok
 
 
 # --- slides that change, and torn ones
