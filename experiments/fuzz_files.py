@@ -46,7 +46,7 @@ from odis_path.features.write import write_features, write_slides_parquet
 from odis_path.model.pretrained import load_weights
 from odis_path.model.vit import build_encoder
 from odis_path.reporting.build import report
-from odis_path.reporting.inventory import find_everything
+from odis_path.reporting.inventory import find_outputs
 from odis_path.training import loop
 from odis_path.training.log.run_log import RunLog
 from tiling.cohort.manifest import read_manifest
@@ -276,7 +276,7 @@ def read_log(path: Path) -> Any:
     """As the report reads it, and as a run does that goes on."""
     if not (path.parent / "config.yaml").exists():
         (path.parent / "config.yaml").write_text(yaml.safe_dump(PretrainConfig().model_dump(mode="json")))
-    rows = find_everything(path.parent).runs[0].rows
+    rows = find_outputs(path.parent).runs[0].rows
     RunLog(path.parent, 10, active=True, first_step=1, title="fuzz").close()
     return rows
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from annotations.errors import UserError
 from odis_path.reporting.cohort_table import read_cohort
 from odis_path.reporting.evaluations import read_evaluation
-from odis_path.reporting.inventory import find_everything
+from odis_path.reporting.inventory import find_outputs
 from odis_path.reporting.page import Report, Section
 from tiling.storage.atomic import atomic_path
 from tiling.storage.locks import sweep
@@ -28,14 +28,14 @@ def report(folder: Path | str, out: Path | str | None = None) -> Report:
     files = out.with_name(f"{out.stem}_files")
     for written in (out.parent, files):
         sweep(written)
-    found = find_everything(folder, leave_out=files)
-    cohort = read_cohort(found.slides)
-    evaluations = [read_evaluation(e) for e in found.evaluations]
+    inventory = find_outputs(folder, leave_out=files)
+    cohort = read_cohort(inventory.slides)
+    evaluations = [read_evaluation(e) for e in inventory.evaluations]
     files.mkdir(parents=True, exist_ok=True)
     if (files / "report.json").is_file():  # an earlier report's files; no others are removed
         for old in (*files.glob("*.png"), *files.glob("*.csv")):
             old.unlink()
-    made = Report(found, cohort, evaluations, files, out, problems=[*found.problems, *cohort.problems])
+    made = Report(inventory, cohort, evaluations, files, out, problems=[*inventory.problems, *cohort.problems])
     parts = []
     for make in sections.ORDER:
         try:
@@ -71,7 +71,7 @@ def write_page(report: Report, parts: list[Section]) -> None:
     )
     synthetic = report.cohort.synthetic
     page = environment.get_template("page.html.j2").render(
-        title=report.found.root.resolve().name,
+        title=report.inventory.root.resolve().name,
         sections=parts,
         problems=report.problems,
         version=__version__,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from odis_path.figures.scores import Bar, Score
-from odis_path.reporting.inventory import EvaluationFound
+from odis_path.reporting.inventory import EvaluationFolder
 
 PROBES = {
     "knn": "k nearest neighbours",
@@ -105,7 +105,7 @@ def _number(value: Any) -> float | None:
     return float(value) if is_number and np.isfinite(value) else None
 
 
-def read_evaluation(found: EvaluationFound) -> Evaluation:
+def read_evaluation(found: EvaluationFolder) -> Evaluation:
     """Take from a results.json what it has; what it lacks stays empty."""
     r = found.results
     scores = {key: read_score(value) for key, value in (r.get("headline") or {}).items()}

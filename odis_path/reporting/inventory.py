@@ -14,7 +14,7 @@ from tiling.storage.checked_file import CheckedFile
 
 
 @dataclass(frozen=True)
-class RunFound:
+class RunFolder:
     """A run folder: its resolved configuration, the rows of train.jsonl, the software it ran on, its newest checkpoint."""
 
     name: str
@@ -36,7 +36,7 @@ class RunFound:
 
 
 @dataclass(frozen=True)
-class EvaluationFound:
+class EvaluationFolder:
     """A results.json that `evaluate` wrote."""
 
     name: str
@@ -45,7 +45,7 @@ class EvaluationFound:
 
 
 @dataclass(frozen=True)
-class FeaturesFound:
+class FeatureFolder:
     """A folder of feature files."""
 
     name: str
@@ -54,18 +54,18 @@ class FeaturesFound:
 
 
 @dataclass
-class Findings:
+class Inventory:
     """Everything a report can tell about, in the order of names; `problems` are files that could not be read."""
 
     root: Path
     slides: list[Path] = field(default_factory=list)
-    runs: list[RunFound] = field(default_factory=list)
-    evaluations: list[EvaluationFound] = field(default_factory=list)
-    features: list[FeaturesFound] = field(default_factory=list)
+    runs: list[RunFolder] = field(default_factory=list)
+    evaluations: list[EvaluationFolder] = field(default_factory=list)
+    features: list[FeatureFolder] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
 
-def find_everything(root: Path, leave_out: Path | None = None) -> Findings:
+def find_outputs(root: Path, leave_out: Path | None = None) -> Inventory:
     """Look through `root` and all folders below it (hidden ones and `leave_out` excepted).
 
     Raises UserError where there is no such folder or nothing in it to report on.
@@ -75,27 +75,31 @@ def find_everything(root: Path, leave_out: Path | None = None) -> Findings:
 
     if not root.is_dir():
         raise UserError(f"{root}: no such folder: give the folder that the other odis-path commands wrote into")
-    found = Findings(root)
+    inventory = Inventory(root)
     features: dict[Path, list[Path]] = {}
     for path in _files(root, leave_out):
         if path.suffix == ".h5":
-            kind = _h5_format(path, found.problems)
+            kind = _h5_format(path, inventory.problems)
             if kind == FORMAT:
-                found.slides.append(path)
+                inventory.slides.append(path)
             elif kind == FEATURES_FORMAT:
                 features.setdefault(path.parent, []).append(path)
         elif path.name == "results.json":
-            _add_evaluation(found, path)
+            _add_evaluation(inventory, path)
         elif path.name == "train.jsonl" and (path.parent / "config.yaml").is_file():
-            _add_run(found, path.parent)
-    found.features = [FeaturesFound(_name(root, f), f, sorted(paths)) for f, paths in sorted(features.items())]
-    found.runs, found.evaluations, found.features = _short(found.runs), _short(found.evaluations), _short(found.features)
-    if not (found.slides or found.runs or found.evaluations or found.features):
+            _add_run(inventory, path.parent)
+    inventory.features = [FeatureFolder(_name(root, f), f, sorted(paths)) for f, paths in sorted(features.items())]
+    inventory.runs, inventory.evaluations, inventory.features = (
+        _short(inventory.runs),
+        _short(inventory.evaluations),
+        _short(inventory.features),
+    )
+    if not (inventory.slides or inventory.runs or inventory.evaluations or inventory.features):
         raise UserError(
             f"{root}: holds no slide files, runs, features or evaluations: "
             "give the folder that the other odis-path commands wrote into"
         )
-    return found
+    return inventory
 
 
 def _files(root: Path, leave_out: Path | None) -> Iterator[Path]:
@@ -126,43 +130,43 @@ def _h5_format(path: Path, problems: list[str]) -> str:
         return ""
 
 
-def _add_evaluation(found: Findings, path: Path) -> None:
+def _add_evaluation(inventory: Inventory, path: Path) -> None:
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        found.problems.append(f"{_name(found.root, path.parent)}/results.json: not readable as JSON")
+        inventory.problems.append(f"{_name(inventory.root, path.parent)}/results.json: not readable as JSON")
         return
     if isinstance(results, dict) and ("headline" in results or "probe" in results):
-        found.evaluations.append(EvaluationFound(_name(found.root, path.parent), path.parent, results))
+        inventory.evaluations.append(EvaluationFolder(_name(inventory.root, path.parent), path.parent, results))
 
 
-def _add_run(found: Findings, folder: Path) -> None:
+def _add_run(inventory: Inventory, folder: Path) -> None:
     import yaml
 
     from odis_path.training.log.rows import read_rows
 
-    name = _name(found.root, folder)
+    name = _name(inventory.root, folder)
     try:
         text = (folder / "config.yaml").read_text(encoding="utf-8")
         config = yaml.safe_load(text)
     except (OSError, ValueError, yaml.YAMLError):
         config = None
     if not isinstance(config, dict):
-        found.problems.append(f"{name}/config.yaml: not readable as YAML")
+        inventory.problems.append(f"{name}/config.yaml: not readable as YAML")
         return
     try:
         rows, wrong = read_rows(folder / "train.jsonl")
     except OSError as error:
-        found.problems.append(f"{name}/train.jsonl: cannot be read: {error.strerror}")
+        inventory.problems.append(f"{name}/train.jsonl: cannot be read: {error.strerror}")
         return
     for number in wrong:
-        found.problems.append(f"{name}/train.jsonl: line {number} is not JSON (a run that was cut off, or a damaged file)")
+        inventory.problems.append(f"{name}/train.jsonl: line {number} is not JSON (a run that was cut off, or a damaged file)")
     versions: Any = {}
     if (folder / "versions.json").is_file():
         try:
             versions = json.loads((folder / "versions.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            found.problems.append(f"{name}/versions.json: not readable as JSON")
+            inventory.problems.append(f"{name}/versions.json: not readable as JSON")
     checkpoint = max(folder.glob("checkpoint-*.pt"), default=None)
     versions = versions if isinstance(versions, dict) else {}
-    found.runs.append(RunFound(name, folder, config, text, rows, versions, checkpoint))
+    inventory.runs.append(RunFolder(name, folder, config, text, rows, versions, checkpoint))

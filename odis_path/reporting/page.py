@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from odis_path.figures import style
 from odis_path.reporting.cohort_table import Cohort
 from odis_path.reporting.evaluations import Evaluation
-from odis_path.reporting.inventory import Findings
+from odis_path.reporting.inventory import Inventory
 from tiling.jobs.summary import Result, show_lines
 from tiling.storage.atomic import atomic_path
 from tiling.storage.slide_id import safe_id
@@ -93,7 +93,7 @@ class Report(Result):
     page: the HTML file. problems: what could not be shown, and why.
     """
 
-    found: Findings
+    inventory: Inventory
     cohort: Cohort
     evaluations: list[Evaluation]
     files: Path
@@ -133,7 +133,7 @@ class Report(Result):
     @property
     def failed(self) -> list[str]:
         """Files of the folder that cannot be read."""
-        return [*self.found.problems, *self.cohort.problems]
+        return [*self.inventory.problems, *self.cohort.problems]
 
     def show(self, console: Console) -> None:
         """The problems, a line each, and where the page is."""

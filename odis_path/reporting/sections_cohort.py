@@ -10,9 +10,9 @@ from odis_path.reporting.cohort_table import UNCLASSIFIED, Cohort
 from odis_path.reporting.figures import boxes as box_figures
 from odis_path.reporting.figures import slides as slide_figures
 from odis_path.reporting.figures.training import draw_training
-from odis_path.reporting.inventory import RunFound
+from odis_path.reporting.inventory import RunFolder
 from odis_path.reporting.page import FigureItem, FoldItem, Report, Section, TableItem, TextItem
-from odis_path.reporting.sections_results import headline, maps, results, slides_of_patients
+from odis_path.reporting.sections_results import embedding_maps, headline, results, slides_of_patients
 from odis_path.reporting.sections_tiles import attention, crops
 
 MAX_SLIDE_FIGURES = 4
@@ -117,7 +117,7 @@ def _close_up(report: Report, row: Any) -> FigureItem | None:
     caption = (
         f"Slide {row.slide_id}, boxes over the pixels they were cut from. Each yellow frame is what the picture to its right "
         "shows. In the last one a pixel of the tile is several of the picture's: boxes that are off by a few are seen to be."
-        + (" Black lines are the outlines behind the boxes." if picture.views[1].rings else "")
+        + (" Black lines are the outlines behind the boxes." if picture.panels[1].rings else "")
     )
     figure = box_figures.draw_boxes(picture, report.colors)
     return report.figure(f"boxes-{row.slide_id}", figure, caption, f"Boxes of slide {row.slide_id} at three scales", photo=True)
@@ -136,7 +136,7 @@ def _spread(c: Cohort, count: int) -> list[Any]:
 
 def training(report: Report) -> Section | None:
     """Curves of every run, and a table of what came out."""
-    runs = [run for run in report.found.runs if run.rows]
+    runs = [run for run in report.inventory.runs if run.rows]
     if not runs:
         return None
     section = Section("training", "Training")
@@ -158,7 +158,7 @@ def training(report: Report) -> Section | None:
 _FIGURES = ("step", "epoch", "loss", "loss_obj", "loss_patch", "knn_balanced_accuracy", "embedding_spread", "images_per_s")
 
 
-def _run_row(run: RunFound) -> list[str]:
+def _run_row(run: RunFolder) -> list[str]:
     def text(value: float | None, pattern: str) -> str:
         return "–" if value is None else format(value, pattern)
 
@@ -183,13 +183,13 @@ def settings(report: Report) -> Section | None:
     for i, parameters in enumerate(report.cohort.parameter_sets(), 1):
         title = "Tiling" if i == 1 else f"Tiling, set {i}"
         section.items.append(FoldItem(title, json.dumps(parameters, indent=2, sort_keys=True)))
-    section.items += [FoldItem(f"Training: {run.name}", run.config_text.strip()) for run in report.found.runs]
+    section.items += [FoldItem(f"Training: {run.name}", run.config_text.strip()) for run in report.inventory.runs]
     for e in report.evaluations:
         shown = {"settings": e.settings, "groups": e.groups, "data_sha256": e.data_sha256}
         section.items.append(FoldItem(f"Evaluation: {e.name}", json.dumps(shown, indent=2, sort_keys=True)))
     section.items += [
         FoldItem(f"Software of run {run.name}", json.dumps(run.versions, indent=2, sort_keys=True))
-        for run in report.found.runs
+        for run in report.inventory.runs
         if run.versions
     ]
     section.items.append(FoldItem("Software that wrote this report", json.dumps(software(), indent=2)))
@@ -219,7 +219,7 @@ ORDER: tuple[Callable[[Report], Section | None], ...] = (
     crops,
     training,
     results,
-    maps,
+    embedding_maps,
     attention,
     settings,
 )

@@ -28,7 +28,7 @@ RETRIEVAL = {"precision": "precision", "hit": "hit", "map": "mAP", "mmv_balanced
 def headline(report: Report) -> Section:
     """Section of the headline: methods and results in plain words; the scores as table and figure."""
     section = Section("headline", "In short")
-    section.items += [TextItem(text, lead=i == 0) for i, text in enumerate(plain_words(report))]
+    section.items += [TextItem(text, lead=i == 0) for i, text in enumerate(summary_sentences(report))]
     scored = [e for e in report.evaluations if e.main is not None]
     if not scored:
         return section
@@ -42,7 +42,7 @@ def headline(report: Report) -> Section:
     return section
 
 
-def plain_words(report: Report) -> list[str]:
+def summary_sentences(report: Report) -> list[str]:
     """Sentences on slides, training and the best-known results."""
     c, texts = report.cohort, []
     if c.rows:
@@ -54,7 +54,7 @@ def plain_words(report: Report) -> list[str]:
             f"{slides_of_patients(c)} {'was' if len(c.rows) == 1 else 'were'} cut into {c.tiles:,} tiles of {', '.join(sizes)}"
             + (f", with {boxes:,} boxes of {what} objects in them." if boxes else ", without boxes.")
         )
-    for run in report.found.runs:
+    for run in report.inventory.runs:
         steps, epochs = run.last("step"), run.last("epoch")
         if steps:
             network = (run.config.get("model") or {}).get("name", "a vision transformer")
@@ -136,7 +136,7 @@ def results(report: Report) -> Section | None:
     if not report.evaluations:
         return None
     section = Section("results", "Which classes are told apart")
-    for found, e in zip(report.found.evaluations, report.evaluations, strict=True):
+    for found, e in zip(report.inventory.evaluations, report.evaluations, strict=True):
         if e.confusion is not None:
             section.items.append(_confusion(report, e))
         for name, caption in DRAWN.items():
@@ -186,12 +186,12 @@ def _retrieval_table(e: Evaluation) -> TableItem:
     return TableItem(["answers", *RETRIEVAL.values()], rows, caption, frozenset(range(1, 5)))
 
 
-def maps(report: Report) -> Section | None:
+def embedding_maps(report: Report) -> Section | None:
     """Maps of the embeddings of each folder of feature files, at tile and object level."""
     from odis_path.features.read import levels_in
 
     section = Section("maps", "Maps of the embeddings")
-    wanted = [(f, level) for f in report.found.features for level in levels_in(f.folder) if level != "slide"]
+    wanted = [(f, level) for f in report.inventory.features for level in levels_in(f.folder) if level != "slide"]
     wanted.sort(key=lambda item: "random" in item[0].name)  # untrained twins come last
     left_out = 0
     for found, level in wanted:

@@ -11,7 +11,7 @@ import numpy as np
 
 from odis_path.reporting.cohort_table import KINDS
 from odis_path.reporting.figures.tiles import Sample, draw_attention, draw_pairs, pick_tiles
-from odis_path.reporting.inventory import RunFound
+from odis_path.reporting.inventory import RunFolder
 from odis_path.reporting.page import Report, Section, TextItem
 
 PAIRS, ATTENDED = 4, 5
@@ -59,7 +59,7 @@ def attention(report: Report) -> Section | None:
     from annotations.errors import UserError
 
     section = Section("attention", "Where the model looks")
-    trained = [run for run in report.found.runs if run.checkpoint is not None]
+    trained = [run for run in report.inventory.runs if run.checkpoint is not None]
     for run in trained[:MAX_RUNS]:
         paths = _tiles_of(run, report)
         if not paths:
@@ -76,7 +76,7 @@ def attention(report: Report) -> Section | None:
     return section
 
 
-def _attention_of(report: Report, run: RunFound, paths: list[Path]) -> Any:
+def _attention_of(report: Report, run: RunFolder, paths: list[Path]) -> Any:
     from odis_path.reporting.previews import obj_attention
 
     samples = pick_tiles(paths, ATTENDED, seed=1)
@@ -105,7 +105,7 @@ def _share_in_box(heat: np.ndarray, box: np.ndarray, side: int) -> float:
     return float(heat[np.ix_(y_in, x_in)].sum() / max(heat.sum(), 1e-12))
 
 
-def _pairs(samples: Sequence[Sample], run: RunFound) -> list[Any]:
+def _pairs(samples: Sequence[Sample], run: RunFolder) -> list[Any]:
     from odis_path.config import parse_config
     from odis_path.reporting.previews import crop_pairs
 
@@ -123,7 +123,7 @@ def patch_px(config: dict[str, Any]) -> int:
     return int(given or (said.group(1) if said else 16))
 
 
-def _tiles_of(run: RunFound, report: Report) -> list[Path]:
+def _tiles_of(run: RunFolder, report: Report) -> list[Path]:
     """Slide files with boxes that the run was trained on; else those of the report that have the same tile size."""
     rows = [r for r in report.cohort.rows if r.boxes and r.tiles]
     folder = Path(str((run.config.get("data") or {}).get("tiles", "")) or "-").resolve()
@@ -132,9 +132,9 @@ def _tiles_of(run: RunFound, report: Report) -> list[Path]:
     return [r.path for r in rows if r.tile_px == rows[0].tile_px]
 
 
-def _run_with_tiles(report: Report) -> tuple[RunFound | None, list[Path]]:
+def _run_with_tiles(report: Report) -> tuple[RunFolder | None, list[Path]]:
     """The run to show crops of: the first that has object-aware crops, else the first."""
-    runs = sorted(report.found.runs, key=lambda r: not (r.config.get("target") or {}).get("crop", True))
+    runs = sorted(report.inventory.runs, key=lambda r: not (r.config.get("target") or {}).get("crop", True))
     for run in runs:
         paths = _tiles_of(run, report)
         if paths:

@@ -111,7 +111,7 @@ def test_a_config_that_is_no_mapping_is_one_line(text: str, tmp_path: Path) -> N
 
 def test_a_log_with_a_byte_that_is_no_text_is_read_without_that_line(tmp_path: Path) -> None:
     from odis_path.config import PretrainConfig
-    from odis_path.reporting.inventory import find_everything
+    from odis_path.reporting.inventory import find_outputs
     from odis_path.training.log.rows import read_log
     from odis_path.training.log.run_log import RunLog
 
@@ -119,9 +119,9 @@ def test_a_log_with_a_byte_that_is_no_text_is_read_without_that_line(tmp_path: P
     rows[2] = rows[2].replace(b"loss", b"lo\xffs")
     (tmp_path / "train.jsonl").write_bytes(b"\n".join(rows) + b"\n")
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(PretrainConfig().model_dump(mode="json")))
-    found = find_everything(tmp_path)
-    assert [row["step"] for row in found.runs[0].rows] == [1, 2, 4, 5]
-    assert any("train.jsonl: line 3 is not JSON" in problem for problem in found.problems)
+    inventory = find_outputs(tmp_path)
+    assert [row["step"] for row in inventory.runs[0].rows] == [1, 2, 4, 5]
+    assert any("train.jsonl: line 3 is not JSON" in problem for problem in inventory.problems)
     assert len(read_log(tmp_path)) == 4
     RunLog(tmp_path, 10, active=True, first_step=4, title="t").close()  # what a run that goes on does first
     assert [row["step"] for row in read_log(tmp_path)] == [1, 2, 4]

@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 AROUND = 2  # tiles on each side of the one that is shown whole
-TILE_SIDE_PX = 256  # a tile is reduced to about this for the widest view
-CLOSE = 4  # the closest view is this part of a tile's side
+TILE_SIDE_PX = 256  # a tile is reduced to about this for the widest panel
+CLOSE = 4  # the closest panel is this part of a tile's side
 MOST_BOXES = 4000
 
 
 @dataclass(frozen=True)
-class View:
+class Panel:
     """One picture. image uint8 (h, w, 3); side: what it spans, pixels of a tile; boxes float (M, 4) and name of each, rings
-    [(name, (k, 2))]: in the same pixels, from the picture's upper left corner; frame: x0, y0, x1, y1 of the next view.
+    [(name, (k, 2))]: in the same pixels, from the picture's upper left corner; frame: x0, y0, x1, y1 of the next panel.
     """
 
     image: np.ndarray
@@ -37,12 +37,12 @@ class View:
 
 @dataclass(frozen=True)
 class BoxPicture:
-    """Three views of one place, the widest first. um_per_px: of a pixel of a tile."""
+    """Three panels of one place, the widest first. um_per_px: of a pixel of a tile."""
 
     slide_id: str
     row: int
     um_per_px: float
-    views: tuple[View, View, View]
+    panels: tuple[Panel, Panel, Panel]
 
 
 def read_boxes(path: Path) -> BoxPicture | None:
@@ -67,14 +67,14 @@ def read_boxes(path: Path) -> BoxPicture | None:
         frame = np.concatenate([corner, corner + side / CLOSE])
         x, y, x1, y1 = np.round(frame).astype(int).tolist()
         inside = ((boxes[:, :2] < frame[2:]) & (boxes[:, 2:] > frame[:2])).all(axis=1)
-        close = View(
+        close = Panel(
             image[y:y1, x:x1],
             float(x1 - x),
             boxes[inside] - [x, y, x, y],
             names[here][inside],
             [(name, ring - [x, y]) for name, ring in rings],
         )
-        middle = View(image, side, boxes, names[here], rings, np.array([x, y, x1, y1], dtype=float))
+        middle = Panel(image, side, boxes, names[here], rings, np.array([x, y, x1, y1], dtype=float))
         return BoxPicture(file.slide_id, row, file.mpp, (_around(file, row, table["xyxy"], tile, names), middle, close))
 
 
@@ -94,7 +94,7 @@ def close_up(boxes: np.ndarray, side: float) -> np.ndarray:
     return np.floor(np.clip(centre - span / 2, 0, side - span))
 
 
-def _around(file: Any, row: int, xyxy: np.ndarray, tile: np.ndarray, names: np.ndarray) -> View:
+def _around(file: Any, row: int, xyxy: np.ndarray, tile: np.ndarray, names: np.ndarray) -> Panel:
     """The tile among its neighbours, pieced together from their pixels."""
     from PIL import Image
 
@@ -112,44 +112,44 @@ def _around(file: Any, row: int, xyxy: np.ndarray, tile: np.ndarray, names: np.n
     rows = np.flatnonzero(np.isin(tile, shown))
     rows = rows[:: max(1, len(rows) // MOST_BOXES)]
     boxes = xyxy[rows] + np.tile(at[tile[rows]], 2)
-    return View(np.asarray(canvas), span, boxes, names[rows], [], np.concatenate([at[row], at[row] + side]))
+    return Panel(np.asarray(canvas), span, boxes, names[rows], [], np.concatenate([at[row], at[row] + side]))
 
 
 def draw_boxes(picture: BoxPicture, colors: dict[str, str]) -> Figure:
-    """The three views side by side, each with a frame around what the next one shows."""
+    """The three panels side by side, each with a frame around what the next one shows."""
     figure = style.new_figure(style.WIDTH_IN, style.WIDTH_IN / 3 + 0.85)
-    wide, _, close = (view.side * picture.um_per_px for view in picture.views)
+    wide, _, close = (panel.side * picture.um_per_px for panel in picture.panels)
     titles = (
         f"{wide:.0f} µm, tile {picture.row} and its neighbours",
-        f"{picture.views[1].side * picture.um_per_px:.0f} µm, the tile",
+        f"{picture.panels[1].side * picture.um_per_px:.0f} µm, the tile",
         f"{close:.0f} µm, pixels of {picture.um_per_px:.2g} µm",
     )
     with style.styled():
-        for axes, view, title, width in zip(figure.subplots(1, 3), picture.views, titles, (0.6, 1.1, 1.8), strict=True):
-            _draw_view(axes, view, colors, width)
+        for axes, panel, title, width in zip(figure.subplots(1, 3), picture.panels, titles, (0.6, 1.1, 1.8), strict=True):
+            _draw_panel(axes, panel, colors, width)
             style.picture_axes(axes, title)
-        shown = dict.fromkeys(str(name) for view in picture.views for name in view.names)
+        shown = dict.fromkeys(str(name) for panel in picture.panels for name in panel.names)
         figure.legend(handles=_legend(list(shown), colors), loc="outside lower center", ncols=min(5, len(shown)), fontsize=9)
     return figure
 
 
-def _draw_view(axes: Any, view: View, colors: dict[str, str], width: float) -> None:
+def _draw_panel(axes: Any, panel: Panel, colors: dict[str, str], width: float) -> None:
     from matplotlib.collections import LineCollection
 
     # The extent is of pixels' edges, as boxes count: half a pixel would be a shift.
-    axes.imshow(view.image, extent=(0, view.side, view.side, 0), interpolation="antialiased")
-    x0, y0, x1, y1 = view.boxes.reshape(-1, 4).T
+    axes.imshow(panel.image, extent=(0, panel.side, panel.side, 0), interpolation="antialiased")
+    x0, y0, x1, y1 = panel.boxes.reshape(-1, 4).T
     corners = np.stack([np.stack([x0, x1, x1, x0, x0], 1), np.stack([y0, y0, y1, y1, y0], 1)], -1)
-    tint = [colors.get(str(name), style.GREY) for name in view.names]
+    tint = [colors.get(str(name), style.GREY) for name in panel.names]
     axes.add_collection(LineCollection(list(corners), colors="white", linewidths=width + 0.8, alpha=0.6))
     axes.add_collection(LineCollection(list(corners), colors=tint, linewidths=width))
-    rings = [np.concatenate([ring, ring[:1]]) for _, ring in view.rings]
+    rings = [np.concatenate([ring, ring[:1]]) for _, ring in panel.rings]
     axes.add_collection(LineCollection(rings, colors="black", linewidths=width * 0.6))
-    if view.frame is not None:
-        a, b, c, d = view.frame
+    if panel.frame is not None:
+        a, b, c, d = panel.frame
         axes.plot([a, c, c, a, a], [b, b, d, d, b], color=style.TARGET, lw=2.2)
         axes.plot([a, c, c, a, a], [b, b, d, d, b], color=style.INK, lw=0.8)
-    axes.set(xlim=(0, view.side), ylim=(view.side, 0))
+    axes.set(xlim=(0, panel.side), ylim=(panel.side, 0))
 
 
 def _legend(names: Sequence[str], colors: dict[str, str]) -> list[Any]:

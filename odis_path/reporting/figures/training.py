@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from odis_path.figures import style
-from odis_path.reporting.inventory import RunFound
+from odis_path.reporting.inventory import RunFolder
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def draw_training(runs: Sequence[RunFound]) -> Figure:
+def draw_training(runs: Sequence[RunFolder]) -> Figure:
     """Loss, k-NN on held-out patients and learning rate against epochs; one run shows its loss in parts."""
     figure = style.new_figure(style.WIDTH_IN, 3.6)
     parts = [("loss", "total"), ("loss_obj", "[OBJ] token"), ("loss_patch", "hidden patches")]

@@ -1,4 +1,4 @@
-"""Boxes over pixels at three scales: each view has the boxes exactly where the pixels are."""
+"""Boxes over pixels at three scales: each panel has the boxes exactly where the pixels are."""
 
 from __future__ import annotations
 
@@ -49,19 +49,19 @@ def test_boxes_lie_on_what_they_are_of_in_every_view(tmp_path, monkeypatch, poly
     monkeypatch.setattr(box_figures, "TILE_SIDE_PX", tile_side_px)
     picture = read_boxes(slide_file(tmp_path / "s", polygons=polygons))
     assert picture.row == 3  # two whole cells and a part of one
-    assert [view.side for view in picture.views] == [2 * SIDE, SIDE, SIDE / 4]
-    assert [len(view.boxes) for view in picture.views] == [6, 3, 1]
-    for view in picture.views:
-        step = view.side / len(view.image)
-        expected = np.zeros(view.image.shape[:2], bool)
-        for box in view.boxes:
-            x0, y0, x1, y1 = np.clip(np.round(box / step), 0, len(view.image)).astype(int)
+    assert [panel.side for panel in picture.panels] == [2 * SIDE, SIDE, SIDE / 4]
+    assert [len(panel.boxes) for panel in picture.panels] == [6, 3, 1]
+    for panel in picture.panels:
+        step = panel.side / len(panel.image)
+        expected = np.zeros(panel.image.shape[:2], bool)
+        for box in panel.boxes:
+            x0, y0, x1, y1 = np.clip(np.round(box / step), 0, len(panel.image)).astype(int)
             expected[y0:y1, x0:x1] = True
-        grey = view.image.mean(axis=2)
+        grey = panel.image.mean(axis=2)
         assert (grey[expected] < 140).all()  # a border in the middle of a reduced pixel is grey
         assert (grey[~expected] > 120).all()
-        assert bool(view.rings) == (polygons and view is not picture.views[0])
-    wide, tile, close = picture.views
+        assert bool(panel.rings) == (polygons and panel is not picture.panels[0])
+    wide, tile, close = picture.panels
     assert wide.frame.tolist() == [SIDE, SIDE, 2 * SIDE, 2 * SIDE]
     x, y = tile.frame[:2].astype(int)
     assert np.array_equal(tile.image[y : y + SIDE // 4, x : x + SIDE // 4], close.image)
