@@ -11,17 +11,15 @@ if TYPE_CHECKING:
     from annotations.class_map import ClassMap, read_classmap
     from annotations.geojson_writer import feature_collection, table_features, write_geojson
     from annotations.geometry.clip import TileBoxes, clip_to_tiles
-    from annotations.objects import CELL, PROPOSAL, TISSUE, ObjectTable, concatenate, empty_table
+    from annotations.objects import Kind, ObjectTable, concatenate, empty_table
     from annotations.readers.coco.images import read_coco
     from annotations.readers.read import read_annotations
     from annotations.readers.slide_context import SlideFrame
     from annotations.slide_groups import annotation_groups
 
 _HOME = {
-    "CELL": "objects",
     "ClassMap": "class_map",
-    "PROPOSAL": "objects",
-    "TISSUE": "objects",
+    "Kind": "objects",
     "ObjectTable": "objects",
     "SlideFrame": "readers.slide_context",
     "TileBoxes": "geometry.clip",
@@ -38,10 +36,8 @@ _HOME = {
 }
 
 __all__ = [
-    "CELL",
-    "PROPOSAL",
-    "TISSUE",
     "ClassMap",
+    "Kind",
     "ObjectTable",
     "SlideFrame",
     "TileBoxes",

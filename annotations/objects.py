@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import shapely
 
 from annotations.errors import UserError
 
 if TYPE_CHECKING:
     import geopandas
-from collections.abc import Callable
+
+
+class Kind(IntEnum):
+    """Kinds of objects, numbered as in /objects/kind of a slide file."""
+
+    TISSUE = 0
+    CELL = 1
+    PROPOSAL = 2
+
+    @property
+    def word(self) -> str:
+        """The kind as options, tables and messages call it: tissue, cell, proposal."""
+        return self.name.lower()
+
 
 SHOWN_REPAIRS = 200  # repairs that are told one by one
 
@@ -67,8 +80,7 @@ def join_remarks(several: Iterable[Remarks]) -> Remarks:
     return Remarks(dict(repaired), dict(skipped), repairs, notes, ids)
 
 
-TISSUE, CELL, PROPOSAL = 0, 1, 2
-KINDS = ("tissue", "cell", "proposal")
+KindOption = Literal["auto", "tissue", "cell"]  # "auto": as the file states it, else as its reader takes it
 UNCLASSIFIED = -1
 MAX_LABELS = int(np.iinfo(np.int16).max)
 
@@ -78,7 +90,7 @@ class ObjectTable:
     """n objects in level-0 pixels.
 
     geometry: object (n,), valid shapely Polygon or MultiPolygon of positive area. id: object (n,) of str.
-    label: int16 (n,), index into `labels`, -1 unclassified. kind: uint8 (n,), TISSUE, CELL or PROPOSAL.
+    label: int16 (n,), index into `labels`, -1 unclassified. kind: uint8 (n,), values of Kind.
     labels: class names, each once. counts: what reading did, for example features, repaired, points_skipped.
     source: object (n,) of str, the file each comes from. confidence: float32 (n,), what a detector says, NaN where it
         does not. measurements: name -> float64 (n,), NaN where an object has none; read on demand. Each is None where
@@ -103,6 +115,8 @@ class ObjectTable:
         """The same objects, moved by (dx, dy) level-0 pixels."""
         if not len(self):
             return self
+        import shapely
+
         moved = shapely.transform(self.geometry, lambda xy: np.add(xy, [dx_l0, dy_l0]))
         return replace(self, geometry=np.asarray(moved, dtype=object).reshape(len(self)))
 
@@ -110,6 +124,8 @@ class ObjectTable:
         """The same objects with all coordinates multiplied."""
         if not len(self) or factor == 1:
             return self
+        import shapely
+
         moved = shapely.transform(self.geometry, lambda xy: xy * factor)
         return replace(self, geometry=np.asarray(moved, dtype=object).reshape(len(self)))
 
@@ -136,7 +152,7 @@ class ObjectTable:
         columns: dict[str, Any] = {
             "id": self.id,
             "label": np.array([*self.class_names(), None], dtype=object)[:-1],
-            "kind": np.array([KINDS[kind] for kind in self.kind.tolist()], dtype=object),
+            "kind": np.array([Kind(kind).word for kind in self.kind.tolist()], dtype=object),
             "source": nothing if self.source is None else self.source,
             "confidence": np.full(len(self), np.nan, np.float32) if self.confidence is None else self.confidence,
         }

@@ -265,14 +265,14 @@ def make_features(settings: DemoSettings) -> None:
 
 def object_kinds(slide_files: Iterable[Path]) -> str:
     """The kinds of objects that the demo trains on and embeds: tissue where it is annotated, else all that there are."""
-    from odis_path.data.tile_index import KINDS
+    from annotations.objects import Kind
     from tiling.slide_file.read import SlideFile
 
     kinds: set[int] = set()
     for path in slide_files:
         with SlideFile(path) as file:
             kinds.update(file.objects_table(ids=False)["kind"].tolist())
-    names = [name for name, number in KINDS.items() if number in kinds]
+    names = [kind.word for kind in Kind if kind in kinds]
     return "tissue" if "tissue" in names else ",".join(names) or "tissue"
 
 

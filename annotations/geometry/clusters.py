@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from annotations.objects import CELL, PROPOSAL, TISSUE, ObjectTable
+from annotations.objects import Kind, ObjectTable
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ CLUSTER_LABEL, PART_LABEL = "cell cluster", "tissue part"
 def gathered(table: ObjectTable, mpp_level0: float, how: Gathering | None = None) -> ObjectTable:
     """Clusters of the annotated cells and connected parts of the annotated tissue: further objects, whatever their class.
 
-    table: n objects in level-0 pixels. Returned are new objects only, of kind PROPOSAL and with a label of their own; a
+    table: n objects in level-0 pixels. Returned are new objects only, proposals by kind and with a label of their own; a
     region that is one piece already is left out.
     """
     how = how or Gathering()
-    cells, tissue = (table.geometry[table.kind == kind] for kind in (CELL, TISSUE))
+    cells, tissue = (table.geometry[table.kind == kind] for kind in (Kind.CELL, Kind.TISSUE))
     found = [cell_clusters(cells, mpp_level0, how), tissue_parts(tissue, how.touch_um / mpp_level0)]
     counts = [len(geometry) for geometry in found]
     names = (CLUSTER_LABEL, PART_LABEL)
@@ -42,7 +42,7 @@ def gathered(table: ObjectTable, mpp_level0: float, how: Gathering | None = None
         geometry=np.concatenate(found),
         id=np.array(ids, dtype=object),
         label=np.repeat(np.arange(2, dtype=np.int16), counts),
-        kind=np.full(sum(counts), PROPOSAL, np.uint8),
+        kind=np.full(sum(counts), Kind.PROPOSAL, np.uint8),
         labels=names,
     )
 

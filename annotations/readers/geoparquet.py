@@ -12,7 +12,7 @@ import shapely
 
 from annotations.errors import UserError
 from annotations.geometry.rings import beyond, polygon_parts, usable
-from annotations.objects import CELL, PROPOSAL, TISSUE, ObjectTable
+from annotations.objects import Kind, ObjectTable
 from annotations.readers.class_name import class_of
 from annotations.readers.geojson.qupath import confidence_of, numbers_of
 from annotations.readers.table_builder import Objects, add, kind_of, table_of_outlines
@@ -22,7 +22,13 @@ ID_COLUMNS = ("id", "object_id", "key")
 KIND_COLUMNS = ("kind", "objectType", "object_type")
 PACKED_COLUMN = "measurements"
 CONFIDENCE_COLUMNS = ("confidence", "score", "probability", "prob", "type_prob")
-_KINDS = {"annotation": TISSUE, "tissue": TISSUE, "detection": CELL, "cell": CELL, "proposal": PROPOSAL}
+_KINDS = {
+    "annotation": Kind.TISSUE,
+    "tissue": Kind.TISSUE,
+    "detection": Kind.CELL,
+    "cell": Kind.CELL,
+    "proposal": Kind.PROPOSAL,
+}
 _POINTS, _POLYGONS, _LINES = (0, 4), (3, 6), (1, 2, 5)
 
 
@@ -57,7 +63,7 @@ def _read(columns: Any, source: str, kind: str, point_size_l0: float | None, sca
     )
     form = shapely.get_type_id(geometry)
     said = [_KINDS.get(str(value).lower()) for value in _values(columns, kinds, n)]
-    auto = [CELL if form[i] in _POINTS else TISSUE if value is None else value for i, value in enumerate(said)]
+    auto = [Kind.CELL if form[i] in _POINTS else Kind.TISSUE if value is None else value for i, value in enumerate(said)]
     objects.kind = [kind_of(kind, value) for value in auto]
     packed = _packed_measurements(columns)
     if sure is not None:
@@ -115,7 +121,7 @@ def _outlines(geometry: np.ndarray, form: np.ndarray, kinds: np.ndarray, scale: 
     """Polygons in level-0 pixels and the row of each; MultiPolygons of cells in parts, of collections what has an area."""
     rows = np.flatnonzero(np.isin(form, (*_POLYGONS, 7)) & ~shapely.is_empty(geometry))
     outlines = polygon_parts(geometry[rows])
-    cells = kinds[rows] == CELL
+    cells = kinds[rows] == Kind.CELL
     parts, of = shapely.get_parts(outlines[cells], return_index=True)
     outlines = np.concatenate([parts, outlines[~cells]])
     owner = np.concatenate([rows[cells][of], rows[~cells]])

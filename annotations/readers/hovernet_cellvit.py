@@ -12,7 +12,7 @@ import numpy as np
 
 from annotations.errors import UserError
 from annotations.geometry.rings import IrregularPositionError, rings_from_json, rings_from_lists
-from annotations.objects import CELL, ObjectTable
+from annotations.objects import Kind, ObjectTable
 from annotations.readers.detect import loads
 from annotations.readers.slide_context import SlideFrame
 from annotations.readers.table_builder import Objects, add, build_table, kind_of
@@ -76,7 +76,7 @@ def _table(
 ) -> ObjectTable:
     counts = {"features": len(cells)}
     names = [None if cell.type is None else type_map.get(str(cell.type), str(cell.type)) or None for cell in cells]
-    objects = Objects(ids, names, [kind_of(kind, CELL)] * len(cells))
+    objects = Objects(ids, names, [kind_of(kind, Kind.CELL)] * len(cells))
     if any(cell.type_prob is not None for cell in cells):
         objects.confidence = [NAN if cell.type_prob is None or abs(cell.type_prob) > 1e30 else cell.type_prob for cell in cells]
     raws, owner, boxes = [], [], 0

@@ -12,7 +12,7 @@ import shapely
 
 from annotations.errors import UserError
 from annotations.geometry.trace_mask import trace
-from annotations.objects import CELL, ObjectTable
+from annotations.objects import Kind, ObjectTable
 from annotations.readers.mask_pixels import decoded
 from annotations.readers.slide_context import SlideFrame
 from annotations.readers.table_builder import Objects, kind_of, table_of_outlines
@@ -55,7 +55,7 @@ def read_labelmask(
     of_row = np.repeat(rows, pieces) if split_values else rows
     outlines = shapely.get_parts(outlines) if split_values else outlines
     names = [None if (name := sidecar.classes.get(str(value))) is None else str(name) or None for value in values.tolist()]
-    objects = Objects([str(value) for value in values.tolist()], names, [kind_of(kind, CELL)] * len(values))
+    objects = Objects([str(value) for value in values.tolist()], names, [kind_of(kind, Kind.CELL)] * len(values))
     outlines = shapely.transform(outlines, lambda xy: xy * scale) if len(outlines) and scale != 1 else outlines
     none = np.zeros((0, 2)), np.zeros(0, np.int64)
     counts = {"features": len(values)}

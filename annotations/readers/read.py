@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from annotations.errors import UserError
-from annotations.objects import ObjectTable
+from annotations.objects import KindOption, ObjectTable
 from annotations.readers.detect import content, dialect
 from annotations.readers.geojson.qupath import (
-    Kind,
     _collector_paused,
     _parsed,
     nuclei_as_geometry,
@@ -24,7 +23,7 @@ from annotations.readers.xml.tree import READ, REMEDY, parse_xml
 def read_annotations(
     path: Path | str,
     *,
-    kind: Kind = "auto",
+    kind: KindOption = "auto",
     point_size_l0: float | None = None,
     scale: float | None = None,
     frame: SlideFrame | None = None,
@@ -36,7 +35,7 @@ def read_annotations(
 
     What the file is, its content decides: GeoJSON of any dialect (plain, .gz, or a .zip of one), HoVer-Net's and CellViT's
     json, COCO json, GeoParquet, XML of ASAP, ImageScope and NDP.view, label images (PNG, TIFF).
-    kind: "auto" takes detections, cells and what cell detectors write as CELL, all else as TISSUE; "tissue" and "cell"
+    kind: "auto" takes detections, cells and what cell detectors write as cells, all else as tissue; "tissue" and "cell"
         decide for all. A MultiPolygon that is a cell becomes one row per polygon. TMA cores, tiles and the root of QuPath
         are ignored and counted.
     point_size_l0: side of the square, level-0 pixels, that a Point or MultiPoint position becomes; None skips them.

@@ -12,7 +12,7 @@ import shapely
 
 from annotations.errors import UserError
 from annotations.geometry.rings import polygons_from_rings, repaired, rings_from_lists, usable, why_dropped, why_lost
-from annotations.objects import CELL, MAX_LABELS, SHOWN_REPAIRS, UNCLASSIFIED, ObjectTable, Remarks, empty_table
+from annotations.objects import MAX_LABELS, SHOWN_REPAIRS, UNCLASSIFIED, Kind, ObjectTable, Remarks, empty_table
 
 Rings = tuple[np.ndarray, np.ndarray, np.ndarray]
 
@@ -196,9 +196,9 @@ def numbered_ids(ids: Sequence[str], rows: np.ndarray, counts: dict[str, int]) -
     return found
 
 
-def kind_of(kind: str, default: int) -> int:
-    """The kind of an object: what the caller decides, or what the reader takes it for."""
-    return {"tissue": 0, "cell": CELL}.get(kind, default)
+def kind_of(kind: str, default: Kind) -> Kind:
+    """Return the kind that the option decides for all objects; for "auto" the default, what the reader takes this one for."""
+    return default if kind == "auto" else Kind[kind.upper()]
 
 
 def add(counts: dict[str, int], name: str, n: int) -> None:

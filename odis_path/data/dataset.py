@@ -13,12 +13,13 @@ import numpy as np
 import torch
 
 from annotations.errors import UserError
+from annotations.objects import Kind
 from odis_path.data import augment as colour
 from odis_path.data import block_masking as mim
 from odis_path.data import crops, targets
 from odis_path.data.polygon_mask import polygon_mask
 from odis_path.data.targets import Target
-from odis_path.data.tile_index import KINDS, OpenSlides, TileIndex
+from odis_path.data.tile_index import OpenSlides, TileIndex
 from tiling.slide_file.read import SlideFile
 from tiling.storage.checksums import DamagedError
 
@@ -41,7 +42,7 @@ class TileSamples(torch.utils.data.Dataset[dict[str, np.ndarray]]):
         self.rules = view_rules(config)
         self.colour_rules = colour_rules(config)
         kinds = kinds_of(config)
-        self._kinds = None if len(kinds) == len(KINDS) else kinds
+        self._kinds = None if len(kinds) == len(Kind) else kinds
         mean_scale = sum(config.views.global_scale) / 2
         cell = sqrt(mean_scale) * index.tile_px / self.grids[0]  # tile px a patch of a mean global crop
         self._min_side_px = sqrt(config.target.min_patches) * cell
@@ -227,7 +228,7 @@ class TileSamples(torch.utils.data.Dataset[dict[str, np.ndarray]]):
 
 def kinds_of(config: PretrainConfig) -> np.ndarray:
     """The kinds of boxes that may be targets, as slide files number them: uint8."""
-    return np.array(sorted({KINDS[kind] for kind in config.data.kinds}), dtype=np.uint8)
+    return np.array([kind for kind in Kind if kind.word in config.data.kinds], dtype=np.uint8)
 
 
 def view_rules(config: PretrainConfig) -> tuple[crops.CropRule, crops.CropRule]:

@@ -13,7 +13,6 @@ import numpy as np
 from annotations.errors import UserError
 from tiling.slide_file.read import SlideFile, list_slide_files
 
-KINDS = {"tissue": 0, "cell": 1, "proposal": 2}
 _MOST_OPEN = 512
 
 

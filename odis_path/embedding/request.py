@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from annotations.errors import UserError
-from odis_path.data.tile_index import KINDS
+from annotations.objects import Kind
 from odis_path.features.write import DATASETS, open_features
 from odis_path.model.source import check_source, is_checkpoint
 
@@ -81,9 +81,10 @@ def parse_kinds(kinds: str) -> tuple[str, ...] | None:
     if kinds == "all":
         return None
     names = tuple(name.strip() for name in kinds.split(",") if name.strip())
-    wrong = [name for name in names if name not in KINDS]
+    known = [kind.word for kind in Kind]
+    wrong = [name for name in names if name not in known]
     if wrong or not names:
-        raise UserError(f"--kinds {kinds}: no such kind {', '.join(wrong)}; take all, or some of {', '.join(KINDS)}")
+        raise UserError(f"--kinds {kinds}: no such kind {', '.join(wrong)}; take all, or some of {', '.join(known)}")
     return names
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from annotations.errors import UserError
-from odis_path.data.tile_index import KINDS
+from annotations.objects import Kind
 from odis_path.embedding.request import EmbedJob, check_options, other_encoder, parse_kinds
 from odis_path.features.pretraining import FILE as PRETRAINING_FILE
 from odis_path.features.pretraining import of_encoder
@@ -264,7 +264,7 @@ def object_rows(file: SlideFile, kinds: tuple[str, ...] | None) -> np.ndarray:
     if kinds is None:
         return np.arange(len(rows))
     kind = file.objects_table(ids=False)["kind"][rows]
-    return np.flatnonzero(np.isin(kind, [KINDS[name] for name in kinds]))
+    return np.flatnonzero(np.isin(kind, [number for number in Kind if number.word in kinds]))
 
 
 def embed_objects(encoder: FrozenEncoder, file: SlideFile, rows: np.ndarray, job: EmbedJob) -> np.ndarray:

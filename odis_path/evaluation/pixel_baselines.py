@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from annotations.errors import UserError
-from odis_path.data.tile_index import KINDS
+from annotations.objects import Kind
 from odis_path.features.read import FeatureSet
 from tiling.slide_file.read import SlideFile
 
@@ -158,7 +158,7 @@ def _tile_boxes(file: SlideFile, features: FeatureSet) -> list[np.ndarray]:
     """Boxes of each tile that its embedding is the mean of."""
     table = file.boxes_table()
     chosen = features.parameters.get("kinds", "all")
-    kinds = list(KINDS.values()) if chosen == "all" else [KINDS[name] for name in chosen if name in KINDS]
+    kinds = [kind for kind in Kind if chosen == "all" or kind.word in chosen]
     keep = np.isin(file.objects_table(ids=False)["kind"][table["object"]], kinds)
     tile = np.repeat(np.arange(len(file)), np.diff(table["offsets"]))[keep]
     return np.split(table["xyxy"][keep], np.searchsorted(tile, np.arange(1, len(file))))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from annotations.objects import Kind
 from odis_path.figures import style
 from odis_path.reporting.cohort_table import Cohort
 from odis_path.reporting.evaluations import Evaluation
@@ -142,7 +143,7 @@ class Report(Result):
     @property
     def class_names(self) -> list[str]:
         """Every class of the report, tissue first, in the order colours are given."""
-        names = [n for kind in ("tissue", "cell", "proposal") for n in self.cohort.classes(kind)]
+        names = [n for kind in Kind for n in self.cohort.classes(kind.word)]
         names += [n for e in self.evaluations for n in e.labels]
         return list(dict.fromkeys(names))
 

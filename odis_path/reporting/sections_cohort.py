@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from odis_path.data.tile_index import KINDS
+from annotations.objects import Kind
 from odis_path.reporting.cohort_table import UNCLASSIFIED, Cohort
 from odis_path.reporting.figures import boxes as box_figures
 from odis_path.reporting.figures import slides as slide_figures
@@ -72,7 +72,10 @@ def _class_table(c: Cohort) -> TableItem | None:
     if not counts:
         return None
     slides = {key: sum(1 for r in c.rows if r.objects.get(key)) for key in counts}
-    keys = sorted(counts, key=lambda key: (KINDS.get(key[0], len(KINDS)), key[1] == UNCLASSIFIED, key[1]))
+    words = [kind.word for kind in Kind]
+    keys = sorted(
+        counts, key=lambda key: (words.index(key[0]) if key[0] in words else len(words), key[1] == UNCLASSIFIED, key[1])
+    )
     rows = [[kind, name, f"{counts[kind, name]:,}", f"{slides[kind, name]} of {len(c.rows)}"] for kind, name in keys]
     caption = "Objects by class; a proposal is a guess of image analysis, not an annotation."
     return TableItem(["kind", "class", "objects", "on slides"], rows, caption, frozenset({2, 3}))

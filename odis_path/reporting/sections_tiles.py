@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from odis_path.reporting.cohort_table import KINDS
+from annotations.objects import Kind
 from odis_path.reporting.figures.tiles import Sample, draw_attention, draw_pairs, pick_tiles
 from odis_path.reporting.inventory import RunFolder
 from odis_path.reporting.page import Report, Section, TextItem
@@ -48,7 +48,8 @@ def crops(report: Report) -> Section | None:
         )
         + f"Teacher and student must describe it alike in both.{mask}{rest}"
     )
-    kinds = [number for number, name in KINDS.items() if name in (run.config.get("data") or {}).get("kinds", [name])]
+    trained_on = (run.config.get("data") or {}).get("kinds")
+    kinds = [kind for kind in Kind if trained_on is None or kind.word in trained_on]
     figure = draw_pairs(samples, pairs, report.colors, kinds)
     section.items.append(report.figure("crop-pairs", figure, caption, "Tiles with boxes, and two crops of each", photo=True))
     return section

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import shapely
 
-from annotations import CELL, UserError, concatenate, feature_collection, read_annotations, read_coco, write_geojson
+from annotations import Kind, UserError, concatenate, feature_collection, read_annotations, read_coco, write_geojson
 
 RNG = np.random.default_rng(1)
 STARS = [shapely.Point(*RNG.uniform(0, 9999, 2)).buffer(RNG.uniform(3, 90), quad_segs=4) for _ in range(30)]
@@ -96,7 +96,7 @@ def test_coco(tmp_path):
     assert a.labels == ("gland", "cell")
     assert a.id.tolist() == ["10", "11", "12"]
     assert a.label.tolist() == [1, 0, -1]
-    assert a.kind.tolist() == [CELL] * 3
+    assert a.kind.tolist() == [Kind.CELL] * 3
     assert shapely.bounds(a.geometry).tolist() == [[1, 2, 4, 6], [0, 0, 20, 20], [5, 5, 6, 6]]
     assert a.geometry[1].area == 58
     assert a.counts == {"features": 5, "masks_as_boxes": 1, "zero_area": 1, "empty": 1, "unknown_category": 1}

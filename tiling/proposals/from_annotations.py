@@ -31,14 +31,14 @@ def propose_from_annotations(path: Path, how: Gathering | None = None) -> dict[s
     """
     from annotations.geometry.clip import clip_to_tiles
     from annotations.geometry.clusters import CLUSTER_LABEL, PART_LABEL, Gathering, gathered
-    from annotations.objects import PROPOSAL
+    from annotations.objects import Kind
     from annotations.slide_groups import annotation_groups
 
     how = how or Gathering()
     with lock_file(path):
         with SlideFile(path) as file:
             objects = file.objects_table()
-            annotated = objects["kind"] != PROPOSAL
+            annotated = objects["kind"] != Kind.PROPOSAL
             if not annotated.any():
                 raise UserError(f"{path}: holds no annotated cells or tissue, which --from-cells gathers: run annotate first")
             attrs = file.group_attrs("objects")
@@ -66,7 +66,7 @@ def table_of_boxes(file: SlideFile) -> ObjectTable:
     """
     import shapely
 
-    from annotations.objects import CELL, TISSUE, ObjectTable
+    from annotations.objects import Kind, ObjectTable
 
     objects, boxes = file.objects_table(), file.boxes_table()
     scale = file.size_l0 / file.patch_size
@@ -76,9 +76,9 @@ def table_of_boxes(file: SlideFile) -> ObjectTable:
     np.minimum.at(low, boxes["object"], rects[:, :2])
     np.maximum.at(high, boxes["object"], rects[:, 2:])
     shown = np.isfinite(low[:, 0])
-    cells = np.flatnonzero(shown & (objects["kind"] == CELL))
+    cells = np.flatnonzero(shown & (objects["kind"] == Kind.CELL))
     geometry = [shapely.box(*low[cells].T, *high[cells].T)]
-    regions = np.flatnonzero(shown & (objects["kind"] == TISSUE))
+    regions = np.flatnonzero(shown & (objects["kind"] == Kind.TISSUE))
     rows = np.flatnonzero(np.isin(boxes["object"], regions))
     pieces = shapely.box(*rects[rows].T)
     if file.has_polygons:

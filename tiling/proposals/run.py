@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from annotations.errors import UserError
+from annotations.objects import Kind
 from tiling.jobs.run import run_cohort
 from tiling.jobs.summary import Outcomes
 from tiling.proposals.from_annotations import propose_from_annotations
@@ -22,7 +23,6 @@ from tiling.slide_file.write import parameters_hash, replace_groups
 from tiling.storage.checksums import DAMAGED
 from tiling.storage.locks import lock_file, lock_settings
 
-PROPOSAL_KIND = 2  # annotations.objects.PROPOSAL
 METHOD_VERSION = 2  # raise it when the method changes, so that old proposals are made anew
 LEVEL_TILES = 48  # tiles looked at to learn a slide's levels
 COUNTED = ("nuclei", "clusters", "glands", "vessels", "nests")  # in the order of LABELS
@@ -75,7 +75,7 @@ def _proposed(path: Path, replace: bool, settings: ProposalSettings) -> dict[str
             objects = file.objects_table()
             if file.group_attrs("objects").get(HASH_ATTR) == digest:
                 return {"skipped": True, **_counts(objects["label"])}
-            if not replace and (objects["kind"] != PROPOSAL_KIND).any():
+            if not replace and (objects["kind"] != Kind.PROPOSAL).any():
                 raise UserError(f"{path}: holds boxes from annotations: left as they are; --replace overwrites them")
         sample = np.unique(np.linspace(0, len(file) - 1, LEVEL_TILES).astype(int)) if len(file) else np.zeros(0, int)
         levels = slide_levels([file.tile(int(i)) for i in sample], file.mpp, settings)
@@ -104,7 +104,7 @@ def proposal_groups(found: list[Proposals], mpp: float) -> dict[str, dict[str, A
     objects: Mapping[str, Any] = {
         "id": np.array([f"proposal-{i}" for i in range(total)], dtype=object),
         "label": joined("label", (0,), np.int16),
-        "kind": np.full(total, PROPOSAL_KIND, np.uint8),
+        "kind": np.full(total, Kind.PROPOSAL, np.uint8),
         "area_um2": joined("area_px", (0,), np.float32) * np.float32(mpp**2),
         "attrs": {"labels": list(LABELS)},
     }

@@ -128,11 +128,11 @@ def _array(values: Any) -> np.ndarray:
 
 def drop_objects(groups: Groups, labels: tuple[str, ...]) -> Groups:
     """/objects and /boxes of a slide file (`read_groups`) less the objects of some labels that are proposals."""
-    from annotations.objects import PROPOSAL
+    from annotations.objects import Kind
 
     names = [str(name) for name in groups["objects"]["attrs"].get("labels", ())]
     gone = np.isin(groups["objects"]["label"], [i for i, name in enumerate(names) if name in labels])
-    gone &= groups["objects"]["kind"] == PROPOSAL
+    gone &= groups["objects"]["kind"] == Kind.PROPOSAL
     if not gone.any():
         return groups
     objects = {name: each if name == "attrs" else np.asarray(each)[~gone] for name, each in groups["objects"].items()}

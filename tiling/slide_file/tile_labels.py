@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from annotations.objects import Kind
+
 if TYPE_CHECKING:
     from tiling.slide_file.read import SlideFile
-
-TISSUE_KIND = 0  # annotations.objects.TISSUE, kept apart so that reading a file imports no geometry
 
 
 def tile_labels(file: SlideFile, min_share: float = 0.5) -> tuple[np.ndarray, list[str]]:
@@ -25,7 +25,7 @@ def tile_labels(file: SlideFile, min_share: float = 0.5) -> tuple[np.ndarray, li
         return labels, names
     tile = np.repeat(np.arange(len(file)), np.diff(boxes["offsets"]))
     row = boxes["object"]
-    counts = (objects["kind"][row] == TISSUE_KIND) & (objects["label"][row] >= 0)
+    counts = (objects["kind"][row] == Kind.TISSUE) & (objects["label"][row] >= 0)
     tile, row = tile[counts], row[counts]
     area = boxes["visible"][counts].astype(float) * objects["area_um2"][row]
     table = np.zeros((len(file), len(names)))

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from annotations.errors import UserError
-from annotations.objects import CELL, MAX_LABELS, SHOWN_IDS, SHOWN_REPAIRS, UNCLASSIFIED, ObjectTable, Remarks
+from annotations.objects import MAX_LABELS, SHOWN_IDS, SHOWN_REPAIRS, UNCLASSIFIED, Kind, ObjectTable, Remarks
 from annotations.readers.coco.document import Annotation, Category, CocoDocument, Image, Keys, decode_coco, key_of, name_of
 from annotations.readers.coco.shapes import Outlined, Size, outlined
 
@@ -31,7 +31,7 @@ class CocoTables:
 
 
 def read_coco(path: Path) -> dict[str, ObjectTable]:
-    """`file_name` of each image -> its objects (kind CELL), in pixels of that image; images without objects as well.
+    """`file_name` of each image -> its objects (of kind cell), in pixels of that image; images without objects as well.
 
     The outline is that of the segmentation, polygons or a run-length mask; the bounding box (x, y, width, height) where there
     is none, or none that can be used. All tables share `labels`, the category names in the file's order.
@@ -181,7 +181,7 @@ class _Objects:
             self.geometry[use],
             self.rows.ids[use],
             self.rows.label[use],
-            np.full(len(items), CELL, np.uint8),
+            np.full(len(items), Kind.CELL, np.uint8),
             self.rows.labels,
             {"features": int(stop - start), **dict(sorted(counts.items()))},
             confidence=_scores(items) if self.scored else None,

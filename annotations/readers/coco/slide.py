@@ -8,7 +8,7 @@ from pathlib import PurePosixPath, PureWindowsPath
 import numpy as np
 
 from annotations.errors import UserError
-from annotations.objects import CELL, TISSUE, ObjectTable, join_remarks
+from annotations.objects import Kind, ObjectTable, join_remarks
 from annotations.readers.coco.document import CocoDocument, decode_coco, decode_detections
 from annotations.readers.coco.images import coco_tables
 from annotations.readers.slide_context import SlideFrame
@@ -34,7 +34,7 @@ def read_coco_slide(
         if name in sizes and frame.size_l0 is not None and sizes[name] != frame.size_l0:
             scale = frame.scale_of_image(*sizes[name], source)
             notes.append(f"COCO image of {sizes[name][0]} x {sizes[name][1]}: scaled by {scale:g}")
-    kinds = np.full(len(table), TISSUE if kind == "tissue" else CELL, np.uint8)
+    kinds = np.full(len(table), Kind.TISSUE if kind == "tissue" else Kind.CELL, np.uint8)
     remarks = join_remarks([table.remarks, coco.unlisted]).noted(*notes)
     counts = table.counts
     if unlisted := sum(coco.unlisted.skipped.values()):

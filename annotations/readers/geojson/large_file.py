@@ -28,11 +28,10 @@ import shapely
 from annotations.errors import UserError
 from annotations.geometry.clip import TileBoxes, clip_to_tiles, concatenate_boxes
 from annotations.geometry.rings import IrregularPositionError
-from annotations.objects import ObjectTable, concatenate
+from annotations.objects import KindOption, ObjectTable, concatenate
 from annotations.readers.geojson.decode import decode_features
 from annotations.readers.geojson.qupath import (
     _TYPE_OF_OLD_ID,
-    Kind,
     _collector_paused,
     _object_type,
     _table,
@@ -180,7 +179,7 @@ def read_part(
     text: bytes,
     source: str,
     *,
-    kind: Kind = "auto",
+    kind: KindOption = "auto",
     point_size_l0: float | None = None,
     scale: float | None = None,
     nuclei: bool = False,
@@ -199,7 +198,9 @@ def read_part(
     return replace(table.scaled(scale or 1), source=np.full(len(table), Path(source).name, dtype=object))
 
 
-def _read_part(text: bytes, source: str, kind: Kind, point_size_l0: float | None, *, tolerant: bool = False) -> ObjectTable:
+def _read_part(
+    text: bytes, source: str, kind: KindOption, point_size_l0: float | None, *, tolerant: bool = False
+) -> ObjectTable:
     """Its own function, so that the decoded positions are gone before the collector runs again."""
     features = decode_features(text, source, tolerant=tolerant)
     for number, feature in enumerate(features):

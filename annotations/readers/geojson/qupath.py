@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -25,7 +25,7 @@ from annotations.geometry.rings import (
     why_dropped,
     why_lost,
 )
-from annotations.objects import CELL, TISSUE, ObjectTable, empty_table
+from annotations.objects import Kind, KindOption, ObjectTable, empty_table
 from annotations.readers.class_name import class_of, joined, unpacked
 from annotations.readers.geojson.decode import (
     CELL_SET,
@@ -47,9 +47,7 @@ from annotations.readers.geojson.decode import (
 from annotations.readers.geojson.decode import _members as members_of
 from annotations.readers.table_builder import add, mended, numbered, numbered_ids, remarks_of, squares
 
-Kind = Literal["auto", "tissue", "cell"]
-
-_KIND_OF_TYPE = {"annotation": TISSUE, "detection": CELL, "cell": CELL, CELL_SET: CELL}
+_KIND_OF_TYPE = {"annotation": Kind.TISSUE, "detection": Kind.CELL, "cell": Kind.CELL, CELL_SET: Kind.CELL}
 _CELL_SETS = "a list of MultiPolygons of cells, one a class (CellViT), taken for cells: --kind tissue keeps each whole"
 _POINTS = (Point, MultiPoint)
 _IGNORED_TYPES = frozenset({"tmacore", "root", "tile"})
@@ -76,7 +74,7 @@ def _collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-def _parsed(data: bytes, kind: Kind, point_size_l0: float | None, source: str, measurements: bool = False) -> ObjectTable:
+def _parsed(data: bytes, kind: KindOption, point_size_l0: float | None, source: str, measurements: bool = False) -> ObjectTable:
     """Its own function, so that the decoded positions are gone before the collector runs again."""
     for tolerant in (False, True):
         features = decode_features(data, source, tolerant=tolerant)
@@ -147,6 +145,7 @@ def _sorted(features: list[Feature], keep: list[int], kinds: np.ndarray, *, with
         return _Sorted(plain, list(range(len(keep))), list(keep))
     found = _Sorted()
     group, group_feature, polygons, lost = found.group, found.group_feature, found.polygons, found.lost
+    is_cell = kinds == Kind.CELL
     for row in keep:
         geometry = features[row].geometry
         if isinstance(geometry, Polygon):
@@ -156,8 +155,8 @@ def _sorted(features: list[Feature], keep: list[int], kinds: np.ndarray, *, with
         elif isinstance(geometry, MultiPolygon | CleanedPolygons):
             found.cell_sets |= _object_type(features[row]) == CELL_SET
             parts = len(geometry.coordinates)
-            first, rows = len(group_feature), parts if kinds[row] == CELL else 1
-            group.extend(range(first, first + parts) if kinds[row] == CELL else [first] * parts)
+            first, rows = len(group_feature), parts if is_cell[row] else 1
+            group.extend(range(first, first + parts) if is_cell[row] else [first] * parts)
             group_feature.extend([row] * rows)
             polygons.extend(geometry.coordinates)
             if not parts:
@@ -180,7 +179,7 @@ def _sorted(features: list[Feature], keep: list[int], kinds: np.ndarray, *, with
 
 def _table(
     features: list[Feature],
-    kind: Kind,
+    kind: KindOption,
     point_size_l0: float | None,
     counts: dict[str, int],
     source: str,
@@ -218,7 +217,7 @@ def _table(
     return replace(table, remarks=remarks.noted(_CELL_SETS) if found.cell_sets and kind == "auto" else remarks)
 
 
-def _kinds(features: list[Feature], kind: Kind, counts: dict[str, int]) -> tuple[np.ndarray, list[int]]:
+def _kinds(features: list[Feature], kind: KindOption, counts: dict[str, int]) -> tuple[np.ndarray, list[int]]:
     """uint8 kind of each feature, and the rows that are not ignored.
 
     A point is a cell whatever its object type: QuPath's points tool stores counted cells as annotations.
@@ -233,11 +232,11 @@ def _kinds(features: list[Feature], kind: Kind, counts: dict[str, int]) -> tuple
         counts["ignored"] = ignored
     if kind == "auto":
         kinds = [
-            CELL if type(feature.geometry) in _POINTS else _KIND_OF_TYPE.get(name or "", TISSUE)
+            Kind.CELL if type(feature.geometry) in _POINTS else _KIND_OF_TYPE.get(name or "", Kind.TISSUE)
             for name, feature in zip(types, features, strict=True)
         ]
-        return np.array(kinds, dtype=np.uint8), keep
-    return np.full(len(types), CELL if kind == "cell" else TISSUE, dtype=np.uint8), keep
+        return np.fromiter(kinds, np.uint8, len(kinds)), keep
+    return np.full(len(types), Kind.CELL if kind == "cell" else Kind.TISSUE, dtype=np.uint8), keep
 
 
 def _labelled(

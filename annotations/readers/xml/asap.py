@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from xml.etree.ElementTree import Element
 
-from annotations.objects import CELL, TISSUE, ObjectTable
+from annotations.objects import Kind, ObjectTable
 from annotations.readers.slide_context import SlideFrame
 from annotations.readers.table_builder import Shapes, kind_of
 from annotations.readers.xml.tree import number, position, refuse_foreign
@@ -37,7 +37,7 @@ def read_asap(
         shapes.add(
             names[row] if unique else str(row),
             None if group.strip().lower() == "none" else group.strip(),
-            kind_of(kind, CELL if is_point else TISSUE),
+            kind_of(kind, Kind.CELL if is_point else Kind.TISSUE),
         )
         found = [(number(each.get("Order")), i, position(each)) for i, each in enumerate(item.iter("Coordinate"))]
         # An Order that is no number compares with nothing: those stay where they are written.

@@ -11,7 +11,7 @@ import shapely
 
 from annotations.errors import UserError
 from annotations.geometry.rings import polygon_parts
-from annotations.objects import CELL, TISSUE, ObjectTable
+from annotations.objects import Kind, ObjectTable
 from annotations.readers.slide_context import SlideFrame
 from annotations.readers.table_builder import Shapes, add, kind_of
 from annotations.readers.xml.tree import REMEDY, position, refuse_foreign
@@ -69,7 +69,7 @@ def _add_region(shapes: Shapes, layer: Element, region: Element, kind: str, coun
     xy = [position(vertex) for vertex in region.iter() if vertex.tag in POSITIONS]
     name = (layer.get("Name") or "").strip() or (region.get("Text") or "").strip()
     number = region.get("Id") or str(counts["features"])
-    row = shapes.add(f"{layer.get('Id') or ''}:{number}", name, kind_of(kind, CELL if form in POINTS else TISSUE))
+    row = shapes.add(f"{layer.get('Id') or ''}:{number}", name, kind_of(kind, Kind.CELL if form in POINTS else Kind.TISSUE))
     counts["features"] += 1
     if not xy:
         shapes.lose(row, "empty", counts)

@@ -6,7 +6,7 @@ import math
 from xml.etree.ElementTree import Element
 
 from annotations.errors import UserError
-from annotations.objects import CELL, TISSUE, ObjectTable
+from annotations.objects import Kind, ObjectTable
 from annotations.readers.slide_context import SlideFrame
 from annotations.readers.table_builder import Shapes, kind_of
 from annotations.readers.xml.tree import number, refuse_foreign
@@ -33,7 +33,7 @@ def read_ndpa(
         form = (item.get("type") or "").lower() if item is not None else ""
         is_point = form in ("pin", "pointer")
         name = (view.findtext("title") or "").strip()
-        row = shapes.add(view.get("id") or str(i), name, kind_of(kind, CELL if is_point else TISSUE))
+        row = shapes.add(view.get("id") or str(i), name, kind_of(kind, Kind.CELL if is_point else Kind.TISSUE))
         units = (view.findtext("coordformat") or "nanometers").strip().lower()
         to_pixels = _Pixels(frame, source, nanometres=units.startswith("nano"))
         if item is None:

@@ -11,14 +11,14 @@ import shapely
 
 from annotations.errors import UserError
 from annotations.geometry.rings import beyond, usable
-from annotations.objects import CELL, SHOWN_IDS, UNCLASSIFIED, ObjectTable, Remarks, empty_table
+from annotations.objects import SHOWN_IDS, UNCLASSIFIED, Kind, ObjectTable, Remarks, empty_table
 from annotations.readers.xml.tree import parse_xml
 
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 
 def read_voc(path: Path) -> tuple[ObjectTable, tuple[int, int] | None]:
-    """Objects of one image (kind CELL) in its pixels, and its width and height where the file says them (else None).
+    """Objects of one image (of kind cell) in its pixels, and its width and height where the file says them (else None).
 
     Corners (xmin, ymin, xmax, ymax) are taken as they stand. An object without a name is unclassified; ids count from 0
     behind the file's stem. counts: "features"; "empty" without a box; "zero_area" with a box of no extent; "beyond" with one
@@ -54,7 +54,7 @@ def read_voc(path: Path) -> tuple[ObjectTable, tuple[int, int] | None]:
     ids = np.empty(len(rows), dtype=object)
     ids[:] = [f"{path.stem}:{i}" for i in rows.tolist()]
     geometry = np.asarray(shapely.box(*xyxy[good].T), dtype=object).reshape(-1)
-    kind = np.full(len(rows), CELL, np.uint8)
+    kind = np.full(len(rows), Kind.CELL, np.uint8)
     return ObjectTable(geometry, ids, np.array(label, np.int16), kind, names, counts, remarks=remarks), size
 
 

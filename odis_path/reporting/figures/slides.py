@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from annotations.objects import Kind
 from odis_path.figures import style
-from odis_path.reporting.cohort_table import KINDS, UNCLASSIFIED
+from odis_path.reporting.cohort_table import UNCLASSIFIED
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MAX_SIDE_PX = 1000
 MAX_DOTS = 6000
-TISSUE = 0
 
 
 @dataclass(frozen=True)
@@ -145,12 +145,12 @@ def _draw_boxes(axes: Any, picture: SlidePicture, colors: dict[str, str]) -> lis
     from matplotlib.lines import Line2D
 
     handles = []
-    for kind in (TISSUE, 1, 2):
+    for kind in Kind:
         here = picture.kind == kind
         for name in sorted(set(picture.name[here]), key=str):
             color = colors.get(name, style.GREY)
             boxes = picture.boxes[here & (picture.name == name)]
-            if kind == TISSUE:
+            if kind == Kind.TISSUE:
                 boxes = _inset(boxes)
                 x0, y0, x1, y1 = boxes.T
                 corners = np.stack([np.stack([x0, x1, x1, x0], 1), np.stack([y0, y0, y1, y1], 1)], -1)
@@ -159,9 +159,9 @@ def _draw_boxes(axes: Any, picture: SlidePicture, colors: dict[str, str]) -> lis
             else:
                 step = max(1, int(np.ceil(here.sum() / MAX_DOTS)))
                 axes.scatter(*(boxes[::step, :2] + boxes[::step, 2:]).T / 2, s=2.2, color=color, lw=0, zorder=3)
-            look = {"marker": "s", "mfc": "none", "mew": 2} if kind == TISSUE else {"marker": "o"}
-            label = name if name != UNCLASSIFIED else f"{KINDS[kind]}, {UNCLASSIFIED}"
-            size = 8 if kind == TISSUE else 5
+            look = {"marker": "s", "mfc": "none", "mew": 2} if kind == Kind.TISSUE else {"marker": "o"}
+            label = name if name != UNCLASSIFIED else f"{kind.word}, {UNCLASSIFIED}"
+            size = 8 if kind == Kind.TISSUE else 5
             handles.append(Line2D([], [], color=color, ls="", ms=size, label=label, **look))
     return handles
 

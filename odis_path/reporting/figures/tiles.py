@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from annotations.objects import Kind
 from odis_path.figures import style
 from odis_path.reporting.cohort_table import UNCLASSIFIED
 
@@ -55,7 +56,7 @@ def pick_tiles(paths: Sequence[Path], count: int, seed: int = 0) -> list[Sample]
             names = np.array([*objects["labels"], UNCLASSIFIED], dtype=object)
             label, kind = objects["label"][boxes["object"]], objects["kind"][boxes["object"]]
             size = (boxes["xyxy"][:, 2:] - boxes["xyxy"][:, :2]).min(1, initial=file.patch_size)
-            big = (size > file.patch_size / 5) & (kind != 1)
+            big = (size > file.patch_size / 5) & (kind != Kind.CELL)
             tile = np.repeat(np.arange(len(file)), np.diff(boxes["offsets"]))
             pairs = np.unique(np.stack([tile[big], label[big]], 1), axis=0)
             score = np.bincount(pairs[:, 0], minlength=len(file)) + rng.uniform(0, 0.5, len(file))
@@ -69,7 +70,7 @@ def pick_tiles(paths: Sequence[Path], count: int, seed: int = 0) -> list[Sample]
 
 
 def draw_pairs(
-    samples: Sequence[Sample], pairs: Sequence[CropPair], colors: dict[str, str], kinds: Sequence[int] = (0, 1, 2)
+    samples: Sequence[Sample], pairs: Sequence[CropPair], colors: dict[str, str], kinds: Sequence[int] = tuple(Kind)
 ) -> Figure:
     """One row per tile: the tile with boxes, target and both crops' frames; then each crop, veiled where [OBJ] is blind.
 
@@ -107,7 +108,7 @@ def _draw_tile(axes: Any, sample: Sample, pair: CropPair, colors: dict[str, str]
     for box, name, kind in zip(pair.boxes, sample.names, sample.kinds, strict=True):
         if kind in kinds:
             color = shown[name] = colors.get(name, style.GREY)
-            axes.add_patch(_rectangle(box + np.array([1, 1, -1, -1]), color, 2.0 if kind == 0 else 1.3))
+            axes.add_patch(_rectangle(box + np.array([1, 1, -1, -1]), color, 2.0 if kind == Kind.TISSUE else 1.3))
     axes.add_patch(_rectangle(pair.target, "black", 4.6))
     axes.add_patch(_rectangle(pair.target, style.TARGET, 2.8))
     for (x, y, w, h), color in zip(pair.rects, style.PAIR, strict=True):

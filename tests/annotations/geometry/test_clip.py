@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from annotations import annotation_groups, clip_to_tiles
 from annotations.geometry.rings import polygon_parts
-from annotations.objects import CELL, ObjectTable
+from annotations.objects import Kind, ObjectTable
 
 
 def one_at_a_time(geometry, coords, size_l0, patch_px):
@@ -133,7 +133,8 @@ def test_nothing_to_cut(n, tiles):
 
 def test_columns_have_their_types_and_groups_their_arrays():
     geometry = np.array([shapely.box(0, 0, 4, 4), shapely.box(50, 50, 60, 60)], dtype=object)
-    table = ObjectTable(geometry, np.array(["a", "b"], object), np.array([0, -1], np.int16), np.full(2, CELL, np.uint8), ("x",))
+    kind = np.full(2, Kind.CELL, np.uint8)
+    table = ObjectTable(geometry, np.array(["a", "b"], object), np.array([0, -1], np.int16), kind, ("x",))
     groups = annotation_groups(table, clip_to_tiles(geometry, np.array([[0, 0], [2, 0]]), 8.0, 16), 0.5)
     kinds = {name: value.dtype for name, value in groups["boxes"].items()}
     assert kinds == {"xyxy": np.float32, "offsets": np.int64, "object": np.int32, "visible": np.float32}

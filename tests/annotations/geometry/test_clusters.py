@@ -7,7 +7,7 @@ import pytest
 import shapely
 
 from annotations.geometry.clusters import CLUSTER_LABEL, PART_LABEL, Gathering, cluster_boxes, gathered, tissue_parts
-from annotations.objects import CELL, PROPOSAL, TISSUE, ObjectTable
+from annotations.objects import Kind, ObjectTable
 
 MPP = 0.5
 
@@ -42,9 +42,9 @@ def slow_clusters(bounds: np.ndarray, gap: float) -> list[set[int]]:
 
 def test_cells_close_together_are_one_cluster_whatever_their_class() -> None:
     near = [(100, 100), (122, 100), (144, 104), (122, 124)]
-    found = gathered(table_of(cells_at([*near, (500, 500), (516, 500)]), CELL), MPP)  # two cells are no cluster
+    found = gathered(table_of(cells_at([*near, (500, 500), (516, 500)]), Kind.CELL), MPP)  # two cells are no cluster
     assert [found.labels[i] for i in found.label] == [CLUSTER_LABEL]
-    assert found.kind.tolist() == [PROPOSAL]
+    assert found.kind.tolist() == [Kind.PROPOSAL]
     assert shapely.bounds(found.geometry).tolist() == [[92, 92, 152, 132]]
 
 
@@ -96,10 +96,10 @@ def test_a_hole_in_a_part_stays_and_what_lies_in_it_is_a_part_of_its_own() -> No
 def test_both_kinds_are_gathered_and_proposals_are_not() -> None:
     cells = cells_at([(10, 10), (30, 10), (50, 10)])
     regions = [shapely.box(0, 0, 60, 30), shapely.box(60, 0, 90, 30)]
-    kind = np.array([CELL] * 3 + [TISSUE] * 2 + [PROPOSAL] * 3, np.uint8)
+    kind = np.array([Kind.CELL] * 3 + [Kind.TISSUE] * 2 + [Kind.PROPOSAL] * 3, np.uint8)
     geometry = np.array([*cells, *regions, *cells_at([(200, 10), (220, 10), (240, 10)])], dtype=object)
     table = ObjectTable(geometry, np.array(list("abcdefgh"), dtype=object), np.zeros(8, np.int16), kind, ("x",))
     found = gathered(table, MPP)
     assert [found.labels[i] for i in found.label] == [CLUSTER_LABEL, PART_LABEL]
     assert len(set(found.id)) == 2
-    assert len(gathered(table_of([], CELL), MPP)) == 0
+    assert len(gathered(table_of([], Kind.CELL), MPP)) == 0

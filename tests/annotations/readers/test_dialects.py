@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import shapely
 
-from annotations import CELL, PROPOSAL, TISSUE, SlideFrame, UserError, concatenate, read_annotations, read_classmap
+from annotations import Kind, SlideFrame, UserError, concatenate, read_annotations, read_classmap
 from annotations.geometry.trace_mask import trace
 from annotations.readers.detect import ALWAYS_FINE
 
@@ -53,7 +53,7 @@ def test_hovernet_is_scaled_from_its_magnification(tmp_path: Path) -> None:
     path = save(tmp_path / "slide.json", HOVERNET)
     table = read_annotations(path, frame=FRAME)
     assert same(table.geometry, [shapely.box(0, 0, 20, 20), shapely.box(200, 100, 220, 120)])
-    assert (table.id.tolist(), labels(table), table.kind.tolist()) == (["1", "7"], ["1", "4"], [CELL, CELL])
+    assert (table.id.tolist(), labels(table), table.kind.tolist()) == (["1", "7"], ["1", "4"], [Kind.CELL, Kind.CELL])
     assert table.confidence.tolist() == [0.75, 0.5]
     assert table.counts == {"features": 3, "invalid_dropped": 1}
     assert table.remarks.skipped == {("4", "invalid_dropped"): 1}
@@ -88,7 +88,7 @@ def test_cellvit_json(tmp_path: Path) -> None:
     table = read_annotations(save(tmp_path / "cells.json", document), kind="tissue")
     assert same(table.geometry, [BOX, shapely.box(30, 20, 60, 40), shapely.box(0, 0, 8, 8)])
     assert labels(table) == ["Neoplastic", "Inflammatory", "9"]
-    assert table.kind.tolist() == [TISSUE] * 3
+    assert table.kind.tolist() == [Kind.TISSUE] * 3
     assert np.array_equal(table.confidence, np.array([0.9, np.nan, np.nan], np.float32), equal_nan=True)
     assert table.counts == {"features": 4, "empty": 1, "boxes": 1, "vertices_dropped": 2}
     assert table.source.tolist() == ["cells.json"] * 3
@@ -144,7 +144,7 @@ def test_tiatoolbox_geojson(tmp_path: Path) -> None:
     }
     path = save(tmp_path / "a.geojson", {"type": "FeatureCollection", "features": [item]})
     table = read_annotations(path, measurements=True)
-    assert (labels(table), table.kind.tolist(), table.confidence.tolist()) == (["Neoplastic"], [CELL], [0.5])
+    assert (labels(table), table.kind.tolist(), table.confidence.tolist()) == (["Neoplastic"], [Kind.CELL], [0.5])
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_bare_detections(tmp_path: Path) -> None:
     found = [{"image_id": "slide", "category_id": 1, "bbox": [0, 0, 10, 10], "score": 0.5}]
     table = read_annotations(save(tmp_path / "a.json", found), kind="tissue")
     assert same(table.geometry, [BOX])
-    assert (labels(table), table.kind.tolist(), table.confidence.tolist()) == (["1"], [TISSUE], [0.5])
+    assert (labels(table), table.kind.tolist(), table.confidence.tolist()) == (["1"], [Kind.TISSUE], [0.5])
 
 
 def test_bare_detections_with_their_mask_first(tmp_path: Path) -> None:
@@ -242,7 +242,7 @@ def test_geodataframe_and_back_through_geoparquet(tmp_path: Path) -> None:
     frame.to_parquet(tmp_path / "a.parquet")
     back = read_annotations(tmp_path / "a.parquet")
     assert same(back.geometry, table.geometry)
-    assert (labels(back), back.id.tolist(), back.kind.tolist()) == (["Tumor", None], ["t", "c"], [TISSUE, CELL])
+    assert (labels(back), back.id.tolist(), back.kind.tolist()) == (["Tumor", None], ["t", "c"], [Kind.TISSUE, Kind.CELL])
     assert np.array_equal(back.measurements["Area"], [np.nan, 4], equal_nan=True)
     assert len(table.taken(np.zeros(2, bool)).to_geodataframe()) == 0
 
@@ -273,7 +273,7 @@ def test_geoparquet_of_others(tmp_path: Path) -> None:
     table = read_annotations(tmp_path / "a.parquet", point_size_l0=2, scale=2)
     assert shapely.area(table.geometry).tolist() == [400, 400, 320, 4, 200]
     assert labels(table) == ["Tumor", "Tumor", "Stroma", None, None]
-    assert table.kind.tolist() == [CELL, CELL, TISSUE, CELL, TISSUE]
+    assert table.kind.tolist() == [Kind.CELL, Kind.CELL, Kind.TISSUE, Kind.CELL, Kind.TISSUE]
     assert shapely.bounds(table.geometry[3]).tolist() == [9, 11, 11, 13]
     assert table.id.tolist() == ["0/0", "0/1", "1", "2", "6"]
     wanted = {"features": 8, "lines_skipped": 1, "malformed": 2, "empty": 1, "repaired": 1, "exploded": 1}
@@ -318,7 +318,7 @@ def test_label_image(tmp_path: Path, mask: np.ndarray, name: str) -> None:
     table = read_annotations(tmp_path / name, frame=FRAME)
     one = shapely.box(300, 100, 500, 200).difference(shapely.box(320, 120, 340, 140))
     assert same(table.geometry, [one, shapely.box(3990, 0, 4000, 10), shapely.box(0, 1000, 50, 1100)])
-    assert (table.id.tolist(), table.kind.tolist(), labels(table)) == (["1", "7", "1000"], [CELL] * 3, [None] * 3)
+    assert (table.id.tolist(), table.kind.tolist(), labels(table)) == (["1", "7", "1000"], [Kind.CELL] * 3, [None] * 3)
     assert "scaled by 10" in table.remarks.notes[0]
     save(tmp_path / "slide.classes.json", {"classes": {"1": "gland", "1000": "vessel"}, "mpp": 0.5})
     table = read_annotations(tmp_path / name, frame=FRAME)
@@ -370,8 +370,8 @@ def test_optional_columns_are_joined(tmp_path: Path) -> None:
     assert np.array_equal(both.confidence, np.array([0.75, 0.5, np.nan], np.float32), equal_nan=True)
     assert both.measurements == {}
     assert both.remarks.notes == one.remarks.notes
-    assert PROPOSAL not in both.kind
-    assert both.taken(both.kind == TISSUE).source.tolist() == ["b.geojson"]
+    assert Kind.PROPOSAL not in both.kind
+    assert both.taken(both.kind == Kind.TISSUE).source.tolist() == ["b.geojson"]
 
 
 def test_repairs_and_losses_are_told_by_class(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import shapely
 
-from annotations import CELL, TISSUE, UserError, read_annotations
+from annotations import Kind, UserError, read_annotations
 
 SQUARE = [[0, 0], [10, 0], [10, 10], [0, 10], [0, 0]]
 POLYGON = {"type": "Polygon", "coordinates": [SQUARE]}
@@ -64,7 +64,7 @@ def test_container(read, name):
     table = read(CONTAINERS[name])
     assert len(table) == 1
     assert shapely.equals(table.geometry[0], shapely.box(0, 0, 10, 10))
-    assert table.kind.tolist() == [TISSUE]
+    assert table.kind.tolist() == [Kind.TISSUE]
     assert table.label.tolist() == [-1]
     assert (table.label.dtype, table.kind.dtype, table.id.dtype) == (np.int16, np.uint8, object)
 
@@ -109,14 +109,14 @@ def test_classes_share_a_list_in_order_of_appearance(read):
 
 
 KINDS = [
-    (feature(objectType="annotation"), TISSUE),
-    (feature(objectType="detection"), CELL),
-    (feature(objectType="cell", outside={"nucleusGeometry": POLYGON}), CELL),
-    (feature(object_type="detection"), CELL),
-    (feature(type="detection"), CELL),
-    (feature(outside={"objectType": "detection"}), CELL),
-    (feature(outside={"id": "PathCellObject"}), CELL),
-    (feature(), TISSUE),
+    (feature(objectType="annotation"), Kind.TISSUE),
+    (feature(objectType="detection"), Kind.CELL),
+    (feature(objectType="cell", outside={"nucleusGeometry": POLYGON}), Kind.CELL),
+    (feature(object_type="detection"), Kind.CELL),
+    (feature(type="detection"), Kind.CELL),
+    (feature(outside={"objectType": "detection"}), Kind.CELL),
+    (feature(outside={"id": "PathCellObject"}), Kind.CELL),
+    (feature(), Kind.TISSUE),
     (feature(objectType="tile"), None),
     (feature(objectType="tmaCore"), None),
     (feature(objectType="root"), None),
@@ -129,7 +129,7 @@ def test_kind(read, item, expected):
     table = read([item])
     assert table.kind.tolist() == ([] if expected is None else [expected])
     assert table.counts.get("ignored", 0) == (expected is None)
-    for name, value in (("tissue", TISSUE), ("cell", CELL)):
+    for name, value in (("tissue", Kind.TISSUE), ("cell", Kind.CELL)):
         assert read([item], kind=name).kind.tolist() == ([] if expected is None else [value])
 
 
@@ -147,7 +147,7 @@ def test_children_are_read(read):
     for name in ("inner", 5):  # a number takes the tolerant path
         table = read([feature(classification="outer", childObjects=[feature(classification=name, objectType="detection")])])
         assert table.labels == ("outer", str(name))
-        assert table.kind.tolist() == [TISSUE, CELL]
+        assert table.kind.tolist() == [Kind.TISSUE, Kind.CELL]
 
 
 def test_multipolygon_of_cells_is_exploded_only_as_cells(read):
@@ -303,7 +303,7 @@ def test_real_export(test_data):
     raw = json.loads(path.read_text())["features"]
     assert len(table) == len(raw) == 3
     assert table.id.tolist() == [item["id"] for item in raw]
-    assert table.kind.tolist() == [TISSUE] * 3
+    assert table.kind.tolist() == [Kind.TISSUE] * 3
     for ours, item in zip(table.geometry, raw, strict=True):
         theirs = shapely.make_valid(shapely.geometry.shape(item["geometry"]))
         assert ours.area == pytest.approx(theirs.area)
@@ -317,5 +317,5 @@ def test_points_are_cells_even_when_the_points_tool_calls_them_annotations(tmp_p
         ' "properties": {"objectType": "annotation", "classification": {"name": "Lymphocyte"}}}'
     )
     table = read_annotations(path, point_size_l0=8)
-    assert table.kind.tolist() == [CELL, CELL]
+    assert table.kind.tolist() == [Kind.CELL, Kind.CELL]
     assert [geometry.bounds for geometry in table.geometry] == [(6, 6, 14, 14), (36, 16, 44, 24)]

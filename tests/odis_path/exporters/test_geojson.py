@@ -11,7 +11,7 @@ import pytest
 import shapely
 from typer.testing import CliRunner
 
-from annotations import CELL, TISSUE, UserError, read_annotations, table_features, write_geojson
+from annotations import Kind, UserError, read_annotations, table_features, write_geojson
 from odis_path.cli.app import app
 from odis_path.exporters.geojson import export_geojson
 from tiling import SlideMeta, write_slide_file
@@ -78,7 +78,7 @@ def test_everything_is_where_it_was_and_is_read_back(tmp_path: Path) -> None:
     expected = [tissue, shapely.box(500, 500, 550, 550), *(shapely.box(*box) for box in boxes)]
     assert shapely.equals(table.geometry, expected).all()
     assert [table.class_names()[i] for i in range(5)] == ["Tissue", "Tissue", None, "Tumor", "Tumor"]
-    assert table.kind.tolist() == [TISSUE, TISSUE, CELL, TISSUE, TISSUE]
+    assert table.kind.tolist() == [Kind.TISSUE, Kind.TISSUE, Kind.CELL, Kind.TISSUE, Kind.TISSUE]
     first = path.read_bytes()
     export_geojson(tmp_path / "s", tmp_path / "out")
     assert path.read_bytes() == first
@@ -170,7 +170,7 @@ def test_a_table_is_written_and_read_back_with_its_measurements(tmp_path: Path) 
     write_geojson(tmp_path / "a.geojson", table_features(table))
     back = read_annotations(tmp_path / "a.geojson", measurements=True)
     assert shapely.equals(back.geometry, table.geometry).all()
-    assert (back.labels, back.kind.tolist(), back.confidence.tolist()) == (("x",), [CELL], [0.5])
+    assert (back.labels, back.kind.tolist(), back.confidence.tolist()) == (("x",), [Kind.CELL], [0.5])
     assert back.measurements["Area"].tolist() == [4.5]
     assert "Bad" not in back.measurements
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import shapely
 
-from annotations import CELL, read_annotations
+from annotations import Kind, read_annotations
 from annotations.readers.geojson.large_file import read_part
 
 SQUARE = {"type": "Polygon", "coordinates": [[[0, 0], [10, 0], [10, 10], [0, 10], [0, 0]]]}
@@ -95,7 +95,7 @@ def test_nuclei_and_children_kept_as_json_text(tmp_path: Path) -> None:
     path = save(tmp_path / "a.geojson", cell, feature(childObjects=child, metadata='{"note": "x"}'))
     table = read_annotations(path, nuclei=True, measurements=True)
     assert [geometry.area for geometry in table.geometry] == [4, 100, 4]
-    assert (labels(table), table.kind.tolist()) == ([None, None, "Immune"], [CELL, 0, CELL])
+    assert (labels(table), table.kind.tolist()) == ([None, None, "Immune"], [Kind.CELL, 0, Kind.CELL])
 
 
 def test_what_geopandas_makes_of_a_qupath_file(tmp_path: Path) -> None:

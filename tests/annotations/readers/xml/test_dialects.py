@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import shapely
 
-from annotations import CELL, TISSUE, SlideFrame, UserError, read_annotations
+from annotations import Kind, SlideFrame, UserError, read_annotations
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_asap(read) -> None:
     assert same(table.geometry, [shapely.box(*box) for box in boxes])
     assert labels(table) == ["Tumor", None, "Tumor", "Mitosis", "Mitosis", "Mitosis"]
     assert table.id.tolist() == ["a", "b", "c", "d", "e/0", "e/1"]
-    assert table.kind.tolist() == [TISSUE] * 3 + [CELL] * 3
+    assert table.kind.tolist() == [Kind.TISSUE] * 3 + [Kind.CELL] * 3
     assert table.counts == {"features": 7, "empty": 1, "lines_skipped": 1, "exploded": 1}
     assert table.remarks.skipped == {("Tumor", "empty"): 1, ("Tumor", "lines_skipped"): 1}
 
@@ -71,7 +71,7 @@ def test_asap(read) -> None:
 def test_asap_points_without_an_extent_and_a_scale(read) -> None:
     table = read(asap(one("a", "Polygon", "Tumor", *CORNERS), one("a", "Dot", "Mitosis", (50, 60))), scale=2, kind="cell")
     assert same(table.geometry, [shapely.box(0, 0, 20, 20)])
-    assert (table.id.tolist(), table.kind.tolist()) == (["0"], [CELL])
+    assert (table.id.tolist(), table.kind.tolist()) == (["0"], [Kind.CELL])
     assert table.remarks.skipped == {("Mitosis", "points_skipped"): 1}
 
 
@@ -139,7 +139,7 @@ def test_imagescope_shapes(read) -> None:
     assert table.geometry[0].bounds == (0, 0, 20, 10)
     assert same(table.geometry[1:3], [shapely.box(0, 0, 6, 8), shapely.box(4, 4, 6, 6)])
     assert table.geometry[3].area == 50
-    assert table.kind.tolist() == [TISSUE, TISSUE, CELL, TISSUE]
+    assert table.kind.tolist() == [Kind.TISSUE, Kind.TISSUE, Kind.CELL, Kind.TISSUE]
     assert table.counts == {"features": 7, "lines_skipped": 1, "empty": 1, "invalid_dropped": 1, "repaired": 1}
     assert table.remarks.repaired == {"a": 1}
 
@@ -189,7 +189,7 @@ def test_halo_shapes_are_told_by_words(read) -> None:
     assert table.geometry[2].bounds == (450, 250, 550, 350)
     assert table.geometry[2].area == pytest.approx(3.14159 * 50 * 50, rel=2e-3)
     assert labels(table) == ["Tumor"] * 3 + ["Mitosis", None]
-    assert table.kind.tolist() == [TISSUE] * 3 + [CELL, TISSUE]
+    assert table.kind.tolist() == [Kind.TISSUE] * 3 + [Kind.CELL, Kind.TISSUE]
     assert len(set(table.id)) == 5
     assert table.remarks.skipped == {
         ("Tumor", "lines_skipped"): 2,
@@ -253,7 +253,7 @@ def test_ndpa_counts_from_the_centre_of_the_glass(read) -> None:
     assert same(table.geometry[:2], [shapely.box(504, 392, 505, 394), shapely.box(499, 399, 501, 401)])
     assert table.geometry[2].bounds == pytest.approx((490, 390, 510, 410))
     assert labels(table) == ["Tumor", "pin", "round"]
-    assert table.kind.tolist() == [TISSUE, CELL, TISSUE]
+    assert table.kind.tolist() == [Kind.TISSUE, Kind.CELL, Kind.TISSUE]
     assert table.counts == {"features": 5, "lines_skipped": 1, "empty": 1}
     with pytest.raises(UserError, match="bring the NDPI slide back"):
         read(NDPA, frame=SlideFrame("s", (1000, 800), 0.25))
