@@ -19,7 +19,7 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def all_sum(value: Tensor) -> Tensor:
+def all_reduce_sum(value: Tensor) -> Tensor:
     """The sum of a tensor over all ranks (in place); no gradient passes."""
     if world_size() > 1:
         dist.all_reduce(value)

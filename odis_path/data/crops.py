@@ -1,6 +1,6 @@
 """Object-aware crops: pure geometry on boxes, no pixels.
 
-A view is an integer rectangle of the tile, resized to a square and turned by one of the eight symmetries of the square.
+A crop is an integer rectangle of the tile, resized to a square and turned by one of the eight symmetries of the square.
 The box of the target object goes through the same steps and comes out as a boolean patch mask.
 
 Source: the ODIS authors' post (crops that contain the object, box to patch mask); the constructive sampler is ours.
@@ -32,7 +32,7 @@ _CHUNK = 16  # free crops drawn at once for rejection
 
 
 @dataclass(frozen=True)
-class View:
+class Crop:
     """One crop of a tile.
 
     x, y, w, h: integer rectangle in tile px; turn: 0..7, `turn % 4` quarter turns counter-clockwise after a left-right
@@ -142,15 +142,15 @@ def _offset_range(lo: float, hi: float, length: int, side_px: int, rule: CropRul
     return first, last
 
 
-def sample_view(rng: np.random.Generator, side_px: int, box: np.ndarray | None, rule: CropRule) -> View:
-    """One random view; see `sample_views`."""
-    return sample_views(rng, side_px, box, rule, 1)[0]
+def sample_crop(rng: np.random.Generator, side_px: int, box: np.ndarray | None, rule: CropRule) -> Crop:
+    """One random crop; see `sample_crops`."""
+    return sample_crops(rng, side_px, box, rule, 1)[0]
 
 
-def sample_views(rng: np.random.Generator, side_px: int, box: np.ndarray | None, rule: CropRule, count: int) -> list[View]:
-    """Random views of a tile that show the box.
+def sample_crops(rng: np.random.Generator, side_px: int, box: np.ndarray | None, rule: CropRule, count: int) -> list[Crop]:
+    """Random crops of a tile that show the box.
 
-    box: (4,) x0, y0, x1, y1 in tile px, or None for free crops. Every view has scale and aspect of the rule. With full
+    box: (4,) x0, y0, x1, y1 in tile px, or None for free crops. Every crop has scale and aspect of the rule. With full
     containment it contains the box if a crop of the rule can; else it does so along the axes on which it is long enough, and
     along the others it overlaps by the root of `FALLBACK_FRACTION` of its own side: half of the largest overlap that is
     possible. Where rejection fails and the rule's fallback is not to construct, the last free crop is returned: see `shows`.
@@ -166,56 +166,56 @@ def sample_views(rng: np.random.Generator, side_px: int, box: np.ndarray | None,
     sizes = draw_sizes(rng, side_px, rule, count, need)
     places = rng.random((count, 2)).tolist()
     x0, y0, x1, y1 = (0.0, 0.0, 0.0, 0.0) if box is None else (float(v) for v in box)
-    views = []
+    crops = []
     for w, h, (right, down), turn in zip(*(size.tolist() for size in sizes), places, turns, strict=True):
         first_x, last_x = (0, side_px - w) if box is None else _offset_range(x0, x1, w, side_px, rule)
         first_y, last_y = (0, side_px - h) if box is None else _offset_range(y0, y1, h, side_px, rule)
         x, y = first_x + int(right * (last_x - first_x + 1)), first_y + int(down * (last_y - first_y + 1))
-        views.append(View(x, y, w, h, turn, rule.size_px))
-    return views
+        crops.append(Crop(x, y, w, h, turn, rule.size_px))
+    return crops
 
 
-def _by_rejection(rng: np.random.Generator, side_px: int, box: np.ndarray, rule: CropRule, count: int) -> list[View]:
-    """For each view free crops until one shows the box, as in the post; what follows the last try is the rule's fallback."""
-    free = _free_views(rng, side_px, rule)
+def _by_rejection(rng: np.random.Generator, side_px: int, box: np.ndarray, rule: CropRule, count: int) -> list[Crop]:
+    """For each crop free crops until one shows the box, as in the post; what follows the last try is the rule's fallback."""
+    free = _free_crops(rng, side_px, rule)
     whole = rule.containment == "full" and _can_fit(box, side_px, rule)
-    views = []
+    crops = []
     for _ in range(count):
         for _ in range(rule.tries):
-            view = next(free)
-            if contains(view, box) if whole else _overlaps(view, box, side_px, rule):
+            crop = next(free)
+            if contains(crop, box) if whole else _overlaps(crop, box, side_px, rule):
                 break
         else:
             if rule.fallback == "construct":
-                view = sample_view(rng, side_px, box, replace(rule, sampler="construct"))
-        views.append(view)
-    return views
+                crop = sample_crop(rng, side_px, box, replace(rule, sampler="construct"))
+        crops.append(crop)
+    return crops
 
 
-def _free_views(rng: np.random.Generator, side_px: int, rule: CropRule) -> Iterator[View]:
+def _free_crops(rng: np.random.Generator, side_px: int, rule: CropRule) -> Iterator[Crop]:
     """Free crops without end, drawn some at a time."""
     while True:
-        yield from sample_views(rng, side_px, None, rule, _CHUNK)
+        yield from sample_crops(rng, side_px, None, rule, _CHUNK)
 
 
-def shows(view: View, box: np.ndarray, side_px: int, rule: CropRule) -> bool:
-    """Tell if a view overlaps the box as the rule asks; a box that some crop of the rule could contain must be contained."""
+def shows(crop: Crop, box: np.ndarray, side_px: int, rule: CropRule) -> bool:
+    """Tell if a crop overlaps the box as the rule asks; a box that some crop of the rule could contain must be contained."""
     if rule.containment == "full" and _can_fit(box, side_px, rule):
-        return contains(view, box)
-    return _overlaps(view, box, side_px, rule)
+        return contains(crop, box)
+    return _overlaps(crop, box, side_px, rule)
 
 
-def _overlaps(view: View, box: np.ndarray, side_px: int, rule: CropRule) -> bool:
-    """Tell whether a view of its size lies where it overlaps the box enough."""
-    x_first, x_last = _offset_range(float(box[0]), float(box[2]), view.w, side_px, rule)
-    y_first, y_last = _offset_range(float(box[1]), float(box[3]), view.h, side_px, rule)
-    return x_first <= view.x <= x_last and y_first <= view.y <= y_last
+def _overlaps(crop: Crop, box: np.ndarray, side_px: int, rule: CropRule) -> bool:
+    """Tell whether a crop of its size lies where it overlaps the box enough."""
+    x_first, x_last = _offset_range(float(box[0]), float(box[2]), crop.w, side_px, rule)
+    y_first, y_last = _offset_range(float(box[1]), float(box[3]), crop.h, side_px, rule)
+    return x_first <= crop.x <= x_last and y_first <= crop.y <= y_last
 
 
-def visible_share(view: View, boxes: np.ndarray) -> np.ndarray:
-    """The share of each box's area that lies in the view: (k, 4) -> float64 (k,)."""
-    corner = np.array([view.x, view.y], dtype=np.float64)
-    low, high = np.maximum(boxes[:, :2], corner), np.minimum(boxes[:, 2:], corner + np.array([view.w, view.h]))
+def visible_share(crop: Crop, boxes: np.ndarray) -> np.ndarray:
+    """The share of each box's area that lies in the crop: (k, 4) -> float64 (k,)."""
+    corner = np.array([crop.x, crop.y], dtype=np.float64)
+    low, high = np.maximum(boxes[:, :2], corner), np.minimum(boxes[:, 2:], corner + np.array([crop.w, crop.h]))
     return (high - low).clip(0).prod(1) / (boxes[:, 2:] - boxes[:, :2]).prod(1)
 
 
@@ -229,36 +229,36 @@ def _whole_px(box: np.ndarray) -> tuple[int, int]:
     return ceil(float(box[2])) - floor(float(box[0])), ceil(float(box[3])) - floor(float(box[1]))
 
 
-def contains(view: View, box: np.ndarray) -> bool:
-    """Tell whether the view shows the whole box."""
+def contains(crop: Crop, box: np.ndarray) -> bool:
+    """Tell whether the crop shows the whole box."""
     x0, y0, x1, y1 = (float(v) for v in box)
-    return view.x <= x0 and view.y <= y0 and x1 <= view.x + view.w and y1 <= view.y + view.h
+    return crop.x <= x0 and crop.y <= y0 and x1 <= crop.x + crop.w and y1 <= crop.y + crop.h
 
 
 def turn_grid(grid: np.ndarray, turn: int) -> np.ndarray:
-    """Apply a symmetry of the square to the first two axes of a (g, g, ...) array, as the pixels of a view are turned."""
+    """Apply a symmetry of the square to the first two axes of a (g, g, ...) array, as the pixels of a crop are turned."""
     if turn >= 4:
         grid = grid[:, ::-1]
     return np.rot90(grid, turn % 4)
 
 
 def patch_mask(
-    view: View, box: np.ndarray, grid: int, *, rule: MaskRule = "any", fraction: float = 0.5, margin: int = 0
+    crop: Crop, box: np.ndarray, grid: int, *, rule: MaskRule = "any", fraction: float = 0.5, margin: int = 0
 ) -> np.ndarray:
-    """Patches of the view that belong to the box: bool (grid, grid), rows are y.
+    """Patches of the crop that belong to the box: bool (grid, grid), rows are y.
 
     any: the patch overlaps the box; fraction: by at least that share of the patch's area; centre: the patch's centre lies
-    in the box. margin: patches added on each side. All False where the box lies outside the view.
+    in the box. margin: patches added on each side. All False where the box lies outside the crop.
     """
-    return patch_masks([view], box, grid, rule=rule, fraction=fraction, margin=margin)[0]
+    return patch_masks([crop], box, grid, rule=rule, fraction=fraction, margin=margin)[0]
 
 
 def patch_masks(
-    views: Sequence[View], box: np.ndarray, grid: int, *, rule: MaskRule = "any", fraction: float = 0.5, margin: int = 0
+    crops: Sequence[Crop], box: np.ndarray, grid: int, *, rule: MaskRule = "any", fraction: float = 0.5, margin: int = 0
 ) -> np.ndarray:
-    """`patch_mask` of several views of one tile: bool (views, grid, grid)."""
-    frame = np.array([(v.x, v.y, v.w, v.h) for v in views], dtype=np.float64)
-    # (views, x or y, low or high), in patches of the unturned view
+    """`patch_mask` of several crops of one tile: bool (crops, grid, grid)."""
+    frame = np.array([(v.x, v.y, v.w, v.h) for v in crops], dtype=np.float64)
+    # (crops, x or y, low or high), in patches of the unturned crop
     span = (box.reshape(1, 2, 2) - frame[:, None, :2]).transpose(0, 2, 1) * grid / frame[:, 2:, None]
     cells = np.arange(grid, dtype=np.float64)
     if rule == "centre":
@@ -271,24 +271,24 @@ def patch_masks(
             masks = share[:, 1, :, None] * share[:, 0, None, :] >= fraction
         else:
             masks = (share[:, 1, :, None] > 0) & (share[:, 0, None, :] > 0)
-    for mask, view in zip(masks, views, strict=True):
+    for mask, crop in zip(masks, crops, strict=True):
         if margin and mask.any():
             rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
             mask[max(0, rows[0] - margin) : rows[-1] + margin + 1, max(0, columns[0] - margin) : columns[-1] + margin + 1] = (
                 True
             )
-        if view.turn:
-            mask[...] = turn_grid(mask, view.turn).copy()
+        if crop.turn:
+            mask[...] = turn_grid(mask, crop.turn).copy()
     return masks
 
 
-def view_matrices(views: Sequence[View], side_px: int) -> np.ndarray:
-    """Views as affine maps for `torch.nn.functional.grid_sample` (align_corners=False): float32 (views, 2, 3).
+def crop_matrices(crops: Sequence[Crop], side_px: int) -> np.ndarray:
+    """Crops as affine maps for `torch.nn.functional.grid_sample` (align_corners=False): float32 (crops, 2, 3).
 
     Each maps output coordinates in [-1, 1] to tile coordinates in [-1, 1], turn included.
     """
-    frame = np.array([(v.x, v.y, v.w, v.h) for v in views], dtype=np.float64).reshape(-1, 2, 2)  # (views, corner or size, axis)
-    theta = np.empty((len(views), 2, 3), dtype=np.float32)
-    theta[:, :, :2] = _UNTURN[[v.turn for v in views]] * (frame[:, 1] / side_px)[:, :, None]
+    frame = np.array([(v.x, v.y, v.w, v.h) for v in crops], dtype=np.float64).reshape(-1, 2, 2)  # (crops, corner or size, axis)
+    theta = np.empty((len(crops), 2, 3), dtype=np.float32)
+    theta[:, :, :2] = _UNTURN[[v.turn for v in crops]] * (frame[:, 1] / side_px)[:, :, None]
     theta[:, :, 2] = (2 * frame[:, 0] + frame[:, 1]) / side_px - 1
     return theta

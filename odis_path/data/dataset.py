@@ -104,7 +104,7 @@ class TileSamples(torch.utils.data.Dataset[dict[str, np.ndarray]]):
             masks |= ~masks.any(2, keepdims=True)  # never an empty key set; `seen` keeps it out of loss and center
         grid, m = self.grids[0], self.config.mim
         hidden = [mim.block_mask(rng, grid, mim.draw_ratio(rng, m.probability, m.ratio), m.blocks) for _ in range(2)]
-        theta = crops.view_matrices(views, side)
+        theta = crops.crop_matrices(views, side)
         return {
             "theta_global": theta[:2],
             "theta_local": theta[2:],
@@ -143,7 +143,7 @@ class TileSamples(torch.utils.data.Dataset[dict[str, np.ndarray]]):
 
     def _compose(
         self, rng: np.random.Generator, boxes: np.ndarray, labels: np.ndarray | None
-    ) -> tuple[Target, list[crops.View]]:
+    ) -> tuple[Target, list[crops.Crop]]:
         """The (first) target and the views of a sample, in the configured order: box first, or crops first.
 
         A target that nearly fills the tile becomes the whole tile, with free views; with an outline in place of a box it stays
@@ -154,10 +154,10 @@ class TileSamples(torch.utils.data.Dataset[dict[str, np.ndarray]]):
         if not (t.crop or t.mask):
             return whole, self._views(rng, None)
         to_whole = rng.random() < t.whole_tile_p
-        pair: list[crops.View] | None = None
+        pair: list[crops.Crop] | None = None
         chosen: Target | None = None
         if t.order == "crop_first" and not to_whole:
-            pair = crops.sample_views(rng, side, None, self.rules[0], 2)
+            pair = crops.sample_crops(rng, side, None, self.rules[0], 2)
             shown = np.array([all(crops.shows(view, box, side, self.rules[0]) for view in pair) for box in boxes], dtype=bool)
             chosen = self._choose(rng, boxes, labels, shown)
         if chosen is None:
@@ -188,17 +188,17 @@ class TileSamples(torch.utils.data.Dataset[dict[str, np.ndarray]]):
         return None if found is None else Target(found.box, rows[found.rows])
 
     def _views(
-        self, rng: np.random.Generator, box: np.ndarray | None, pair: list[crops.View] | None = None
-    ) -> list[crops.View]:
+        self, rng: np.random.Generator, box: np.ndarray | None, pair: list[crops.Crop] | None = None
+    ) -> list[crops.Crop]:
         """Two globals (drawn here unless given) and the locals, around a box or free."""
         side, t = self.index.tile_px, self.config.target
         aware = box if t.crop else None
         aware_local = aware if t.local == "object" else None
-        views = pair or crops.sample_views(rng, side, aware, self.rules[0], 2)
-        return views + crops.sample_views(rng, side, aware_local, self.rules[1], self.config.views.local_count)
+        views = pair or crops.sample_crops(rng, side, aware, self.rules[0], 2)
+        return views + crops.sample_crops(rng, side, aware_local, self.rules[1], self.config.views.local_count)
 
     def _masks(
-        self, views: list[crops.View], target: Target | None, number: int, shapes: list[Rings], sampled: bool
+        self, views: list[crops.Crop], target: Target | None, number: int, shapes: list[Rings], sampled: bool
     ) -> np.ndarray:
         """In-object patches of the global (number 0) or local (1) views, bool (views, N).
 
@@ -220,7 +220,7 @@ class TileSamples(torch.utils.data.Dataset[dict[str, np.ndarray]]):
         return masks.reshape(len(views), -1)
 
     @staticmethod
-    def _outline(view: crops.View, shapes: list[Rings], grid: int, rule: dict[str, Any]) -> np.ndarray:
+    def _outline(view: crops.Crop, shapes: list[Rings], grid: int, rule: dict[str, Any]) -> np.ndarray:
         """Patches of the outlines, bool (grid, grid); of one too small for the rule those that it touches."""
         found = np.logical_or.reduce([polygon_mask(view, rings, grid, **rule) for rings in shapes])
         return found if found.any() else np.logical_or.reduce([polygon_mask(view, rings, grid) for rings in shapes])

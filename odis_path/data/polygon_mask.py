@@ -1,4 +1,4 @@
-"""Polygon masks: which patches of a view an outline covers, by exact area.
+"""Polygon masks: which patches of a crop an outline covers, by exact area.
 
 The outline is cut along the lines between patches, and the area each piece of edge has to its right, in its own patch and
 in those beyond, is added up (Green's theorem). No geometry is built, so that a cell costs a fraction of a millisecond.
@@ -10,30 +10,30 @@ from __future__ import annotations
 
 import numpy as np
 
-from odis_path.data.crops import MaskRule, View, patch_mask, turn_grid
+from odis_path.data.crops import Crop, MaskRule, patch_mask, turn_grid
 
 # Share of a patch that counts as nothing: float64 round-off of the sums is a millionth of this.
 NOTHING = 1e-9
 
-Edges = tuple[np.ndarray, np.ndarray, np.ndarray]  # start (E, 2), end (E, 2) in patches of the view, sign (E,)
+Edges = tuple[np.ndarray, np.ndarray, np.ndarray]  # start (E, 2), end (E, 2) in patches of the crop, sign (E,)
 
 
 def polygon_mask(
-    view: View, rings: list[np.ndarray], grid: int, *, rule: MaskRule = "any", fraction: float = 0.5, margin: int = 0
+    crop: Crop, rings: list[np.ndarray], grid: int, *, rule: MaskRule = "any", fraction: float = 0.5, margin: int = 0
 ) -> np.ndarray:
-    """Patches of the view that belong to the polygon: bool (grid, grid), rows are y, turned as the view is.
+    """Patches of the crop that belong to the polygon: bool (grid, grid), rows are y, turned as the crop is.
 
     rings: (k, 2) x, y in tile px, open or closed, filled by the even-odd rule; none crosses itself or another, as in a valid
     polygon, whatever their directions and order. any: the patch overlaps the polygon; fraction: by at least that share of the
     patch's area; centre: the patch's centre lies in it (on its left or upper edge counts, on the right or lower does not).
-    margin: patches added on each side. All False where the polygon lies outside the view. An upright rectangle has
+    margin: patches added on each side. All False where the polygon lies outside the crop. An upright rectangle has
     the mask that `patch_mask` gives its box.
     """
     rings = [ring for ring in rings if len(ring) >= 3]
     if len(rings) == 1 and _is_box(rings[0]):
         box = np.concatenate([rings[0].min(0), rings[0].max(0)])
-        return patch_mask(view, box, grid, rule=rule, fraction=fraction, margin=margin)
-    edges = _edges(view, rings, grid)
+        return patch_mask(crop, box, grid, rule=rule, fraction=fraction, margin=margin)
+    edges = _edges(crop, rings, grid)
     if edges is None:
         return np.zeros((grid, grid), dtype=bool)
     if rule == "centre":
@@ -45,12 +45,12 @@ def polygon_mask(
         window = (2 * margin + 1, 2 * margin + 1)
         around = np.lib.stride_tricks.sliding_window_view(np.pad(mask, margin), window)
         mask = np.asarray(around.any(axis=(2, 3)))
-    return np.ascontiguousarray(turn_grid(mask, view.turn))
+    return np.ascontiguousarray(turn_grid(mask, crop.turn))
 
 
-def polygon_cover(view: View, rings: list[np.ndarray], grid: int) -> np.ndarray:
-    """The share of each patch's area that the polygon covers: float64 (grid, grid), rows are y, before the view's turn."""
-    edges = _edges(view, [ring for ring in rings if len(ring) >= 3], grid)
+def polygon_cover(crop: Crop, rings: list[np.ndarray], grid: int) -> np.ndarray:
+    """The share of each patch's area that the polygon covers: float64 (grid, grid), rows are y, before the crop's turn."""
+    edges = _edges(crop, [ring for ring in rings if len(ring) >= 3], grid)
     return np.zeros((grid, grid)) if edges is None else _cover(edges, grid)
 
 
@@ -64,15 +64,15 @@ def _is_box(ring: np.ndarray) -> bool:
     return bool((same[::2] == same[0]).all() and (same[1::2] == ~same[0]).all() and same[0].sum() == 1)
 
 
-def _edges(view: View, rings: list[np.ndarray], grid: int) -> Edges | None:
-    """The edges of the rings in units of the view's patches; None where the polygon lies outside the view.
+def _edges(crop: Crop, rings: list[np.ndarray], grid: int) -> Edges | None:
+    """The edges of the rings in units of the crop's patches; None where the polygon lies outside the crop.
 
     sign: +1 or -1, such that the polygon's area is the sum over its edges of sign * rise * (what lies to the right).
     """
     if not rings:
         return None
     length = np.array([len(ring) for ring in rings])
-    start = (np.concatenate(rings).astype(np.float64) - [view.x, view.y]) * grid / np.array([view.w, view.h], dtype=np.float64)
+    start = (np.concatenate(rings).astype(np.float64) - [crop.x, crop.y]) * grid / np.array([crop.w, crop.h], dtype=np.float64)
     if (start.max(0) <= 0).any() or (start.min(0) >= grid).any():
         return None
     first = np.cumsum(length) - length

@@ -16,7 +16,7 @@ from odis_path.data.augment import apply_colours
 def cut_views(tiles: Tensor, theta: Tensor, size_px: int, max_shrink: float = 1.0) -> Tensor:
     """Views of tiles by bilinear sampling.
 
-    tiles: float (B, 3, S, S) in [0, 1]; theta: float32 (V, B, 2, 3) from `odis_path.data.crops.view_matrices`. Returns float
+    tiles: float (B, 3, S, S) in [0, 1]; theta: float32 (V, B, 2, 3) from `odis_path.data.crops.crop_matrices`. Returns float
     (V * B, 3, size_px, size_px), view-major. Where a view may shrink its crop (max_shrink > 1.5 tile px a view px), it is
     sampled finer and averaged, so that nothing aliases.
     """

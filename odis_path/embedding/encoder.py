@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from annotations.errors import UserError
-from odis_path.data.crops import View, patch_mask
+from odis_path.data.crops import Crop, patch_mask
 from odis_path.data.views import normalise
 from odis_path.embedding.request import Mode
 from odis_path.model.create import POOL_WORDS, WORDS_OF_POOL, create_vit, embedding_pool
@@ -217,7 +217,7 @@ def _obj(encoder: FrozenEncoder, images: torch.Tensor, mask: torch.Tensor | None
 
 def box_masks(boxes: np.ndarray, side_px: int, grid: int) -> np.ndarray:
     """In-box patches of untouched tiles: (B, 4) in tile px -> bool (B, grid * grid). An empty box is a ValueError."""
-    whole = View(0, 0, side_px, side_px, 0, side_px)
+    whole = Crop(0, 0, side_px, side_px, 0, side_px)
     masks = np.stack([patch_mask(whole, box, grid).ravel() for box in boxes])
     if not masks.any(1).all():
         raise ValueError(f"box {boxes[int(np.flatnonzero(~masks.any(1))[0])].tolist()} covers no patch of the tile")

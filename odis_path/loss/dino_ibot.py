@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from odis_path.distributed import all_sum, world_size
+from odis_path.distributed import all_reduce_sum, world_size
 
 
 class Center(nn.Module):
     """The running mean of teacher logits: c <- m c + (1 - m) sum / count (DINO eq. 4).
 
-    Sum and count are over all ranks and over all micro-batches of a step: `add` each, then `move` once.
+    Sum and count are over all ranks and over all micro-batches of a step: `accumulate` each, then `update` once.
     """
 
     value: Tensor
@@ -26,36 +26,36 @@ class Center(nn.Module):
         super().__init__()
         self.momentum = momentum
         self.register_buffer("value", torch.zeros(dim))
-        self._added: Tensor | None = None  # sum and count of the step's micro-batches on this rank
+        self._accumulated: Tensor | None = None  # sum and count of the step's micro-batches on this rank
 
     @torch.no_grad()
-    def add(self, logits: Tensor, weight: Tensor | None = None) -> None:
-        """Count the rows of a micro-batch in. logits: (n, K); weight: (n,) 0 or 1."""
+    def accumulate(self, logits: Tensor, weight: Tensor | None = None) -> None:
+        """Take in the rows of a micro-batch. logits: (n, K); weight: (n,) 0 or 1."""
         logits = logits.to(self.value.dtype)
         if weight is None:
             total, count = logits.sum(0), logits.new_tensor([float(len(logits))])
         else:
             total, count = weight.to(logits.dtype) @ logits, weight.to(logits.dtype).sum()[None]
         packed = torch.cat([total, count])
-        self._added = packed if self._added is None else self._added + packed
+        self._accumulated = packed if self._accumulated is None else self._accumulated + packed
 
     @torch.no_grad()
-    def move(self) -> None:
-        """Move to what was added on all ranks. Nothing happens where no rank has a row."""
-        if self._added is None:
+    def update(self) -> None:
+        """Move towards the mean of what all ranks accumulated. Nothing happens where no rank has a row."""
+        if self._accumulated is None:
             return
-        packed, self._added = all_sum(self._added), None
+        packed, self._accumulated = all_reduce_sum(self._accumulated), None
         mean = packed[:-1] / packed[-1].clamp_min(1)
         moved = torch.lerp(mean, self.value, self.momentum)
         self.value.copy_(torch.where(packed[-1] > 0, moved, self.value))
 
 
-def sharpened(logits: Tensor, center: Tensor, temperature: float | Tensor) -> Tensor:
+def teacher_probabilities(logits: Tensor, center: Tensor, temperature: float | Tensor) -> Tensor:
     """Teacher probabilities softmax((z - c) / tau), in the type of the center: (.., K), (K,) -> (.., K)."""
     return F.softmax((logits.to(center.dtype) - center) / temperature, dim=-1)
 
 
-def counted_pairs(seen: Tensor, queries: int = 2) -> Tensor:
+def count_view_pairs(seen: Tensor, queries: int = 2) -> Tensor:
     """Number of pairs of a teacher view and another student view: bool or 0 and 1 (V, ...), globals first -> scalar."""
     seen = seen.to(torch.float64)
     return (seen[:queries].sum(0) * seen.sum(0)).sum() - seen[:queries].sum()
@@ -78,7 +78,7 @@ def cross_view_loss(
     pair_weight = different.to(losses.dtype).expand_as(losses)
     if weight is not None:
         pair_weight = pair_weight * weight[None].to(losses.dtype) * weight[:queries, None].to(losses.dtype)
-    count = all_sum(pair_weight.sum().detach().clone()) if pairs is None else pairs.to(losses.dtype)
+    count = all_reduce_sum(pair_weight.sum().detach().clone()) if pairs is None else pairs.to(losses.dtype)
     return (losses * pair_weight).sum() * world_size() / torch.where(count > 0, count, torch.ones_like(count))
 
 

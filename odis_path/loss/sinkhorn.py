@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from odis_path.distributed import all_sum, world_size
+from odis_path.distributed import all_reduce_sum, world_size
 
 
 @torch.no_grad()
@@ -42,4 +42,4 @@ def _logsumexp_of_ranks(local: Tensor) -> Tensor:
         return local
     top = local.clone()
     dist.all_reduce(top, op=dist.ReduceOp.MAX)
-    return top + all_sum((local - top).exp()).log()
+    return top + all_reduce_sum((local - top).exp()).log()

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from odis_path.config import PretrainConfig
-from odis_path.data.crops import View, turn_grid
+from odis_path.data.crops import Crop, turn_grid
 from odis_path.data.dataset import TileSamples
 from odis_path.data.tile_index import index_tiles
 from odis_path.embedding.encoder import box_masks, load_encoder
@@ -46,7 +46,7 @@ def crop_pairs(
             rng = np.random.default_rng([config.run.seed, epoch, int(row)])
             drawn = samples.draw(rng, file, number, int(row))
             tile = file.tile(int(row))
-            views = [View(*(int(v) for v in rect)) for rect in drawn["rects"][:2]]
+            views = [Crop(*(int(v) for v in rect)) for rect in drawn["rects"][:2]]
             grid = samples.grids[0]
             masks = [mask[0].reshape(grid, grid) for mask in drawn["mask_global"]]
             rects = drawn["rects"][:2, :4]
@@ -56,7 +56,7 @@ def crop_pairs(
     return previews
 
 
-def _show(tile: np.ndarray, view: View) -> np.ndarray:
+def _show(tile: np.ndarray, view: Crop) -> np.ndarray:
     from PIL import Image
 
     part = Image.fromarray(tile[view.y : view.y + view.h, view.x : view.x + view.w])

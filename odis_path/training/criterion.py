@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from odis_path.config import PretrainConfig
-from odis_path.loss.dino_ibot import Center, cross_view_loss, entropy, masked_patch_loss, sharpened
+from odis_path.loss.dino_ibot import Center, cross_view_loss, entropy, masked_patch_loss, teacher_probabilities
 from odis_path.loss.koleo_kde import kde, koleo
 from odis_path.loss.sinkhorn import sinkhorn
 from odis_path.model.network import Encoded, Views
@@ -23,7 +23,7 @@ class Criterion(nn.Module):
         """compiled: fuse what runs over the logits of hidden patches, most of the work here."""
         super().__init__()
         self.config = config.loss
-        self.sharpened = torch.compile(sharpened, dynamic=True) if compiled else sharpened
+        self.teacher_probabilities = torch.compile(teacher_probabilities, dynamic=True) if compiled else teacher_probabilities
         self.masked_patch_loss = torch.compile(masked_patch_loss, dynamic=True) if compiled else masked_patch_loss
         self.obj_center = Center(config.head.out_dim, config.loss.center_momentum)
         self.patch_center = Center(config.head.out_dim, config.loss.center_momentum)
@@ -56,7 +56,7 @@ class Criterion(nn.Module):
             parts["image"] = cross_view_loss(image_targets, student.obj[:, :, objects], c.student_temperature)
             loss = loss + c.image_weight * parts["image"]
         if c.centering == "center":
-            self.obj_center.add(logits.flatten(0, 1), weight.flatten())
+            self.obj_center.accumulate(logits.flatten(0, 1), weight.flatten())
         parts["patch"] = self.patch_loss(teacher, student.patches, views, temperature, loss.new_zeros(()))
         loss = loss + c.patch_weight * parts["patch"]
         spread = partial(self.spread, student.token, views.seen[:2, :, 0].to(seen.dtype))
@@ -67,20 +67,22 @@ class Criterion(nn.Module):
             parts["kde"] = spread(partial(kde, concentration=c.kde_concentration))
             loss = loss + c.kde_weight * parts["kde"]
         if last:
-            self.obj_center.move()
-            self.patch_center.move()
+            self.obj_center.update()
+            self.patch_center.update()
         return {
             "loss": loss,
             **{f"loss_{name}": value.detach() for name, value in parts.items()},
             "teacher_entropy": entropy(targets, weight),
-            "token_spread": token_spread(teacher.token),
+            "token_spread": feature_std(teacher.token),
         }
 
     def targets(self, center: Center, logits: Tensor, temperature: float, weight: Tensor | None = None) -> Tensor:
         """Teacher probabilities of (n, P) logits: centered and sharpened, or by Sinkhorn-Knopp."""
         if self.config.centering == "sinkhorn":
             return sinkhorn(logits, temperature, weight, self.config.sinkhorn_iterations)
-        return self.sharpened(logits, center.value, center.value.new_full((), temperature))  # a number would be compiled in
+        return self.teacher_probabilities(
+            logits, center.value, center.value.new_full((), temperature)
+        )  # a number would be compiled in
 
     @staticmethod
     def spread(tokens: Tensor, seen: Tensor, measure: Callable[..., Tensor]) -> Tensor:
@@ -106,13 +108,13 @@ class Criterion(nn.Module):
         if keep is not None:
             target = target * keep[:, None].to(target.dtype)  # a zero target row adds nothing
         if self.config.centering == "center" and mean is None:
-            self.patch_center.add(teacher, keep)
+            self.patch_center.accumulate(teacher, keep)
         elif mean is not None:
-            self.patch_center.add(mean[None])  # every rank and micro-batch has as many patches
+            self.patch_center.accumulate(mean[None])  # every rank and micro-batch has as many patches
         return self.masked_patch_loss(target, student, rows // patches, images, self.config.student_temperature, counted.sum(1))
 
 
-def token_spread(obj: Tensor) -> Tensor:
+def feature_std(obj: Tensor) -> Tensor:
     """Spread of unit [OBJ] embeddings (..., B, D) of B tiles: mean standard deviation over the tiles times sqrt(D).
 
     1 for a uniform sphere, 0 when collapsed; the mean over whatever comes before the tiles (the views).

@@ -26,10 +26,10 @@ from odis_path.config import PretrainConfig
 from odis_path.data.dataset import TileSamples, kinds_of
 from odis_path.data.sampler import StepSampler, collate, next_batch
 from odis_path.data.tile_index import TileIndex, held_out_patients, index_tiles
-from odis_path.distributed import Ranks, all_sum, any_rank, mean_of_ranks, start_ranks, stop_ranks
+from odis_path.distributed import Ranks, all_reduce_sum, any_rank, mean_of_ranks, start_ranks, stop_ranks
 from odis_path.embedding.encoder import FrozenEncoder
 from odis_path.features.pretraining import kept_in_checkpoint, slides_of
-from odis_path.loss.dino_ibot import counted_pairs
+from odis_path.loss.dino_ibot import count_view_pairs
 from odis_path.model.network import Network, build_network
 from odis_path.training.compile import compile_blocks, compiles
 from odis_path.training.criterion import Criterion
@@ -264,8 +264,8 @@ def steps(run: Run) -> Any:
 
 def pairs_of(micros: list[dict[str, Tensor]], ranks: Ranks) -> Tensor:
     """Pairs of views that count in a step, over all ranks, a micro-batch: their losses then add up to that of the batch."""
-    count = torch.stack([counted_pairs(batch["seen"]) for batch in micros]).mean()
-    return all_sum(count.to(ranks.device))
+    count = torch.stack([count_view_pairs(batch["seen"]) for batch in micros]).mean()
+    return all_reduce_sum(count.to(ranks.device))
 
 
 def forward_backward(

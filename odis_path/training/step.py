@@ -74,10 +74,10 @@ def make_views(
         mask_global = moved["mask_global"].flatten(0, 1)
         mask_local = moved["mask_local"].flatten(0, 1) if v.local_count else None
         if config.loss.image_weight:
-            mask_global, mask_local = whole_too(mask_global), None if mask_local is None else whole_too(mask_local)
+            mask_global, mask_local = add_whole_image(mask_global), None if mask_local is None else add_whole_image(mask_local)
     return Views(images, local, mask_global, mask_local, moved["hidden"].flatten(0, 1), moved["hidden_rows"], seen)
 
 
-def whole_too(mask: Tensor) -> Tensor:
+def add_whole_image(mask: Tensor) -> Tensor:
     """Masks (B, K, N) with one more object that is the whole image."""
     return torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)

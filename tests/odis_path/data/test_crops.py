@@ -8,16 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from odis_path.data.crops import (
+    Crop,
     CropRule,
-    View,
     contains,
+    crop_matrices,
     draw_sizes,
     patch_mask,
-    sample_view,
-    sample_views,
+    sample_crop,
+    sample_crops,
     shows,
     turn_grid,
-    view_matrices,
 )
 from odis_path.data.views import cut_views
 
@@ -32,29 +32,29 @@ def integer_boxes(draw: st.DrawFn) -> np.ndarray:
 
 
 @st.composite
-def views(draw: st.DrawFn) -> View:
+def random_crops(draw: st.DrawFn) -> Crop:
     w, h = draw(st.integers(8, SIDE)), draw(st.integers(8, SIDE))
     x, y = draw(st.integers(0, SIDE - w)), draw(st.integers(0, SIDE - h))
-    return View(x, y, w, h, draw(st.integers(0, 7)), draw(st.sampled_from([32, 48, 64])))
+    return Crop(x, y, w, h, draw(st.integers(0, 7)), draw(st.sampled_from([32, 48, 64])))
 
 
-def painted_mask(view: View, box: np.ndarray) -> np.ndarray:
+def painted_mask(crop: Crop, box: np.ndarray) -> np.ndarray:
     """Patches that hold box paint: crop, blow up without interpolation, turn, and look at every patch."""
     x0, y0, x1, y1 = box.astype(int)
     tile = np.zeros((SIDE, SIDE), bool)
     tile[y0:y1, x0:x1] = True
-    crop = tile[view.y : view.y + view.h, view.x : view.x + view.w]
-    grid = view.size_px // PATCH
-    fine = np.kron(crop, np.ones((grid, grid), bool))  # every crop px is grid x grid sub-px: patches have integer borders
-    fine = turn_grid(fine.repeat(1, 0), view.turn)
+    pixels = tile[crop.y : crop.y + crop.h, crop.x : crop.x + crop.w]
+    grid = crop.size_px // PATCH
+    fine = np.kron(pixels, np.ones((grid, grid), bool))  # every crop px is grid x grid sub-px: patches have integer borders
+    fine = turn_grid(fine.repeat(1, 0), crop.turn)
     rows, columns = fine.shape[0] // grid, fine.shape[1] // grid
     return fine.reshape(grid, rows, grid, columns).any((1, 3))
 
 
 @settings(max_examples=1000, deadline=None)
-@given(views(), integer_boxes())
-def test_the_patch_mask_is_where_the_painted_box_shows(view: View, box: np.ndarray) -> None:
-    assert np.array_equal(patch_mask(view, box, view.size_px // PATCH), painted_mask(view, box))
+@given(random_crops(), integer_boxes())
+def test_the_patch_mask_is_where_the_painted_box_shows(crop: Crop, box: np.ndarray) -> None:
+    assert np.array_equal(patch_mask(crop, box, crop.size_px // PATCH), painted_mask(crop, box))
 
 
 def test_the_sampling_map_is_crop_then_turn_exactly() -> None:
@@ -62,8 +62,8 @@ def test_the_sampling_map_is_crop_then_turn_exactly() -> None:
     rng = np.random.default_rng(0)
     tile = rng.random((3, SIDE, SIDE)).astype(np.float32)
     for turn in range(8):
-        view = View(5, 11, 32, 32, turn, 32)
-        theta = torch.from_numpy(view_matrices([view], SIDE))[None]
+        crop = Crop(5, 11, 32, 32, turn, 32)
+        theta = torch.from_numpy(crop_matrices([crop], SIDE))[None]
         image = cut_views(torch.from_numpy(tile)[None], theta, 32)[0].numpy()
         plain = tile[:, 11:43, 5:37].transpose(1, 2, 0)
         assert np.allclose(image.transpose(1, 2, 0), turn_grid(plain, turn), atol=2e-5)
@@ -71,12 +71,12 @@ def test_the_sampling_map_is_crop_then_turn_exactly() -> None:
 
 @settings(max_examples=1000, deadline=None)
 @given(integer_boxes(), st.integers(0, 2**32 - 1), st.sampled_from(["construct", "reject"]))
-def test_a_view_contains_the_box_whenever_it_fits(box: np.ndarray, seed: int, sampler: str) -> None:
+def test_a_crop_contains_the_box_whenever_it_fits(box: np.ndarray, seed: int, sampler: str) -> None:
     rule = CropRule(scale=(0.25, 1.0), size_px=32, sampler=sampler)  # type: ignore[arg-type]
-    view = sample_view(np.random.default_rng(seed), SIDE, box, rule)
-    assert 0 <= view.x <= view.x + view.w <= SIDE
-    assert 0 <= view.y <= view.y + view.h <= SIDE
-    assert contains(view, box)  # scale reaches 1: every box fits
+    crop = sample_crop(np.random.default_rng(seed), SIDE, box, rule)
+    assert 0 <= crop.x <= crop.x + crop.w <= SIDE
+    assert 0 <= crop.y <= crop.y + crop.h <= SIDE
+    assert contains(crop, box)  # scale reaches 1: every box fits
 
 
 SCALES = [(0.25, 1.0), (0.4, 1.0), (0.05, 0.25), (0.1, 0.3), (0.3, 0.3), (1.0, 1.0)]
@@ -120,10 +120,10 @@ def sizes_of(rule: CropRule, side: int) -> np.ndarray:
     return sizes[(sizes <= side).all(1)]
 
 
-def obeys(view: View, rule: CropRule, side: int) -> bool:
-    """Whether some size that rounds to the view's has area and aspect of the rule."""
-    w, h = view.w, view.h
-    inside = 0 <= view.x <= view.x + w <= side and 0 <= view.y <= view.y + h <= side
+def obeys(crop: Crop, rule: CropRule, side: int) -> bool:
+    """Whether some size that rounds to the crop's has area and aspect of the rule."""
+    w, h = crop.w, crop.h
+    inside = 0 <= crop.x <= crop.x + w <= side and 0 <= crop.y <= crop.y + h <= side
     area = (
         (w - 0.5) * (h - 0.5) <= rule.scale[1] * side * side + 1e-6,
         (w + 0.5) * (h + 0.5) >= rule.scale[0] * side * side - 1e-6,
@@ -134,20 +134,20 @@ def obeys(view: View, rule: CropRule, side: int) -> bool:
 
 @settings(max_examples=1500, deadline=None)
 @given(st.data(), st.sampled_from([37, 64, 256]), rules(), st.integers(0, 2**32 - 1))
-def test_a_view_obeys_its_rule_and_contains_the_box_or_overlaps_it_as_documented(
+def test_a_crop_obeys_its_rule_and_contains_the_box_or_overlaps_it_as_documented(
     data: st.DataObject, side: int, rule: CropRule, seed: int
 ) -> None:
     box = data.draw(boxes_of_any_shape(side))
     sizes = sizes_of(rule, side)
     need = np.ceil(box[2:]) - np.floor(box[:2])
     holdable = (sizes >= need).all(1).any()
-    for view in sample_views(np.random.default_rng(seed), side, box, rule, 3):
-        assert obeys(view, rule, side)
-        assert shows(view, box, side, rule)
+    for crop in sample_crops(np.random.default_rng(seed), side, box, rule, 3):
+        assert obeys(crop, rule, side)
+        assert shows(crop, box, side, rule)
         if rule.containment == "full" and holdable:
-            assert contains(view, box)
+            assert contains(crop, box)
             continue
-        for low, high, start, length in ((box[0], box[2], view.x, view.w), (box[1], box[3], view.y, view.h)):
+        for low, high, start, length in ((box[0], box[2], crop.x, crop.w), (box[1], box[3], crop.y, crop.h)):
             overlap, span = min(high, start + length) - max(low, start), high - low
             asked = {"any": 1.0, "fraction": np.sqrt(rule.fraction) * min(span, length)}.get(rule.containment)
             if asked is None:
@@ -157,34 +157,34 @@ def test_a_view_obeys_its_rule_and_contains_the_box_or_overlaps_it_as_documented
 
 @settings(max_examples=300, deadline=None)
 @given(rules(), st.sampled_from([37, 64, 256]), st.integers(0, 2**32 - 1))
-def test_a_free_view_obeys_its_rule(rule: CropRule, side: int, seed: int) -> None:
-    assert all(obeys(view, rule, side) for view in sample_views(np.random.default_rng(seed), side, None, rule, 5))
+def test_a_free_crop_obeys_its_rule(rule: CropRule, side: int, seed: int) -> None:
+    assert all(obeys(crop, rule, side) for crop in sample_crops(np.random.default_rng(seed), side, None, rule, 5))
 
 
 def test_a_thin_box_does_not_stretch_small_crops() -> None:
     """A strip across the tile: no small crop holds it, so each shows its full height and most of its own width of it."""
     rule = CropRule(scale=(0.05, 0.25), size_px=96)
     for box in (np.array([0.0, 100, 256, 120]), np.array([100.0, 0, 120, 256])):
-        views = sample_views(np.random.default_rng(0), 256, box, rule, 500)
-        assert max(max(v.w / v.h, v.h / v.w) for v in views) < 1.36
-        assert max(v.w * v.h for v in views) < 0.26 * 256 * 256
+        crops = sample_crops(np.random.default_rng(0), 256, box, rule, 500)
+        assert max(max(v.w / v.h, v.h / v.w) for v in crops) < 1.36
+        assert max(v.w * v.h for v in crops) < 0.26 * 256 * 256
         across, along = (1, 0) if box[2] == 256 else (0, 1)
-        for v in views:
+        for v in crops:
             start, length = (v.x, v.y), (v.w, v.h)
             assert start[across] <= 100 < 120 <= start[across] + length[across]
             assert 0 <= start[along] <= 256 - length[along]
-        assert len({(v.x, v.y, v.w, v.h) for v in views}) > 400
+        assert len({(v.x, v.y, v.w, v.h) for v in crops}) > 400
 
 
 def test_crops_around_a_strip_across_the_tile_differ_in_what_is_left_free() -> None:
-    """Width is the tile's; height is uniform from three quarters of it on, and views are rarely the same."""
+    """Width is the tile's; height is uniform from three quarters of it on, and crops are rarely the same."""
     rule = CropRule(scale=(0.25, 1.0), size_px=224)
-    views = sample_views(np.random.default_rng(1), 256, np.array([0.0, 100, 256, 120]), rule, 4000)
-    assert {v.w for v in views} == {256}
-    heights = np.array([v.h for v in views])
+    crops = sample_crops(np.random.default_rng(1), 256, np.array([0.0, 100, 256, 120]), rule, 4000)
+    assert {v.w for v in crops} == {256}
+    heights = np.array([v.h for v in crops])
     assert heights.min() == 192
     assert abs(heights.mean() - 224) < 1.5
-    same = np.mean([(a.x, a.y, a.w, a.h) == (b.x, b.y, b.w, b.h) for a, b in zip(views[::2], views[1::2], strict=True)])
+    same = np.mean([(a.x, a.y, a.w, a.h) == (b.x, b.y, b.w, b.h) for a, b in zip(crops[::2], crops[1::2], strict=True)])
     assert same < 0.02
 
 
@@ -209,7 +209,7 @@ def test_fractional_boxes_are_contained_too() -> None:
     for _ in range(2000):
         corner = rng.uniform(0, SIDE - 14, 2)
         box = np.concatenate([corner, corner + rng.uniform(0.5, 13.5, 2)])
-        assert contains(sample_view(rng, SIDE, box, rule), box)
+        assert contains(sample_crop(rng, SIDE, box, rule), box)
 
 
 def test_both_samplers_agree_where_rejection_succeeds() -> None:
@@ -220,7 +220,7 @@ def test_both_samplers_agree_where_rejection_succeeds() -> None:
     for sampler in ("construct", "reject"):
         rule = CropRule(scale=(0.3, 0.3), ratio=(1.0, 1.0), size_px=32, sampler=sampler, tries=10_000)  # type: ignore[arg-type]
         for _ in range(2000):
-            offsets[sampler].append(sample_view(rng, SIDE, box, rule).x)
+            offsets[sampler].append(sample_crop(rng, SIDE, box, rule).x)
     side = int(draw_sizes(rng, SIDE, CropRule(scale=(0.3, 0.3), ratio=(1.0, 1.0), size_px=32), 1)[0][0])
     legal = np.arange(max(0, 40 - side), min(SIDE - side, 20) + 1)
     for values in offsets.values():
@@ -231,10 +231,10 @@ def test_both_samplers_agree_where_rejection_succeeds() -> None:
 
 
 def test_mask_rules_differ_as_named() -> None:
-    view = View(0, 0, 64, 64, 0, 64)
+    crop = Crop(0, 0, 64, 64, 0, 64)
     box = np.array([0.0, 0.0, 12.0, 8.0])  # patch 0 whole, half of patch 1
-    first = patch_mask(view, box, 8)[0]
+    first = patch_mask(crop, box, 8)[0]
     assert first[:3].tolist() == [True, True, False]
-    assert patch_mask(view, box, 8, rule="fraction", fraction=0.6)[0, :3].tolist() == [True, False, False]
-    assert patch_mask(view, np.array([0.0, 0.0, 11.0, 8.0]), 8, rule="centre")[0, :3].tolist() == [True, False, False]
-    assert patch_mask(view, box, 8, margin=1)[:3, :4].astype(int).tolist() == [[1, 1, 1, 0], [1, 1, 1, 0], [0, 0, 0, 0]]
+    assert patch_mask(crop, box, 8, rule="fraction", fraction=0.6)[0, :3].tolist() == [True, False, False]
+    assert patch_mask(crop, np.array([0.0, 0.0, 11.0, 8.0]), 8, rule="centre")[0, :3].tolist() == [True, False, False]
+    assert patch_mask(crop, box, 8, margin=1)[:3, :4].astype(int).tolist() == [[1, 1, 1, 0], [1, 1, 1, 0], [0, 0, 0, 0]]

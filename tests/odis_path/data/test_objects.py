@@ -37,8 +37,8 @@ def samples_of(tiles: Path, **sections: Any) -> TileSamples:
     return TileSamples(index_tiles(tiles), tiny_config(tiles, "unused", **sections), 8)
 
 
-def views_of(sample: dict[str, np.ndarray]) -> list[crops.View]:
-    return [crops.View(*(int(v) for v in rect)) for rect in sample["rects"]]
+def views_of(sample: dict[str, np.ndarray]) -> list[crops.Crop]:
+    return [crops.Crop(*(int(v) for v in rect)) for rect in sample["rects"]]
 
 
 def test_further_objects_show_in_both_globals_and_are_not_the_first(tiny_tiles: Path) -> None:
@@ -99,7 +99,7 @@ def test_a_tile_sized_box_is_accepted_by_rejection_when_half_of_the_crop_shows_i
     rule = crops.CropRule(scale=(0.05, 0.25), size_px=32, sampler="reject", fallback="zero")
     whole = np.array([0.0, 0.0, SIDE, SIDE])
     for seed in range(50):
-        view = crops.sample_view(np.random.default_rng(seed), SIDE, whole, rule)
+        view = crops.sample_crop(np.random.default_rng(seed), SIDE, whole, rule)
         assert crops.shows(view, whole, SIDE, rule)
 
 

@@ -58,8 +58,8 @@ def draw(index: Any, box: np.ndarray, seed: int, **target: Any) -> tuple[dict[st
     return samples.draw(np.random.default_rng(seed), OneBox(box), 0, 0), samples  # type: ignore[arg-type]
 
 
-def views_of(sample: dict[str, np.ndarray]) -> list[crops.View]:
-    return [crops.View(*(int(v) for v in rect)) for rect in sample["rects"]]
+def views_of(sample: dict[str, np.ndarray]) -> list[crops.Crop]:
+    return [crops.Crop(*(int(v) for v in rect)) for rect in sample["rects"]]
 
 
 @st.composite
@@ -97,7 +97,7 @@ def test_above_the_share_a_box_is_the_tile_and_below_it_is_cropped_around(
 def test_crops_of_a_box_that_fills_the_tile_have_the_law_of_free_ones(index: Any) -> None:
     box = np.array([1.0, 0.0, 64.0, 63.0])
     rects = np.concatenate([draw(index, box, seed)[0]["rects"][:2] for seed in range(1500)])
-    free = crops.sample_views(np.random.default_rng(0), SIDE, None, crops.CropRule(scale=(0.25, 1), size_px=32), 3000)
+    free = crops.sample_crops(np.random.default_rng(0), SIDE, None, crops.CropRule(scale=(0.25, 1), size_px=32), 3000)
     other = np.array([(v.x, v.y, v.w, v.h) for v in free])
     assert np.abs(rects[:, :4].mean(0) - other.mean(0)).max() < 0.8
     assert np.abs(rects[:, :4].std(0) - other.std(0)).max() < 0.8

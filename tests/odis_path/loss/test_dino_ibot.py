@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from odis_path.loss.dino_ibot import Center, cross_view_loss, entropy, masked_patch_loss, sharpened
+from odis_path.loss.dino_ibot import Center, cross_view_loss, entropy, masked_patch_loss, teacher_probabilities
 
 
 def softmax(row: Tensor) -> list[float]:
@@ -28,7 +28,7 @@ def test_the_cross_view_loss_is_the_sum_over_pairs_written_out() -> None:
     z, s = torch.randn(2, batch, k, dtype=torch.float64), torch.randn(views, batch, k, dtype=torch.float64)
     teacher = Center(k).double()
     teacher.value.copy_(center)
-    ours = cross_view_loss(sharpened(z, teacher.value, tau), s, 0.1)
+    ours = cross_view_loss(teacher_probabilities(z, teacher.value, tau), s, 0.1)
     terms = [
         cross_entropy(softmax((z[q, b] - center) / tau), s[v, b], 0.1)
         for q in range(2)
@@ -84,12 +84,12 @@ def test_no_hidden_patch_at_all_is_zero_with_a_gradient() -> None:
 def test_the_center_is_a_running_mean_of_weighted_rows() -> None:
     center = Center(3, momentum=0.9).double()
     rows = torch.randn(4, 3, dtype=torch.float64)
-    center.add(rows, torch.tensor([1, 0, 1, 1]))
-    center.move()
+    center.accumulate(rows, torch.tensor([1, 0, 1, 1]))
+    center.update()
     expected = 0.1 * rows[[0, 2, 3]].mean(0)
     assert torch.allclose(center.value, expected, atol=1e-14)
-    center.add(rows[:0])
-    center.move()
+    center.accumulate(rows[:0])
+    center.update()
     assert torch.allclose(center.value, expected, atol=1e-14)  # nothing seen, nothing moved
 
 

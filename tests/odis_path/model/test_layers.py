@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from odis_path.config import PretrainConfig
 from odis_path.data.augment import ColourRule, apply_colours, draw_colours
-from odis_path.data.crops import View, view_matrices
+from odis_path.data.crops import Crop, crop_matrices
 from odis_path.data.views import cut_views, view_images
 from odis_path.distributed import Ranks
 from odis_path.model.layers import DropPath, additive, embed_patches
@@ -83,8 +83,8 @@ def batch_of_views(seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """Two tiles, three views each: uint8 tiles, affine maps, colours of every kind, hue in HSV."""
     rng = np.random.default_rng(seed)
     tiles = torch.from_numpy(rng.integers(0, 256, (2, 40, 40, 3), dtype=np.uint8))
-    views = [View(int(x), int(y), 24, 30, int(turn), 16) for x, y, turn in rng.integers(0, 8, (6, 3))]
-    theta = torch.from_numpy(view_matrices(views, 40)).view(3, 2, 2, 3)
+    views = [Crop(int(x), int(y), 24, 30, int(turn), 16) for x, y, turn in rng.integers(0, 8, (6, 3))]
+    theta = torch.from_numpy(crop_matrices(views, 40)).view(3, 2, 2, 3)
     rule = ColourRule(stain_p=0.7, stain_scale=0.3, stain_shift=0.1, solarise_p=0.5, gray_p=0.3, hue_space="hsv")
     colours = torch.from_numpy(draw_colours(rng, (rule,) * 6)).view(3, 2, -1)
     return tiles, theta, colours

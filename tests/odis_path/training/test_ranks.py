@@ -40,8 +40,8 @@ def loss_and_center(rank: int, world: int) -> dict[str, Any]:
     loss = cross_view_loss(teacher[:, mine].softmax(-1), logits, 0.1, seen[:, mine])
     loss.backward()
     center = Center(8).double()
-    center.add(rows[few])
-    center.move()
+    center.accumulate(rows[few])
+    center.update()
     return {"loss": loss.detach() / world, "gradient": logits.grad / world, "center": center.value}
 
 

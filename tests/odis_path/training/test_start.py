@@ -21,12 +21,12 @@ from odis_path.data.tile_index import index_tiles
 from odis_path.distributed import Ranks
 from odis_path.embedding.encoder import load_encoder
 from odis_path.embedding.run import embed
-from odis_path.loss.dino_ibot import counted_pairs
+from odis_path.loss.dino_ibot import count_view_pairs
 from odis_path.model.architectures import is_model_name
 from odis_path.model.network import build_network
 from odis_path.model.vit import build_encoder
 from odis_path.training import loop
-from odis_path.training.criterion import token_spread
+from odis_path.training.criterion import feature_std
 from tests.odis_path.conftest import tiny_config, write_tiny_slide
 from tests.odis_path.data.test_from_slides import write_slide
 from tiling.slide_file.write import replace_groups
@@ -73,16 +73,16 @@ def test_micro_batches_add_up_to_the_batch_where_views_lack_their_object(
 def test_pairs_are_counted_as_the_loss_counts_them() -> None:
     seen = torch.tensor([[1, 0], [1, 1], [0, 1], [1, 0]])  # two globals, two locals, of two tiles
     by_hand = sum(int(seen[q, b] and seen[v, b]) for b in range(2) for q in range(2) for v in range(4) if v != q)
-    assert float(counted_pairs(seen)) == by_hand == 5
+    assert float(count_view_pairs(seen)) == by_hand == 5
 
 
 def test_the_spread_is_between_tiles_not_between_views() -> None:
     tiles = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
     agreeing = torch.stack([tiles, tiles])
-    assert float(token_spread(agreeing)) > 0.9
+    assert float(feature_std(agreeing)) > 0.9
     collapsed = torch.randn(2, 1, 16).expand(2, 64, 16)
-    assert float(token_spread(collapsed)) < 1e-5
-    assert float(token_spread(torch.randn(2, 1, 16))) == 0  # one tile a micro-batch
+    assert float(feature_std(collapsed)) < 1e-5
+    assert float(feature_std(torch.randn(2, 1, 16))) == 0  # one tile a micro-batch
 
 
 def test_a_run_does_not_go_on_with_other_tiles(tmp_path: Path) -> None:
@@ -271,7 +271,7 @@ def test_an_outline_beside_a_view_is_not_seen_in_it(tiny_tiles: Path) -> None:
     samples = TileSamples(index_tiles(tiny_tiles), tiny_config(tiny_tiles, "unused", target={"geometry": "polygon"}), 8)
     diamond = np.array([(20.0, 0.0), (40.0, 20.0), (20.0, 40.0), (0.0, 20.0)])
     target = Target(np.array([0.0, 0.0, 40.0, 40.0]), np.array([0]))
-    corner, middle = crops.View(0, 0, 8, 8, 0, 32), crops.View(8, 8, 32, 32, 0, 32)
+    corner, middle = crops.Crop(0, 0, 8, 8, 0, 32), crops.Crop(8, 8, 32, 32, 0, 32)
     masks = samples._masks([corner, middle], target, 0, [[diamond]], sampled=False)
     assert not masks[0].any()
     assert masks[1].any()
