@@ -127,11 +127,10 @@ def index_tiles(folder: str | Path, *, need_boxes: np.ndarray | None = None, nee
 def _has_kind(file: SlideFile, kinds: np.ndarray) -> np.ndarray:
     """Which tiles hold a box of one of these kinds: bool (N,)."""
     table = file.boxes_table()
-    tile = np.repeat(np.arange(len(file)), np.diff(table["offsets"]))
-    if not len(tile):
+    if not len(table["object"]):
         return np.zeros(len(file), bool)
     fitting = np.isin(file.objects_table(ids=False)["kind"][table["object"]], kinds)
-    return np.bincount(tile[fitting], minlength=len(file)) > 0
+    return np.bincount(file.box_tiles[fitting], minlength=len(file)) > 0
 
 
 def held_out_patients(index: TileIndex, share: float, named: list[str], seed: int) -> set[str]:

@@ -269,9 +269,7 @@ def object_rows(file: SlideFile, kinds: tuple[str, ...] | None) -> np.ndarray:
 
 def embed_objects(encoder: FrozenEncoder, file: SlideFile, rows: np.ndarray, job: EmbedJob) -> np.ndarray:
     """One embedding a box: float32 (m, D), in the order of `rows`."""
-    table = file.boxes_table()
-    tile_of = np.repeat(np.arange(len(file)), np.diff(table["offsets"]))[rows]
-    return encode_rows(encoder, file, tile_of, table["xyxy"][rows], job)
+    return encode_rows(encoder, file, file.box_tiles[rows], file.boxes_table()["xyxy"][rows], job)
 
 
 def embed_tiles(encoder: FrozenEncoder, file: SlideFile, job: EmbedJob) -> np.ndarray:
@@ -279,11 +277,10 @@ def embed_tiles(encoder: FrozenEncoder, file: SlideFile, job: EmbedJob) -> np.nd
     if job.mode == "full":
         return encode_rows(encoder, file, np.arange(len(file)), None, job)
     rows = object_rows(file, job.kinds)
-    table = file.boxes_table()
-    tile_of = np.repeat(np.arange(len(file)), np.diff(table["offsets"]))[rows]
+    tile_of = file.box_tiles[rows]
     side = float(file.patch_size)
     bare = np.setdiff1d(np.arange(len(file)), tile_of)
-    boxes = np.concatenate([table["xyxy"][rows], np.tile([0, 0, side, side], (len(bare), 1))])
+    boxes = np.concatenate([file.boxes_table()["xyxy"][rows], np.tile([0, 0, side, side], (len(bare), 1))])
     owner = np.concatenate([tile_of, bare])
     order = np.argsort(owner, kind="stable")
     each = encode_rows(encoder, file, owner[order], boxes[order], job)

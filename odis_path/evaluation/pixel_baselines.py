@@ -160,5 +160,5 @@ def _tile_boxes(file: SlideFile, features: FeatureSet) -> list[np.ndarray]:
     chosen = features.parameters.get("kinds", "all")
     kinds = [kind for kind in Kind if chosen == "all" or kind.word in chosen]
     keep = np.isin(file.objects_table(ids=False)["kind"][table["object"]], kinds)
-    tile = np.repeat(np.arange(len(file)), np.diff(table["offsets"]))[keep]
+    tile = file.box_tiles[keep]
     return np.split(table["xyxy"][keep], np.searchsorted(tile, np.arange(1, len(file))))

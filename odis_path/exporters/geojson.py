@@ -131,8 +131,7 @@ def box_features(file: SlideFile, shift: np.ndarray) -> list[dict[str, Any]]:
     """A rectangle a box, with the class of its object; what of an object several tiles hold is a box in each."""
     table, objects = file.boxes_table(), file.objects_table()
     row = table["object"]
-    names = [*objects["labels"], None]
-    labels = [names[i] for i in objects["label"][row].tolist()]
+    labels = file.object_classes()[row].tolist()
     types = [KIND_TYPES[kind] for kind in objects["kind"][row].tolist()]
     measured = [{"visible": value} for value in table["visible"].tolist()]
     if (sure := objects.get("confidence")) is not None:  # NaN where a detector did not say
@@ -161,8 +160,7 @@ def predicted_features(file: SlideFile, shift: np.ndarray, predicted: Predicted 
         outlines, kind = tile_squares(file, rows), "tile"
     else:
         table = file.boxes_table()
-        owner = np.repeat(np.arange(len(file)), np.diff(table["offsets"])).tolist()
-        box_at = {pair: i for i, pair in enumerate(zip(owner, table["object"].tolist(), strict=True))}
+        box_at = {pair: i for i, pair in enumerate(zip(file.box_tiles.tolist(), table["object"].tolist(), strict=True))}
         boxes = [box_at.get(pair, -1) for pair in zip(tiles, predicted.object.tolist(), strict=True)]
         if -1 in boxes:
             number = int(predicted.object[boxes.index(-1)])
@@ -184,10 +182,7 @@ def box_rectangles(file: SlideFile, rows: np.ndarray) -> np.ndarray:
     """The rectangles of some rows of /boxes, level-0 pixels."""
     import shapely
 
-    table = file.boxes_table()
-    tile = np.repeat(np.arange(len(file)), np.diff(table["offsets"]))[rows]
-    xyxy = np.tile(file.coords[tile], 2) + table["xyxy"][rows].astype(float) * (file.size_l0 / file.patch_size)
-    return np.asarray(shapely.box(*xyxy.T), dtype=object).reshape(-1)
+    return np.asarray(shapely.box(*file.box_bounds_l0[rows].T), dtype=object).reshape(-1)
 
 
 def _features(

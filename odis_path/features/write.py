@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from annotations.errors import UserError
-from tiling.slide_file.read import SlideFile
+from tiling.slide_file.read import BoxTable, SlideFile
 from tiling.slide_file.tile_labels import tile_labels
 from tiling.slide_file.write import GroupContent, parameters_hash, replace_groups, software_version, write_group
 from tiling.storage.atomic import atomic_path
@@ -154,10 +154,11 @@ def _root_attrs(slide_file: SlideFile, parameters: str, parameters_sha256: str) 
     for key in ("parameters_sha256", "source_size", "source_mtime_ns"):
         tiles.update(str(slide_file.attrs.get(key, "")).encode() + b"\0")
     tiles.update(slide_file.coords.tobytes())
-    for array in slide_file.boxes_table().values():
-        boxes.update(np.ascontiguousarray(array).tobytes())
-    for key in ("label", "kind", "area_um2"):
-        boxes.update(np.ascontiguousarray(objects[key]).tobytes())
+    table = slide_file.boxes_table()
+    for column in (table["xyxy"], table["offsets"], table["object"], table["visible"]):
+        boxes.update(np.ascontiguousarray(column).tobytes())
+    for column in (objects["label"], objects["kind"], objects["area_um2"]):
+        boxes.update(np.ascontiguousarray(column).tobytes())
     boxes.update(json.dumps([objects["labels"], [str(i) for i in objects["id"]]]).encode())
     return {
         "format": FORMAT,
@@ -179,7 +180,7 @@ def _tile_label(slide_file: SlideFile) -> GroupContent:
     return (labels, {"labels": list(names)}) if names else None
 
 
-def _boxes(boxes: Mapping[str, np.ndarray], rows: np.ndarray) -> dict[str, np.ndarray]:
+def _boxes(boxes: BoxTable, rows: np.ndarray) -> dict[str, np.ndarray]:
     """/boxes with some of its rows."""
     kept = np.zeros(len(boxes["object"]), dtype=bool)
     kept[rows] = True

@@ -7,11 +7,14 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from annotations.objects import Kind
+
+if TYPE_CHECKING:
+    from tiling.slide_file.read import ObjectColumns
 
 UNCLASSIFIED = "unclassified"
 SYNTHETIC_ID = re.compile(r"^SYN-P\d+-S\d+$")
@@ -115,7 +118,7 @@ def read_row(path: Path) -> SlideRow:
         )
 
 
-def _count(objects: dict[str, Any]) -> dict[tuple[str, str], int]:
+def _count(objects: ObjectColumns) -> dict[tuple[str, str], int]:
     names = [*objects["labels"], UNCLASSIFIED]  # label -1 is the last
     words: dict[int, str] = {kind: kind.word for kind in Kind}
     pairs, counts = np.unique(np.stack([objects["kind"], objects["label"]]), axis=1, return_counts=True)

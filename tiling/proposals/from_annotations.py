@@ -70,8 +70,7 @@ def table_of_boxes(file: SlideFile) -> ObjectTable:
 
     objects, boxes = file.objects_table(), file.boxes_table()
     scale = file.size_l0 / file.patch_size
-    tile = np.repeat(np.arange(len(file)), np.diff(boxes["offsets"]))
-    rects = boxes["xyxy"].astype(float) * scale + np.tile(file.coords[tile], 2)
+    rects = file.box_bounds_l0
     low, high = np.full((len(objects["kind"]), 2), np.inf), np.full((len(objects["kind"]), 2), -np.inf)
     np.minimum.at(low, boxes["object"], rects[:, :2])
     np.maximum.at(high, boxes["object"], rects[:, 2:])
@@ -82,7 +81,9 @@ def table_of_boxes(file: SlideFile) -> ObjectTable:
     rows = np.flatnonzero(np.isin(boxes["object"], regions))
     pieces = shapely.box(*rects[rows].T)
     if file.has_polygons:
-        pieces = np.array([_outline(file.polygon(int(row)), scale, file.coords[tile[row]]) for row in rows], dtype=object)
+        corners = file.coords[file.box_tiles[rows]]
+        outlines = [_outline(file.polygon(int(row)), scale, at) for row, at in zip(rows, corners, strict=True)]
+        pieces = np.array(outlines, dtype=object)
     order = np.argsort(boxes["object"][rows], kind="stable")
     owners, index = np.unique(boxes["object"][rows][order], return_inverse=True)
     collected = shapely.geometrycollections(pieces[order], indices=index) if len(rows) else np.zeros(0, dtype=object)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict, cast
 
 import numpy as np
 
@@ -37,6 +37,29 @@ __all__ = [
     "source_stamp",
     "write_slide_file",
 ]
+
+
+class BoxTable(TypedDict):
+    """Columns of /boxes: xyxy float32 (M, 4), offsets int64 (N+1,), object int32 (M,), visible float32 (M,)."""
+
+    xyxy: np.ndarray
+    offsets: np.ndarray
+    object: np.ndarray
+    visible: np.ndarray
+
+
+class ObjectColumns(TypedDict):
+    """Columns of /objects: label int16 (K,), kind uint8 (K,), area_um2 float32 (K,), id object (str) (K,); and class names.
+
+    confidence float32 (K,), NaN where a detector did not say, is there only where the file has it.
+    """
+
+    label: np.ndarray
+    kind: np.ndarray
+    area_um2: np.ndarray
+    labels: list[str]
+    id: NotRequired[np.ndarray]
+    confidence: NotRequired[np.ndarray]
 
 
 class SlideFile(SlideHeader):
@@ -194,8 +217,8 @@ class SlideFile(SlideHeader):
             return np.zeros((0, 4), np.float32)
         return self._box_xyxy[self.box_rows(i)]
 
-    def boxes_table(self) -> dict[str, np.ndarray]:
-        """xyxy float32 (M, 4), offsets int64 (N+1,), object int32 (M,), visible float32 (M,); empty where none."""
+    def boxes_table(self) -> BoxTable:
+        """The columns of /boxes; empty where there are none."""
         if not self.has_boxes:
             return {
                 "xyxy": np.zeros((0, 4), np.float32),
@@ -203,10 +226,21 @@ class SlideFile(SlideHeader):
                 "object": np.zeros(0, np.int32),
                 "visible": np.zeros(0, np.float32),
             }
-        table = {name: self._checked.array(f"boxes/{name}") for name in ("object", "visible")}
-        for name, column in table.items():
+        row, visible = self._checked.array("boxes/object"), self._checked.array("boxes/visible")
+        for name, column in (("object", row), ("visible", visible)):
             self._expect(f"boxes/{name}", column.shape == (len(self._box_xyxy),))
-        return {"xyxy": self._box_xyxy, "offsets": self._box_offsets, **table}
+        return {"xyxy": self._box_xyxy, "offsets": self._box_offsets, "object": row, "visible": visible}
+
+    @cached_property
+    def box_tiles(self) -> np.ndarray:
+        """int64 (M,): the tile of each row of /boxes."""
+        return np.repeat(np.arange(len(self)), np.diff(self.boxes_table()["offsets"]))
+
+    @cached_property
+    def box_bounds_l0(self) -> np.ndarray:
+        """float64 (M, 4): x0, y0, x1, y1 of each row of /boxes in level-0 pixels."""
+        bounds = self.boxes_table()["xyxy"].astype(float) * (self.size_l0 / self.patch_size)
+        return bounds + np.tile(self.coords[self.box_tiles], 2)
 
     @cached_property
     def has_polygons(self) -> bool:
@@ -244,25 +278,27 @@ class SlideFile(SlideHeader):
         points = points.astype(np.float64)
         return [points[a:b] for a, b in pairwise((ends - start).tolist())]
 
-    def objects_table(self, *, ids: bool = True) -> dict[str, Any]:
-        """id object (str) (K,), label int16, kind uint8, area_um2 float32 (K,), labels list[str]; empty where none.
-
-        ids: read id too, which takes most of the time. confidence float32 (K,), NaN where a detector did not say, is there only
-        where the file has it.
-        """
+    def objects_table(self, *, ids: bool = True) -> ObjectColumns:
+        """The columns of /objects; empty where there are none. ids: read id too, which takes most of the time."""
         if "objects" not in self._checked:
-            empty = {"label": np.zeros(0, np.int16), "kind": np.zeros(0, np.uint8), "area_um2": np.zeros(0, np.float32)}
-            return {**empty, "id": np.zeros(0, object), "labels": []}
-        table: dict[str, Any] = {name: self._checked.array(f"objects/{name}") for name in ("label", "kind", "area_um2")}
+            empty = (np.zeros(0, dtype) for dtype in (np.int16, np.uint8, np.float32, object))
+            label, kind, area_um2, names = empty
+            return {"label": label, "kind": kind, "area_um2": area_um2, "id": names, "labels": []}
+        table = {name: self._checked.array(f"objects/{name}") for name in ("label", "kind", "area_um2")}
         if "objects/confidence" in self._checked:
             table["confidence"] = self._checked.array("objects/confidence")
         if ids:
             table["id"] = self._checked.texts("objects/id")
         for name, column in table.items():
             self._expect(f"objects/{name}", column.shape == table["label"].shape)
-        table["labels"] = [str(name) for name in self.group_attrs("objects").get("labels", ())]
-        self._expect("objects/label", bool(((table["label"] >= -1) & (table["label"] < len(table["labels"]))).all()))
-        return table
+        labels = [str(name) for name in self.group_attrs("objects").get("labels", ())]
+        self._expect("objects/label", bool(((table["label"] >= -1) & (table["label"] < len(labels))).all()))
+        return cast(ObjectColumns, {**table, "labels": labels})
+
+    def object_classes(self, unclassified: str | None = None) -> np.ndarray:
+        """object (str) (K,): the class name of each object; `unclassified` where its label is -1."""
+        objects = self.objects_table(ids=False)
+        return np.array([*objects["labels"], unclassified], dtype=object)[objects["label"]]
 
     def group_attrs(self, name: str) -> dict[str, Any]:
         """Attributes of a top-level group or dataset; empty where there is none."""

@@ -23,10 +23,9 @@ def tile_labels(file: SlideFile, min_share: float = 0.5) -> tuple[np.ndarray, li
     labels = np.full(len(file), -1, np.int16)
     if not names or not len(file) or not len(boxes["object"]):
         return labels, names
-    tile = np.repeat(np.arange(len(file)), np.diff(boxes["offsets"]))
     row = boxes["object"]
     counts = (objects["kind"][row] == Kind.TISSUE) & (objects["label"][row] >= 0)
-    tile, row = tile[counts], row[counts]
+    tile, row = file.box_tiles[counts], row[counts]
     area = boxes["visible"][counts].astype(float) * objects["area_um2"][row]
     table = np.zeros((len(file), len(names)))
     np.add.at(table, (tile, objects["label"][row]), area)

@@ -15,6 +15,8 @@ from odis_path.reporting.cohort_table import UNCLASSIFIED
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from tiling.slide_file.read import SlideFile
+
 AROUND = 2  # tiles on each side of the one that is shown whole
 TILE_SIDE_PX = 256  # a tile is reduced to about this for the widest panel
 CLOSE = 4  # the closest panel is this part of a tile's side
@@ -53,12 +55,11 @@ def read_boxes(path: Path) -> BoxPicture | None:
     from tiling.slide_file.read import SlideFile
 
     with SlideFile(path) as file:
-        table, objects = file.boxes_table(), file.objects_table()
+        table = file.boxes_table()
         if not len(table["object"]):
             return None
-        tile = np.repeat(np.arange(len(file)), np.diff(table["offsets"]))
-        row = int(np.bincount(tile, weights=0.5 + 0.5 * (table["visible"] > 0.999)).argmax())
-        names = np.array([*objects["labels"], UNCLASSIFIED], dtype=object)[objects["label"][table["object"]]]
+        row = int(np.bincount(file.box_tiles, weights=0.5 + 0.5 * (table["visible"] > 0.999)).argmax())
+        names = file.object_classes(UNCLASSIFIED)[table["object"]]
         here = file.box_rows(row)
         boxes, side = table["xyxy"][here].astype(float), float(file.patch_size)
         rings = [(str(names[i]), ring) for i in range(here.start, here.stop) if file.has_polygons for ring in file.polygon(i)]
@@ -75,7 +76,7 @@ def read_boxes(path: Path) -> BoxPicture | None:
             [(name, ring - [x, y]) for name, ring in rings],
         )
         middle = Panel(image, side, boxes, names[here], rings, np.array([x, y, x1, y1], dtype=float))
-        return BoxPicture(file.slide_id, row, file.mpp, (_around(file, row, table["xyxy"], tile, names), middle, close))
+        return BoxPicture(file.slide_id, row, file.mpp, (_around(file, row, names), middle, close))
 
 
 def close_up(boxes: np.ndarray, side: float) -> np.ndarray:
@@ -94,7 +95,7 @@ def close_up(boxes: np.ndarray, side: float) -> np.ndarray:
     return np.floor(np.clip(centre - span / 2, 0, side - span))
 
 
-def _around(file: Any, row: int, xyxy: np.ndarray, tile: np.ndarray, names: np.ndarray) -> Panel:
+def _around(file: SlideFile, row: int, names: np.ndarray) -> Panel:
     """The tile among its neighbours, pieced together from their pixels."""
     from PIL import Image
 
@@ -109,9 +110,9 @@ def _around(file: Any, row: int, xyxy: np.ndarray, tile: np.ndarray, names: np.n
     for i in shown.tolist():
         picture = Image.fromarray(file.tile(i)).resize((small, small), Image.Resampling.BOX)
         canvas.paste(picture, tuple(np.round(at[i] / step).astype(int).tolist()))
-    rows = np.flatnonzero(np.isin(tile, shown))
+    rows = np.flatnonzero(np.isin(file.box_tiles, shown))
     rows = rows[:: max(1, len(rows) // MOST_BOXES)]
-    boxes = xyxy[rows] + np.tile(at[tile[rows]], 2)
+    boxes = file.boxes_table()["xyxy"][rows] + np.tile(at[file.box_tiles[rows]], 2)
     return Panel(np.asarray(canvas), span, boxes, names[rows], [], np.concatenate([at[row], at[row] + side]))
 
 

@@ -44,20 +44,16 @@ def read_picture(path: Path) -> SlidePicture:
     with SlideFile(path) as file:
         image, downsample = _overview(file)
         tiles = np.concatenate([file.coords, file.coords + file.size_l0], 1) / downsample
-        table, objects = file.boxes_table(), file.objects_table()
-        tile = np.repeat(np.arange(len(file)), np.diff(table["offsets"]))
-        corner = np.tile(file.coords[tile], 2)
-        boxes = (corner + table["xyxy"] * (file.mpp / file.mpp_level0)) / downsample
-        names = np.array([*objects["labels"], UNCLASSIFIED], dtype=object)
+        kinds, row = file.objects_table(ids=False)["kind"], file.boxes_table()["object"]
         mask = file.tissue_mask()
         return SlidePicture(
             slide_id=file.slide_id,
             image=image,
             outlines=_outlines(mask, image.shape[1]) if mask is not None else [],
             tiles=tiles,
-            boxes=boxes,
-            kind=objects["kind"][table["object"]],
-            name=names[objects["label"][table["object"]]],
+            boxes=file.box_bounds_l0 / downsample,
+            kind=kinds[row],
+            name=file.object_classes(UNCLASSIFIED)[row],
             um_per_px=downsample * file.mpp_level0,
         )
 

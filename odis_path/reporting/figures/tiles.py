@@ -53,18 +53,15 @@ def pick_tiles(paths: Sequence[Path], count: int, seed: int = 0) -> list[Sample]
     for path in slides:
         with SlideFile(path) as file:
             boxes, objects = file.boxes_table(), file.objects_table()
-            names = np.array([*objects["labels"], UNCLASSIFIED], dtype=object)
+            names = file.object_classes(UNCLASSIFIED)[boxes["object"]]
             label, kind = objects["label"][boxes["object"]], objects["kind"][boxes["object"]]
             size = (boxes["xyxy"][:, 2:] - boxes["xyxy"][:, :2]).min(1, initial=file.patch_size)
             big = (size > file.patch_size / 5) & (kind != Kind.CELL)
-            tile = np.repeat(np.arange(len(file)), np.diff(boxes["offsets"]))
-            pairs = np.unique(np.stack([tile[big], label[big]], 1), axis=0)
+            pairs = np.unique(np.stack([file.box_tiles[big], label[big]], 1), axis=0)
             score = np.bincount(pairs[:, 0], minlength=len(file)) + rng.uniform(0, 0.5, len(file))
-            for row in np.argsort(-score)[:each] if (len(file) and len(tile)) else []:
+            for row in np.argsort(-score)[:each] if len(label) else []:
                 here = file.box_rows(int(row))
-                chosen.append(
-                    (score[row], Sample(path, file.slide_id, int(row), list(names[label[here]]), kind[here].tolist()))
-                )
+                chosen.append((score[row], Sample(path, file.slide_id, int(row), list(names[here]), kind[here].tolist())))
     chosen.sort(key=lambda item: -item[0])
     return [sample for _, sample in chosen[:count]]
 

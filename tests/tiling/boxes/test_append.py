@@ -27,7 +27,7 @@ CELLS = (
 def contents(path: Path) -> dict:
     with SlideFile(path) as file:
         boxes, objects = file.boxes_table(), file.objects_table()
-        tile = np.repeat(np.arange(len(file)), np.diff(boxes["offsets"]))
+        tile = file.box_tiles
         row = boxes["object"]
         names = [objects["labels"][i] for i in objects["label"]]
         polygons = [file.polygon(i) for i in range(len(row))] if file.has_polygons else [None] * len(row)

@@ -156,6 +156,26 @@ def test_tiles_and_boxes_are_read_back(file_path: Path) -> None:
         assert table["id"].tolist() == ["first", "zweites-ß"]
 
 
+def test_each_box_has_its_tile_its_place_on_the_slide_and_the_class_of_its_object(file_path: Path) -> None:
+    with SlideFile(file_path) as file:
+        assert file.box_tiles.tolist() == [0, 1, 1]
+        scale = 0.5 / 0.2281  # level-0 pixels in one of a tile
+        assert np.allclose(
+            file.box_bounds_l0,
+            [
+                np.multiply(box, scale) + corner
+                for box, corner in zip(BOXES["xyxy"], ([0, 0, 0, 0], [100, 0, 100, 0], [100, 0, 100, 0]), strict=True)
+            ],
+        )
+        assert file.object_classes().tolist() == ["tumour", "stroma"]
+    replace_groups(file_path, {"objects": OBJECTS | {"label": np.array([-1, 1], np.int16)}})
+    with SlideFile(file_path) as file:
+        assert file.object_classes("no class").tolist() == ["no class", "tumour"]
+    replace_groups(file_path, {"objects": None, "boxes": None})
+    with SlideFile(file_path) as file:
+        assert (file.box_tiles.shape, file.box_bounds_l0.shape, file.object_classes().shape) == ((0,), (0, 4), (0,))
+
+
 def test_tile_labels_take_tissue_that_covers_half_of_the_tile(file_path: Path) -> None:
     with SlideFile(file_path) as file:
         labels, names = tile_labels(file)
