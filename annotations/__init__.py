@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from annotations.objects import Kind, ObjectTable, concatenate, empty_table
     from annotations.readers.coco.images import read_coco
     from annotations.readers.read import read_annotations
-    from annotations.readers.slide_context import SlideFrame
+    from annotations.readers.slide_context import SlideContext
     from annotations.slide_groups import annotation_groups
 
 _HOME = {
     "ClassMap": "class_map",
     "Kind": "objects",
     "ObjectTable": "objects",
-    "SlideFrame": "readers.slide_context",
+    "SlideContext": "readers.slide_context",
     "TileBoxes": "geometry.clip",
     "annotation_groups": "slide_groups",
     "clip_to_tiles": "geometry.clip",
@@ -39,7 +39,7 @@ __all__ = [
     "ClassMap",
     "Kind",
     "ObjectTable",
-    "SlideFrame",
+    "SlideContext",
     "TileBoxes",
     "UserError",
     "annotation_groups",

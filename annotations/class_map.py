@@ -48,8 +48,8 @@ class ClassMap:
     def applied(self, table: ObjectTable) -> ObjectTable:
         """A table under the names of the study; classes that are not named stay and are noted."""
         labels, label = self.renumbered(table.labels, table.label)
-        remarks = table.remarks.renamed(self.name)
-        return replace(table, labels=labels, label=label, remarks=remarks)
+        log = table.log.with_class_names(self.name)
+        return replace(table, labels=labels, label=label, log=log)
 
 
 def read_classmap(path: Path, *, strict: bool = False) -> ClassMap:

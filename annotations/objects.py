@@ -36,7 +36,7 @@ SHOWN_IDS = 20  # objects of a reason that are called by their ids
 
 
 @dataclass(frozen=True)
-class Remarks:
+class ReadLog:
     """Numbers by class name ("": unclassified), which stay true when tables are put together.
 
     repaired: class -> objects whose outline was invalid. skipped: (class, reason) -> objects left out, the reasons as in
@@ -50,11 +50,11 @@ class Remarks:
     notes: tuple[str, ...] = ()
     ids: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
-    def noted(self, *notes: str) -> Remarks:
+    def with_notes(self, *notes: str) -> ReadLog:
         """The same with more notes."""
         return replace(self, notes=(*self.notes, *notes))
 
-    def renamed(self, name: Callable[[str], str]) -> Remarks:
+    def with_class_names(self, name: Callable[[str], str]) -> ReadLog:
         """The same under other class names; "" stays ""."""
         repaired: Counter[str] = Counter()
         skipped: Counter[tuple[str, str]] = Counter()
@@ -65,7 +65,7 @@ class Remarks:
         return replace(self, repaired=dict(repaired), skipped=dict(skipped))
 
 
-def join_remarks(several: Iterable[Remarks]) -> Remarks:
+def join_logs(several: Iterable[ReadLog]) -> ReadLog:
     """The sum of them; a note that comes twice is told once."""
     several = list(several)
     repaired: Counter[str] = Counter()
@@ -77,7 +77,7 @@ def join_remarks(several: Iterable[Remarks]) -> Remarks:
     ids = {name: tuple(id for each in several for id in each.ids.get(name, ()))[:SHOWN_IDS] for name in names}
     repairs = tuple(line for each in several for line in each.repairs)[:SHOWN_REPAIRS]
     notes = tuple(dict.fromkeys(note for each in several for note in each.notes))
-    return Remarks(dict(repaired), dict(skipped), repairs, notes, ids)
+    return ReadLog(dict(repaired), dict(skipped), repairs, notes, ids)
 
 
 KindOption = Literal["auto", "tissue", "cell"]  # "auto": as the file states it, else as its reader takes it
@@ -94,7 +94,7 @@ class ObjectTable:
     labels: class names, each once. counts: what reading did, for example features, repaired, points_skipped.
     source: object (n,) of str, the file each comes from. confidence: float32 (n,), what a detector says, NaN where it
         does not. measurements: name -> float64 (n,), NaN where an object has none; read on demand. Each is None where
-        nothing is known. remarks: what reading did, by class.
+        nothing is known. log: what reading did, by class.
     """
 
     geometry: np.ndarray
@@ -106,7 +106,7 @@ class ObjectTable:
     source: np.ndarray | None = None
     confidence: np.ndarray | None = None
     measurements: dict[str, np.ndarray] | None = None
-    remarks: Remarks = field(default_factory=Remarks)
+    log: ReadLog = field(default_factory=ReadLog)
 
     def __len__(self) -> int:
         return len(self.geometry)
@@ -129,7 +129,7 @@ class ObjectTable:
         moved = shapely.transform(self.geometry, lambda xy: xy * factor)
         return replace(self, geometry=np.asarray(moved, dtype=object).reshape(len(self)))
 
-    def taken(self, rows: np.ndarray) -> ObjectTable:
+    def take(self, rows: np.ndarray) -> ObjectTable:
         """The objects of some rows (indices or bool)."""
         some: dict[str, Any] = {
             name: None if (one := getattr(self, name)) is None else one[rows] for name in (*_COLUMNS, *_OPTIONAL)
@@ -165,12 +165,10 @@ _COLUMNS = ("geometry", "id", "label", "kind")
 _OPTIONAL = {"source": "", "confidence": np.float32("nan")}  # and what stands where it is not known
 
 
-def empty_table(
-    counts: dict[str, int] | None = None, labels: tuple[str, ...] = (), remarks: Remarks | None = None
-) -> ObjectTable:
+def empty_table(counts: dict[str, int] | None = None, labels: tuple[str, ...] = (), log: ReadLog | None = None) -> ObjectTable:
     """A table of no objects."""
     none, label, kind = np.zeros(0, dtype=object), np.zeros(0, np.int16), np.zeros(0, np.uint8)
-    return ObjectTable(none, none, label, kind, labels, dict(counts or {}), remarks=remarks or Remarks())
+    return ObjectTable(none, none, label, kind, labels, dict(counts or {}), log=log or ReadLog())
 
 
 def concatenate(tables: Iterable[ObjectTable]) -> ObjectTable:
@@ -197,7 +195,7 @@ def concatenate(tables: Iterable[ObjectTable]) -> ObjectTable:
         labels=labels,
         counts=dict(counts),
         measurements=_joined_measurements(tables),
-        remarks=join_remarks(table.remarks for table in tables),
+        log=join_logs(table.log for table in tables),
         **{name: _joined(tables, name) for name in _OPTIONAL},
     )
 

@@ -39,7 +39,7 @@ from hypothesis import strategies as st
 from annotations.errors import UserError
 from annotations.objects import ObjectTable
 from annotations.readers.geojson import large_file as stream
-from annotations.readers.geojson.large_file import cut_file
+from annotations.readers.geojson.large_file import split_features
 from annotations.readers.read import read_annotations
 from annotations.slide_groups import annotation_groups
 from tiling.slide_file.write import write_group
@@ -284,9 +284,11 @@ def check(path: Path, options: dict[str, Any], store: bool) -> str:
         return tables[0]
 
     whole = read_or_refuse(lambda: stream.clip_file(path, GRID, read=read))
-    parts = cut_file(path, part_bytes=200)
+    parts = split_features(path, part_bytes=200)
     if parts is not None:
-        small = [stream.clip_part(part, GRID, lambda text, source: stream.read_part(text, source, **options)) for part in parts]
+        small = [
+            stream.clip_chunk(part, GRID, lambda text, source: stream.read_chunk(text, source, **options)) for part in parts
+        ]
         if all(piece is not None for piece in small):
             # The text of what is passed over is looked at only where something else in the file is odd.
             if isinstance(whole, str) and "not JSON in utf-8" in whole:
@@ -333,7 +335,7 @@ def same(whole: stream.Clipped, parts: stream.Clipped) -> None:
     nothing = np.full(len(a), np.nan, np.float32)
     mine, other = (nothing if table.confidence is None else table.confidence for table in (a, b))
     assert np.array_equal(mine, other, equal_nan=True), "confidence differs when read in parts"
-    assert a.remarks.notes == b.remarks.notes, "notes differ when read in parts"
+    assert a.log.notes == b.log.notes, "notes differ when read in parts"
     assert a.counts == b.counts, f"counts differ when read in parts: {a.counts} {b.counts}"
     assert np.array_equal(whole.boxes[0].xyxy, parts.boxes[0].xyxy), "boxes differ when read in parts"
     assert np.array_equal(whole.boxes[0].object, parts.boxes[0].object), "objects of boxes differ when read in parts"

@@ -10,7 +10,7 @@ from annotations.objects import Kind, ObjectTable
 
 
 @dataclass(frozen=True)
-class Gathering:
+class ClusterSettings:
     """Lengths in micrometres. gap_um: cells whose boxes are this close belong together. members: least cells of a cluster.
 
     cluster_um: longer side of a cluster; one that is larger is cut where its gaps are widest, a gapless one in halves.
@@ -26,13 +26,13 @@ class Gathering:
 CLUSTER_LABEL, PART_LABEL = "cell cluster", "tissue part"
 
 
-def gathered(table: ObjectTable, mpp_level0: float, how: Gathering | None = None) -> ObjectTable:
+def cluster_objects(table: ObjectTable, mpp_level0: float, how: ClusterSettings | None = None) -> ObjectTable:
     """Clusters of the annotated cells and connected parts of the annotated tissue: further objects, whatever their class.
 
     table: n objects in level-0 pixels. Returned are new objects only, proposals by kind and with a label of their own; a
     region that is one piece already is left out.
     """
-    how = how or Gathering()
+    how = how or ClusterSettings()
     cells, tissue = (table.geometry[table.kind == kind] for kind in (Kind.CELL, Kind.TISSUE))
     found = [cell_clusters(cells, mpp_level0, how), tissue_parts(tissue, how.touch_um / mpp_level0)]
     counts = [len(geometry) for geometry in found]
@@ -47,7 +47,7 @@ def gathered(table: ObjectTable, mpp_level0: float, how: Gathering | None = None
     )
 
 
-def cell_clusters(geometry: np.ndarray, mpp_level0: float, how: Gathering) -> np.ndarray:
+def cell_clusters(geometry: np.ndarray, mpp_level0: float, how: ClusterSettings) -> np.ndarray:
     """Convex hulls, object (k,), of cells (n,) that lie close together; level-0 pixels."""
     import shapely
 
@@ -61,7 +61,7 @@ def cell_clusters(geometry: np.ndarray, mpp_level0: float, how: Gathering) -> np
     return np.asarray(hulls, dtype=object).reshape(-1)
 
 
-def cluster_boxes(bounds_um: np.ndarray, how: Gathering) -> np.ndarray:
+def cluster_boxes(bounds_um: np.ndarray, how: ClusterSettings) -> np.ndarray:
     """The cluster of each box (n, 4) in micrometres, int64 (n,), -1 for none; clusters are numbered from 0.
 
     Boxes are linked where the gap between them, along the wider of the two axes, is at most `gap_um`. Linked groups

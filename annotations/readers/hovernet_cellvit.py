@@ -14,7 +14,7 @@ from annotations.errors import UserError
 from annotations.geometry.rings import IrregularPositionError, rings_from_json, rings_from_lists
 from annotations.objects import Kind, ObjectTable
 from annotations.readers.detect import loads
-from annotations.readers.slide_context import SlideFrame
+from annotations.readers.slide_context import SlideContext
 from annotations.readers.table_builder import Objects, add, build_table, kind_of
 
 NAN = float("nan")
@@ -41,7 +41,7 @@ _hovernet = msgspec.json.Decoder(_HoverNet, strict=False)
 _cellvit = msgspec.json.Decoder(_CellViT, strict=False)
 
 
-def read_hovernet(data: bytes, source: str, *, kind: str, scale: float | None, frame: SlideFrame) -> ObjectTable:
+def read_hovernet(data: bytes, source: str, *, kind: str, scale: float | None, slide: SlideContext) -> ObjectTable:
     """Nuclei of HoVer-Net, scaled from the magnification `mag` they were found at to level 0.
 
     mag counts as HoVer-Net's readers count it: against the objective power of the slide, which its mpp stands for (0.23
@@ -51,17 +51,17 @@ def read_hovernet(data: bytes, source: str, *, kind: str, scale: float | None, f
     found = loads(data, source, _hovernet, "HoVer-Net json (keys: nuc, mag)")
     notes = []
     if scale is None and found.mag:
-        if not frame.magnification:
+        if not slide.magnification:
             raise UserError(
                 f"{source}: HoVer-Net json (keys: nuc, mag) at {found.mag:g}x of a slide of unknown mpp: give scale or mpp"
             )
-        scale = frame.magnification / found.mag
-        notes.append(f"HoVer-Net at {found.mag:g}x, the slide taken as {frame.magnification:g}x: scaled by {scale:g}")
+        scale = slide.magnification / found.mag
+        notes.append(f"HoVer-Net at {found.mag:g}x, the slide taken as {slide.magnification:g}x: scaled by {scale:g}")
     table = _table(list(found.nuc), list(found.nuc.values()), {}, source, kind, scale or 1.0)
-    return replace(table, remarks=table.remarks.noted(*notes))
+    return replace(table, log=table.log.with_notes(*notes))
 
 
-def read_cellvit(data: bytes, source: str, *, kind: str, scale: float | None, frame: SlideFrame) -> ObjectTable:
+def read_cellvit(data: bytes, source: str, *, kind: str, scale: float | None, slide: SlideContext) -> ObjectTable:
     """Cells of CellViT's cells.json, which counts level-0 pixels, with the class names of its type_map.
 
     A cell without a contour (cell_detection.json) is its bounding box, (row, column) corners there ("boxes").

@@ -14,7 +14,7 @@ from annotations.errors import UserError
 from annotations.geometry.trace_mask import trace
 from annotations.objects import Kind, ObjectTable
 from annotations.readers.mask_pixels import decoded
-from annotations.readers.slide_context import SlideFrame
+from annotations.readers.slide_context import SlideContext
 from annotations.readers.table_builder import Objects, kind_of, table_of_outlines
 
 SIDECAR = ".classes.json"
@@ -27,7 +27,7 @@ class _Sidecar(msgspec.Struct, gc=False):
 
 
 def read_labelmask(
-    data: bytes, path: Path, *, kind: str, scale: float | None, frame: SlideFrame, split_values: bool = False
+    data: bytes, path: Path, *, kind: str, scale: float | None, slide: SlideContext, split_values: bool = False
 ) -> ObjectTable:
     """One object a value above 0 of an image of whole numbers; its id is the value.
 
@@ -42,11 +42,11 @@ def read_labelmask(
     mask = decoded(data, source)
     sidecar = _sidecar(path)
     notes = []
-    if scale is None and sidecar.mpp and frame.mpp_l0:
-        scale = sidecar.mpp / frame.mpp_l0
+    if scale is None and sidecar.mpp and slide.mpp_l0:
+        scale = sidecar.mpp / slide.mpp_l0
     if scale is None:
         height, width = mask.shape
-        scale = frame.scale_of_image(width, height, source)
+        scale = slide.scale_of_image(width, height, source)
         notes.append(f"label image of {width} x {height} taken as the whole slide: scaled by {scale:g}")
     values, outlines = trace(mask)
     pieces = shapely.get_num_geometries(outlines)
@@ -60,11 +60,11 @@ def read_labelmask(
     none = np.zeros((0, 2)), np.zeros(0, np.int64)
     counts = {"features": len(values)}
     table, _ = table_of_outlines(objects, np.asarray(outlines, dtype=object), of_row, rows, none, counts, None, 1.0, source)
-    return replace(table, remarks=table.remarks.noted(*notes))
+    return replace(table, log=table.log.with_notes(*notes))
 
 
 def _pieces_note(values: np.ndarray, pieces: np.ndarray, split: bool) -> list[str]:
-    """The remark on values that lie in several pieces: a mask of one value for all, or instances torn apart."""
+    """The note on values that lie in several pieces: a mask of one value for all, or instances torn apart."""
     several = np.flatnonzero(pieces > 1)
     if not len(several):
         return []

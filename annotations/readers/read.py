@@ -15,7 +15,7 @@ from annotations.readers.geojson.qupath import (
     _parsed,
     nuclei_as_geometry,
 )
-from annotations.readers.slide_context import SlideFrame
+from annotations.readers.slide_context import SlideContext
 from annotations.readers.xml import asap, imagescope, ndpa
 from annotations.readers.xml.tree import READ, REMEDY, parse_xml
 
@@ -26,7 +26,7 @@ def read_annotations(
     kind: KindOption = "auto",
     point_size_l0: float | None = None,
     scale: float | None = None,
-    frame: SlideFrame | None = None,
+    slide: SlideContext | None = None,
     measurements: bool = False,
     nuclei: bool = False,
     split_values: bool = False,
@@ -40,14 +40,14 @@ def read_annotations(
         are ignored and counted.
     point_size_l0: side of the square, level-0 pixels, that a Point or MultiPoint position becomes; None skips them.
     scale: level-0 pixels per unit of the file's coordinates; None goes by what the dialect says, which is 1 for most.
-    frame: the slide, for the dialects that do not count level-0 pixels or hold several slides.
+    slide: the slide, for the dialects that do not count level-0 pixels or hold several slides.
     measurements: read those of GeoJSON too (GeoParquet's always are). nuclei: take the nucleus of a QuPath cell for it.
     split_values: each connected piece of a value of a label image is an object, not the value.
     The table's counts: "features" read; "exploded" rows gained from MultiPolygons and MultiPoints; "ignored",
         "points_skipped", "lines_skipped", "empty", "malformed" features left out; "vertices_dropped" positions that
         are not finite; "repaired" invalid outlines; "invalid_dropped" outlines of too few points and "zero_area"
-        ones, left out. Only what occurred is listed. Its remarks say the same by class.
-    Raises UserError (one line: file, place, way out) where the file is missing or of no known kind, where the frame lacks
+        ones, left out. Only what occurred is listed. Its log says the same by class.
+    Raises UserError (one line: file, place, way out) where the file is missing or of no known kind, where `slide` lacks
     what its dialect needs, and for XML with a document type or entities.
     """
     if kind not in ("auto", "tissue", "cell"):
@@ -66,7 +66,7 @@ def read_annotations(
             )
             table = table.scaled(scale or 1)
         else:
-            table = read_dialect(form, data, path, kind, point_size_l0, scale, frame or SlideFrame(), split_values)
+            table = read_dialect(form, data, path, kind, point_size_l0, scale, slide or SlideContext(), split_values)
     return replace(table, source=np.full(len(table), path.name, dtype=object))
 
 
@@ -84,36 +84,38 @@ def read_dialect(
     kind: str,
     point_size_l0: float | None,
     scale: float | None,
-    frame: SlideFrame,
+    slide: SlideContext,
     split_values: bool = False,
 ) -> ObjectTable:
     """The table of a file whose dialect annotations.readers.detect.dialect has told; arguments as in read_annotations."""
     source = str(path)
     if form == "xml":
-        return _read_xml(data, source, kind, point_size_l0, scale or 1.0, frame)
+        return _read_xml(data, source, kind, point_size_l0, scale or 1.0, slide)
     if form in ("hovernet", "cellvit"):
         from annotations.readers.hovernet_cellvit import read_cellvit, read_hovernet
 
         read = read_hovernet if form == "hovernet" else read_cellvit
-        return read(data, source, kind=kind, scale=scale, frame=frame)
+        return read(data, source, kind=kind, scale=scale, slide=slide)
     if form in ("coco", "detections"):
         from annotations.readers.coco.slide import read_coco_slide
 
-        return read_coco_slide(data, source, kind=kind, scale=scale, frame=frame, bare=form == "detections")
+        return read_coco_slide(data, source, kind=kind, scale=scale, slide=slide, bare=form == "detections")
     if form == "parquet":
         from annotations.readers.geoparquet import read_geoparquet
 
         return read_geoparquet(data, source, kind=kind, point_size_l0=point_size_l0, scale=scale or 1.0)
     from annotations.readers.label_image import read_labelmask
 
-    return read_labelmask(data, path, kind=kind, scale=scale, frame=frame, split_values=split_values)
+    return read_labelmask(data, path, kind=kind, scale=scale, slide=slide, split_values=split_values)
 
 
-def _read_xml(data: bytes, source: str, kind: str, point_size_l0: float | None, scale: float, frame: SlideFrame) -> ObjectTable:
+def _read_xml(
+    data: bytes, source: str, kind: str, point_size_l0: float | None, scale: float, slide: SlideContext
+) -> ObjectTable:
     root = parse_xml(data, source)
     if root.tag == "annotation":
         raise UserError(f"{source}: XML of boxes on one image (VOC): read with odis-path import --boxes, not as annotations")
     read = _XML.get(root.tag)
     if read is None:
         raise UserError(f"{source}: XML of an unknown kind, <{root.tag[:60]}> ({READ}): {REMEDY}")
-    return read(root, source, kind=kind, point_size_l0=point_size_l0, scale=scale, frame=frame)
+    return read(root, source, kind=kind, point_size_l0=point_size_l0, scale=scale, slide=slide)

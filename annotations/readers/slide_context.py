@@ -12,7 +12,7 @@ POWERS = (1.25, 2.5, 5.0, 10.0, 20.0, 40.0, 60.0, 80.0)  # of objectives that sc
 
 
 @dataclass(frozen=True)
-class SlideFrame:
+class SlideContext:
     """The slide, as far as it is known; None where it is not.
 
     size_l0: width and height, mpp_l0: micrometres a pixel, both at level 0. offset_nm: where the slide's centre lies from

@@ -12,7 +12,7 @@ import shapely
 
 from annotations.errors import UserError
 from annotations.geometry.rings import polygons_from_rings, repaired, rings_from_lists, usable, why_dropped, why_lost
-from annotations.objects import MAX_LABELS, SHOWN_REPAIRS, UNCLASSIFIED, Kind, ObjectTable, Remarks, empty_table
+from annotations.objects import MAX_LABELS, SHOWN_REPAIRS, UNCLASSIFIED, Kind, ObjectTable, ReadLog, empty_table
 
 Rings = tuple[np.ndarray, np.ndarray, np.ndarray]
 
@@ -132,25 +132,25 @@ def table_of_outlines(
     flags = np.concatenate([was_bad, np.zeros(len(boxes), dtype=bool)])[order]
     lost_by = Counter((objects.name[row] or "", reason) for row, reason in lost)
     if not len(rows):
-        return empty_table(counts, remarks=Remarks(skipped=dict(lost_by))), rows
+        return empty_table(counts, log=ReadLog(skipped=dict(lost_by))), rows
     labels, label = numbered([objects.name[row] for row in rows.tolist()], source)
     ids = numbered_ids([objects.id[row] for row in rows.tolist()], rows, counts)
     with np.errstate(over="ignore"):
         confidence = np.array(objects.confidence).astype(np.float32)[rows] if objects.confidence else None
-    remarks = remarks_of(ids, label, labels, flags, reasons, dict(lost_by))
+    log = read_log(ids, label, labels, flags, reasons, dict(lost_by))
     kind = np.array(objects.kind, dtype=np.uint8)[rows]
-    return ObjectTable(geometry, ids, label, kind, labels, counts, confidence=confidence, remarks=remarks), rows
+    return ObjectTable(geometry, ids, label, kind, labels, counts, confidence=confidence, log=log), rows
 
 
-def remarks_of(
+def read_log(
     ids: np.ndarray, label: np.ndarray, labels: tuple[str, ...], flags: np.ndarray, reasons: list[str], skipped: dict
-) -> Remarks:
-    """Remarks on n objects: flags (n,) says which were repaired, reasons why, of the first of them in order."""
+) -> ReadLog:
+    """ReadLog on n objects: flags (n,) says which were repaired, reasons why, of the first of them in order."""
     bad = np.flatnonzero(flags)
     names = (*labels, "")
     repaired = Counter(names[i] for i in label[bad].tolist())
     repairs = [f"{ids[i]}: {reason}" for i, reason in zip(bad.tolist(), reasons, strict=False)]
-    return Remarks(dict(repaired), skipped, tuple(repairs))
+    return ReadLog(dict(repaired), skipped, tuple(repairs))
 
 
 def mended(outlines: np.ndarray, counts: dict[str, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]:

@@ -12,7 +12,7 @@ from tiling.slide_file.write import source_stamp
 from tiling.storage.paths import from_home
 
 if TYPE_CHECKING:
-    from annotations.readers.slide_context import SlideFrame
+    from annotations.readers.slide_context import SlideContext
 
 SUFFIXES = (
     ".geojson.gz",
@@ -52,12 +52,12 @@ def stamp(path: Path) -> dict[str, Any]:
     return found
 
 
-def frame_of(file: SlideFile, files: Sequence[Path]) -> SlideFrame:
+def slide_context(file: SlideFile, files: Sequence[Path]) -> SlideContext:
     """The slide as readers of annotations need it; opened for NDPA alone, which counts from the centre of the glass."""
-    from annotations.readers.slide_context import SlideFrame
+    from annotations.readers.slide_context import SlideContext
 
     offset = _offset_nm(file.source) if any(path.name.lower().endswith(".ndpa") for path in files) else None
-    return SlideFrame(file.slide_id, file.dimensions_l0, file.mpp_level0, offset)
+    return SlideContext(file.slide_id, file.dimensions_l0, file.mpp_level0, offset)
 
 
 def _offset_nm(source: Path) -> tuple[float, float] | None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from annotations.errors import UserError
-from tiling.boxes.match_files import annotation_files, frame_of, match_files, owner_of, stamp
+from tiling.boxes.match_files import annotation_files, match_files, owner_of, slide_context, stamp
 from tiling.boxes.settings import AnnotateSettings, Kind, Origin, Reading, checked_mpp, named_classes, parse_point_size
 from tiling.boxes.summary import CHANGED, RESULT_ATTR, BoxOutcomes, by_label, message, placement
 from tiling.jobs.outcome import Outcome
@@ -222,14 +222,14 @@ def _read(path: Path, **options: Any) -> ObjectTable:
 
 def _clipped(file: SlideFile, path: Path, grid: Grid, how: Reading) -> Clipped:
     """One annotation file, its objects in rows and boxes."""
-    from annotations.readers.geojson.large_file import clip_file, read_part
+    from annotations.readers.geojson.large_file import clip_file, read_chunk
 
     settings = how.settings
     scale = None if settings.annotation_mpp is None else settings.annotation_mpp / file.mpp_level0
     options: dict[str, Any] = {"kind": settings.kind, "point_size_l0": settings.point_size_l0(file.mpp_level0)}
     options |= {"scale": scale, "nuclei": settings.nuclei}
-    text = partial(read_part, **options)
-    whole = partial(_read, frame=frame_of(file, [path]), split_values=settings.split_values, **options)
+    text = partial(read_chunk, **options)
+    whole = partial(_read, slide=slide_context(file, [path]), split_values=settings.split_values, **options)
     return clip_file(path, grid, read=whole, read_text=text, processes=how.processes, stream=how.stream)
 
 
@@ -269,10 +269,10 @@ def _groups(file: SlideFile, files: Sequence[Path], how: Reading) -> tuple[dict[
         "shifted": list(file.bounds_xy) if origin == "bounds" else [0, 0],
         "files": [path.name for path in files],
         "labels": by_label(table, boxes),
-        "repairs": [line.replace("\0", "#") for line in table.remarks.repairs],
-        "notes": list(table.remarks.notes),
+        "repairs": [line.replace("\0", "#") for line in table.log.repairs],
+        "notes": list(table.log.notes),
         "unknown_classes": list(unknown),
-        "ids": table.remarks.ids,
+        "ids": table.log.ids,
         "changed": {name: n for name in CHANGED if (n := int(counts.get(name, 0)))},
         **placement(clipped, grid, which),
     }

@@ -77,9 +77,9 @@ def by_label(table: ObjectTable, boxes: TileBoxes) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for i, name in enumerate(names):
         why = {"outside": outside[i]} if outside[i] else {}
-        repaired = int(table.remarks.repaired.get(name, 0))
+        repaired = int(table.log.repaired.get(name, 0))
         found[name] = {"objects": objects[i], "boxes": boxed[i], "repaired": repaired, "skipped": why}
-    for (name, reason), count in sorted(table.remarks.skipped.items()):
+    for (name, reason), count in sorted(table.log.skipped.items()):
         row = found.setdefault(name, {"objects": 0, "boxes": 0, "repaired": 0, "skipped": {}})
         row["skipped"][reason] = row["skipped"].get(reason, 0) + int(count)
     if not any(found[""][key] for key in ("objects", "boxes", "repaired", "skipped")):

@@ -88,11 +88,11 @@ def _report_missing(tables: dict[str, ObjectTable], total: int, coco: Path, repo
     ids: list[str] = []
     for table in tables.values():
         names = [name or "" for name in table.class_names()]
-        names += [name for (name, _), n in table.remarks.skipped.items() for _ in range(n)]
+        names += [name for (name, _), n in table.log.skipped.items() for _ in range(n)]
         for name in names:
             skipped[name, "no_image"] = skipped.get((name, "no_image"), 0) + 1
         if len(ids) < SHOWN_IDS:
-            ids += [*table.id.tolist(), *(id for reason in _reasons(table) for id in table.remarks.ids.get(reason, ()))]
+            ids += [*table.id.tolist(), *(id for reason in _reasons(table) for id in table.log.ids.get(reason, ()))]
     shown = ", ".join(list(tables)[:SHOWN_IMAGES]) + (", ..." if len(tables) > SHOWN_IMAGES else "")
     report.notes.append(f"{coco}: {len(tables)} of the {total} images it lists are not here ({shown})")
     if skipped:
@@ -101,7 +101,7 @@ def _report_missing(tables: dict[str, ObjectTable], total: int, coco: Path, repo
 
 
 def _reasons(table: ObjectTable) -> set[str]:
-    return {reason for _, reason in table.remarks.skipped}
+    return {reason for _, reason in table.log.skipped}
 
 
 def _labels_of(skipped: dict[tuple[str, str], int]) -> dict[str, dict[str, Any]]:
@@ -159,10 +159,10 @@ def placed(drawn: ImageObjects, image: Path, size: Size) -> tuple[ObjectTable, s
 
 def _factor(stated: Size, size: Size) -> float | None:
     """Pixels of an image a pixel of a reduced or enlarged copy of it; None where the two differ in shape."""
-    from annotations.readers.slide_context import SlideFrame
+    from annotations.readers.slide_context import SlideContext
 
     try:
-        return SlideFrame(size_l0=size).scale_of_image(*stated, "")
+        return SlideContext(size_l0=size).scale_of_image(*stated, "")
     except UserError:
         return None
 
@@ -232,8 +232,8 @@ def box_groups(
         groups["boxes"]["polygon"] = boxes.polygons.arrays()
     counts: dict[str, Any] = {"objects": len(table), "boxes": len(boxes.object), "outside": boxes.counts.get("outside", 0)}
     away = np.setdiff1d(np.arange(len(table)), boxes.object)
-    skipped = {**table.remarks.skipped, ("", "outside"): len(away)}
-    ids = {**table.remarks.ids, "outside": tuple(table.id[away[:SHOWN_IDS]])}
+    skipped = {**table.log.skipped, ("", "outside"): len(away)}
+    ids = {**table.log.ids, "outside": tuple(table.id[away[:SHOWN_IDS]])}
     remarks = [*([remark] if remark else ()), *left_out(skipped, ids), *changed_lines(table.counts, ids)]
     result = {"labels": by_label(table, boxes), "message": "; ".join(remarks)}
     groups["objects"]["attrs"][RESULT_ATTR] = json.dumps(result, sort_keys=True)

@@ -16,7 +16,7 @@ from tiling.slide_file.write import parameters_hash, replace_groups
 from tiling.storage.locks import lock_file
 
 if TYPE_CHECKING:
-    from annotations.geometry.clusters import Gathering
+    from annotations.geometry.clusters import ClusterSettings
     from annotations.objects import ObjectTable
 
 
@@ -24,17 +24,17 @@ METHOD_VERSION = 1  # raise it when the method changes, so that old groups are m
 CLUSTERS_ATTR = "gathered_sha256"
 
 
-def propose_from_annotations(path: Path, how: Gathering | None = None) -> dict[str, Any]:
+def propose_from_annotations(path: Path, how: ClusterSettings | None = None) -> dict[str, Any]:
     """Add clusters of cells and parts of tissue to the boxes of one slide file; earlier ones are replaced.
 
     Returns counts of clusters and parts, and `skipped`. Raises UserError where the file holds no annotated objects.
     """
     from annotations.geometry.clip import clip_to_tiles
-    from annotations.geometry.clusters import CLUSTER_LABEL, PART_LABEL, Gathering, gathered
+    from annotations.geometry.clusters import CLUSTER_LABEL, PART_LABEL, ClusterSettings, cluster_objects
     from annotations.objects import Kind
     from annotations.slide_groups import annotation_groups
 
-    how = how or Gathering()
+    how = how or ClusterSettings()
     with lock_file(path):
         with SlideFile(path) as file:
             objects = file.objects_table()
@@ -46,7 +46,7 @@ def propose_from_annotations(path: Path, how: Gathering | None = None) -> dict[s
             digest = parameters_hash({"gathered": stamp})[1]
             if attrs.get(CLUSTERS_ATTR) == digest:
                 return {"skipped": True, **_counts(objects["label"], objects["labels"])}
-            table = gathered(table_of_boxes(file), file.mpp_level0, how)
+            table = cluster_objects(table_of_boxes(file), file.mpp_level0, how)
             boxes = clip_to_tiles(table.geometry, file.coords, file.size_l0, file.patch_size, polygons=file.has_polygons)
             new = annotation_groups(table, boxes, file.mpp_level0)
             if boxes.polygons is not None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from annotations.errors import UserError
-from annotations.objects import MAX_LABELS, SHOWN_IDS, SHOWN_REPAIRS, UNCLASSIFIED, Kind, ObjectTable, Remarks
+from annotations.objects import MAX_LABELS, SHOWN_IDS, SHOWN_REPAIRS, UNCLASSIFIED, Kind, ObjectTable, ReadLog
 from annotations.readers.coco.document import Annotation, Category, CocoDocument, Image, Keys, decode_coco, key_of, name_of
 from annotations.readers.coco.shapes import Outlined, Size, outlined
 
@@ -27,7 +27,7 @@ class CocoTables:
 
     tables: dict[str, ObjectTable]
     sizes: dict[str, Size]
-    unlisted: Remarks
+    unlisted: ReadLog
 
 
 def read_coco(path: Path) -> dict[str, ObjectTable]:
@@ -138,12 +138,12 @@ class _Rows:
     def class_of(self, row: int) -> str:
         return (*self.labels, "")[self.label[row]]  # -1, unclassified, is the last
 
-    def left_out(self, reason: str) -> Remarks:
-        """Remarks that all of them are left out."""
+    def left_out(self, reason: str) -> ReadLog:
+        """ReadLog that all of them are left out."""
         if not self.items:
-            return Remarks()
+            return ReadLog()
         skipped = Counter((self.class_of(row), reason) for row in range(len(self.items)))
-        return Remarks(skipped=dict(skipped), ids={reason: tuple(self.ids[:SHOWN_IDS])})
+        return ReadLog(skipped=dict(skipped), ids={reason: tuple(self.ids[:SHOWN_IDS])})
 
 
 class _Objects:
@@ -167,7 +167,7 @@ class _Objects:
         """The objects of one image, which are rows start:stop."""
         use: slice | list[int] = slice(start, stop)
         counts: Counter[str] = Counter()
-        remarks = Remarks()
+        log = ReadLog()
         if not self.plain[start:stop].all():
             use = [row for row in range(start, stop) if row not in self.reason]
             ids: dict[str, list[str]] = {}
@@ -175,7 +175,7 @@ class _Objects:
                 for what, n in self.told.get(row, ()):
                     counts[what] += n
                     ids.setdefault(what, []).append(self.rows.ids[row])
-            remarks = self._remarks(range(start, stop), {what: tuple(names[:SHOWN_IDS]) for what, names in ids.items()})
+            log = self._log(range(start, stop), {what: tuple(names[:SHOWN_IDS]) for what, names in ids.items()})
         items = self.rows.items[use] if isinstance(use, slice) else [self.rows.items[row] for row in use]
         return ObjectTable(
             self.geometry[use],
@@ -185,13 +185,13 @@ class _Objects:
             self.rows.labels,
             {"features": int(stop - start), **dict(sorted(counts.items()))},
             confidence=_scores(items) if self.scored else None,
-            remarks=remarks,
+            log=log,
         )
 
-    def _remarks(self, rows: range, ids: dict[str, tuple[str, ...]]) -> Remarks:
+    def _log(self, rows: range, ids: dict[str, tuple[str, ...]]) -> ReadLog:
         class_of, reason = self.rows.class_of, self.reason
         bad = [row for row in rows if row in self.repaired and row not in reason]
-        return Remarks(
+        return ReadLog(
             repaired=dict(Counter(class_of(row) for row in bad)),
             skipped=dict(Counter((class_of(row), reason[row]) for row in rows if row in reason)),
             repairs=tuple(f"{self.rows.ids[row]}: {why}" for row in bad if (why := self.repaired[row]))[:SHOWN_REPAIRS],

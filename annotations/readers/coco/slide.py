@@ -8,14 +8,14 @@ from pathlib import PurePosixPath, PureWindowsPath
 import numpy as np
 
 from annotations.errors import UserError
-from annotations.objects import Kind, ObjectTable, join_remarks
+from annotations.objects import Kind, ObjectTable, join_logs
 from annotations.readers.coco.document import CocoDocument, decode_coco, decode_detections
 from annotations.readers.coco.images import coco_tables
-from annotations.readers.slide_context import SlideFrame
+from annotations.readers.slide_context import SlideContext
 
 
 def read_coco_slide(
-    data: bytes, source: str, *, kind: str, scale: float | None, frame: SlideFrame, bare: bool = False
+    data: bytes, source: str, *, kind: str, scale: float | None, slide: SlideContext, bare: bool = False
 ) -> ObjectTable:
     """The objects of the one image that is the slide: named after it, or the only one there is. All are cells for "auto".
 
@@ -26,33 +26,33 @@ def read_coco_slide(
     Raises UserError where no image can be told to be the slide, or its shape is not the slide's.
     """
     document = decode_detections(data, source) if bare else decode_coco(data, source)
-    name = _image_of(document, source, frame)
+    name = _image_of(document, source, slide)
     coco = coco_tables(document, source)
     table, sizes, notes = coco.tables[name], coco.sizes, []
     if scale is None:
         scale = 1.0
-        if name in sizes and frame.size_l0 is not None and sizes[name] != frame.size_l0:
-            scale = frame.scale_of_image(*sizes[name], source)
+        if name in sizes and slide.size_l0 is not None and sizes[name] != slide.size_l0:
+            scale = slide.scale_of_image(*sizes[name], source)
             notes.append(f"COCO image of {sizes[name][0]} x {sizes[name][1]}: scaled by {scale:g}")
     kinds = np.full(len(table), Kind.TISSUE if kind == "tissue" else Kind.CELL, np.uint8)
-    remarks = join_remarks([table.remarks, coco.unlisted]).noted(*notes)
+    log = join_logs([table.log, coco.unlisted]).with_notes(*notes)
     counts = table.counts
     if unlisted := sum(coco.unlisted.skipped.values()):
         counts = {**counts, "features": counts["features"] + unlisted, "unlisted_image": unlisted}
-    return replace(table.scaled(scale), kind=kinds, counts=counts, remarks=remarks)
+    return replace(table.scaled(scale), kind=kinds, counts=counts, log=log)
 
 
-def _image_of(document: CocoDocument, source: str, frame: SlideFrame) -> str:
+def _image_of(document: CocoDocument, source: str, slide: SlideContext) -> str:
     names = list(dict.fromkeys(image.file_name for image in document.images))
     if len(names) == 1:
         return names[0]
-    named = [name for name in names if frame.slide_id and _stem(name) in (frame.slide_id, f"{frame.slide_id}.ome")]
+    named = [name for name in names if slide.slide_id and _stem(name) in (slide.slide_id, f"{slide.slide_id}.ome")]
     if len(named) == 1:
         return named[0]
     if not names:
         raise UserError(f"{source}: COCO json without images: add the slide, with its file_name")
-    slide = f"the slide {frame.slide_id}" if frame.slide_id else "which slide is not known"
-    raise UserError(f"{source}: COCO json of {len(names)} images ({names[0]}, ...), {slide}: name one image after the slide")
+    which = f"the slide {slide.slide_id}" if slide.slide_id else "which slide is not known"
+    raise UserError(f"{source}: COCO json of {len(names)} images ({names[0]}, ...), {which}: name one image after the slide")
 
 
 def _stem(name: str) -> str:

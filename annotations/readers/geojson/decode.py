@@ -177,7 +177,7 @@ def _mark_cell_sets(features: list[Feature]) -> None:
         types = (own.object_type, own.object_type_snake, own.type, feature.object_type, feature.object_type_snake)
         if any(name and name.lower() != "annotation" for name in types) or str(feature.id).startswith("Path"):
             continue
-        if not (isinstance(geometry, CleanedPolygons) and not geometry.several) and are_cells(geometry.coordinates):
+        if not (isinstance(geometry, CleanedPolygons) and not geometry.several) and is_cell_multipolygon(geometry.coordinates):
             feature.properties = msgspec.structs.replace(own, object_type=CELL_SET)
 
 
@@ -349,7 +349,7 @@ CELL_SHARE = 0.9  # of the area: a few of a detector's cells run together, and a
 SAMPLED = 1000
 
 
-def are_cells(polygons: Sequence[msgspec.Raw] | Sequence[list[Ring]]) -> bool:
+def is_cell_multipolygon(polygons: Sequence[msgspec.Raw] | Sequence[list[Ring]]) -> bool:
     """True where nearly all of the area is in pieces no longer than a cell, level-0 pixels.
 
     polygons: the coordinates of a MultiPolygon, JSON or lists; of many a sample is looked at.

@@ -137,7 +137,7 @@ def clip_file(
 ) -> Clipped:
     """Read an annotation file and clip it.
 
-    read: reads any file whole. read_text: reads a part of a GeoJSON file, itself GeoJSON, as read_part does; None
+    read: reads any file whole. read_text: reads a part of a GeoJSON file, itself GeoJSON, as read_chunk does; None
     where files are not to be cut. processes: at most so many work at a file that can be cut.
     stream: bound memory: parts are read one after the other, and a large file that cannot be cut is refused.
     The result is the same whichever way is taken, and whoever calls.
@@ -155,9 +155,9 @@ def clip_file(
     return _stored(clip_table(read(path), grid))
 
 
-def _parts(path: Path) -> list[Part] | None:
+def _parts(path: Path) -> list[FeatureChunk] | None:
     try:
-        return cut_file(path)
+        return split_features(path)
     except OSError:  # who reads it whole says what is wrong with it
         return None
 
@@ -167,7 +167,7 @@ def _is_packed(path: Path) -> bool:
         return file.read(4)[:2] in (b"\x1f\x8b", b"PK")
 
 
-def clip_part(part: Part, grid: Grid, read_text: ReadText) -> Clipped | None:
+def clip_chunk(part: FeatureChunk, grid: Grid, read_text: ReadText) -> Clipped | None:
     """One part of a file; None where it does not stand by itself, so that the file has to be read whole."""
     try:
         return clip_table(read_text(part.text(), str(part.path)), grid)
@@ -175,7 +175,7 @@ def clip_part(part: Part, grid: Grid, read_text: ReadText) -> Clipped | None:
         return None
 
 
-def read_part(
+def read_chunk(
     text: bytes,
     source: str,
     *,
@@ -184,7 +184,7 @@ def read_part(
     scale: float | None = None,
     nuclei: bool = False,
 ) -> ObjectTable:
-    """GeoJSON text (Part.text) -> its table, as read_annotations makes it of a file, with its arguments.
+    """GeoJSON text (FeatureChunk.text) -> its table, as read_annotations makes it of a file, with its arguments.
 
     Ids that are missing are numbers within the part. Raises UserError where the text is no GeoJSON.
     """
@@ -214,11 +214,11 @@ def _read_part(
     return _table(features, kind, point_size_l0, {"features": len(features)}, source)
 
 
-def _pieces(parts: Sequence[Part], grid: Grid, read_text: ReadText, processes: int) -> list[Clipped] | None:
+def _pieces(parts: Sequence[FeatureChunk], grid: Grid, read_text: ReadText, processes: int) -> list[Clipped] | None:
     """Every part clipped, in order; None as soon as one of them does not stand by itself."""
     size = parts[-1].stop - parts[0].start
     helpers = min(processes, size // PER_PROCESS_BYTES, len(parts)) - 1
-    work = partial(clip_part, grid=grid, read_text=read_text)
+    work = partial(clip_chunk, grid=grid, read_text=read_text)
     if helpers < 1:
         found: list[Clipped] = []
         for part in parts:
@@ -233,7 +233,9 @@ def _pieces(parts: Sequence[Part], grid: Grid, read_text: ReadText, processes: i
         return _pieces(parts, grid, read_text, 1)
 
 
-def _shared(parts: Sequence[Part], work: Callable[[Part], Clipped | None], helpers: int) -> list[Clipped] | None:
+def _shared(
+    parts: Sequence[FeatureChunk], work: Callable[[FeatureChunk], Clipped | None], helpers: int
+) -> list[Clipped] | None:
     """This process works along: while the helpers start, and whenever both have enough to do."""
     found: dict[int, Clipped | None] = {}
     todo, flying = deque(range(len(parts))), dict[Future, int]()
@@ -274,8 +276,8 @@ def _joined_parts(pieces: Sequence[Clipped], grid: Grid) -> Clipped:
     numbered = []
     for piece in pieces:
         table = piece.table
-        repairs = tuple(_numbered(line, first) for line in table.remarks.repairs)
-        table = replace(table, id=_ids(table.id, first), remarks=replace(table.remarks, repairs=repairs))
+        repairs = tuple(_numbered(line, first) for line in table.log.repairs)
+        table = replace(table, id=_ids(table.id, first), log=replace(table.log, repairs=repairs))
         numbered.append(replace(piece, table=table))
         first += table.counts["features"]
     whole = join_clipped(numbered, grid)
@@ -323,7 +325,7 @@ _TAIL = re.compile(rb"\}\s*\]")
 
 
 @dataclass(frozen=True)
-class Part:
+class FeatureChunk:
     """Bytes start:stop of a file: features with commas between them, no brackets around; is_list: the file is a bare list."""
 
     path: Path
@@ -339,7 +341,7 @@ class Part:
             return b"".join((before, file.read(self.stop - self.start), behind))
 
 
-def cut_file(path: Path, part_bytes: int = PART_BYTES) -> list[Part] | None:
+def split_features(path: Path, part_bytes: int = PART_BYTES) -> list[FeatureChunk] | None:
     """Parts of about `part_bytes` of a GeoJSON file, in order; None where it has to be read in one piece."""
     with path.open("rb") as file:
         if file.seek(0, 2) == 0:
@@ -355,7 +357,7 @@ def cut_file(path: Path, part_bytes: int = PART_BYTES) -> list[Part] | None:
                 ends.append(data.find(b",", found.start(), found.end()))
                 at = ends[-1] + part_bytes
     starts = [start, *(end + 1 for end in ends)]
-    return [Part(path, a, b, is_list) for a, b in zip(starts, [*ends, stop], strict=True)]
+    return [FeatureChunk(path, a, b, is_list) for a, b in zip(starts, [*ends, stop], strict=True)]
 
 
 def _inside(data: mmap.mmap) -> tuple[int, int, bool] | None:

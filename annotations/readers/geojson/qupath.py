@@ -45,7 +45,7 @@ from annotations.readers.geojson.decode import (
     decode_features,
 )
 from annotations.readers.geojson.decode import _members as members_of
-from annotations.readers.table_builder import add, mended, numbered, numbered_ids, remarks_of, squares
+from annotations.readers.table_builder import add, mended, numbered, numbered_ids, read_log, squares
 
 _KIND_OF_TYPE = {"annotation": Kind.TISSUE, "detection": Kind.CELL, "cell": Kind.CELL, CELL_SET: Kind.CELL}
 _CELL_SETS = "a list of MultiPolygons of cells, one a class (CellViT), taken for cells: --kind tissue keeps each whole"
@@ -213,8 +213,8 @@ def _table(
     flags = np.concatenate([was_bad, np.zeros(len(boxes), dtype=bool)])[order]
     table = _labelled(features, feature[order], np.concatenate([outlines, boxes])[order], kinds, counts, source)
     skipped = Counter((_class_name(features[row]) or "", reason) for row, reason in lost)
-    remarks = remarks_of(table.id, table.label, table.labels, flags, reasons, dict(skipped))
-    return replace(table, remarks=remarks.noted(_CELL_SETS) if found.cell_sets and kind == "auto" else remarks)
+    log = read_log(table.id, table.label, table.labels, flags, reasons, dict(skipped))
+    return replace(table, log=log.with_notes(_CELL_SETS) if found.cell_sets and kind == "auto" else log)
 
 
 def _kinds(features: list[Feature], kind: KindOption, counts: dict[str, int]) -> tuple[np.ndarray, list[int]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from xml.etree.ElementTree import Element
 
 from annotations.objects import Kind, ObjectTable
-from annotations.readers.slide_context import SlideFrame
+from annotations.readers.slide_context import SlideContext
 from annotations.readers.table_builder import Shapes, kind_of
 from annotations.readers.xml.tree import number, position, refuse_foreign
 
@@ -16,7 +16,7 @@ _LINES = frozenset({"measurement", "polyline"})
 
 
 def read_asap(
-    root: Element, source: str, *, kind: str, point_size_l0: float | None, scale: float, frame: SlideFrame
+    root: Element, source: str, *, kind: str, point_size_l0: float | None, scale: float, slide: SlideContext
 ) -> ObjectTable:
     """Every Annotation: Polygon, Spline (its knots) and Rectangle as outlines, Dot and PointSet as points.
 

@@ -12,7 +12,7 @@ import shapely
 from annotations.errors import UserError
 from annotations.geometry.rings import polygon_parts
 from annotations.objects import Kind, ObjectTable
-from annotations.readers.slide_context import SlideFrame
+from annotations.readers.slide_context import SlideContext
 from annotations.readers.table_builder import Shapes, add, kind_of
 from annotations.readers.xml.tree import REMEDY, position, refuse_foreign
 
@@ -26,7 +26,7 @@ ELLIPSE_CORNERS = 64
 
 
 def read_imagescope(
-    root: Element, source: str, *, kind: str, point_size_l0: float | None, scale: float, frame: SlideFrame
+    root: Element, source: str, *, kind: str, point_size_l0: float | None, scale: float, slide: SlideContext
 ) -> ObjectTable:
     """Every Region of every Annotation (a layer), level-0 pixels.
 
@@ -115,5 +115,5 @@ def _cut_out(table: ObjectTable, layer: np.ndarray, cuts: np.ndarray, cut_layer:
     add(counts, "zero_area", int((~left).sum()))
     names = table.class_names()
     gone = Counter((names[i] or "", "zero_area") for i in np.flatnonzero(~left).tolist())
-    skipped = dict(gone + Counter(table.remarks.skipped))
-    return replace(table, geometry=geometry, remarks=replace(table.remarks, skipped=skipped)).taken(left)
+    skipped = dict(gone + Counter(table.log.skipped))
+    return replace(table, geometry=geometry, log=replace(table.log, skipped=skipped)).take(left)

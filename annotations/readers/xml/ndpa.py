@@ -7,7 +7,7 @@ from xml.etree.ElementTree import Element
 
 from annotations.errors import UserError
 from annotations.objects import Kind, ObjectTable
-from annotations.readers.slide_context import SlideFrame
+from annotations.readers.slide_context import SlideContext
 from annotations.readers.table_builder import Shapes, kind_of
 from annotations.readers.xml.tree import number, refuse_foreign
 
@@ -16,7 +16,7 @@ CIRCLE_CORNERS = 64
 
 
 def read_ndpa(
-    root: Element, source: str, *, kind: str, point_size_l0: float | None, scale: float, frame: SlideFrame
+    root: Element, source: str, *, kind: str, point_size_l0: float | None, scale: float, slide: SlideContext
 ) -> ObjectTable:
     """Every ndpviewstate: closed freehands and rectangles and circles as outlines, pins as points; class its title.
 
@@ -35,7 +35,7 @@ def read_ndpa(
         name = (view.findtext("title") or "").strip()
         row = shapes.add(view.get("id") or str(i), name, kind_of(kind, Kind.CELL if is_point else Kind.TISSUE))
         units = (view.findtext("coordformat") or "nanometers").strip().lower()
-        to_pixels = _Pixels(frame, source, nanometres=units.startswith("nano"))
+        to_pixels = _Pixels(slide, source, nanometres=units.startswith("nano"))
         if item is None:
             shapes.lose(row, "empty", counts)
         elif is_point:
@@ -58,17 +58,17 @@ def read_ndpa(
 class _Pixels:
     """Positions of an NDPA file -> level-0 pixels."""
 
-    def __init__(self, frame: SlideFrame, source: str, *, nanometres: bool) -> None:
+    def __init__(self, slide: SlideContext, source: str, *, nanometres: bool) -> None:
         self.offset, self.half, self.nm = (0.0, 0.0), (0.0, 0.0), 1.0
         if not nanometres:
             return
-        if frame.offset_nm is None or frame.size_l0 is None or not frame.mpp_l0:
+        if slide.offset_nm is None or slide.size_l0 is None or not slide.mpp_l0:
             raise UserError(
                 f"{source}: counts nanometres from the centre of the glass, and the slide's size, mpp or "
                 "hamamatsu.XOffsetFromSlideCentre is not known: bring the NDPI slide back to where it was tiled from"
             )
-        self.offset, self.nm = frame.offset_nm, 1000 * frame.mpp_l0
-        self.half = (frame.size_l0[0] / 2, frame.size_l0[1] / 2)
+        self.offset, self.nm = slide.offset_nm, 1000 * slide.mpp_l0
+        self.half = (slide.size_l0[0] / 2, slide.size_l0[1] / 2)
 
     def __call__(self, x: float, y: float) -> tuple[float, float]:
         return (x - self.offset[0]) / self.nm + self.half[0], (y - self.offset[1]) / self.nm + self.half[1]

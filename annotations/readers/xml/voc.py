@@ -11,7 +11,7 @@ import shapely
 
 from annotations.errors import UserError
 from annotations.geometry.rings import beyond, usable
-from annotations.objects import SHOWN_IDS, UNCLASSIFIED, Kind, ObjectTable, Remarks, empty_table
+from annotations.objects import SHOWN_IDS, UNCLASSIFIED, Kind, ObjectTable, ReadLog, empty_table
 from annotations.readers.xml.tree import parse_xml
 
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
@@ -45,24 +45,24 @@ def read_voc(path: Path) -> tuple[ObjectTable, tuple[int, int] | None]:
     far = beyond(xyxy)
     lost |= {row[i]: "beyond" if far[i] else "zero_area" for i in np.flatnonzero(~good).tolist()}
     counts |= Counter(lost.values())
-    remarks = _remarks(lost, [_text(item, "name") for item in objects], path.stem)
+    log = _log(lost, [_text(item, "name") for item in objects], path.stem)
     size = _size(root)
     if not good.any():
-        return empty_table(counts, names, remarks), size
+        return empty_table(counts, names, log), size
     rows = np.array(row, dtype=np.int64)[good]
     label = [names.index(name) if (name := _text(objects[i], "name")) else UNCLASSIFIED for i in rows.tolist()]
     ids = np.empty(len(rows), dtype=object)
     ids[:] = [f"{path.stem}:{i}" for i in rows.tolist()]
     geometry = np.asarray(shapely.box(*xyxy[good].T), dtype=object).reshape(-1)
     kind = np.full(len(rows), Kind.CELL, np.uint8)
-    return ObjectTable(geometry, ids, np.array(label, np.int16), kind, names, counts, remarks=remarks), size
+    return ObjectTable(geometry, ids, np.array(label, np.int16), kind, names, counts, log=log), size
 
 
-def _remarks(lost: dict[int, str], names: list[str], stem: str) -> Remarks:
-    """Remarks on objects that are left out, number -> why."""
+def _log(lost: dict[int, str], names: list[str], stem: str) -> ReadLog:
+    """ReadLog on objects that are left out, number -> why."""
     skipped = Counter((names[i], why) for i, why in lost.items())
     ids = {why: tuple(f"{stem}:{i}" for i, other in lost.items() if other == why)[:SHOWN_IDS] for why in set(lost.values())}
-    return Remarks(skipped=dict(skipped), ids=ids)
+    return ReadLog(skipped=dict(skipped), ids=ids)
 
 
 def _parsed(path: Path) -> ElementTree.Element:

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 import shapely
 
-from annotations.geometry.clusters import CLUSTER_LABEL, PART_LABEL, Gathering, cluster_boxes, gathered, tissue_parts
+from annotations.geometry.clusters import (
+    CLUSTER_LABEL,
+    PART_LABEL,
+    ClusterSettings,
+    cluster_boxes,
+    cluster_objects,
+    tissue_parts,
+)
 from annotations.objects import Kind, ObjectTable
 
 MPP = 0.5
@@ -42,7 +49,7 @@ def slow_clusters(bounds: np.ndarray, gap: float) -> list[set[int]]:
 
 def test_cells_close_together_are_one_cluster_whatever_their_class() -> None:
     near = [(100, 100), (122, 100), (144, 104), (122, 124)]
-    found = gathered(table_of(cells_at([*near, (500, 500), (516, 500)]), Kind.CELL), MPP)  # two cells are no cluster
+    found = cluster_objects(table_of(cells_at([*near, (500, 500), (516, 500)]), Kind.CELL), MPP)  # two cells are no cluster
     assert [found.labels[i] for i in found.label] == [CLUSTER_LABEL]
     assert found.kind.tolist() == [Kind.PROPOSAL]
     assert shapely.bounds(found.geometry).tolist() == [[92, 92, 152, 132]]
@@ -52,7 +59,7 @@ def test_clusters_are_those_of_all_pairs() -> None:
     rng = np.random.default_rng(3)
     corner = rng.uniform(0, 400, (150, 2))
     bounds = np.concatenate([corner, corner + rng.uniform(5, 12, (150, 2))], axis=1)
-    how = Gathering(gap_um=5, members=3, cluster_um=(0, 1e9))
+    how = ClusterSettings(gap_um=5, members=3, cluster_um=(0, 1e9))
     number = cluster_boxes(bounds, how)
     found = {frozenset(np.flatnonzero(number == i)) for i in range(number.max() + 1)}
     assert found == {frozenset(group) for group in slow_clusters(bounds, 5) if len(group) >= 3}
@@ -62,7 +69,7 @@ def test_a_chain_too_long_falls_apart_at_its_wider_gaps() -> None:
     """Nine cells 1 um apart, 5 um, nine cells: linked at 6 um, too long, and two clusters at narrower gaps."""
     x = np.concatenate([np.arange(9) * 11.0, 9 * 11.0 + 4 + np.arange(9) * 11.0])
     bounds = np.stack([x, np.zeros(18), x + 10, np.full(18, 10.0)], axis=1)
-    number = cluster_boxes(bounds, Gathering(gap_um=6, cluster_um=(20, 120)))
+    number = cluster_boxes(bounds, ClusterSettings(gap_um=6, cluster_um=(20, 120)))
     assert len(set(number[:9])) == len(set(number[9:])) == 1
     assert number[0] != number[9]
 
@@ -70,7 +77,7 @@ def test_a_chain_too_long_falls_apart_at_its_wider_gaps() -> None:
 def test_a_sheet_without_gaps_is_cut_until_it_fits() -> None:
     x, y = (grid.ravel() * 10.0 for grid in np.mgrid[:50, :40])
     bounds = np.stack([x, y, x + 10, y + 10], axis=1)
-    number = cluster_boxes(bounds, Gathering(cluster_um=(20, 200)))
+    number = cluster_boxes(bounds, ClusterSettings(cluster_um=(20, 200)))
     assert (number >= 0).all()
     for i in range(number.max() + 1):
         box = bounds[number == i]
@@ -99,7 +106,7 @@ def test_both_kinds_are_gathered_and_proposals_are_not() -> None:
     kind = np.array([Kind.CELL] * 3 + [Kind.TISSUE] * 2 + [Kind.PROPOSAL] * 3, np.uint8)
     geometry = np.array([*cells, *regions, *cells_at([(200, 10), (220, 10), (240, 10)])], dtype=object)
     table = ObjectTable(geometry, np.array(list("abcdefgh"), dtype=object), np.zeros(8, np.int16), kind, ("x",))
-    found = gathered(table, MPP)
+    found = cluster_objects(table, MPP)
     assert [found.labels[i] for i in found.label] == [CLUSTER_LABEL, PART_LABEL]
     assert len(set(found.id)) == 2
-    assert len(gathered(table_of([], Kind.CELL), MPP)) == 0
+    assert len(cluster_objects(table_of([], Kind.CELL), MPP)) == 0

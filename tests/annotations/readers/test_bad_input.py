@@ -286,7 +286,7 @@ def test_a_rectangle_beyond_any_slide_is_called_that_in_every_dialect(tmp_path):
     for form in ("geojson", "parquet", "xml"):
         table = read_annotations(tmp_path / f"a.{form}")
         assert len(table) == 0
-        assert table.remarks.skipped == {("Tumor", "beyond"): 1}, form
+        assert table.log.skipped == {("Tumor", "beyond"): 1}, form
 
 
 def test_a_box_beyond_any_image_is_called_that(tmp_path):
@@ -296,4 +296,4 @@ def test_a_box_beyond_any_image_is_called_that(tmp_path):
         f"<{name}>{value}</{name}>" for name, value in zip(("xmin", "ymin", "xmax", "ymax"), (-1e300, 0, 1e300, 5), strict=True)
     )
     (tmp_path / "a.xml").write_text(f"<annotation><object><name>Tumor</name><bndbox>{box}</bndbox></object></annotation>")
-    assert read_voc(tmp_path / "a.xml")[0].remarks.skipped == {("Tumor", "beyond"): 1}
+    assert read_voc(tmp_path / "a.xml")[0].log.skipped == {("Tumor", "beyond"): 1}

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import shapely
 
-from annotations import Kind, SlideFrame, UserError, concatenate, read_annotations, read_classmap
+from annotations import Kind, SlideContext, UserError, concatenate, read_annotations, read_classmap
 from annotations.geometry.trace_mask import trace
 from annotations.readers.detect import ALWAYS_FINE
 
 SQUARE = [[0, 0], [10, 0], [10, 10], [0, 10]]
-FRAME = SlideFrame("slide", (4000, 3000), 0.25)
+SLIDE = SlideContext("slide", (4000, 3000), 0.25)
 BOX = shapely.box(0, 0, 10, 10)
 
 
@@ -51,15 +51,15 @@ HOVERNET = {
 
 def test_hovernet_is_scaled_from_its_magnification(tmp_path: Path) -> None:
     path = save(tmp_path / "slide.json", HOVERNET)
-    table = read_annotations(path, frame=FRAME)
+    table = read_annotations(path, slide=SLIDE)
     assert same(table.geometry, [shapely.box(0, 0, 20, 20), shapely.box(200, 100, 220, 120)])
     assert (table.id.tolist(), labels(table), table.kind.tolist()) == (["1", "7"], ["1", "4"], [Kind.CELL, Kind.CELL])
     assert table.confidence.tolist() == [0.75, 0.5]
     assert table.counts == {"features": 3, "invalid_dropped": 1}
-    assert table.remarks.skipped == {("4", "invalid_dropped"): 1}
-    assert table.remarks.notes == ("HoVer-Net at 20x, the slide taken as 40x: scaled by 2",)
+    assert table.log.skipped == {("4", "invalid_dropped"): 1}
+    assert table.log.notes == ("HoVer-Net at 20x, the slide taken as 40x: scaled by 2",)
     # A scanner's 40x is rarely 0.25 exactly, and HoVer-Net goes by the 40.
-    assert same(read_annotations(path, frame=SlideFrame("s", (9, 9), 0.2277)).geometry, table.geometry)
+    assert same(read_annotations(path, slide=SlideContext("s", (9, 9), 0.2277)).geometry, table.geometry)
     assert same(read_annotations(path, scale=1).geometry[0], BOX)
     with pytest.raises(UserError, match="unknown mpp"):
         read_annotations(path)
@@ -166,7 +166,7 @@ def test_tiatoolbox_geojson(tmp_path: Path) -> None:
 def test_what_cannot_be_read_says_what_to_do(tmp_path: Path, content: bytes, said: str) -> None:
     (tmp_path / "a.dat").write_bytes(content)
     with pytest.raises(UserError, match=said) as error:
-        read_annotations(tmp_path / "a.dat", frame=FRAME)
+        read_annotations(tmp_path / "a.dat", slide=SLIDE)
     assert "\n" not in str(error.value)
 
 
@@ -196,16 +196,16 @@ COCO = {
 
 def test_coco_of_a_slide(tmp_path: Path) -> None:
     path = save(tmp_path / "slide.json", COCO)
-    table = read_annotations(path, frame=FRAME)
+    table = read_annotations(path, slide=SLIDE)
     assert same(table.geometry, [BOX, shapely.box(20, 20, 40, 40)])
     assert (labels(table), table.id.tolist()) == (["nucleus"] * 2, ["5", "6"])
     assert np.array_equal(table.confidence, np.array([0.25, np.nan], np.float32), equal_nan=True)
-    assert "scaled by 2" in table.remarks.notes[0]
-    assert same(read_annotations(path, frame=FRAME, scale=1).geometry[0], shapely.box(0, 0, 5, 5))
+    assert "scaled by 2" in table.log.notes[0]
+    assert same(read_annotations(path, slide=SLIDE, scale=1).geometry[0], shapely.box(0, 0, 5, 5))
     with pytest.raises(UserError, match="2 images"):
         read_annotations(path)
     with pytest.raises(UserError, match="no reduced copy"):
-        read_annotations(path, frame=SlideFrame("slide", (4000, 4000), 0.25))
+        read_annotations(path, slide=SlideContext("slide", (4000, 4000), 0.25))
 
 
 def test_bare_detections(tmp_path: Path) -> None:
@@ -218,7 +218,7 @@ def test_bare_detections(tmp_path: Path) -> None:
 def test_bare_detections_with_their_mask_first(tmp_path: Path) -> None:
     runs = {"size": [75, 100], "counts": [10 * 75 + 10, *[20, 55] * 19, 20, 75 * 100 - 10 * 75 - 10 - 19 * 75 - 20]}
     items = [{"segmentation": runs, "bbox": [1, 1, 2, 2], "image_id": 3, "category_id": 1, "score": 0.5}]
-    table = read_annotations(save(tmp_path / "a.json", items), frame=SlideFrame("a", (200, 150), 0.25))
+    table = read_annotations(save(tmp_path / "a.json", items), slide=SlideContext("a", (200, 150), 0.25))
     assert same(table.geometry, [shapely.box(20, 20, 60, 60)])
     with pytest.raises(UserError, match=r"annotation without an id, number 1: .*image_id"):
         read_annotations(save(tmp_path / "a.json", [{"segmentation": runs}]))
@@ -234,17 +234,17 @@ def test_geodataframe_and_back_through_geoparquet(tmp_path: Path) -> None:
         {"type": "Feature", "id": "c", "geometry": NUCLEUS, "properties": {"objectType": "cell", "measurements": {"Area": 4}}},
     ]
     table = read_annotations(save(tmp_path / "a.geojson", items), measurements=True)
-    frame = table.to_geodataframe()
-    assert isinstance(frame, geopandas.GeoDataFrame)
-    assert frame.crs is None
-    assert list(frame.columns) == ["id", "label", "kind", "source", "confidence", "Area", "geometry"]
-    assert frame["kind"].tolist() == ["tissue", "cell"]
-    frame.to_parquet(tmp_path / "a.parquet")
+    rows = table.to_geodataframe()
+    assert isinstance(rows, geopandas.GeoDataFrame)
+    assert rows.crs is None
+    assert list(rows.columns) == ["id", "label", "kind", "source", "confidence", "Area", "geometry"]
+    assert rows["kind"].tolist() == ["tissue", "cell"]
+    rows.to_parquet(tmp_path / "a.parquet")
     back = read_annotations(tmp_path / "a.parquet")
     assert same(back.geometry, table.geometry)
     assert (labels(back), back.id.tolist(), back.kind.tolist()) == (["Tumor", None], ["t", "c"], [Kind.TISSUE, Kind.CELL])
     assert np.array_equal(back.measurements["Area"], [np.nan, 4], equal_nan=True)
-    assert len(table.taken(np.zeros(2, bool)).to_geodataframe()) == 0
+    assert len(table.take(np.zeros(2, bool)).to_geodataframe()) == 0
 
 
 def test_geoparquet_of_others(tmp_path: Path) -> None:
@@ -315,27 +315,27 @@ def test_label_image(tmp_path: Path, mask: np.ndarray, name: str) -> None:
         (tmp_path / name).write_bytes(imagecodecs.png_encode(mask))
     else:
         tifffile.imwrite(tmp_path / name, mask, compression="zlib")
-    table = read_annotations(tmp_path / name, frame=FRAME)
+    table = read_annotations(tmp_path / name, slide=SLIDE)
     one = shapely.box(300, 100, 500, 200).difference(shapely.box(320, 120, 340, 140))
     assert same(table.geometry, [one, shapely.box(3990, 0, 4000, 10), shapely.box(0, 1000, 50, 1100)])
     assert (table.id.tolist(), table.kind.tolist(), labels(table)) == (["1", "7", "1000"], [Kind.CELL] * 3, [None] * 3)
-    assert "scaled by 10" in table.remarks.notes[0]
+    assert "scaled by 10" in table.log.notes[0]
     save(tmp_path / "slide.classes.json", {"classes": {"1": "gland", "1000": "vessel"}, "mpp": 0.5})
-    table = read_annotations(tmp_path / name, frame=FRAME)
+    table = read_annotations(tmp_path / name, slide=SLIDE)
     assert labels(table) == ["gland", None, "vessel"]
     assert table.geometry[1].bounds == (798, 0, 800, 2)
     save(tmp_path / "slide.classes.json", [1])
     with pytest.raises(UserError, match="not classes of a mask"):
-        read_annotations(tmp_path / name, frame=FRAME)
+        read_annotations(tmp_path / name, slide=SLIDE)
 
 
 def test_a_label_image_that_is_stored_turned_is_refused(tmp_path: Path, mask: np.ndarray) -> None:
     tifffile = pytest.importorskip("tifffile")
     for orientation in (1, 6):
         tifffile.imwrite(tmp_path / f"{orientation}.tif", mask, extratags=[(274, 3, 1, orientation, True)])
-    assert len(read_annotations(tmp_path / "1.tif", frame=FRAME)) == 3
+    assert len(read_annotations(tmp_path / "1.tif", slide=SLIDE)) == 3
     with pytest.raises(UserError, match=r"6\.tif: is stored turned \(its tag Orientation is not 1\): save the mask upright"):
-        read_annotations(tmp_path / "6.tif", frame=FRAME)
+        read_annotations(tmp_path / "6.tif", slide=SLIDE)
 
 
 def test_images_that_are_no_labels(tmp_path: Path, mask: np.ndarray) -> None:
@@ -348,30 +348,30 @@ def test_images_that_are_no_labels(tmp_path: Path, mask: np.ndarray) -> None:
     with pytest.raises(UserError, match="unknown size"):
         read_annotations(path)
     with pytest.raises(UserError, match="no reduced copy"):
-        read_annotations(path, frame=SlideFrame("a", (4000, 2000), 0.25))
+        read_annotations(path, slide=SlideContext("a", (4000, 2000), 0.25))
     for size in ((0, 4), (1 << 20, 1 << 20)):  # of a PNG of no height, and of one that claims to be huge
         data = bytearray(imagecodecs.png_encode(mask))
         data[16:24] = struct.pack(">II", *size)
         path.write_bytes(data)
         with pytest.raises(UserError, match="says it has"):
-            read_annotations(path, frame=FRAME)
+            read_annotations(path, slide=SLIDE)
     # An image reduced by 32 and rounded down is still of the whole slide.
-    assert SlideFrame("a", (12815, 9614), 0.25).scale_of_image(400, 300, "a") == 32
+    assert SlideContext("a", (12815, 9614), 0.25).scale_of_image(400, 300, "a") == 32
 
 
 # --- the table
 
 
 def test_optional_columns_are_joined(tmp_path: Path) -> None:
-    one = read_annotations(save(tmp_path / "a.json", HOVERNET), frame=FRAME)
+    one = read_annotations(save(tmp_path / "a.json", HOVERNET), slide=SLIDE)
     two = read_annotations(save(tmp_path / "b.geojson", POLYGON), measurements=True)
     both = concatenate([one, two])
     assert both.source.tolist() == ["a.json", "a.json", "b.geojson"]
     assert np.array_equal(both.confidence, np.array([0.75, 0.5, np.nan], np.float32), equal_nan=True)
     assert both.measurements == {}
-    assert both.remarks.notes == one.remarks.notes
+    assert both.log.notes == one.log.notes
     assert Kind.PROPOSAL not in both.kind
-    assert both.taken(both.kind == Kind.TISSUE).source.tolist() == ["b.geojson"]
+    assert both.take(both.kind == Kind.TISSUE).source.tolist() == ["b.geojson"]
 
 
 def test_repairs_and_losses_are_told_by_class(tmp_path: Path) -> None:
@@ -387,12 +387,12 @@ def test_repairs_and_losses_are_told_by_class(tmp_path: Path) -> None:
     point = {"type": "Feature", "geometry": {"type": "Point", "coordinates": [1, 1]}, "properties": {"classification": "TUM"}}
     items = [feature(bow, "tumor", "b"), feature(bow, "TUM", "c"), feature([[0, 0], [1, 1]], "tumor", "d"), point]
     table = read_annotations(save(tmp_path / "a.geojson", [*items, feature([[0, 0], [5, 0], [9, 0], [0, 0]], None, "e")]))
-    assert table.remarks.repaired == {"tumor": 1, "TUM": 1}
-    assert table.remarks.skipped == {("tumor", "invalid_dropped"): 1, ("TUM", "points_skipped"): 1, ("", "zero_area"): 1}
-    assert [line.split("[")[0] for line in table.remarks.repairs] == ["b: Self-intersection", "c: Self-intersection"]
+    assert table.log.repaired == {"tumor": 1, "TUM": 1}
+    assert table.log.skipped == {("tumor", "invalid_dropped"): 1, ("TUM", "points_skipped"): 1, ("", "zero_area"): 1}
+    assert [line.split("[")[0] for line in table.log.repairs] == ["b: Self-intersection", "c: Self-intersection"]
     mapped = read_classmap(save(tmp_path / "map.yaml", "Tumour: [tumor, TUM]")).applied(table)
-    assert mapped.remarks.repaired == {"Tumour": 2}
-    assert mapped.remarks.skipped == {("Tumour", "invalid_dropped"): 1, ("Tumour", "points_skipped"): 1, ("", "zero_area"): 1}
+    assert mapped.log.repaired == {"Tumour": 2}
+    assert mapped.log.skipped == {("Tumour", "invalid_dropped"): 1, ("Tumour", "points_skipped"): 1, ("", "zero_area"): 1}
 
 
 def test_genuine_qupath_export(test_data: Path) -> None:

@@ -16,13 +16,13 @@ from PIL import Image
 
 from annotations import read_annotations
 from annotations.errors import UserError
-from annotations.readers.slide_context import SlideFrame
+from annotations.readers.slide_context import SlideContext
 
 imagecodecs = pytest.importorskip("imagecodecs")
 tifffile = pytest.importorskip("tifffile")
 
 SIDE = 96
-FRAME = SlideFrame("slide", (SIDE, SIDE), 0.5)
+SLIDE = SlideContext("slide", (SIDE, SIDE), 0.5)
 
 
 def squares(value: int = 1) -> np.ndarray:
@@ -107,15 +107,14 @@ def test_a_binary_mask_is_the_same_however_it_was_saved(form: str, tmp_path: Pat
     suffix, data, value = SAVED[form]
     path = tmp_path / f"slide{suffix}"
     path.write_bytes(data())
-    whole = read_annotations(path, frame=FRAME)
+    whole = read_annotations(path, slide=SLIDE)
     assert (whole.id.tolist(), len(shapely.get_parts(whole.geometry))) == ([value], PIECES)
     assert (
-        whole.remarks.notes[-1]
-        == f"value {value} lies in {PIECES} pieces and is one object: --split-values makes each piece one"
+        whole.log.notes[-1] == f"value {value} lies in {PIECES} pieces and is one object: --split-values makes each piece one"
     )
-    split = read_annotations(path, frame=FRAME, split_values=True)
+    split = read_annotations(path, slide=SLIDE, split_values=True)
     assert split.id.tolist() == [f"{value}/{i}" for i in range(PIECES)]
-    assert split.remarks.notes[-1] == f"value {value} lies in {PIECES} pieces, each an object"
+    assert split.log.notes[-1] == f"value {value} lies in {PIECES} pieces, each an object"
     assert shapely.union_all(split.geometry).symmetric_difference(whole.geometry[0]).area == 0
     y, x = np.mgrid[:SIDE, :SIDE] + 0.5
     assert (shapely.contains_xy(whole.geometry[0], x, y) == (BINARY > 0)).all()
@@ -141,7 +140,7 @@ def test_pieces_are_those_that_share_a_side_and_keep_their_class(tmp_path: Path)
     assert table.class_names() == [named.get(value) for value in of]
     most = sorted(wanted.items(), key=lambda pair: -pair[1])
     told = ", ".join(f"{value} in {count}" for value, count in most[:3])
-    assert table.remarks.notes == (f"3 of 4 mask values lie in several pieces ({told}), each piece an object",)
+    assert table.log.notes == (f"3 of 4 mask values lie in several pieces ({told}), each piece an object",)
 
 
 def test_values_in_one_piece_each_are_no_note(tmp_path: Path) -> None:
@@ -151,7 +150,7 @@ def test_values_in_one_piece_each_are_no_note(tmp_path: Path) -> None:
     for split in (False, True):
         table = read_annotations(tmp_path / "slide.png", scale=1.0, split_values=split)
         assert table.id.tolist() == [str(i) for i in range(1, PIECES + 1)]
-        assert table.remarks.notes == ()
+        assert table.log.notes == ()
 
 
 @pytest.mark.parametrize(
@@ -166,6 +165,6 @@ def test_what_may_mean_anything_is_refused_in_one_line(image: np.ndarray, says: 
     path = tmp_path / "slide.tif"
     path.write_bytes(tiff(image))
     with pytest.raises(UserError, match=says) as told:
-        read_annotations(path, frame=FRAME)
+        read_annotations(path, slide=SLIDE)
     assert str(told.value).startswith(f"{path}: ")
     assert "\n" not in str(told.value)

@@ -76,13 +76,13 @@ def test_clusters_and_parts_are_added_and_annotations_stay(folder: Path, polygon
 
 @pytest.mark.parametrize("polygons", [False, True])
 def test_groups_are_made_anew_and_not_twice(folder: Path, polygons: bool) -> None:
-    from annotations.geometry.clusters import Gathering
+    from annotations.geometry.clusters import ClusterSettings
     from tiling.proposals.from_annotations import propose_from_annotations
 
     annotate(folder, folder.parent / "a.geojson", workers=1, polygons=polygons)
     path = folder / "a.h5"
     first = propose_from_annotations(path)
-    none = propose_from_annotations(path, Gathering(members=9))
+    none = propose_from_annotations(path, ClusterSettings(members=9))
     assert none["clusters"] == 0
     assert shown(path, CLUSTER_LABEL) == [[], []]
     assert propose_from_annotations(path) == first

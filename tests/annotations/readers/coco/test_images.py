@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import shapely
 
-from annotations import ObjectTable, SlideFrame, UserError, read_annotations, read_coco
+from annotations import ObjectTable, SlideContext, UserError, read_annotations, read_coco
 from annotations.readers.coco.images import read_coco_images
 
 SQUARE = [10, 10, 30, 10, 30, 30, 10, 30]
@@ -52,7 +52,7 @@ def test_a_run_length_mask_becomes_its_outline_with_holes(tmp_path: Path) -> Non
     assert table.geometry[0].equals(shapely.union(shapely.box(1, 1, 2, 4), shapely.box(1, 3, 4, 4)))
     assert table.geometry[1].equals(shapely.box(1, 1, 4, 4).difference(shapely.box(2, 2, 3, 3)))
     assert table.counts == {"features": 2, "crowds": 1}
-    assert table.remarks.ids == {"crowds": ("2",)}
+    assert table.log.ids == {"crowds": ("2",)}
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_what_is_no_outline_is_its_box_and_said(tmp_path: Path, segmentation: An
     table = read(tmp_path, one(101, segmentation=segmentation, bbox=[1, 1, 2, 2]), images=images)
     assert table.geometry[0].bounds == (1, 1, 3, 3)
     assert table.counts == {"features": 1, count: 1}
-    assert table.remarks.ids == {count: ("101",)}
+    assert table.log.ids == {count: ("101",)}
 
 
 LOSSES = [
@@ -129,8 +129,8 @@ def test_every_loss_has_a_reason_and_an_id(tmp_path: Path, annotation: dict[str,
     table = read(tmp_path, one("lost", **annotation), one("kept", bbox=[0, 0, 4, 4]))
     assert table.id.tolist() == ["kept"]
     assert table.counts == {"features": 2, reason: 1}
-    assert table.remarks.skipped == {("gland", reason): 1}
-    assert table.remarks.ids == {reason: ("lost",)}
+    assert table.log.skipped == {("gland", reason): 1}
+    assert table.log.ids == {reason: ("lost",)}
 
 
 def test_all_at_once_is_each_alone(tmp_path: Path) -> None:
@@ -139,11 +139,11 @@ def test_all_at_once_is_each_alone(tmp_path: Path) -> None:
     together = read(tmp_path, *several)
     alone = [read(tmp_path, item) for item in several]
     assert together.id.tolist() == [id for table in alone for id in table.id]
-    assert together.counts["features"] == len(together) + sum(together.remarks.skipped.values())
+    assert together.counts["features"] == len(together) + sum(together.log.skipped.values())
     for name in {name for table in alone for name in table.counts}:
         assert together.counts[name] == sum(table.counts.get(name, 0) for table in alone), name
     assert (together.counts["parts_dropped"], together.counts["repaired"]) == (1, 1)
-    assert together.remarks.repaired == {"gland": 1}
+    assert together.log.repaired == {"gland": 1}
 
 
 def test_ids_are_one_whether_numbers_or_text(tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_a_category_that_is_not_listed_is_no_class_and_said(tmp_path: Path) -> N
     table = read(tmp_path, *items)
     assert table.class_names() == [None] * 3
     assert table.counts == {"features": 3, "unknown_category": 1}
-    assert table.remarks.ids == {"unknown_category": ("102",)}
+    assert table.log.ids == {"unknown_category": ("102",)}
 
 
 def test_the_same_annotation_twice_is_one(tmp_path: Path) -> None:
@@ -166,7 +166,7 @@ def test_the_same_annotation_twice_is_one(tmp_path: Path) -> None:
     table = read(tmp_path, first, first, one(5, bbox=[0, 0, 9, 9]), {**first, "id": None}, {**first, "id": None})
     assert len(table) == 4
     assert table.counts == {"features": 5, "repeated": 1, "shared_ids": 1}
-    assert table.remarks.skipped == {("gland", "repeated"): 1}
+    assert table.log.skipped == {("gland", "repeated"): 1}
 
 
 def test_annotations_of_an_image_that_is_not_listed_are_counted(tmp_path: Path) -> None:
@@ -177,13 +177,13 @@ def test_annotations_of_an_image_that_is_not_listed_are_counted(tmp_path: Path) 
     assert coco.unlisted.ids == {"unlisted_image": ("103",)}
     table = read_annotations(path)
     assert table.counts == {"features": 2, "unlisted_image": 1}
-    assert table.remarks.skipped == {("gland", "unlisted_image"): 1}
+    assert table.log.skipped == {("gland", "unlisted_image"): 1}
 
 
 def test_the_size_of_a_mask_is_that_of_an_image_that_states_none(tmp_path: Path) -> None:
     path = write(tmp_path, one(segmentation=column_major(L_SHAPE)), images=[{"id": 1, "file_name": "a.png", "width": None}])
     assert read_coco_images(path).sizes == {"a.png": (5, 4)}
-    table = read_annotations(path, frame=SlideFrame("a", (50, 40), 0.25))
+    table = read_annotations(path, slide=SlideContext("a", (50, 40), 0.25))
     assert table.geometry[0].bounds == (10, 10, 40, 40)
 
 

@@ -56,8 +56,8 @@ def test_the_text_that_the_coco_tools_write() -> None:
     assert size == (5, 7)
     assert outlines_of([runs])[1][0].area == mask.sum()
     runs, _ = runs_of({"size": [60, 50], "counts": FRAME_TEXT})
-    frame = shapely.box(5, 10, 30, 40).difference(shapely.box(10, 20, 20, 30))
-    assert outlines_of([runs])[1][0].equals(frame)
+    ring = shapely.box(5, 10, 30, 40).difference(shapely.box(10, 20, 20, 30))
+    assert outlines_of([runs])[1][0].equals(ring)
 
 
 @pytest.mark.parametrize("seed", range(20))

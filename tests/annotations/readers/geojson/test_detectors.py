@@ -42,8 +42,8 @@ def test_cellvit_geojson_is_exploded_although_it_says_annotation(tmp_path: Path)
     assert same(table.geometry, [BOX, *(shapely.box(x, 0, x + 10, 10) for x in (40, 80)), shapely.box(0, 40, 10, 50)])
     assert table.id.tolist() == ["id of Neoplastic/0", "id of Neoplastic/1", "id of Neoplastic/2", "id of Dead"]
     assert (table.class_names(), table.kind.tolist()) == (["Neoplastic"] * 3 + ["Dead"], [Kind.CELL] * 4)
-    assert len(table.remarks.notes) == 1
-    assert "--kind tissue" in table.remarks.notes[0]
+    assert len(table.log.notes) == 1
+    assert "--kind tissue" in table.log.notes[0]
     # What no typed reader takes goes another way to the same.
     damaged = [*sets, {"type": "Feature", "geometry": {"type": "Polygon", "coordinates": [[[0, "x"]]]}, "properties": {}}]
     again = read_annotations(save(tmp_path / "cells.geojson", damaged))
@@ -67,7 +67,7 @@ LARGE = [[x * 100, y * 100] for x, y in SQUARE]
 )
 def test_an_annotation_in_pieces_stays_one_region(tmp_path: Path, document: object) -> None:
     table = read_annotations(save(tmp_path / "a.geojson", document))
-    assert (len(table), table.kind.tolist(), table.remarks.notes) == (1, [Kind.TISSUE], ())
+    assert (len(table), table.kind.tolist(), table.log.notes) == (1, [Kind.TISSUE], ())
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 
 from annotations import UserError, read_annotations
 from annotations.readers.geojson import large_file as stream
-from annotations.readers.geojson.large_file import Clipped, Grid, clip_file, clip_table, cut_file, read_part
+from annotations.readers.geojson.large_file import Clipped, Grid, clip_file, clip_table, read_chunk, split_features
 
 CORNERS = np.array([[x, y] for y in range(0, 200, 40) for x in range(0, 200, 40)])
 GRID = Grid(CORNERS, 50.0, 32, (200.0, 200.0), ((0.0, 0.0), (30.0, -7.5)), polygons=True)
@@ -48,7 +48,7 @@ def many(n: int = 60) -> list[dict]:
 def same(a: Clipped, b: Clipped) -> None:
     for name in ("id", "label", "kind", "source"):
         np.testing.assert_array_equal(getattr(a.table, name), getattr(b.table, name), err_msg=name)
-    assert (a.table.labels, a.table.counts, a.table.remarks) == (b.table.labels, b.table.counts, b.table.remarks)
+    assert (a.table.labels, a.table.counts, a.table.log) == (b.table.labels, b.table.counts, b.table.log)
     np.testing.assert_array_equal(a.area_l0, b.area_l0)
     np.testing.assert_array_equal(a.extent_l0, b.extent_l0)
     assert a.on_slide == b.on_slide
@@ -66,7 +66,7 @@ def same(a: Clipped, b: Clipped) -> None:
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream, "LARGE_BYTES", 0)
     monkeypatch.setattr(stream, "PER_PROCESS_BYTES", 1)
-    monkeypatch.setattr(stream, "cut_file", partial(cut_file, part_bytes=1500))
+    monkeypatch.setattr(stream, "split_features", partial(split_features, part_bytes=1500))
 
 
 def save(path: Path, document: object, **how) -> Path:
@@ -91,11 +91,11 @@ LAYOUTS = {
 @pytest.mark.usefixtures("small_parts")
 def test_in_parts_as_whole(tmp_path, layout, indent, options):
     path = save(tmp_path / "a.geojson", LAYOUTS[layout](many()), indent=indent)
-    parts = cut_file(path, part_bytes=1500)
+    parts = split_features(path, part_bytes=1500)
     assert parts is not None
     assert len(parts) > 7 or layout == "one"
     whole = clip_table(read_annotations(path, **options), GRID)
-    same(clip_file(path, GRID, read=must_not_be_called, read_text=partial(read_part, **options)), whole)
+    same(clip_file(path, GRID, read=must_not_be_called, read_text=partial(read_chunk, **options)), whole)
 
 
 def must_not_be_called(path: Path):
@@ -105,7 +105,7 @@ def must_not_be_called(path: Path):
 @pytest.mark.usefixtures("small_parts")
 def test_two_processes_as_one(tmp_path):
     path = save(tmp_path / "a.geojson", many(200))
-    read = partial(read_part, kind="auto")
+    read = partial(read_chunk, kind="auto")
     same(clip_file(path, GRID, read=must_not_be_called, read_text=read, processes=2), clip_table(read_annotations(path), GRID))
 
 
@@ -115,7 +115,7 @@ def test_numbers_that_are_none_stay_in_their_part(tmp_path):
     items[3]["geometry"]["coordinates"][0].append([float("nan"), 1])
     items[50]["properties"]["classification"] = 7
     path = save(tmp_path / "a.geojson", items)
-    found = clip_file(path, GRID, read=must_not_be_called, read_text=read_part)
+    found = clip_file(path, GRID, read=must_not_be_called, read_text=read_chunk)
     same(found, clip_table(read_annotations(path), GRID))
     assert found.table.counts["vertices_dropped"] == 1
 
@@ -154,7 +154,7 @@ def test_what_cannot_be_cut_is_read_whole(tmp_path, name):
             return str(error)
 
     wanted = attempt(lambda: clip_table(read_annotations(path), GRID))
-    found = attempt(lambda: clip_file(path, GRID, read=read, read_text=read_part))
+    found = attempt(lambda: clip_file(path, GRID, read=read, read_text=read_chunk))
     if isinstance(wanted, str):
         assert found == wanted
     else:
@@ -165,17 +165,17 @@ def test_what_cannot_be_cut_is_read_whole(tmp_path, name):
 @pytest.mark.usefixtures("small_parts")
 def test_bounded_memory_is_promised_or_refused(tmp_path, monkeypatch):
     path = save(tmp_path / "a.geojson", nested())
-    assert len(clip_file(path, GRID, read=read_annotations, read_text=read_part, stream=True)) > 60
+    assert len(clip_file(path, GRID, read=read_annotations, read_text=read_chunk, stream=True)) > 60
     monkeypatch.setattr(stream, "STREAM_BYTES", 1000)
     with pytest.raises(UserError, match=r"a\.geojson: cannot be read in parts .*: unpack it, or leave out --stream"):
-        clip_file(path, GRID, read=read_annotations, read_text=read_part, stream=True)
+        clip_file(path, GRID, read=read_annotations, read_text=read_chunk, stream=True)
     packed = tmp_path / "c.geojson.gz"
     packed.write_bytes(gzip.compress(json.dumps(many(2000)).encode()))
     monkeypatch.setattr(stream, "STREAM_BYTES", 2 * packed.stat().st_size)
     with pytest.raises(UserError, match="unpack it, or leave out --stream"):
-        clip_file(packed, GRID, read=read_annotations, read_text=read_part, stream=True)
+        clip_file(packed, GRID, read=read_annotations, read_text=read_chunk, stream=True)
     flat = save(tmp_path / "b.geojson", many())
-    assert len(clip_file(flat, GRID, read=must_not_be_called, read_text=read_part, stream=True)) > 50
+    assert len(clip_file(flat, GRID, read=must_not_be_called, read_text=read_chunk, stream=True)) > 50
 
 
 def test_ids_and_classes_can_be_stored(tmp_path):

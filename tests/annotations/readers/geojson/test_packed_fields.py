@@ -11,7 +11,7 @@ import pytest
 import shapely
 
 from annotations import Kind, read_annotations
-from annotations.readers.geojson.large_file import read_part
+from annotations.readers.geojson.large_file import read_chunk
 
 SQUARE = {"type": "Polygon", "coordinates": [[[0, 0], [10, 0], [10, 10], [0, 10], [0, 0]]]}
 SMALL = {"type": "Polygon", "coordinates": [[[2, 2], [4, 2], [4, 4], [2, 4], [2, 2]]]}
@@ -57,11 +57,11 @@ def test_a_class_kept_as_json_text_is_read_alike_in_geojson_and_in_parquet(tmp_p
     geopandas = pytest.importorskip("geopandas")
     path = save(tmp_path / "a.geojson", feature(classification=text), feature(classification="Stroma"))
     assert labels(read_annotations(path)) == [name, "Stroma"]
-    assert labels(read_part(path.read_bytes(), "a")) == [name, "Stroma"]
+    assert labels(read_chunk(path.read_bytes(), "a")) == [name, "Stroma"]
     damaged = save(tmp_path / "b.geojson", text=path.read_text().replace("[10, 10]", "[10, NaN], [10, 10]"))
     assert labels(read_annotations(damaged)) == [name, "Stroma"]  # the tolerant way
-    frame = geopandas.GeoDataFrame({"classification": [text, "Stroma"]}, geometry=[shapely.box(0, 0, 9, 9)] * 2)
-    frame.to_parquet(tmp_path / "a.parquet")
+    rows = geopandas.GeoDataFrame({"classification": [text, "Stroma"]}, geometry=[shapely.box(0, 0, 9, 9)] * 2)
+    rows.to_parquet(tmp_path / "a.parquet")
     assert labels(read_annotations(tmp_path / "a.parquet")) == [name, "Stroma"]
 
 
@@ -80,8 +80,8 @@ def test_measurements_kept_as_json_text(tmp_path: Path, listed: bool) -> None:
         numbers = [{"name": name, "value": value} for name, value in numbers.items()]
     texts = [json.dumps(numbers), None, '{"Area": "much"']
     path = save(tmp_path / "a.geojson", *(feature(objectType="cell", measurements=text) for text in texts))
-    frame = geopandas.GeoDataFrame({"objectType": ["cell"] * 3, "measurements": texts}, geometry=[shapely.box(0, 0, 9, 9)] * 3)
-    frame.to_parquet(tmp_path / "a.parquet")
+    rows = geopandas.GeoDataFrame({"objectType": ["cell"] * 3, "measurements": texts}, geometry=[shapely.box(0, 0, 9, 9)] * 3)
+    rows.to_parquet(tmp_path / "a.parquet")
     for name in ("a.geojson", "a.parquet"):
         table = read_annotations(path.with_name(name), measurements=True)
         assert np.array_equal(table.confidence, np.array([0.75, np.nan, np.nan], np.float32), equal_nan=True), name
@@ -103,10 +103,10 @@ def test_what_geopandas_makes_of_a_qupath_file(tmp_path: Path) -> None:
     geopandas = pytest.importorskip("geopandas")
     pytest.importorskip("pyogrio")
     first = feature(objectType="annotation", classification={"name": "Tumor", "color": [1, 2, 3]}, measurements={"A": 1.5})
-    frame = geopandas.read_file(save(tmp_path / "a.geojson", first, feature(classification={"names": ["A", "B"]})))
-    frame["classification"] = [value if isinstance(value, str) else json.dumps(value) for value in frame["classification"]]
-    frame.to_file(tmp_path / "b.geojson", driver="GeoJSON")
-    frame.to_parquet(tmp_path / "b.parquet")
-    (tmp_path / "c.geojson").write_text(frame.to_json())
+    rows = geopandas.read_file(save(tmp_path / "a.geojson", first, feature(classification={"names": ["A", "B"]})))
+    rows["classification"] = [value if isinstance(value, str) else json.dumps(value) for value in rows["classification"]]
+    rows.to_file(tmp_path / "b.geojson", driver="GeoJSON")
+    rows.to_parquet(tmp_path / "b.parquet")
+    (tmp_path / "c.geojson").write_text(rows.to_json())
     for name in ("b.geojson", "b.parquet", "c.geojson"):
         assert labels(read_annotations(tmp_path / name)) == ["Tumor", "A: B"], name

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import shapely
 
-from annotations import Kind, SlideFrame, UserError, read_annotations
+from annotations import Kind, SlideContext, UserError, read_annotations
 
 
 @pytest.fixture
@@ -65,14 +65,14 @@ def test_asap(read) -> None:
     assert table.id.tolist() == ["a", "b", "c", "d", "e/0", "e/1"]
     assert table.kind.tolist() == [Kind.TISSUE] * 3 + [Kind.CELL] * 3
     assert table.counts == {"features": 7, "empty": 1, "lines_skipped": 1, "exploded": 1}
-    assert table.remarks.skipped == {("Tumor", "empty"): 1, ("Tumor", "lines_skipped"): 1}
+    assert table.log.skipped == {("Tumor", "empty"): 1, ("Tumor", "lines_skipped"): 1}
 
 
 def test_asap_points_without_an_extent_and_a_scale(read) -> None:
     table = read(asap(one("a", "Polygon", "Tumor", *CORNERS), one("a", "Dot", "Mitosis", (50, 60))), scale=2, kind="cell")
     assert same(table.geometry, [shapely.box(0, 0, 20, 20)])
     assert (table.id.tolist(), table.kind.tolist()) == (["0"], [Kind.CELL])
-    assert table.remarks.skipped == {("Mitosis", "points_skipped"): 1}
+    assert table.log.skipped == {("Mitosis", "points_skipped"): 1}
 
 
 def imagescope(*layers: str) -> str:
@@ -115,7 +115,7 @@ def test_imagescope_holes_are_cut_from_their_layer(read) -> None:
     assert same(table.geometry, [shapely.box(0, 0, 100, 100).difference(holes), shapely.box(10, 10, 60, 60)])
     assert (labels(table), table.id.tolist()) == (["Tumor", "gland"], ["1:1", "2:7"])
     assert table.counts == {"features": 7, "holes": 3, "holes_dropped": 1, "zero_area": 1}
-    assert table.remarks.skipped == {("Tumor", "zero_area"): 1}
+    assert table.log.skipped == {("Tumor", "zero_area"): 1}
 
 
 def test_imagescope_shapes(read) -> None:
@@ -141,7 +141,7 @@ def test_imagescope_shapes(read) -> None:
     assert table.geometry[3].area == 50
     assert table.kind.tolist() == [Kind.TISSUE, Kind.TISSUE, Kind.CELL, Kind.TISSUE]
     assert table.counts == {"features": 7, "lines_skipped": 1, "empty": 1, "invalid_dropped": 1, "repaired": 1}
-    assert table.remarks.repaired == {"a": 1}
+    assert table.log.repaired == {"a": 1}
 
 
 def halo(*layers: str) -> str:
@@ -191,13 +191,13 @@ def test_halo_shapes_are_told_by_words(read) -> None:
     assert labels(table) == ["Tumor"] * 3 + ["Mitosis", None]
     assert table.kind.tolist() == [Kind.TISSUE] * 3 + [Kind.CELL, Kind.TISSUE]
     assert len(set(table.id)) == 5
-    assert table.remarks.skipped == {
+    assert table.log.skipped == {
         ("Tumor", "lines_skipped"): 2,
         ("Tumor", "empty"): 1,
         ("Tumor", "invalid_dropped"): 1,
         ("Tumor", "zero_area"): 1,
     }
-    assert table.counts["features"] == len(table) + sum(table.remarks.skipped.values())
+    assert table.counts["features"] == len(table) + sum(table.log.skipped.values())
 
 
 def test_halo_negative_regions_are_holes_of_the_regions_around_them(read) -> None:
@@ -248,15 +248,15 @@ NDPA = """<?xml version="1.0" encoding="utf-8" standalone="yes"?><annotations>
 
 
 def test_ndpa_counts_from_the_centre_of_the_glass(read) -> None:
-    frame = SlideFrame("s", (1000, 800), 0.25, offset_nm=(100000, -50000))
-    table = read(NDPA, frame=frame, point_size_l0=2)
+    slide = SlideContext("s", (1000, 800), 0.25, offset_nm=(100000, -50000))
+    table = read(NDPA, slide=slide, point_size_l0=2)
     assert same(table.geometry[:2], [shapely.box(504, 392, 505, 394), shapely.box(499, 399, 501, 401)])
     assert table.geometry[2].bounds == pytest.approx((490, 390, 510, 410))
     assert labels(table) == ["Tumor", "pin", "round"]
     assert table.kind.tolist() == [Kind.TISSUE, Kind.CELL, Kind.TISSUE]
     assert table.counts == {"features": 5, "lines_skipped": 1, "empty": 1}
     with pytest.raises(UserError, match="bring the NDPI slide back"):
-        read(NDPA, frame=SlideFrame("s", (1000, 800), 0.25))
+        read(NDPA, slide=SlideContext("s", (1000, 800), 0.25))
 
 
 @pytest.mark.parametrize(
