@@ -43,7 +43,7 @@ from tiling.slide_file.write import replace_groups
 from tiling.tiles.run import tile
 from tiling.wsi.backends.tiff_direct import DirectReader
 from tiling.wsi.codec import decode, decode_jpeg
-from tiling.wsi.level_view import cover
+from tiling.wsi.level_view import pixel_bounds
 from tiling.wsi.slide import Slide
 
 MPP, TILE_PX, BOXES, PATCH_PX = 0.5, 256, 8, 16
@@ -116,13 +116,13 @@ def slide_streams(samples: TileSamples, rows: list[int]) -> Callable[[], None]:
         corners = file.coords[index.row[[i for i in rows if index.slide[i] == number]]]
         boxes = np.concatenate([corners, corners + file.size_l0], axis=1)
         with Slide.open(file.source) as slide:
-            reader, view = slide.reader, slide.view(file.size_l0 / file.patch_size, boxes)
+            reader, view = slide.reader, slide.choose_view(file.size_l0 / file.patch_size, boxes)
             if not isinstance(reader, DirectReader):
                 raise SystemExit(f"{file.source}: is read by {reader.name}, which has no decoder's limit of its own")
             side = reader.pages[view.level].tile_w // view.scale
-            for left, top, right, bottom in cover(view, boxes).tolist():
+            for left, top, right, bottom in pixel_bounds(view, boxes).tolist():
                 tiles = product(range(top // side, -(-bottom // side)), range(left // side, -(-right // side)))
-                data += [reader.stream(view.level, *tile) for tile in tiles]
+                data += [reader.tile_bytes(view.level, *tile) for tile in tiles]
 
     def work() -> None:
         for one in data:

@@ -30,7 +30,7 @@ from tiling.jobs.summary import Outcomes
 from tiling.storage.atomic import atomic_path, check_writable
 from tiling.storage.csv_file import SUFFIXES
 from tiling.storage.paths import place, printable
-from tiling.wsi.level_alignment import about_levels
+from tiling.wsi.level_alignment import describe_placements
 from tiling.wsi.mpp import check_mpp, missing_mpp
 from tiling.wsi.slide import Slide
 
@@ -99,7 +99,7 @@ def header_row(item: SlideItem, mpp: float | None = None, assume_mpp: float | No
         raise UserError(f"{item.path}: is a link to {printable(os.readlink(item.path))}, which leads to no file: mend the link")
     with Slide.open(item.path) as slide:
         info = slide.info
-        levels = about_levels(slide, odd=True)
+        levels = describe_placements(slide, odd=True)
     if cut := cut_off(item.path):
         raise UserError(f"{item.path}: {cut}: copy it again")
     given = is_user_value(item.mpp, info.mpp)
@@ -110,7 +110,7 @@ def header_row(item: SlideItem, mpp: float | None = None, assume_mpp: float | No
         doubt = "" if info.mpp is None else f"mpp {item.mpp:g} is the manifest's: the slide itself says {info.mpp:g}"
     problem, will_fail = "; ".join(note for note in (doubt, info.note, levels) if note), True
     if own is None:
-        problem = missing_mpp(info.mpp_found)
+        problem = missing_mpp(info.stated_mpp)
     elif mpp is not None and mpp < own * FINEST_SHARE:
         problem = f"--mpp {mpp:g} is finer than the slide's {own:g}: tile will refuse it"
     else:

@@ -130,7 +130,7 @@ def probe_image(path: Path) -> tuple[tuple[int, int], Mpp]:
 
     if path.suffix.lower() in TIFF_EXTENSIONS:
         with Slide.open(path) as slide:
-            return (slide.info.width_l0, slide.info.height_l0), slide.info.mpp_found
+            return (slide.info.width_l0, slide.info.height_l0), slide.info.stated_mpp
     Image.MAX_IMAGE_PIXELS = MAX_IMAGE_PIXELS
     try:
         with Image.open(path) as image:

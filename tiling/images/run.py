@@ -201,7 +201,7 @@ def _imported(item: ImageItem, drawn: ImageObjects | None, path: Path, settings:
     if found is not None and (done := _done(path, _parameters(settings, found.value, xml), item)) is not None:
         return {"skipped": True, **done}  # found out without decoding the image
     with _open_image(item.path) as slide:
-        mpp = (found or _own_mpp(item.path, slide.info.mpp_found)).value
+        mpp = (found or _own_mpp(item.path, slide.info.stated_mpp)).value
         assert mpp is not None
         parameters = _parameters(settings, mpp, xml)
         if found is None and (done := _done(path, parameters, item)) is not None:

@@ -11,8 +11,8 @@ from annotations.errors import UserError
 from tiling.grid import GridPlan
 from tiling.wsi import codec
 from tiling.wsi.backends.tiff_direct import DirectReader
-from tiling.wsi.level_view import cover
-from tiling.wsi.patches import JOB_PATCHES, in_order, map_patches
+from tiling.wsi.level_view import pixel_bounds
+from tiling.wsi.patches import JOB_PATCHES, map_patches, run_in_order
 from tiling.wsi.slide import Slide
 
 MOST_BAD = 0.5  # share of the tiles; a slide with more of them that cannot be decoded fails
@@ -72,23 +72,23 @@ def stored_level(slide: Slide, plan: GridPlan) -> int | None:
         whole = (plan.coords + plan.size_l0 <= np.array([page.width, page.height]) * own).all()
         if not whole or (plan.coords % plan.size_l0).any():
             continue
-        if level == 0 or (not slide.exact and slide.true_level(own) == level):
+        if level == 0 or (not slide.exact and slide.faithful_level(own) == level):
             return level
     return None
 
 
-def unscanned(slide: Slide, plan: GridPlan) -> int:
+def count_missing_tiles(slide: Slide, plan: GridPlan) -> int:
     """The number of tiles that reach into stored tiles that the file leaves empty: the background colour is there."""
     if not len(plan.coords):
         return 0
     boxes = np.concatenate([plan.coords, plan.coords + plan.size_l0], axis=1)
-    view = slide.view(plan.size_l0 / plan.patch_px, boxes)
-    found = slide.reader.empty(view.level)
+    view = slide.choose_view(plan.size_l0 / plan.patch_px, boxes)
+    found = slide.reader.sparse_tiles(view.level)
     if found is None:
         return 0
     empty = np.pad(found.missing.astype(np.int64).cumsum(axis=0).cumsum(axis=1), ((1, 0), (1, 0)))
     tile = np.array([found.tile_w, found.tile_h, found.tile_w, found.tile_h]) // view.scale
-    edges = cover(view, boxes)
+    edges = pixel_bounds(view, boxes)
     edges[:, 2:] = np.minimum(edges[:, 2:], (view.width, view.height))
     edges += (found.cut_x, found.cut_y) * 2
     left, top, right, bottom = ((edges - (0, 0, 1, 1)) // tile + (0, 0, 1, 1)).T
@@ -109,7 +109,7 @@ def _copied(
     def one(row: int, column: int) -> tuple[tuple[bytes, float], str]:
         problem = ""
         try:
-            data, tile = reader.stream(level, row, column), reader.stored(level, 1, row, column)
+            data, tile = reader.tile_bytes(level, row, column), reader.decode_tile(level, 1, row, column)
             if data is not None and tile is not None:  # decoded too: a torn one must not pass
                 return (data, judge(tile) if judge else float("nan")), ""
             if tile is None:
@@ -121,4 +121,4 @@ def _copied(
 
     places = np.round(plan.coords[:, ::-1] / plan.size_l0).astype(int).tolist()
     parts = [places[start : start + JOB_PATCHES] for start in range(0, len(places), JOB_PATCHES)]
-    return in_order([partial(lambda part: [one(*place) for place in part], part) for part in parts], threads)
+    return run_in_order([partial(lambda part: [one(*place) for place in part], part) for part in parts], threads)

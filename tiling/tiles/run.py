@@ -24,7 +24,7 @@ from tiling.storage.checksums import DAMAGED
 from tiling.storage.locks import lock_file, lock_settings
 from tiling.storage.paths import absolute, place, shown, url_of
 from tiling.storage.slide_id import id_of
-from tiling.tiles.encode import encoded_tiles, stored_level, unscanned
+from tiling.tiles.encode import count_missing_tiles, encoded_tiles, stored_level
 from tiling.tiles.resume import ExistingFile, Stamp, check_same_slide, read_existing, reason_to_redo, up_to_date
 from tiling.tiles.settings import TileSettings
 from tiling.tissue.drawn_regions import MASK_SUFFIXES, OUTLINE_SUFFIXES, region_file
@@ -32,7 +32,7 @@ from tiling.tissue.outlines_out import clear_tissue, write_tissue
 from tiling.tissue.overview import Overview, fill_unreadable, pen_shares, read_overview, remarks
 from tiling.tissue.quality import blur_score
 from tiling.wsi import codec
-from tiling.wsi.level_alignment import about_levels
+from tiling.wsi.level_alignment import describe_placements
 from tiling.wsi.level_view import SlideInfo
 from tiling.wsi.mpp import Mpp, settle_mpp
 from tiling.wsi.slide import Slide
@@ -159,7 +159,7 @@ def tile_slide(item: SlideItem, out: Path, settings: TileSettings, threads: int 
         # With the manifest's mpp all parameters are known, and a slide that is done need not be opened.
         if item.mpp is None or not _done(task, item.mpp, now):
             with Slide.open(item.path, reader=settings.reader, resample=settings.resample) as slide:
-                mpp = settle_mpp(item.path, slide.info.mpp_found, manifest_mpp=item.mpp, assume_mpp=settings.assume_mpp)
+                mpp = settle_mpp(item.path, slide.info.stated_mpp, manifest_mpp=item.mpp, assume_mpp=settings.assume_mpp)
                 assert mpp.value is not None
                 if item.mpp is not None or not _done(task, mpp.value, now):
                     return _tiled(slide, task, threads, mpp, now)
@@ -356,15 +356,15 @@ def _pixels(
 
 def _about_pixels(slide: Slide, plan: GridPlan, settings: TileSettings, bad: dict[int, str]) -> list[str]:
     """Remarks on the pixels."""
-    said = [slide.info.note, about_levels(slide)]
+    said = [slide.info.note, describe_placements(slide)]
     if bad:
         row, problem = next(iter(bad.items()))
         said.append(f"{len(bad)} tiles cannot be decoded and are marked in /bad_tiles (the first, row {row}: {problem})")
     said.append(_undecoded(slide.undecoded))
-    if count := unscanned(slide, plan):
+    if count := count_missing_tiles(slide, plan):
         said.append(f"{count} tiles reach into what was not scanned: background colour there")
-    if slide.left_out:
-        sizes = ", ".join(f"1/{slide.downsample(level):.0f}" for level in sorted(slide.left_out))
+    if slide.skipped_levels:
+        sizes = ", ".join(f"1/{slide.downsample(level):.0f}" for level in sorted(slide.skipped_levels))
         said.append(f"its level of {sizes} is no average of level 0, so a finer one is read")
     if settings.pixels == "copy" and len(plan.coords) and stored_level(slide, plan) is None:
         said.append(f"recoded at quality {settings.quality}: its stored tiles are not the tiles wanted")

@@ -163,13 +163,13 @@ def nearest_readable(thumb: np.ndarray, lost: np.ndarray) -> np.ndarray:
 
 def _decodes(slide: Slide, x: int, y: int, downsample: float) -> bool:
     """Tell whether the surroundings of a pixel of the overview can be read, as far as one lost part reaches at the most."""
-    view = slide.whole(slide.best_level(downsample))
+    view = slide.full_view(slide.best_level(downsample))
     reach = max(4, SMALLEST_PART_L0 / downsample)
     step = downsample / view.downsample
     left, top = (int(max(0, at - reach) * step) for at in (x, y))
     right, bottom = (min(int((at + reach + 1) * step), most) for at, most in ((x, view.width), (y, view.height)))
     try:
-        slide.read(view, left, top, max(1, right - left), max(1, bottom - top))
+        slide.read_view(view, left, top, max(1, right - left), max(1, bottom - top))
     except UserError:
         slide.reopen()
         return False

@@ -18,7 +18,7 @@ from annotations.errors import UserError
 from tiling.wsi.backends.tiff_pages import pages_of, size_of
 
 if TYPE_CHECKING:
-    from tiling.wsi.level_view import Levels, View
+    from tiling.wsi.level_view import Levels, LevelView
 
 CELLS = 3  # places looked at along each side of what has structure
 ENOUGH = 4  # of them, where they tell and none speaks against the scale
@@ -38,52 +38,52 @@ MOST_AGAINST = 0.25  # share of the places that tell
 ROUNDED_PX = 1  # by which writers round the size of a level
 
 
-class Verdict(Enum):
+class Alignment(Enum):
     """The result of comparing a level at a scale with level 0, over all places."""
 
-    FITS = "lies there"
-    ELSEWHERE = "lies elsewhere"
-    SILENT = "shows too little to tell"
+    ALIGNED = "lies there"
+    MISALIGNED = "lies elsewhere"
+    UNDECIDED = "shows too little to tell"
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Place of a level. downsample: level-0 pixels per pixel of it, None where it is not to be used; verdict: on its size."""
+    """Place of a level. downsample: level-0 pixels per pixel of it, None where it is not to be used; alignment: on its size."""
 
     downsample: float | None
-    verdict: Verdict
+    alignment: Alignment
 
 
-def placement_of(slide: Levels, level: int) -> Placement:
+def place_level(slide: Levels, level: int) -> Placement:
     """Place a level on level 0; a padded one of a power of two gets its true scale.
 
     Where content tells nothing, of blank slides, sizes decide: they are believed where both are level 0's divided by the same
     power of two, up to rounding.
     """
     stated = slide.info.level_downsamples[level]
-    verdict = compared(slide, level, stated)
-    if verdict is Verdict.FITS:
-        return Placement(stated, verdict)
-    if verdict is Verdict.SILENT:
-        return Placement(stated if _is_power_of_two(slide, level) else None, verdict)
+    alignment = compare_level(slide, level, stated)
+    if alignment is Alignment.ALIGNED:
+        return Placement(stated, alignment)
+    if alignment is Alignment.UNDECIDED:
+        return Placement(stated if _is_power_of_two(slide, level) else None, alignment)
     nearest = round(math.log2(stated))
     powers = sorted((2.0**power for power in range(max(1, nearest - 1), nearest + 3)), key=lambda s: abs(math.log(s / stated)))
     others = (s for s in powers if s != stated)
-    return Placement(next((s for s in others if compared(slide, level, s, 0.0) is Verdict.FITS), None), verdict)
+    return Placement(next((s for s in others if compare_level(slide, level, s, 0.0) is Alignment.ALIGNED), None), alignment)
 
 
-def compared(slide: Levels, level: int, downsample: float, most_against: float = MOST_AGAINST) -> Verdict:
+def compare_level(slide: Levels, level: int, downsample: float, most_against: float = MOST_AGAINST) -> Alignment:
     """Compare a level with level 0 divided by `downsample`, x and y apart; places that cannot be decoded do not count.
 
     most_against: the share of the telling places below which those that differ are overlooked.
     """
     finer = _finer(slide, level, downsample)
     if finer is None:
-        return Verdict.ELSEWHERE
+        return Alignment.MISALIGNED
     width, height = slide.info.level_dimensions[level]
     side = min(int(np.clip(MOST_FINER_PX * finer.downsample / downsample, *SIDES_PX)), width, height)
     if side < LEAST_PX:
-        return Verdict.SILENT
+        return Alignment.UNDECIDED
     against = telling = 0
     axes_seen = np.zeros(2, bool)
     for corner in _corners(slide, level, side, downsample):
@@ -97,11 +97,11 @@ def compared(slide: Levels, level: int, downsample: float, most_against: float =
         if telling >= ENOUGH and axes_seen.all() and not against:
             break
     if against > most_against * telling:
-        return Verdict.ELSEWHERE
-    return Verdict.FITS if axes_seen.all() else Verdict.SILENT
+        return Alignment.MISALIGNED
+    return Alignment.ALIGNED if axes_seen.all() else Alignment.UNDECIDED
 
 
-def busy_places(slide: Levels) -> np.ndarray:
+def textured_places(slide: Levels) -> np.ndarray:
     """float (N, 2) x, y in level-0 pixels: middles of parts with structure, up to `CELLS` x `CELLS`, far apart.
 
     The bytes of compressed tiles tell of structure; where there are none, some small places are read.
@@ -145,7 +145,7 @@ def _spread(places: np.ndarray) -> np.ndarray:
 
 def _probed(slide: Levels) -> tuple[np.ndarray, np.ndarray]:
     """Structure of level 0 in grey levels, float (N,), at N places (N, 2) in pixels of it, no two in one row or column."""
-    view = slide.whole(0)
+    view = slide.full_view(0)
     row, column = np.indices((PROBES, PROBES)).reshape(2, -1)
     skewed = np.stack([column + (row + 0.5) / PROBES, row + (column + 0.5) / PROBES], axis=1) / PROBES
     places = skewed * (view.width, view.height)
@@ -158,10 +158,10 @@ def _probed(slide: Levels) -> tuple[np.ndarray, np.ndarray]:
     return np.where(structure < FLAT, 0.0, structure), places
 
 
-def _finer(slide: Levels, level: int, downsample: float) -> View | None:
+def _finer(slide: Levels, level: int, downsample: float) -> LevelView | None:
     """The level to compare with: the finest that lies right and is not much finer; None where none is finer at all."""
     sizes = slide.info.level_downsamples
-    views = [slide.whole(other) for other, size in enumerate(sizes) if size < sizes[level] and slide.downsample(other)]
+    views = [slide.full_view(other) for other, size in enumerate(sizes) if size < sizes[level] and slide.downsample(other)]
     finer = [view for view in views if view.downsample < downsample]
     near = [view for view in finer if downsample / view.downsample <= MOST_RATIO]
     if near:
@@ -176,7 +176,7 @@ def _corners(slide: Levels, level: int, side: int, downsample: float) -> list[tu
         min(own, math.ceil(whole / downsample)) for own, whole in zip(info.level_dimensions[level], info.size_l0, strict=True)
     ]
     corners: list[tuple[int, int]] = []
-    for place in slide.busy_places.tolist():
+    for place in slide.textured_places.tolist():
         x, y = (max(0, min(round(at / downsample - side / 2), end - side)) for at, end in zip(place, ends, strict=True))
         if all(max(abs(x - u), abs(y - v)) >= side / 2 for u, v in corners):
             corners.append((x, y))
@@ -184,21 +184,21 @@ def _corners(slide: Levels, level: int, side: int, downsample: float) -> list[tu
 
 
 def _pair(
-    slide: Levels, level: int, finer: View, corner: tuple[int, int], side: int, downsample: float
+    slide: Levels, level: int, finer: LevelView, corner: tuple[int, int], side: int, downsample: float
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """A place out of a finer level, `REACH_PX` wider all round, and out of the level: smoothed grey. None: not decoded."""
-    from tiling.wsi.level_view import View, cover
+    from tiling.wsi.level_view import LevelView, pixel_bounds
 
     x, y = corner
     width, height = slide.info.level_dimensions[level]
-    own = _decoded(slide, View(level, 1, downsample, width, height), (x, y, x + side, y + side))
+    own = _decoded(slide, LevelView(level, 1, downsample, width, height), (x, y, x + side, y + side))
     box = tuple(at * downsample for at in (x - REACH_PX, y - REACH_PX, x + side + REACH_PX, y + side + REACH_PX))
-    (edges,) = cover(finer, np.array([box])).tolist()
+    (edges,) = pixel_bounds(finer, np.array([box])).tolist()
     block = _decoded(slide, finer, edges) if own is not None else None
     if own is None or block is None:
         return None
     wide = side + 2 * REACH_PX
-    return _smoothed(slide.cut(finer, edges, block, box, wide, wide)), _smoothed(own)
+    return _smoothed(slide.resample_block(finer, edges, block, box, wide, wide)), _smoothed(own)
 
 
 def _judged(wide: np.ndarray, own: np.ndarray) -> tuple[bool, np.ndarray]:
@@ -225,11 +225,11 @@ def _judged(wide: np.ndarray, own: np.ndarray) -> tuple[bool, np.ndarray]:
     return False, falls > min(TELLING, 2 * (1 - inside) + SURE)
 
 
-def _decoded(slide: Levels, view: View, edges: tuple[int, ...]) -> np.ndarray | None:
+def _decoded(slide: Levels, view: LevelView, edges: tuple[int, ...]) -> np.ndarray | None:
     """uint8 (h, w, 3): pixels of a view; None where they cannot be decoded."""
     left, top, right, bottom = edges
     try:
-        return slide.block(view, (left, top, right, bottom))
+        return slide.read_block(view, (left, top, right, bottom))
     except UserError:
         slide.reopen()
         return None
@@ -266,7 +266,7 @@ def _is_power_of_two(slide: Levels, level: int) -> bool:
     return all(abs(whole / power - own) <= ROUNDED_PX for whole, own in sides)
 
 
-def about_levels(slide: Levels, *, odd: bool = False) -> str:
+def describe_placements(slide: Levels, *, odd: bool = False) -> str:
     """A line on levels that do not lie where their size says, or may not; empty where there are none.
 
     odd: look at those whose size is no half, quarter and so on of level 0, beside those that were wanted so far.
@@ -276,9 +276,9 @@ def about_levels(slide: Levels, *, odd: bool = False) -> str:
         if not _is_power_of_two(slide, level):
             slide.downsample(level)
     placed = sorted(slide.placements.items())
-    unused = {level: placement.verdict for level, placement in placed if placement.downsample is None}
-    lost = [level for level, verdict in unused.items() if verdict is Verdict.ELSEWHERE]
-    silent = [level for level, verdict in unused.items() if verdict is Verdict.SILENT]
+    unused = {level: placement.alignment for level, placement in placed if placement.downsample is None}
+    lost = [level for level, alignment in unused.items() if alignment is Alignment.MISALIGNED]
+    silent = [level for level, alignment in unused.items() if alignment is Alignment.UNDECIDED]
     moved = {level: own for level, placement in placed if (own := placement.downsample) not in (None, stated[level])}
     remarks = []
     if lost:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tiling.wsi.backends.tiff_direct import DirectReader
     from tiling.wsi.level_view import Levels
 
-MOST_AWAY = 1.5  # grey levels, mean over a place; other places may lie a little further, and 2 are promised
+MAX_DEVIATION = 1.5  # grey levels, mean over a place; other places may lie a little further, and 2 are promised
 GRID, PLACES = 4, 4  # places looked at along each side; of those the ones with the most fine structure
 SIDE_L0, SIDES = 640, (8, 128)  # of a place: level-0 pixels, and bounds in pixels of the output
 STORED_TILES, STORED_PIXELS = 8, 16_000_000  # stored tiles looked at, and their pixels together, at most
@@ -29,7 +29,7 @@ MOST_BYTES = 0.1  # share of the stored tiles, those of the most bytes, among wh
 Box = tuple[float, float, float, float]
 
 
-def is_average(slide: Levels, level: int, downsample: float) -> bool:
+def matches_area_average(slide: Levels, level: int, downsample: float) -> bool:
     """Tell whether output of `downsample` level-0 pixels per pixel looks the same from a level as averaged from level 0.
 
     Looks at a few places with structure; those that cannot be decoded do not count.
@@ -47,12 +47,12 @@ def is_average(slide: Levels, level: int, downsample: float) -> bool:
                 seen.append((float(np.abs(np.diff(pixels.astype(np.int16), axis=1)).mean()), box, pixels))
     for _, box, pixels in sorted(seen, key=lambda each: -each[0])[:PLACES]:
         average = _read(slide, 0, box, side)
-        if average is not None and np.abs(pixels.astype(np.int16) - average).mean() > MOST_AWAY:
+        if average is not None and np.abs(pixels.astype(np.int16) - average).mean() > MAX_DEVIATION:
             return False
     return True
 
 
-def scale_is_average(reader: DirectReader, level: int, scale: int) -> bool:
+def scale_matches_average(reader: DirectReader, level: int, scale: int) -> bool:
     """Tell whether stored tiles decoded at 1 / scale look the same as averages of all their pixels.
 
     Looks at a few of those with the most bytes, which have the most structure; those that cannot be decoded do not count.
@@ -63,26 +63,26 @@ def scale_is_average(reader: DirectReader, level: int, scale: int) -> bool:
     ranks = np.linspace(0, max(0, int((page.counts > 0).sum() * MOST_BYTES) - 1), count).astype(int)
     for at in np.unique(by_bytes[ranks]).tolist():
         try:
-            whole, scaled = (reader.stored(level, each, *divmod(at, page.counts.shape[1])) for each in (1, scale))
+            whole, scaled = (reader.decode_tile(level, each, *divmod(at, page.counts.shape[1])) for each in (1, scale))
         except (ValueError, OSError):
             continue
         if whole is None or scaled is None:
             continue
         height, width = whole.shape[0] // scale, whole.shape[1] // scale
         sums = whole[: height * scale, : width * scale].reshape(height, scale, width, scale, 3).sum((1, 3), dtype=np.float32)
-        if np.abs(scaled[:height, :width] - sums / scale**2).mean() > MOST_AWAY:
+        if np.abs(scaled[:height, :width] - sums / scale**2).mean() > MAX_DEVIATION:
             return False
     return True
 
 
 def _read(slide: Levels, level: int, box_l0: Box, side: int) -> np.ndarray | None:
     """uint8 (side, side, 3): a level-0 box from the whole pixels of a level; None where they cannot be decoded."""
-    from tiling.wsi.level_view import cover
+    from tiling.wsi.level_view import pixel_bounds
 
-    view = slide.whole(level)
-    (edges,) = cover(view, np.array([box_l0])).tolist()
+    view = slide.full_view(level)
+    (edges,) = pixel_bounds(view, np.array([box_l0])).tolist()
     try:
-        return slide.cut(view, edges, slide.block(view, edges), box_l0, side, side)
+        return slide.resample_block(view, edges, slide.read_block(view, edges), box_l0, side, side)
     except UserError:
         slide.reopen()
         return None

@@ -40,12 +40,12 @@ class SlideInfo:
         return self.width_l0, self.height_l0
 
     @property
-    def mpp_found(self) -> Mpp:
+    def stated_mpp(self) -> Mpp:
         return Mpp(self.mpp, self.mpp_source, self.mpp_note)
 
 
 @dataclass(frozen=True)
-class View:
+class LevelView:
     """A level as it is decoded: divided by scale. downsample: level-0 pixels per pixel of it; width, height: in those."""
 
     level: int
@@ -63,24 +63,24 @@ class Levels(Protocol):
     placements: dict[int, Any]
 
     @property
-    def busy_places(self) -> np.ndarray: ...
+    def textured_places(self) -> np.ndarray: ...
 
     def downsample(self, level: int) -> float | None: ...
 
-    def whole(self, level: int) -> View: ...
+    def full_view(self, level: int) -> LevelView: ...
 
-    def block(
-        self, view: View, edges: tuple[int, int, int, int], read: Callable[..., np.ndarray] | None = None
+    def read_block(
+        self, view: LevelView, edges: tuple[int, int, int, int], read: Callable[..., np.ndarray] | None = None
     ) -> np.ndarray: ...
 
-    def cut(
-        self, view: View, edges: tuple[int, ...], pixels: np.ndarray, box: tuple[float, ...], out_w: int, out_h: int
+    def resample_block(
+        self, view: LevelView, edges: tuple[int, ...], pixels: np.ndarray, box: tuple[float, ...], out_w: int, out_h: int
     ) -> np.ndarray: ...
 
     def reopen(self) -> None: ...
 
 
-def cover(view: View, boxes_l0: np.ndarray) -> np.ndarray:
+def pixel_bounds(view: LevelView, boxes_l0: np.ndarray) -> np.ndarray:
     """The whole pixels of a view that cover level-0 boxes: (N, 4) x0, y0, x1, y1 -> int64 (N, 4) in its pixels."""
     scaled = np.asarray(boxes_l0, np.float64) / view.downsample
     low = np.floor(scaled[:, :2] + 1e-6)

@@ -12,7 +12,7 @@ import numpy as np
 
 from annotations.errors import UserError
 from tiling.wsi.backends.tiff_direct import DirectReader
-from tiling.wsi.level_view import BLOCK_PIXELS, View, cover
+from tiling.wsi.level_view import BLOCK_PIXELS, LevelView, pixel_bounds
 from tiling.wsi.slide import Slide
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def map_patches(
         jobs = _stored_jobs(slide, slide.reader, coords_l0, size_l0, patch_px, work, threads)
     else:
         jobs = _strip_jobs(slide, coords_l0, size_l0, patch_px, work, threads)
-    return in_order(jobs, threads)
+    return run_in_order(jobs, threads)
 
 
 def read_tiles(slide: Slide, coords_l0: np.ndarray, size_l0: float, patch_px: int) -> Iterator[np.ndarray]:
@@ -65,7 +65,7 @@ def read_tiles(slide: Slide, coords_l0: np.ndarray, size_l0: float, patch_px: in
 class SharedTiles:
     """Decoded stored tiles of a view, each kept while patches that need it are left and there is room."""
 
-    def __init__(self, reader: DirectReader, view: View, uses: np.ndarray) -> None:
+    def __init__(self, reader: DirectReader, view: LevelView, uses: np.ndarray) -> None:
         self._reader, self._view = reader, view
         self._left = uses
         self._kept: dict[tuple[int, int], np.ndarray] = {}
@@ -73,7 +73,7 @@ class SharedTiles:
         self._lock = Lock()
 
     def get(self, row: int, column: int) -> np.ndarray | None:
-        """As `DirectReader.stored`; called once for each patch that needs the tile."""
+        """As `DirectReader.decode_tile`; called once for each patch that needs the tile."""
         key = (row, column)
         with self._lock:
             self._left[key] -= 1
@@ -84,7 +84,7 @@ class SharedTiles:
                     del self._kept[key]
                     self._room += tile.nbytes
                 return tile
-        tile = self._reader.stored(self._view.level, self._view.scale, row, column)
+        tile = self._reader.decode_tile(self._view.level, self._view.scale, row, column)
         if tile is not None and not last:
             with self._lock:
                 room = self._room >= tile.nbytes or not self._kept  # one at least, however large stored tiles are
@@ -94,8 +94,8 @@ class SharedTiles:
         return tile
 
 
-def uses_of_stored_tiles(reader: DirectReader, view: View, edges: np.ndarray) -> np.ndarray:
-    """The number of patches that need each stored tile: int32 (rows, columns). edges: int64 (N, 4), from `level_view.cover`."""
+def count_tile_uses(reader: DirectReader, view: LevelView, edges: np.ndarray) -> np.ndarray:
+    """Count the patches that need each stored tile: int32 (rows, columns). edges: int64 (N, 4), from `pixel_bounds`."""
     page = reader.pages[view.level]
     rows, columns = page.counts.shape
     left, top, right, bottom = edges[(edges[:, :2] < (view.width, view.height)).all(1) & (edges[:, 2:] > 0).all(1)].T
@@ -118,9 +118,9 @@ def _stored_jobs(
     threads: int,
 ) -> Iterator[Job]:
     boxes = np.concatenate([coords_l0, coords_l0 + size_l0], axis=1)
-    view = slide.view(size_l0 / patch_px, boxes)
-    edges = cover(view, boxes)
-    uses = uses_of_stored_tiles(reader, view, edges)
+    view = slide.choose_view(size_l0 / patch_px, boxes)
+    edges = pixel_bounds(view, boxes)
+    uses = count_tile_uses(reader, view, edges)
     tile_w, tile_h = reader.pages[view.level].tile_w // view.scale, reader.pages[view.level].tile_h // view.scale
     whole = (edges == boxes / view.downsample).all(1) & ~(edges % (tile_w, tile_h, tile_w, tile_h)).any(1)
     whole &= (edges[:, 2:] - edges[:, :2] == patch_px).all(1) & (edges >= 0).all(1) & (uses.max(initial=0) == 1)
@@ -131,20 +131,22 @@ def _stored_jobs(
     def patch(box: tuple[float, ...], around: tuple[int, int, int, int], as_stored: bool) -> tuple[Result, str]:
         if as_stored:
             left, top, right, bottom = around
-            pixels = reader.in_one(view.level, view.scale, top // tile_h, left // tile_w, bottom // tile_h, right // tile_w)
+            pixels = reader.decode_stack(
+                view.level, view.scale, top // tile_h, left // tile_w, bottom // tile_h, right // tile_w
+            )
             if pixels is not None:
                 return work(pixels), ""
         problems: list[str] = []
 
         def read(left: int, top: int, w: int, h: int) -> np.ndarray:
-            pixels, problem = reader.assemble(view.level, view.scale, (left, top, left + w, top + h), shared.get)
+            pixels, problem = reader.read_region(view.level, view.scale, (left, top, left + w, top + h), shared.get)
             problems.append(problem)
             return pixels
 
         if large:
-            pixels = slide.area(view, box, patch_px, patch_px, read, most)
+            pixels = slide.read_area(view, box, patch_px, patch_px, read, most)
         else:
-            pixels = slide.cut(view, around, slide.block(view, around, read), box, patch_px, patch_px)
+            pixels = slide.resample_block(view, around, slide.read_block(view, around, read), box, patch_px, patch_px)
         return work(pixels), next(filter(None, problems), "")
 
     step = int(np.clip(JOB_BYTES // (3 * patch_px**2), 1, JOB_PATCHES))
@@ -158,7 +160,7 @@ def _strip_jobs(
 ) -> Iterator[Job]:
     """Neighbours of a row are read in one piece; where that fails, each alone."""
     boxes = np.concatenate([coords_l0, coords_l0 + size_l0], axis=1).astype(np.float64)
-    view = slide.view(size_l0 / patch_px, boxes)
+    view = slide.choose_view(size_l0 / patch_px, boxes)
     slide.reader.expect_strips()
     most = BLOCK_PIXELS // threads
     widest_l0 = max(size_l0, most / (size_l0 / view.downsample) ** 2 * size_l0)
@@ -167,11 +169,11 @@ def _strip_jobs(
 
     def cut(part: np.ndarray) -> list[np.ndarray]:
         if large:
-            return [slide.area(view, tuple(box), patch_px, patch_px, most=most) for box in part.tolist()]
-        ((left, top, right, bottom),) = cover(view, np.array([[*part[0, :2], *part[-1, 2:]]])).tolist()
+            return [slide.read_area(view, tuple(box), patch_px, patch_px, most=most) for box in part.tolist()]
+        ((left, top, right, bottom),) = pixel_bounds(view, np.array([[*part[0, :2], *part[-1, 2:]]])).tolist()
         edges = (left, top, right, bottom)
-        block = slide.block(view, edges)
-        return [slide.cut(view, edges, block, tuple(box), patch_px, patch_px) for box in part.tolist()]
+        block = slide.read_block(view, edges)
+        return [slide.resample_block(view, edges, block, tuple(box), patch_px, patch_px) for box in part.tolist()]
 
     def strip(part: np.ndarray) -> list[tuple[Result, str]]:
         reader = slide.reader
@@ -187,13 +189,13 @@ def _strip_jobs(
 
 
 def _alone(
-    slide: Slide, view: View, box: np.ndarray, patch_px: int, work: Callable[[np.ndarray], Result], failed: Reader
+    slide: Slide, view: LevelView, box: np.ndarray, patch_px: int, work: Callable[[np.ndarray], Result], failed: Reader
 ) -> tuple[Result, str]:
     """One patch by itself, with a reader that has not failed yet."""
     if slide.reader is failed:
         slide.reopen()
     try:
-        patch = slide.area(view, tuple(box.tolist()), patch_px, patch_px)
+        patch = slide.read_area(view, tuple(box.tolist()), patch_px, patch_px)
     except UserError as error:
         slide.reopen()
         problem = str(error).removeprefix(f"{slide.info.path}: ").removesuffix(": is the file whole?")
@@ -201,7 +203,7 @@ def _alone(
     return work(patch), ""
 
 
-def in_order(jobs: Iterable[Job], threads: int) -> Iterator[tuple[Result, str]]:
+def run_in_order(jobs: Iterable[Job], threads: int) -> Iterator[tuple[Result, str]]:
     """Run jobs, `threads` at a time and a few ahead, and yield their results in order."""
     if threads == 1:
         for job in jobs:

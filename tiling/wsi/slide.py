@@ -15,9 +15,9 @@ from tiling.storage.slide_id import slide_stem
 from tiling.wsi.backends.base import Reader
 from tiling.wsi.backends.registry import open_reader
 from tiling.wsi.backends.tiff_direct import DirectReader
-from tiling.wsi.level_alignment import Placement, busy_places, placement_of
-from tiling.wsi.level_fidelity import is_average, scale_is_average
-from tiling.wsi.level_view import BLOCK_PIXELS, SlideInfo, View, cover
+from tiling.wsi.level_alignment import Placement, place_level, textured_places
+from tiling.wsi.level_fidelity import matches_area_average, scale_matches_average
+from tiling.wsi.level_view import BLOCK_PIXELS, LevelView, SlideInfo, pixel_bounds
 from tiling.wsi.mpp import Mpp, mpp_of
 from tiling.wsi.resample import area_resize
 
@@ -38,7 +38,7 @@ class Slide:
         self.reader = reader
         self.exact = resample == "exact"
         self.undecoded = 0.0
-        self.left_out: set[int] = set()  # levels that would have done, were they averages of level 0
+        self.skipped_levels: set[int] = set()  # levels that would have done, were they averages of level 0
         self.placements: dict[int, Placement] = {}  # of the levels looked at: how they lie on level 0
         self._chosen: dict[float, int] = {}
         self._scales: dict[tuple[int, int], bool] = {}
@@ -71,19 +71,19 @@ class Slide:
         self.close()
 
     @cached_property
-    def busy_places(self) -> np.ndarray:
-        """As `tiling.wsi.level_alignment.busy_places` finds them."""
-        return busy_places(self)
+    def textured_places(self) -> np.ndarray:
+        """As `tiling.wsi.level_alignment.textured_places` finds them."""
+        return textured_places(self)
 
     def downsample(self, level: int) -> float | None:
         """Level-0 pixels per pixel of a level, held against level 0; None where the level is not to be used."""
         if level == 0:
             return self.info.level_downsamples[0]
         if level not in self.placements:
-            self.placements[level] = placement_of(self, level)
+            self.placements[level] = place_level(self, level)
         return self.placements[level].downsample
 
-    def whole(self, level: int) -> View:
+    def full_view(self, level: int) -> LevelView:
         """A level as it is stored, without what it is padded with. Only of a level that is to be used."""
         own = self.downsample(level)
         assert own is not None
@@ -92,7 +92,7 @@ class Slide:
             width, height = (
                 min(size, math.ceil(l0 / own)) for size, l0 in zip((width, height), self.info.size_l0, strict=True)
             )
-        return View(level, 1, own, width, height)
+        return LevelView(level, 1, own, width, height)
 
     def fitting(self, downsample: float) -> Iterator[int]:
         """Levels at least as fine as `downsample` (level-0 pixels per wanted pixel), the coarsest first, level 0 at the end."""
@@ -107,37 +107,37 @@ class Slide:
         """The coarsest level that lies right and is at least as fine as `downsample` (level-0 pixels per wanted pixel)."""
         return next(self.fitting(downsample))
 
-    def true_level(self, downsample: float) -> int:
+    def faithful_level(self, downsample: float) -> int:
         """The coarsest fine enough level that looks like an average of level 0 (see level_fidelity)."""
         if self._any_level:
             return self.best_level(downsample)
         key = round(downsample, 2)
         if key not in self._chosen:
             for level in self.fitting(downsample):
-                if level == 0 or is_average(self, level, downsample):
+                if level == 0 or matches_area_average(self, level, downsample):
                     self._chosen[key] = level
                     break
-                self.left_out.add(level)
+                self.skipped_levels.add(level)
         return self._chosen[key]
 
-    def true_scale(self, level: int, scale: int) -> bool:
+    def is_faithful_scale(self, level: int, scale: int) -> bool:
         """Tell whether the decoder's 1 / scale of a level looks like an average of all its pixels (see level_fidelity)."""
         if scale == 1 or self._any_level or not isinstance(self.reader, DirectReader):
             return True
         if (level, scale) not in self._scales:
-            self._scales[level, scale] = scale_is_average(self.reader, level, scale)
+            self._scales[level, scale] = scale_matches_average(self.reader, level, scale)
         return self._scales[level, scale]
 
-    def view(self, downsample: float, boxes_l0: np.ndarray) -> View:
-        """Choose what to decode for `downsample` level-0 pixels per wanted pixel: `true_level`, scaled as far as is right.
+    def choose_view(self, downsample: float, boxes_l0: np.ndarray) -> LevelView:
+        """Choose what to decode for `downsample` level-0 pixels per wanted pixel: `faithful_level`, scaled as far as is right.
 
         boxes_l0: (N, 4) x0, y0, x1, y1 that will be cut. Pixels of a scaled level can hardly be shared out between outputs
         (up to 7 grey levels away on sharp H&E, with 3 of them an output 2): a scale is taken where boxes and outputs hold
         whole pixels of it, and elsewhere only with `PIXELS_TO_SHARE` or more of them an output.
         """
         if self.exact:
-            return self.whole(0)
-        whole = self.whole(self.true_level(downsample))
+            return self.full_view(0)
+        whole = self.full_view(self.faithful_level(downsample))
         level, own = whole.level, whole.downsample
 
         def right(scale: int) -> bool:
@@ -145,8 +145,10 @@ class Slide:
             fits = rest >= 1 and rest.is_integer() and not (boxes_l0 % (own * scale)).any()
             return scale == 1 or fits or rest >= PIXELS_TO_SHARE
 
-        scale = next(each for each in sorted(self.reader.scales, reverse=True) if right(each) and self.true_scale(level, each))
-        return View(level, scale, own * scale, -(-whole.width // scale), -(-whole.height // scale))
+        scale = next(
+            each for each in sorted(self.reader.scales, reverse=True) if right(each) and self.is_faithful_scale(level, each)
+        )
+        return LevelView(level, scale, own * scale, -(-whole.width // scale), -(-whole.height // scale))
 
     def read_region(self, x_l0: float, y_l0: float, w_l0: float, h_l0: float, out_w: int, out_h: int) -> np.ndarray:
         """uint8 (out_h, out_w, 3): the area x, y, w, h in level-0 pixels, area-averaged from the best level.
@@ -155,11 +157,17 @@ class Slide:
         decoded.
         """
         whole = np.array([[x_l0, y_l0, x_l0 + w_l0, y_l0 + h_l0]], np.float64)
-        view = self.view(min(w_l0 / out_w, h_l0 / out_h), whole)
-        return self.area(view, (x_l0, y_l0, x_l0 + w_l0, y_l0 + h_l0), out_w, out_h)
+        view = self.choose_view(min(w_l0 / out_w, h_l0 / out_h), whole)
+        return self.read_area(view, (x_l0, y_l0, x_l0 + w_l0, y_l0 + h_l0), out_w, out_h)
 
-    def area(
-        self, view: View, box_l0: tuple[float, ...], out_w: int, out_h: int, read: Read | None = None, most: int = BLOCK_PIXELS
+    def read_area(
+        self,
+        view: LevelView,
+        box_l0: tuple[float, ...],
+        out_w: int,
+        out_h: int,
+        read: Read | None = None,
+        most: int = BLOCK_PIXELS,
     ) -> np.ndarray:
         """A level-0 box of a view, area-averaged, however large it is: uint8 (out_h, out_w, 3).
 
@@ -172,8 +180,8 @@ class Slide:
         for top in range(0, out_h, rows):
             count = min(rows, out_h - top)
             box = (x0, y0 + top * step, x1, y0 + (top + count) * step)
-            (edges,) = cover(view, np.array([box])).tolist()
-            bands.append(self.cut(view, edges, self.block(view, edges, read), box, out_w, count))
+            (edges,) = pixel_bounds(view, np.array([box])).tolist()
+            bands.append(self.resample_block(view, edges, self.read_block(view, edges, read), box, out_w, count))
         return bands[0] if len(bands) == 1 else np.concatenate(bands)
 
     def thumbnail(self, max_side_px: int) -> np.ndarray:
@@ -199,7 +207,7 @@ class Slide:
         self.undecoded = salvage.lost / (out_w * out_h)
         return salvage.out
 
-    def block(self, view: View, edges: tuple[int, int, int, int], read: Read | None = None) -> np.ndarray:
+    def read_block(self, view: LevelView, edges: tuple[int, int, int, int], read: Read | None = None) -> np.ndarray:
         """uint8 (bottom - top, right - left, 3): pixels of a view, background where they lie beyond it.
 
         edges: left, top, right, bottom in pixels of the view. read: called with x, y, w, h inside the view, in place of the
@@ -208,7 +216,7 @@ class Slide:
         left, top, right, bottom = edges
         inner = (max(left, 0), max(top, 0), min(right, view.width), min(bottom, view.height))
         w, h = inner[2] - inner[0], inner[3] - inner[1]
-        read = read or (lambda *where: self.read(view, *where))
+        read = read or (lambda *where: self.read_view(view, *where))
         if (w, h) == (right - left, bottom - top):
             return read(inner[0], inner[1], w, h)
         block = np.empty((bottom - top, right - left, 3), np.uint8)
@@ -217,14 +225,14 @@ class Slide:
             block[inner[1] - top : inner[3] - top, inner[0] - left : inner[2] - left] = read(inner[0], inner[1], w, h)
         return block
 
-    def cut(
-        self, view: View, edges: tuple[int, ...], block: np.ndarray, box_l0: tuple[float, ...], out_w: int, out_h: int
+    def resample_block(
+        self, view: LevelView, edges: tuple[int, ...], block: np.ndarray, box_l0: tuple[float, ...], out_w: int, out_h: int
     ) -> np.ndarray:
         """A level-0 box out of the block of a view that has these edges: uint8 (out_h, out_w, 3)."""
         x0, y0, x1, y1 = (round(value / view.downsample - edges[i % 2], 6) for i, value in enumerate(box_l0))
         return area_resize(block, (x0, y0, x1, y1), out_w, out_h)
 
-    def read(self, view: View, x: int, y: int, w: int, h: int) -> np.ndarray:
+    def read_view(self, view: LevelView, x: int, y: int, w: int, h: int) -> np.ndarray:
         """uint8 (h, w, 3): pixels x, y, w, h of a view, inside it. Raises UserError where they cannot be decoded."""
         try:
             return self.reader.read(view.level, x, y, w, h, view.scale)

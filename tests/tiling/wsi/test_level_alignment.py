@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tiling.cohort.manifest import SlideItem
 from tiling.cohort.scan import header_row
 from tiling.tiles.run import tile
-from tiling.wsi.level_alignment import Verdict, about_levels
+from tiling.wsi.level_alignment import Alignment, describe_placements
 from tiling.wsi.level_view import SlideInfo
 from tiling.wsi.slide import Slide
 
@@ -79,7 +79,7 @@ class InMemory:
         self.read_px[level] += w * h
         return self.levels[level][y : y + h, x : x + w]
 
-    def empty(self, level: int) -> None:
+    def sparse_tiles(self, level: int) -> None:
         return None
 
     def expect_strips(self) -> None:
@@ -190,7 +190,7 @@ def test_however_levels_are_padded_none_is_used_that_shows_another_place(
         # Where the far border of what was drawn lies in pixels of the level, and where it is taken to lie.
         away_px = 0.0 if own is None else max(abs(size * 2**level / own - size) for size in half.shape[:2])
         assert away_px <= 3
-        assert (own == slide.info.level_downsamples[level]) == (slide.placements[level].verdict is Verdict.FITS)
+        assert (own == slide.info.level_downsamples[level]) == (slide.placements[level].alignment is Alignment.ALIGNED)
 
 
 @pytest.mark.parametrize(("more_x", "more_y"), [(300, 0), (0, 300), (120, 240), (30, 0), (0, 20)])
@@ -198,7 +198,9 @@ def test_however_levels_are_padded_none_is_used_that_shows_another_place(
 def test_a_padded_level_gets_its_scale_from_what_it_shows(picture: np.ndarray, scale: int, more_x: int, more_y: int) -> None:
     slide = slide_of(picture, padded(shrunk(picture, scale), more_x, more_y))
     assert downsamples(slide) == [scale]
-    assert about_levels(slide) == f"size and content of level 1 disagree, as of padded ones: read as 1/{scale} of level 0"
+    assert (
+        describe_placements(slide) == f"size and content of level 1 disagree, as of padded ones: read as 1/{scale} of level 0"
+    )
 
 
 @pytest.mark.parametrize("up", [False, True])
@@ -212,7 +214,7 @@ def test_levels_whose_size_is_rounded_either_way_are_used(size: tuple[int, int],
         if min(slide.info.level_dimensions[level]) >= 40:
             assert slide.downsample(level) == stated[level]
     assert slide.best_level(scales[0] * 1.2) == 1
-    assert about_levels(slide) == ""
+    assert describe_placements(slide) == ""
 
 
 @pytest.mark.parametrize("change", ["every other pixel", "sharpened", "darker", "noisy"])
@@ -252,7 +254,7 @@ def test_a_level_that_shows_something_else_is_not_used_and_said(
     good = shrunk(picture, scale)
     slide = slide_of(picture, spoilt(good), shrunk(picture, 16))
     assert downsamples(slide) == [None, pytest.approx(16, rel=1e-3)]
-    assert about_levels(slide) == "size and content of level 1 disagree: not used"
+    assert describe_placements(slide) == "size and content of level 1 disagree: not used"
     assert [slide.best_level(wanted) for wanted in (4.0, 15.0, 17.0)] == [0, 0, 2]
     away = np.abs(slide.read_region(1400, 1000, 640, 560, 80, 70).astype(int) - shrunk(picture[1000:1560, 1400:2040], 8))
     assert away.mean() < 1
@@ -262,7 +264,7 @@ def test_a_level_that_shows_something_else_is_not_used_and_said(
 def test_where_nothing_is_to_be_seen_sizes_decide(width: int, used: bool) -> None:
     slide = slide_of(np.full((HEIGHT, WIDTH, 3), 243, np.uint8), np.full((HEIGHT // 2, width, 3), 243, np.uint8))
     assert (slide.downsample(1) is not None) == used
-    assert about_levels(slide) == ("" if used else "neither size nor content of level 1 tells the scale: not used")
+    assert describe_placements(slide) == ("" if used else "neither size nor content of level 1 tells the scale: not used")
 
 
 @pytest.mark.parametrize("compression", ["", "zlib"])

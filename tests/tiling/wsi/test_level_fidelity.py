@@ -13,7 +13,7 @@ from scipy.ndimage import gaussian_filter
 from annotations.errors import UserError
 from tiling.wsi import patches, slide
 from tiling.wsi.backends.tiff_direct import MOST_CHECKED_PX, DirectReader, NotDirectError, stored_pages
-from tiling.wsi.level_fidelity import MOST_AWAY
+from tiling.wsi.level_fidelity import MAX_DEVIATION
 from tiling.wsi.patches import map_patches
 from tiling.wsi.slide import Slide
 
@@ -61,7 +61,7 @@ def cut(path: Path, ratio: int, resample: str = "fast", threads: int = 1, px: in
         found = list(map_patches(opened, coords, float(size), px, np.copy, threads))
         assert not any(problem for _, problem in found)
         boxes = np.concatenate([coords, coords + size], axis=1)
-        return np.stack([pixels for pixels, _ in found]), opened.view(float(ratio), boxes).scale
+        return np.stack([pixels for pixels, _ in found]), opened.choose_view(float(ratio), boxes).scale
 
 
 @pytest.mark.parametrize("ratio", [2, 4])
@@ -75,7 +75,7 @@ def test_every_patch_is_within_two_grey_levels_of_its_average(tmp_path: Path, sa
     assert np.abs(fast.astype(int) - exact).mean((1, 2, 3)).max() <= 2
     assert scale == (ratio if sampling == "444" else 1 if sigma < 1 else min(ratio, {"422": 2, "420": 4}[sampling]))
     if scale < ratio:  # what it would have been
-        assert np.abs(cut(path, ratio, "pyramid")[0].astype(int) - exact).mean((1, 2, 3)).max() > MOST_AWAY
+        assert np.abs(cut(path, ratio, "pyramid")[0].astype(int) - exact).mean((1, 2, 3)).max() > MAX_DEVIATION
 
 
 def test_a_torn_tile_of_many_bytes_says_nothing_about_scales(tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_a_torn_tile_of_many_bytes_says_nothing_about_scales(tmp_path: Path) -> 
         page = opened.reader.pages[0]
         page.counts[0, 0] = page.counts.max() + 1000  # more than the stream: behind its end come other bytes
         page.offsets[0, 0] = path.stat().st_size - 10
-        assert opened.true_scale(0, 2)
+        assert opened.is_faithful_scale(0, 2)
 
 
 @pytest.mark.parametrize("kind", ["direct", "openslide"])
@@ -99,14 +99,16 @@ def test_a_patch_larger_than_a_block_is_cut_in_bands(
         tifffile.imwrite(path, rgb, tile=(SIDE, SIDE), compression="deflate", photometric="rgb", metadata=None)
     whole, _ = cut(path, 12, "exact")
     pieces: list[int] = []
-    plain = Slide.block
+    plain = Slide.read_block
 
-    def counted(self: Slide, view: slide.View, edges: tuple[int, int, int, int], read: slide.Read | None = None) -> np.ndarray:
+    def counted(
+        self: Slide, view: slide.LevelView, edges: tuple[int, int, int, int], read: slide.Read | None = None
+    ) -> np.ndarray:
         pieces.append((edges[2] - edges[0]) * (edges[3] - edges[1]))
         return plain(self, view, edges, read)
 
     monkeypatch.setattr(patches, "BLOCK_PIXELS", 100_000)
-    monkeypatch.setattr(Slide, "block", counted)
+    monkeypatch.setattr(Slide, "read_block", counted)
     banded, _ = cut(path, 12, "exact", threads)
     assert len(whole) == 1
     assert max(pieces) <= 100_000 / (threads if kind == "direct" else 1)
@@ -117,9 +119,9 @@ def test_many_threads_decode_no_stored_tile_twice(tmp_path: Path, monkeypatch: p
     path = write(tmp_path / "s.svs", stained(3.0))
     monkeypatch.setattr(patches, "BLOCK_PIXELS", 1_000_000)
     calls: list[tuple[int, ...]] = []
-    plain = DirectReader.stored
+    plain = DirectReader.decode_tile
     with Slide.open(path, resample="exact") as opened:
-        monkeypatch.setattr(DirectReader, "stored", lambda self, *where: calls.append(where) or plain(self, *where))
+        monkeypatch.setattr(DirectReader, "decode_tile", lambda self, *where: calls.append(where) or plain(self, *where))
         coords = np.array([(x, y) for y in (0, 384) for x in (0, 384)])
         assert len(list(map_patches(opened, coords, 384.0, 192, np.copy, threads=32))) == 4
     assert len(calls) == len(set(calls)) == 9
@@ -129,9 +131,9 @@ def test_a_stored_tile_larger_than_all_room_is_decoded_once(tmp_path: Path, monk
     path = write(tmp_path / "s.svs", stained(3.0, 1024, 1024), side=1024)
     monkeypatch.setattr(patches, "KEPT_BYTES", 1000)
     calls: list[tuple] = []
-    plain = DirectReader.stored
+    plain = DirectReader.decode_tile
     with Slide.open(path) as opened:
-        monkeypatch.setattr(DirectReader, "stored", lambda self, *where: calls.append(where) or plain(self, *where))
+        monkeypatch.setattr(DirectReader, "decode_tile", lambda self, *where: calls.append(where) or plain(self, *where))
         coords = np.array([(x, y) for y in range(0, 1024, 128) for x in range(0, 1024, 128)])
         assert len(list(map_patches(opened, coords, 128.0, 128, np.copy))) == 64
     assert calls == [(0, 1, 0, 0)]

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from tiling.wsi.backends.tiff_pages import Empty
+from tiling.wsi.backends.tiff_pages import SparseTiles
 
 PROBES = (0.5, 0.0, 0.3, 0.8)  # of a slide's width and height
 MAX_IMAGE_PIXELS = 1_000_000_000
@@ -37,7 +37,7 @@ class Reader(Protocol):
 
     def expect_strips(self) -> None: ...  # the whole slide will be read row by row
 
-    def empty(self, level: int) -> Empty | None: ...  # what of a level was not scanned, where that is known
+    def sparse_tiles(self, level: int) -> SparseTiles | None: ...  # what of a level was not scanned, where that is known
 
     def close(self) -> None: ...
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tiling.wsi.backends.base import DEPTHS_READ, MAX_IMAGE_PIXELS, as_rgb
-from tiling.wsi.backends.tiff_pages import Empty, main_page, not_shown, pages_of
+from tiling.wsi.backends.tiff_pages import SparseTiles, main_page, not_shown, pages_of
 from tiling.wsi.backends.upright import TURNS, exif_orientation
 
 PHOTOMETRIC, MINISWHITE = 262, 0  # a TIFF tag and a value of it
@@ -55,7 +55,7 @@ class ImageReader:
         """uint8 (h, w, 3)"""
         return self._rgb[y : y + h, x : x + w]
 
-    def empty(self, level: int) -> Empty | None:
+    def sparse_tiles(self, level: int) -> SparseTiles | None:
         """It is there whole."""
         return None
 

@@ -25,7 +25,7 @@ MOST_UNITS = 65535  # between restart markers
 
 
 @dataclass(frozen=True)
-class Head:
+class JpegHeader:
     """The header of a JPEG stream, up to its coded data.
 
     own: its bytes, with which every stream that goes into a stack has to begin. before, behind: the bytes of the stack's head
@@ -68,7 +68,7 @@ class Head:
             return None
 
 
-def head_of(stream: bytes, extra: bytes = b"", skip: int = 2) -> Head | None:
+def parse_jpeg_header(stream: bytes, extra: bytes = b"", skip: int = 2) -> JpegHeader | None:
     """The head of a JPEG stream that can be stacked: one scan, sequential, Huffman coded, without restarts of its own.
 
     extra: segments that are stored elsewhere and go in place of the stream's bytes up to `skip`.
@@ -86,7 +86,7 @@ def head_of(stream: bytes, extra: bytes = b"", skip: int = 2) -> Head | None:
     return None
 
 
-def _head(own: bytes, data: bytes, frame: int, scan: int) -> Head | None:
+def _head(own: bytes, data: bytes, frame: int, scan: int) -> JpegHeader | None:
     depth, components = data[frame + 4], data[frame + 9]
     height, width = (int.from_bytes(data[frame + at : frame + at + 2], "big") for at in (5, 7))
     sampling = [(data[at] >> 4, data[at] & 15) for at in range(frame + 11, frame + 11 + 3 * components, 3)]
@@ -102,4 +102,4 @@ def _head(own: bytes, data: bytes, frame: int, scan: int) -> Head | None:
         return None
     seams = "none" if high == 1 else "full" if sampling == [(2, 2), (1, 1), (1, 1)] else "all"
     before = SOI + DRI + units.to_bytes(2, "big") + data[2 : frame + 5]
-    return Head(own, before, data[frame + 7 :], height, width, seams)
+    return JpegHeader(own, before, data[frame + 7 :], height, width, seams)

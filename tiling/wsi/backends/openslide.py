@@ -12,15 +12,15 @@ import numpy as np
 from tiling.wsi.backends.base import GREY, probed
 from tiling.wsi.backends.tiff_pages import (
     UNSPECIFIED,
-    Empty,
+    SparseTiles,
     colours_of,
-    empty_tiles,
     extras_of,
     main_page,
     not_shown,
     orientation_of,
     pages_of,
     size_of,
+    sparse_tiles_of,
 )
 
 CACHE_BYTES = 192 << 20  # decoded tiles OpenSlide keeps: some tile rows of a wide slide, so that none is decoded twice
@@ -71,10 +71,10 @@ class OpenSlideReader:
         share = np.asarray(alpha)[..., None].astype(np.float32) / 255
         return (rgb * share + self.background * (1 - share) + 0.5).astype(np.uint8)
 
-    def empty(self, level: int) -> Empty | None:
+    def sparse_tiles(self, level: int) -> SparseTiles | None:
         """As the pages of a plain TIFF tell; scanners' own formats have rules of their own."""
         fitting = [page for page in pages_of(self._path) if size_of(page) == self.level_dimensions[level]]
-        return empty_tiles(fitting[0]) if fitting and self.tags_only else None
+        return sparse_tiles_of(fitting[0]) if fitting and self.tags_only else None
 
     def close(self) -> None:
         self._slide.close()

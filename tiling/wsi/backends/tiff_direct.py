@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from tiling.wsi.backends.jpeg_stack import Head, head_of
-from tiling.wsi.backends.tiff_pages import APP0, APP14, Empty, tiff_pages
+from tiling.wsi.backends.jpeg_stack import JpegHeader, parse_jpeg_header
+from tiling.wsi.backends.tiff_pages import APP0, APP14, SparseTiles, tiff_pages
 from tiling.wsi.codec import decode_jpeg
 
 SCALES = (1, 2, 4, 8)
@@ -100,7 +100,7 @@ class DirectReader:
             colour = str(self.properties.get("openslide.background-color") or "FFFFFF")
             self.background = np.array([int(colour[i : i + 2], 16) for i in (0, 2, 4)], np.uint8)
             self._fd = os.open(path, os.O_RDONLY)
-            self._heads: dict[int, Head | None] = {}
+            self._heads: dict[int, JpegHeader | None] = {}
             for level in {0, len(self.pages) - 1}:
                 self._check(level, header)
         except BaseException:
@@ -124,14 +124,14 @@ class DirectReader:
 
     def read(self, level: int, x: int, y: int, w: int, h: int, scale: int = 1) -> np.ndarray:
         """uint8 (h, w, 3) of a level decoded at 1 / scale, in pixels of that. Raises ValueError for a bad stored tile."""
-        pixels, problem = self.assemble(
-            level, scale, (x, y, x + w, y + h), lambda row, column: self.stored(level, scale, row, column)
+        pixels, problem = self.read_region(
+            level, scale, (x, y, x + w, y + h), lambda row, column: self.decode_tile(level, scale, row, column)
         )
         if problem:
             raise ValueError(problem)
         return pixels
 
-    def assemble(self, level: int, scale: int, box: tuple[int, int, int, int], get: Get) -> tuple[np.ndarray, str]:
+    def read_region(self, level: int, scale: int, box: tuple[int, int, int, int], get: Get) -> tuple[np.ndarray, str]:
         """Put stored tiles together: uint8 (h, w, 3), and what is wrong with it ("" where nothing is).
 
         box: x0, y0, x1, y1 inside the scaled level. Where nothing is stored the background shows; where a stored tile
@@ -158,13 +158,13 @@ class DirectReader:
                 target[...] = self.background if tile is None else tile[a - top : b - top, c - left : d - left]
         return out, problem
 
-    def empty(self, level: int) -> Empty | None:
+    def sparse_tiles(self, level: int) -> SparseTiles | None:
         """The parts of a level that were not scanned; None where everything is stored."""
         page = self.pages[level]
         missing = page.counts == 0
-        return Empty(page.tile_w, page.tile_h, missing) if missing.any() else None
+        return SparseTiles(page.tile_w, page.tile_h, missing) if missing.any() else None
 
-    def in_one(self, level: int, scale: int, top: int, left: int, bottom: int, right: int) -> np.ndarray | None:
+    def decode_stack(self, level: int, scale: int, top: int, left: int, bottom: int, right: int) -> np.ndarray | None:
         """Rows and columns of stored JPEG tiles, decoded in one call at 1 / scale: uint8 (h, w, 3).
 
         None where that cannot be done, of one alone, where one is missing or torn, and at the level's right and lower edge.
@@ -188,7 +188,7 @@ class DirectReader:
         out.reshape(rows, height, columns, width * 3)[...] = by_tile.swapaxes(1, 2)
         return out
 
-    def _head(self, level: int) -> Head | None:
+    def _head(self, level: int) -> JpegHeader | None:
         """The common header of the stored tiles of a level; None where they cannot be decoded in one."""
         if level not in self._heads:
             page, found = self.pages[level], None
@@ -196,18 +196,18 @@ class DirectReader:
             with contextlib.suppress(ValueError, OSError):
                 data = os.pread(self._fd, int(page.counts[row, column]), int(page.offsets[row, column]))
                 if page.codec == "jpeg" and page.counts[row, column]:
-                    found = head_of(data, page.head[2:], len(data) - len(_body(data)))
+                    found = parse_jpeg_header(data, page.head[2:], len(data) - len(_body(data)))
             size = (page.tile_h, page.tile_w)
             self._heads[level] = found if found is not None and (found.height, found.width) == size else None
         return self._heads[level]
 
-    def stored(self, level: int, scale: int, row: int, column: int) -> np.ndarray | None:
+    def decode_tile(self, level: int, scale: int, row: int, column: int) -> np.ndarray | None:
         """One stored tile at 1 / scale: uint8 (tile_h / scale, tile_w / scale, 3), or None where nothing is stored.
 
         Raises ValueError where it cannot be decoded whole.
         """
         page = self.pages[level]
-        data = self.stream(level, row, column)
+        data = self.tile_bytes(level, row, column)
         if data is None:
             return self._from_finer(level, scale, row, column) if level and self.vendor == "aperio" else None
         tile_h, tile_w = page.tile_h // scale, page.tile_w // scale
@@ -218,7 +218,7 @@ class DirectReader:
             _repeat_edge(tile, page, scale, row, column)
         return tile
 
-    def stream(self, level: int, row: int, column: int) -> bytes | None:
+    def tile_bytes(self, level: int, row: int, column: int) -> bytes | None:
         """One stored tile as a JPEG or JPEG 2000 file of its own; None where nothing is stored.
 
         Raises ValueError where it is cut off.
@@ -260,7 +260,7 @@ class DirectReader:
             x, y = column * page.tile_w, row * page.tile_h
             w, h = min(page.tile_w, page.width - x, MOST_CHECKED_PX), min(page.tile_h, page.height - y, MOST_CHECKED_PX)
             try:
-                mine = self.stored(level, 1, row, column) if page.counts[row, column] else None
+                mine = self.decode_tile(level, 1, row, column) if page.counts[row, column] else None
             except ValueError as error:
                 problem = f"stored tile {column}, {row} of level {level}: {error}"
                 continue

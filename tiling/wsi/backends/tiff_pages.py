@@ -100,7 +100,7 @@ def is_reduction(page: Any, whole: Any) -> bool:
     return whole_w * (height - 1) < whole_h * (width + 1) and whole_h * (width - 1) < whole_w * (height + 1)
 
 
-def left_out(pages: Sequence[Any], series: Any, sizes: Sequence[tuple[int, int]]) -> str:
+def skipped_pages(pages: Sequence[Any], series: Any, sizes: Sequence[tuple[int, int]]) -> str:
     """Which pages are neither shown nor said to be reductions of what is; an empty string where there are none.
 
     series: tifffile's that is shown, whose planes are told elsewhere. sizes: width and height of the levels that are read.
@@ -130,7 +130,7 @@ def not_shown(path: Path, sizes: Sequence[tuple[int, int]]) -> str:
             size = size_of(main_page(pages))
             alike = (each for each in file.series if size_of(each.keyframe) == size and not each.keyframe.subfiletype & MASK)
             series = next(alike, file.series[0])
-            return joined(planes(series), left_out(pages, series, sizes))
+            return joined(planes(series), skipped_pages(pages, series, sizes))
     except Exception:  # tifffile has many errors of its own
         return ""
 
@@ -152,7 +152,7 @@ def planes(series: Any) -> str:
 
 
 @dataclass(frozen=True)
-class Empty:
+class SparseTiles:
     """Which stored tiles of a level hold nothing: bool (rows, columns). tile_w, tile_h: of one, in pixels of the level.
 
     cut_x, cut_y: by how many pixels the first column and row are smaller, in a level that is turned.
@@ -174,7 +174,7 @@ class Empty:
             pixels[max(a, 0) : a + self.tile_h, max(b, 0) : b + self.tile_w] = 255
 
 
-def empty_tiles(page: Any) -> Empty | None:
+def sparse_tiles_of(page: Any) -> SparseTiles | None:
     """The empty tiles or strips of a page of tifffile's, None where there are none; of its first plane, where they are apart.
 
     Those that a file does not list count as empty: some leave out the last ones.
@@ -189,7 +189,7 @@ def empty_tiles(page: Any) -> Empty | None:
         listed = np.asarray(values[: rows * columns], np.int64)
         stored[i, : len(listed)] = listed > 0
     missing = ~stored.all(axis=0)
-    return Empty(tile_w, tile_h, missing.reshape(rows, columns)) if missing.any() else None
+    return SparseTiles(tile_w, tile_h, missing.reshape(rows, columns)) if missing.any() else None
 
 
 def first_stored(page: Any) -> bytes:

@@ -15,20 +15,20 @@ from tiling.wsi.backends.base import DEPTHS_READ, as_rgb, probed
 from tiling.wsi.backends.tiff_pages import (
     MASK,
     UNSPECIFIED,
-    Empty,
+    SparseTiles,
     all_pages,
     colours_of,
-    empty_tiles,
     extras_of,
     first_stored,
     is_reduction,
     joined,
-    left_out,
     main_page,
     orientation_of,
     planes,
     says_rgb,
     size_of,
+    skipped_pages,
+    sparse_tiles_of,
 )
 from tiling.wsi.mpp import pixels_of
 
@@ -58,9 +58,9 @@ class TiffSlideReader:
             )
             pages = [level[0] for level in series.levels]
             self.orientation = _orientation(series)
-            others = left_out(all_pages(self._slide.ts_tifffile), series, self.level_dimensions)
+            others = skipped_pages(all_pages(self._slide.ts_tifffile), series, self.level_dimensions)
             self._empty = {
-                size: empty_tiles(page)
+                size: sparse_tiles_of(page)
                 for page in pages
                 if page is not None and (size := size_of(page)) in self.level_dimensions
             }
@@ -81,11 +81,11 @@ class TiffSlideReader:
         downsample = self.level_downsamples[level]
         at = (math.ceil(x * downsample), math.ceil(y * downsample))  # tiffslide rounds down to pixels of the level
         pixels = as_rgb(np.asarray(self._slide.read_region(at, level, (w, h), as_array=True))[..., self._channels])
-        if empty := self.empty(level):
+        if empty := self.sparse_tiles(level):
             empty.paint(pixels, x, y)
         return pixels
 
-    def empty(self, level: int) -> Empty | None:
+    def sparse_tiles(self, level: int) -> SparseTiles | None:
         """The parts of a level that were not scanned; None where nothing is known to be missing."""
         return self._empty.get(self.level_dimensions[level])
 

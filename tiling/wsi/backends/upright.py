@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tiling.wsi.backends.tiff_pages import ORIENTATION, Empty
+from tiling.wsi.backends.tiff_pages import ORIENTATION, SparseTiles
 
 if TYPE_CHECKING:
     from tiling.wsi.backends.base import Reader
@@ -94,14 +94,14 @@ class UprightReader:
     def expect_strips(self) -> None:
         self._stored.expect_strips()
 
-    def empty(self, level: int) -> Empty | None:
+    def sparse_tiles(self, level: int) -> SparseTiles | None:
         """The parts of a level that were not scanned; None where nothing is known to be missing."""
-        found, turn = self._stored.empty(level), self._turn
+        found, turn = self._stored.sparse_tiles(level), self._turn
         if found is None:
             return None
         width, height = self._stored.level_dimensions[level]
         cut = (-width % found.tile_w if turn.flip_x else 0), (-height % found.tile_h if turn.flip_y else 0)
-        return Empty(*turn.size(found.tile_w, found.tile_h), turn.array(found.missing), *turn.size(*cut))
+        return SparseTiles(*turn.size(found.tile_w, found.tile_h), turn.array(found.missing), *turn.size(*cut))
 
     def close(self) -> None:
         self._stored.close()

@@ -153,8 +153,8 @@ def test_a_level_is_judged_inside_the_tissue_not_at_its_edge(tmp_path: Path) -> 
     level[np.hypot(x - 1024, y - 1024) > 800] = 245
     write_every_other_pixel(tmp_path / "a.svs", level)
     with Slide.open(tmp_path / "a.svs") as slide:
-        assert slide.true_level(2.0) == 0
-        assert slide.left_out == {1}
+        assert slide.faithful_level(2.0) == 0
+        assert slide.skipped_levels == {1}
 
 
 def test_tiles_of_a_level_that_is_no_average_are_copied_only_when_it_is_asked_for(tmp_path: Path) -> None:
@@ -190,4 +190,4 @@ def test_stored_tiles_are_copied_at_an_mpp_that_is_no_round_number(tmp_path: Pat
     with SlideFile(tmp_path / "a.h5") as file:
         assert file.size_l0 == 240
     with Slide.open(tmp_path / "a.svs") as slide:
-        assert slide.view(file.size_l0 / 120, np.array([[240.0, 0, 480, 240]])).scale == 2
+        assert slide.choose_view(file.size_l0 / 120, np.array([[240.0, 0, 480, 240]])).scale == 2

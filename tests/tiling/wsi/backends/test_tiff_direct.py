@@ -214,12 +214,12 @@ def test_a_level_that_is_no_average_is_not_read(tmp_path: Path, texture: np.ndar
             )
     with Slide.open(tmp_path / "a.svs") as slide:
         assert slide.info.reader == "direct"
-        assert slide.true_level(2.0) == (1 if made == "average" else 0)
+        assert slide.faithful_level(2.0) == (1 if made == "average" else 0)
         found = slide.read_region(101, 99, 800, 800, 400, 400)
         level0 = slide.read_region(101, 99, 800, 800, 800, 800)
-        assert slide.true_level(2.0) == (1 if made == "average" else 0)
+        assert slide.faithful_level(2.0) == (1 if made == "average" else 0)
     with Slide.open(tmp_path / "a.svs", resample="pyramid") as slide:
-        assert slide.true_level(2.0) == 1
+        assert slide.faithful_level(2.0) == 1
     assert np.abs(found - area(level0, 0, 0, 800, 400)).mean() <= 2
     (outcome,) = tile([tmp_path / "a.svs"], tmp_path, 0.5, 128, tissue="none", workers=1)
     assert ("its level of 1/2 is no average of level 0, so a finer one is read" in outcome.message) == (made != "average")
@@ -274,7 +274,7 @@ def test_smaller_patches_are_area_averages(tmp_path: Path, texture: np.ndarray, 
 def test_the_decoder_scales_where_boxes_hold_whole_pixels_of_it(tmp_path: Path, texture: np.ndarray) -> None:
     with Slide.open(write(tmp_path / "a.svs", texture)) as slide:
         whole, odd = np.array([[512.0, 0, 1024, 512]]), np.array([[513.0, 0, 1025, 512]])
-        scales = [slide.view(downsample, boxes).scale for downsample in (2, 4, 8, 2.06) for boxes in (whole, odd)]
+        scales = [slide.choose_view(downsample, boxes).scale for downsample in (2, 4, 8, 2.06) for boxes in (whole, odd)]
     assert scales == [2, 1, 4, 1, 8, 2, 1, 1]
 
 
@@ -395,15 +395,15 @@ def test_threads_change_nothing_and_no_stored_tile_is_decoded_twice(
     path = write(tmp_path / "a.svs", texture)
     coords = np.array([(x, y) for y in range(0, 800, 98) for x in range(0, 1100, 98)], np.int64)
     decoded: Counter[tuple] = Counter()
-    stored = DirectReader.stored
+    stored = DirectReader.decode_tile
 
     def counted(self: DirectReader, level: int, scale: int, row: int, column: int) -> np.ndarray | None:
         decoded[level, scale, row, column] += 1
         return stored(self, level, scale, row, column)
 
     with Slide.open(path) as slide:
-        assert slide.true_scale(0, 2)  # looks at stored tiles of its own, once a slide
-        monkeypatch.setattr(DirectReader, "stored", counted)
+        assert slide.is_faithful_scale(0, 2)  # looks at stored tiles of its own, once a slide
+        monkeypatch.setattr(DirectReader, "decode_tile", counted)
         one = [tile for tile, _ in map_patches(slide, coords, 194.0, 97, lambda tile: tile)]
         assert len(decoded) == 20
         assert set(decoded.values()) == {1}
@@ -423,7 +423,7 @@ def test_patches_of_whole_stored_tiles_are_decoded_in_one_and_are_the_same(
         return [b"" if i == 6 else tile for i, tile in enumerate(tiles)]
 
     coords = np.array([(x, y) for y in (0, 512) for x in (0, 512, 1024)], np.int64)
-    whole = DirectReader.in_one
+    whole = DirectReader.decode_stack
     calls: list[bool] = []
 
     def counted(self: DirectReader, *where: int) -> np.ndarray | None:
@@ -433,9 +433,9 @@ def test_patches_of_whole_stored_tiles_are_decoded_in_one_and_are_the_same(
 
     for name, edit in (("good.svs", None), ("bad.svs", change)):
         with Slide.open(write(tmp_path / name, texture, change=edit)) as slide:
-            monkeypatch.setattr(DirectReader, "in_one", counted)
+            monkeypatch.setattr(DirectReader, "decode_stack", counted)
             in_one = list(map_patches(slide, coords, 512.0, 256, lambda tile: tile, threads=2))
-            monkeypatch.setattr(DirectReader, "in_one", lambda *_: None)
+            monkeypatch.setattr(DirectReader, "decode_stack", lambda *_: None)
             single = list(map_patches(slide, coords, 512.0, 256, lambda tile: tile))
         for (found, said), (expected, told) in zip(in_one, single, strict=True):
             np.testing.assert_array_equal(found, expected)
@@ -459,21 +459,21 @@ def test_a_job_holds_few_patches_where_they_are_large(
 
 
 def test_decoded_tiles_are_let_go_after_their_last_use(tmp_path: Path, texture: np.ndarray) -> None:
-    from tiling.wsi.level_view import cover
-    from tiling.wsi.patches import SharedTiles, uses_of_stored_tiles
+    from tiling.wsi.level_view import pixel_bounds
+    from tiling.wsi.patches import SharedTiles, count_tile_uses
 
     with Slide.open(write(tmp_path / "a.svs", texture)) as slide:
         boxes = np.array([(x, y, x + 300, y + 300) for y in (0, 250, 690) for x in (0, 150, 990, 5000)])
-        view = slide.view(1.0, boxes)
-        edges = cover(view, boxes)
+        view = slide.choose_view(1.0, boxes)
+        edges = pixel_bounds(view, boxes)
         assert isinstance(slide.reader, DirectReader)
-        uses = uses_of_stored_tiles(slide.reader, view, edges)
+        uses = count_tile_uses(slide.reader, view, edges)
         shared = SharedTiles(slide.reader, view, uses.copy())
         for around in edges.tolist():
-            slide.block(
+            slide.read_block(
                 view,
                 around,
-                lambda x, y, w, h: slide.reader.assemble(0, 1, (x, y, x + w, y + h), shared.get)[0],  # type: ignore[union-attr]
+                lambda x, y, w, h: slide.reader.read_region(0, 1, (x, y, x + w, y + h), shared.get)[0],  # type: ignore[union-attr]
             )
         assert not shared._kept
         assert (shared._left == 0).all()
@@ -506,8 +506,8 @@ def test_a_file_whose_pixels_differ_from_openslides_is_left_to_it(
     tmp_path: Path, texture: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write(tmp_path / "a.svs", texture)
-    stored = DirectReader.stored
-    monkeypatch.setattr(DirectReader, "stored", lambda *where: 255 - stored(*where))  # type: ignore[operator]
+    stored = DirectReader.decode_tile
+    monkeypatch.setattr(DirectReader, "decode_tile", lambda *where: 255 - stored(*where))  # type: ignore[operator]
     with Slide.open(path) as slide:
         assert slide.info.reader == "openslide"
         assert "grey levels away from openslide's pixels" in slide.info.reader_why
