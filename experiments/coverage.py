@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from odis_path.evaluation.bootstrap import Draws, Estimate, Judged, draw_patients, estimate_classes, estimate_mean
+from odis_path.evaluation.bootstrap import Estimate, Predictions, Resamples, estimate_classes, estimate_mean, resample_patients
 
 PATIENTS = (5, 10, 20, 40)
 LIMITS = (0.93, 0.97)
@@ -82,13 +82,15 @@ def simulate(design: Design, patients: int, rng: np.random.Generator) -> Sample:
     return Sample(y, patient, (first, second), rng.binomial(10, 1 / (1 + np.exp(-margin))) / 10)
 
 
-def estimates(sample: Sample, draws: Draws, classes: int) -> dict[str, Estimate]:
+def estimates(sample: Sample, resamples: Resamples, classes: int) -> dict[str, Estimate]:
     """Every measure of a sample, by the code that `evaluate` runs."""
     found, other = (
-        estimate_classes(sample.y, Judged(s.argmax(axis=1)[None], s[None]), draws, classes, with_auroc=s is sample.scores[0])
+        estimate_classes(
+            sample.y, Predictions(s.argmax(axis=1)[None], s[None]), resamples, classes, with_auroc=s is sample.scores[0]
+        )
         for s in sample.scores
     )
-    found["precision"] = estimate_mean(sample.precision, draws)
+    found["precision"] = estimate_mean(sample.precision, resamples)
     found["difference"] = found["balanced_accuracy"].minus(other["balanced_accuracy"])
     return found
 
@@ -98,8 +100,8 @@ def truth_of(design: Design, seed: int, patients: int = 4000, parts: int = 12) -
     total: Counter[str] = Counter()
     for part in range(parts):
         sample = simulate(design, patients, np.random.default_rng([seed, part, 1]))
-        draws = draw_patients(sample.y, sample.patient, design.classes, 0, 0)
-        for name, estimate in estimates(sample, draws, design.classes).items():
+        resamples = resample_patients(sample.y, sample.patient, design.classes, 0, 0)
+        for name, estimate in estimates(sample, resamples, design.classes).items():
             total[name] += estimate.point / parts  # type: ignore[assignment]
     return dict(total)
 
@@ -116,14 +118,14 @@ def coverage(
     for number in range(simulations):
         rng = np.random.default_rng([seed, patients, number])
         sample = simulate(design, patients, rng)
-        draws = draw_patients(sample.y, sample.patient, design.classes, samples, number)
-        if draws.single:
+        resamples = resample_patients(sample.y, sample.patient, design.classes, samples, number)
+        if resamples.single:
             continue  # no interval is given where one patient alone has a class
         if plain:
             drawn = rng.multinomial(patients, np.full(patients, 1 / patients), size=samples).astype(np.float32)
-            draws = replace(draws, weights=drawn, left_out=False, lacking=np.zeros(samples, bool))
+            resamples = replace(resamples, weights=drawn, is_jackknife=False, lacking=np.zeros(samples, bool))
         done += 1
-        for name, estimate in estimates(sample, draws, design.classes).items():
+        for name, estimate in estimates(sample, resamples, design.classes).items():
             low, high = np.nanpercentile(estimate.replicates, [2.5, 97.5]) if plain else list(estimate.interval().values())[1:]
             held[name] += low <= truth[name] <= high
     return {"simulations": done, **{name: held[name] / done for name in MEASURES}}

@@ -11,29 +11,29 @@ import numpy as np
 from annotations.errors import UserError
 from odis_path.evaluation.pixel_baselines import box_size, pixel_baselines
 from odis_path.evaluation.probes.standardise import Metric
-from odis_path.evaluation.seen_patients import Seen, who_was_seen
-from odis_path.evaluation.task import Problem
+from odis_path.evaluation.seen_patients import PretrainingOverlap, pretraining_overlap
+from odis_path.evaluation.task import EvaluationTask
 from odis_path.features.read import FeatureSet, read_features
 
 RESERVED = ("model", "majority", "rgb_mean", "texture", "box_size")
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """Features of the rows of a problem, float32 (n, d). metric: how the probes that measure distances compare them. seen:
+class Baseline:
+    """Features of the rows of a task, float32 (n, d). metric: how the probes that measure distances compare them. seen:
     which of the tested patients their encoder was pretrained on; None where there is no encoder."""
 
     name: str
     x: np.ndarray
     metric: Metric
-    seen: Seen | None = None
+    seen: PretrainingOverlap | None = None
 
 
-def candidates(
-    problem: Problem, folders: Mapping[str, Path], warnings: list[str], tell: Callable[[str], None]
-) -> Iterator[Candidate]:
+def baselines(
+    task: EvaluationTask, folders: Mapping[str, Path], warnings: list[str], tell: Callable[[str], None]
+) -> Iterator[Baseline]:
     """Every baseline that has features; what cannot be had is said in `warnings`."""
-    features = problem.features
+    features = task.features
     tell("baselines: mean colour and texture")
     found = pixel_baselines(features)
     warnings += found.warnings
@@ -41,12 +41,12 @@ def candidates(
     if features.level == "object":
         hand_made["box_size"] = box_size(features.xyxy)
     for name, x in hand_made.items():
-        yield Candidate(name, x, "euclidean")
+        yield Baseline(name, x, "euclidean")
     for name, folder in folders.items():
         tell(f"baseline: {name}")
         other = aligned_features(features, Path(folder))
-        seen = who_was_seen(problem.plan, features, other.pretraining_in(Path(folder)))
-        yield Candidate(name, other.x, "cosine", seen)
+        seen = pretraining_overlap(task.cv, features, other.pretraining_in(Path(folder)))
+        yield Baseline(name, other.x, "cosine", seen)
     if not any("random" in name.lower() or "untrained" in name.lower() for name in folders):
         warnings.append(
             "no untrained encoder stands beside the model: embed with --random-weights and add --baseline random=FOLDER"

@@ -30,7 +30,7 @@ _NO_VARIANCE = 1e-12
 
 
 @dataclass(frozen=True)
-class Judged:
+class Predictions:
     """Out-of-sample predictions of n rows in E episodes (1 for all but prototypes): pred int (E, n), scores (E, n, C)."""
 
     pred: np.ndarray
@@ -104,7 +104,7 @@ def _number(value: float) -> float | None:
 
 
 @dataclass(frozen=True)
-class Draws:
+class Resamples:
     """Samples of P patients (or of other clusters).
 
     cluster: int (n,), the patient of each row, 0..P-1. strata: int (P,): patients are drawn among those of equal number.
@@ -116,7 +116,7 @@ class Draws:
     cluster: np.ndarray
     strata: np.ndarray
     weights: np.ndarray
-    left_out: bool
+    is_jackknife: bool
     lacking: np.ndarray
     single: tuple[int, ...] = ()
 
@@ -130,7 +130,7 @@ class Draws:
         if not len(self.weights):
             return "no intervals (a single patient or other group, or --bootstrap 0)"
         where = "within their class" if self.strata.max(initial=0) > 0 else "among all"
-        how = "each left out once (jackknife)" if self.left_out else f"drawn {len(self.weights)} times (bootstrap)"
+        how = "each left out once (jackknife)" if self.is_jackknife else f"drawn {len(self.weights)} times (bootstrap)"
         return f"95 %, patients (or other groups) {how}, {where}; t quantile, score interval"
 
     def spread(self, share: np.ndarray) -> Spread:
@@ -146,7 +146,7 @@ class Draws:
         count, s1, s2 = (part[filled] for part in (count, s1, s2))
         freedom = np.maximum((count - 1) / count * s1**2 / s2, 1.0)
         df, patients = s2.sum() ** 2 / (s2**2 / freedom).sum(), s1.sum() ** 2 / s2.sum()
-        return Spread(self.strata if self.left_out else None, float(df), float(patients))
+        return Spread(self.strata if self.is_jackknife else None, float(df), float(patients))
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ class Spread:
         return total
 
 
-def draw_patients(y: np.ndarray, cluster: np.ndarray, n_classes: int, samples: int, seed: int) -> Draws:
+def resample_patients(y: np.ndarray, cluster: np.ndarray, n_classes: int, samples: int, seed: int) -> Resamples:
     """Samples of patients: within their class where each has one class and no class has one patient, else among all.
 
     y int (n,), cluster int (n,) in 0..P-1. samples: how often to draw more than FEW patients; 0: no samples.
@@ -184,17 +184,17 @@ def draw_patients(y: np.ndarray, cluster: np.ndarray, n_classes: int, samples: i
     per_class = has.sum(axis=0)
     nested = bool((has.sum(axis=1) == 1).all() and (per_class[per_class > 0] >= 2).all())
     strata = has.argmax(axis=1) if nested else np.zeros(clusters, dtype=np.int64)
-    left_out = clusters <= FEW
+    is_jackknife = clusters <= FEW
     if not samples or clusters < 2:
         weights = np.zeros((0, clusters), dtype=np.float32)
-        strata, left_out = np.zeros(clusters, dtype=np.int64), False
+        strata, is_jackknife = np.zeros(clusters, dtype=np.int64), False
     else:
-        weights = leave_out(strata) if left_out else draw_clusters(strata, samples, seed)
+        weights = jackknife_weights(strata) if is_jackknife else bootstrap_weights(strata, samples, seed)
     lacking = ((weights @ has == 0) & (per_class > 0)).any(axis=1)
-    return Draws(cluster, strata, weights, left_out, lacking, tuple(np.flatnonzero(per_class == 1).tolist()))
+    return Resamples(cluster, strata, weights, is_jackknife, lacking, tuple(np.flatnonzero(per_class == 1).tolist()))
 
 
-def leave_out(strata: np.ndarray) -> np.ndarray:
+def jackknife_weights(strata: np.ndarray) -> np.ndarray:
     """Weights float32 (P, P): line i leaves cluster i out, and the n - 1 others of its stratum weigh n / (n - 1)."""
     same = strata[:, None] == strata[None, :]
     n = same.sum(axis=1, keepdims=True)
@@ -203,7 +203,7 @@ def leave_out(strata: np.ndarray) -> np.ndarray:
     return weights.astype(np.float32)
 
 
-def draw_clusters(strata: np.ndarray, samples: int, seed: int) -> np.ndarray:
+def bootstrap_weights(strata: np.ndarray, samples: int, seed: int) -> np.ndarray:
     """Weights float32 (B, P): of the n clusters of a stratum n - 1 are drawn, each weighing n / (n - 1)."""
     rng = np.random.default_rng(seed)
     weights = np.ones((samples, len(strata)), dtype=np.float32)
@@ -224,7 +224,13 @@ def confusion_by_cluster(y: np.ndarray, pred: np.ndarray, cluster: np.ndarray, n
 
 
 def estimate_classes(
-    y: np.ndarray, judged: Judged, draws: Draws, n_classes: int, names: tuple[str, ...] = (), *, with_auroc: bool = True
+    y: np.ndarray,
+    predictions: Predictions,
+    resamples: Resamples,
+    n_classes: int,
+    names: tuple[str, ...] = (),
+    *,
+    with_auroc: bool = True,
 ) -> dict[str, Estimate]:
     """balanced_accuracy, macro_f1, accuracy and auroc with replicates; each is the mean over episodes.
 
@@ -237,58 +243,58 @@ def estimate_classes(
         "accuracy": accuracy_from_confusion,
     }
     sums: dict[str, list[tuple[float, np.ndarray]]] = {name: [] for name in scores_of}
-    for pred in judged.pred:
-        per_cluster = confusion_by_cluster(y, pred, draws.cluster, n_classes, draws.n_clusters)
+    for pred in predictions.pred:
+        per_cluster = confusion_by_cluster(y, pred, resamples.cluster, n_classes, resamples.n_clusters)
         whole = confusion_matrix(y, pred, n_classes)
         flat = per_cluster.reshape(len(per_cluster), -1)
-        samples = (draws.weights @ flat).astype(np.float64).reshape(len(draws.weights), n_classes, n_classes)
+        samples = (resamples.weights @ flat).astype(np.float64).reshape(len(resamples.weights), n_classes, n_classes)
         for name, score in scores_of.items():
             sums[name].append((float(score(whole)), score(samples)))
     if with_auroc:
-        sums["auroc"] = [(float(auroc(y, s)[0]), auroc_samples(y, s, draws)) for s in judged.scores[:AUROC_EPISODES]]
+        sums["auroc"] = [(float(auroc(y, s)[0]), auroc_samples(y, s, resamples)) for s in predictions.scores[:AUROC_EPISODES]]
     found = {}
     for name, parts in sums.items():
         point, replicates = float(np.mean([p for p, _ in parts])), np.mean([r for _, r in parts], axis=0)
         macro = name != "accuracy"
-        spread = draws.spread(_shares(y, draws, n_classes, macro=macro))
-        replicates = np.where(draws.lacking, np.nan, replicates) if macro else replicates
-        found[name] = Estimate(point, replicates, spread, _why(draws, names) if macro else "")
+        spread = resamples.spread(_shares(y, resamples, n_classes, macro=macro))
+        replicates = np.where(resamples.lacking, np.nan, replicates) if macro else replicates
+        found[name] = Estimate(point, replicates, spread, _why(resamples, names) if macro else "")
     return found
 
 
-def _shares(y: np.ndarray, draws: Draws, n_classes: int, *, macro: bool) -> np.ndarray:
+def _shares(y: np.ndarray, resamples: Resamples, n_classes: int, *, macro: bool) -> np.ndarray:
     """The share of a score that each patient makes up: float64 (P,), summing to 1. macro: every class counts the same."""
     if not macro:
-        return np.bincount(draws.cluster, minlength=draws.n_clusters) / max(1, len(y))
-    counts = np.bincount(draws.cluster * n_classes + y, minlength=draws.n_clusters * n_classes).reshape(-1, n_classes)
+        return np.bincount(resamples.cluster, minlength=resamples.n_clusters) / max(1, len(y))
+    counts = np.bincount(resamples.cluster * n_classes + y, minlength=resamples.n_clusters * n_classes).reshape(-1, n_classes)
     total = counts.sum(axis=0)
     return np.asarray((counts[:, total > 0] / total[total > 0]).mean(axis=1))
 
 
-def _why(draws: Draws, names: tuple[str, ...]) -> str:
+def _why(resamples: Resamples, names: tuple[str, ...]) -> str:
     """The reason why averages over classes have no interval; empty where they have one."""
-    if not draws.single:
+    if not resamples.single:
         return ""
-    classes = ", ".join(names[c] if names else str(c) for c in draws.single)
+    classes = ", ".join(names[c] if names else str(c) for c in resamples.single)
     return f"one patient alone has the class {classes}: how patients differ in it cannot be known"
 
 
-def auroc_samples(y: np.ndarray, scores: np.ndarray, draws: Draws) -> np.ndarray:
+def auroc_samples(y: np.ndarray, scores: np.ndarray, resamples: Resamples) -> np.ndarray:
     """AUROC of each bootstrap sample (B,): the rows are ranked once, the drawn patients are weights on them."""
-    step, weights = max(1, _CELLS // max(1, len(y))), draws.weights
-    parts = [auroc(y, scores, weights[start : start + step][:, draws.cluster]) for start in range(0, len(weights), step)]
+    step, weights = max(1, _CELLS // max(1, len(y))), resamples.weights
+    parts = [auroc(y, scores, weights[start : start + step][:, resamples.cluster]) for start in range(0, len(weights), step)]
     return np.concatenate(parts) if parts else np.zeros(0)
 
 
-def estimate_mean(values: np.ndarray, draws: Draws) -> Estimate:
+def estimate_mean(values: np.ndarray, resamples: Resamples) -> Estimate:
     """Mean over rows of values (n,) in [0, 1] with replicates; rows with NaN are left out."""
     known = ~np.isnan(values)
     if not known.any():
-        return Estimate(float("nan"), np.full(len(draws.weights), np.nan), Spread(None, 1.0, 1.0))
-    clusters = draws.n_clusters
-    rows = np.bincount(draws.cluster[known], minlength=clusters).astype(np.float64)
-    total = draws.weights @ np.bincount(draws.cluster[known], values[known], clusters)
-    count = draws.weights @ rows
-    replicates = np.divide(total, count, out=np.full(len(draws.weights), np.nan), where=count > 0)
+        return Estimate(float("nan"), np.full(len(resamples.weights), np.nan), Spread(None, 1.0, 1.0))
+    clusters = resamples.n_clusters
+    rows = np.bincount(resamples.cluster[known], minlength=clusters).astype(np.float64)
+    total = resamples.weights @ np.bincount(resamples.cluster[known], values[known], clusters)
+    count = resamples.weights @ rows
+    replicates = np.divide(total, count, out=np.full(len(resamples.weights), np.nan), where=count > 0)
     why = "the rows of one patient alone count here" if (rows > 0).sum() < 2 < clusters else ""
-    return Estimate(float(values[known].mean()), replicates, draws.spread(rows / rows.sum()), why)
+    return Estimate(float(values[known].mean()), replicates, resamples.spread(rows / rows.sum()), why)

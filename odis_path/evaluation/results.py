@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from annotations.errors import UserError
-from odis_path.evaluation.bootstrap import Judged
-from odis_path.evaluation.task import Problem
+from odis_path.evaluation.bootstrap import Predictions
+from odis_path.evaluation.task import EvaluationTask
 from tiling.jobs.summary import Result, show_lines
 from tiling.storage.atomic import atomic_path
 
@@ -98,16 +98,16 @@ def estimate_text(value: Mapping[str, Any] | None) -> str:
     return f"{value['point']:.3f} ({value['low']:.2f} to {value['high']:.2f})"
 
 
-def write_all(out: Path, results: dict[str, Any], problem: Problem, judged: Judged) -> None:
+def write_all(out: Path, results: dict[str, Any], task: EvaluationTask, predictions: Predictions) -> None:
     """Write everything into out; results.json last, so that a folder that holds it holds all. What an earlier evaluation
     left there goes first."""
     out.mkdir(parents=True, exist_ok=True)
     for name in ("results.json", *(f"{figure}.png" for figure in FIGURES)):
         (out / name).unlink(missing_ok=True)
-    scores = class_scores(judged, problem.n_classes)
-    write_csv(out / "predictions.csv", prediction_lines(problem, judged, scores))
+    scores = class_scores(predictions, task.n_classes)
+    write_csv(out / "predictions.csv", prediction_lines(task, predictions, scores))
     write_csv(out / "table.csv", table_lines(results))
-    draw_figures(out, results, problem.y[problem.tested], scores)
+    draw_figures(out, results, task.y[task.tested], scores)
     with atomic_path(out / "results.json") as path:
         path.write_text(json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
@@ -118,19 +118,19 @@ def write_csv(path: Path, lines: Iterable[list[Any]]) -> None:
         csv.writer(file).writerows(lines)
 
 
-def class_scores(judged: Judged, n_classes: int) -> np.ndarray:
+def class_scores(predictions: Predictions, n_classes: int) -> np.ndarray:
     """Scores (t, C) of the judged rows: those of the only episode, or the share of episodes that said the class."""
-    if len(judged.pred) == 1:
-        return judged.scores[0]
-    return np.stack([(judged.pred == c).mean(axis=0) for c in range(n_classes)], axis=1)
+    if len(predictions.pred) == 1:
+        return predictions.scores[0]
+    return np.stack([(predictions.pred == c).mean(axis=0) for c in range(n_classes)], axis=1)
 
 
-def prediction_lines(problem: Problem, judged: Judged, scores: np.ndarray) -> Iterator[list[Any]]:
+def prediction_lines(task: EvaluationTask, predictions: Predictions, scores: np.ndarray) -> Iterator[list[Any]]:
     """Each judged row: where it is, truth, prediction (of several episodes the commonest), fold, score of each class."""
-    rows, names = problem.tested, problem.names
-    features = problem.features.take(rows)
-    truth, fold = problem.y[rows], problem.plan.fold[rows]
-    predicted = judged.pred[0] if len(judged.pred) == 1 else scores.argmax(axis=1)
+    rows, names = task.tested, task.names
+    features = task.features.take(rows)
+    truth, fold = task.y[rows], task.cv.fold[rows]
+    predicted = predictions.pred[0] if len(predictions.pred) == 1 else scores.argmax(axis=1)
     yield ["slide_id", "patient_id", "x", "y", "object", "label", "predicted", "fold", *(f"score {name}" for name in names)]
     for i in range(len(rows)):
         yield [

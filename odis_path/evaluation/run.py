@@ -13,8 +13,8 @@ from typing import Any, get_args
 import numpy as np
 
 from annotations.errors import UserError
-from odis_path.evaluation.baselines import candidates, check_names
-from odis_path.evaluation.bootstrap import Estimate, Judged, estimate_classes, estimate_mean
+from odis_path.evaluation.baselines import baselines, check_names
+from odis_path.evaluation.bootstrap import Estimate, Predictions, estimate_classes, estimate_mean
 from odis_path.evaluation.metrics import confusion_matrix, f1_scores, precisions, recalls
 from odis_path.evaluation.probes.classifiers import (
     C_GRID,
@@ -27,10 +27,10 @@ from odis_path.evaluation.probes.classifiers import (
     prototype_probe,
 )
 from odis_path.evaluation.probes.knn import TEMPERATURE, Weights
-from odis_path.evaluation.probes.retrieval import Rule, judge, measures, retrieval_table, search
+from odis_path.evaluation.probes.retrieval import Rule, measures, predict_by_vote, retrieval_table, search
 from odis_path.evaluation.probes.standardise import AUTO, CHOSEN_FROM, FITTED, STANDARDISE, Features, Metric, Standardise
 from odis_path.evaluation.results import EvaluationResult, refuse_other_results, write_all
-from odis_path.evaluation.task import Problem, prepare
+from odis_path.evaluation.task import EvaluationTask, prepare
 from tiling.storage.locks import sweep
 
 FORMAT = "odis-path-results"
@@ -68,14 +68,14 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class ProbeReport:
     """Estimates by measure, the predictions they rest on, and what the probe has to tell beside."""
 
     estimates: dict[str, Estimate]
-    judged: Judged
+    predictions: Predictions
     extra: dict[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
-    hows: tuple[Standardise, ...] = ()  # what each round did to the features
+    hows: tuple[Standardise, ...] = ()  # of each outer fold
     per_how: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -116,29 +116,29 @@ def evaluate(
     check_names(folders)
     sweep(Path(out))
     tell("reading embeddings")
-    problem = prepare(
+    task = prepare(
         Path(feats), labels, probe=probe, groups=groups, level=level, split=split, folds=folds, seed=seed,
         bootstrap=bootstrap, max_rows=max_rows,
     )  # fmt: skip
     if not overwrite:
-        refuse_other_results(Path(out), problem.features.encoder)
+        refuse_other_results(Path(out), task.features.encoder)
     tell(f"{probe} probe of the model")
-    model = run_probe(problem, problem.features.x, "cosine", settings, full=True)
-    warnings = [*problem.warnings, *standardise_warnings(problem, settings), *model.warnings]
-    beside = {"majority": compare(model, majority(problem, settings))}
-    for one in candidates(problem, folders, warnings, tell):
+    model = run_probe(task, task.features.x, "cosine", settings, full=True)
+    warnings = [*task.warnings, *standardise_warnings(task, settings), *model.warnings]
+    beside = {"majority": compare(model, majority(task, settings))}
+    for one in baselines(task, folders, warnings, tell):
         tell(f"{probe} probe of {one.name}")
-        verdict = run_probe(problem, one.x, one.metric, settings)
-        warnings += [f"{one.name}: {text}" for text in verdict.warnings]
-        beside[one.name] = compare(model, verdict) | ({"pretraining": one.seen.results()} if one.seen else {})
-    results = describe(problem, settings, model)
+        report = run_probe(task, one.x, one.metric, settings)
+        warnings += [f"{one.name}: {text}" for text in report.warnings]
+        beside[one.name] = compare(model, report) | ({"pretraining": one.seen.results()} if one.seen else {})
+    results = describe(task, settings, model)
     results["baselines"] = beside
     results["warnings"] = list(dict.fromkeys(warnings))
     results["settings"] |= {
         "features": str(feats), "labels": str(labels), "folds": folds, "bootstrap": bootstrap, "max_rows": max_rows,
         "split": None if split is None else str(split), "baselines": {name: str(folder) for name, folder in folders.items()},
     }  # fmt: skip
-    write_all(Path(out), results, problem, model.judged)
+    write_all(Path(out), results, task, model.predictions)
     return EvaluationResult(results, Path(out))
 
 
@@ -157,11 +157,11 @@ def _settings(probe: str, k: Sequence[int], weights: str, seed: int, max_rows: i
     return Settings(probe, ks, weights, seed, standardise=standardise)  # type: ignore[arg-type]
 
 
-def standardise_warnings(problem: Problem, settings: Settings) -> list[str]:
+def standardise_warnings(task: EvaluationTask, settings: Settings) -> list[str]:
     """Warnings about the standardising of features. Raises UserError where nothing would be left of them."""
     (how, *others), told = settings.hows, []
     if how == "centre-slide":
-        counts = np.bincount(problem.slide)
+        counts = np.bincount(task.slide)
         single = int((counts == 1).sum())
         if single == len(counts):
             raise UserError("--standardise centre-slide: every slide has one judged row, of which nothing would be left")
@@ -172,27 +172,27 @@ def standardise_warnings(problem: Problem, settings: Settings) -> list[str]:
             told.append(f"centre-slide: nothing is left of the only judged row of {single} slides")
     if settings.probe == "linear" and settings.standardise == "none":
         told.append("--standardise none: the linear probe standardises its features all the same, in every training fold")
-    if settings.probe == "retrieval" and how in FITTED and problem.plan.n_folds == 1 and not others:
+    if settings.probe == "retrieval" and how in FITTED and task.cv.n_folds == 1 and not others:
         told.append(f"{how}: fitted on all judged rows, without their labels")
     return told
 
 
-def run_probe(problem: Problem, x: np.ndarray, metric: Metric, settings: Settings, *, full: bool = False) -> Verdict:
+def run_probe(task: EvaluationTask, x: np.ndarray, metric: Metric, settings: Settings, *, full: bool = False) -> ProbeReport:
     """Judge one set of features. full: with everything that is told of the model only."""
     if settings.probe == "retrieval":
-        return _retrieve(problem, x, metric, settings, full=full)
-    y, plan, n, features = problem.y, problem.plan, problem.n_classes, Features(x, metric, problem.slide)
+        return _retrieve(task, x, metric, settings, full=full)
+    y, cv, n, features = task.y, task.cv, task.n_classes, Features(x, metric, task.slide)
     if settings.probe == "knn":
-        found = knn_probe(features, y, plan, n, ks=settings.ks, weights=settings.weights, hows=settings.hows)
+        found = knn_probe(features, y, cv, n, ks=settings.ks, weights=settings.weights, hows=settings.hows)
         extra = {"per_k": {str(int(k)): score for k, score in found.per_setting.items()}, **_chosen(found, "chosen_k")}
     elif settings.probe == "linear":
-        found = linear_probe(features, y, plan, n, how=settings.hows[0])
+        found = linear_probe(features, y, cv, n, how=settings.hows[0])
         extra = {"per_C": {f"{c:g}": score for c, score in found.per_setting.items()}, **_chosen(found, "chosen_C")}
     else:
-        found = prototype_probe(features, y, plan, n, episodes=settings.episodes, seed=settings.seed, hows=settings.hows)
+        found = prototype_probe(features, y, cv, n, episodes=settings.episodes, seed=settings.seed, hows=settings.hows)
         extra = {"per_shots": {str(s): _spread(values) for s, values in found.per_shots.items()}}
-    estimates = _estimate(problem, found.judged, with_auroc=full)
-    return Verdict(estimates, found.judged, extra, found.warnings, found.hows, found.per_how)
+    estimates = _estimate(task, found.predictions, with_auroc=full)
+    return ProbeReport(estimates, found.predictions, extra, found.warnings, found.hows, found.per_how)
 
 
 def _chosen(found: ProbeResult, name: str) -> dict[str, Any]:
@@ -209,63 +209,61 @@ def _spread(values: np.ndarray) -> dict[str, float]:
     return {"mean": float(values.mean()), "sd": spread, "p5": float(low), "p95": float(high), "episodes": len(values)}
 
 
-def _estimate(problem: Problem, judged: Judged, *, with_auroc: bool) -> dict[str, Estimate]:
-    return estimate_classes(
-        problem.y[problem.tested], judged, problem.draws, problem.n_classes, problem.names, with_auroc=with_auroc
-    )
+def _estimate(task: EvaluationTask, predictions: Predictions, *, with_auroc: bool) -> dict[str, Estimate]:
+    return estimate_classes(task.y[task.tested], predictions, task.resamples, task.n_classes, task.names, with_auroc=with_auroc)
 
 
-def _retrieve(problem: Problem, x: np.ndarray, metric: Metric, settings: Settings, *, full: bool) -> Verdict:
+def _retrieve(task: EvaluationTask, x: np.ndarray, metric: Metric, settings: Settings, *, full: bool) -> ProbeReport:
     """Every tested row asks the rows of other groups (with a split: those on the other sides)."""
-    y, n, queries, ks = problem.y, problem.n_classes, problem.tested, settings.ks
-    gallery = queries if len(problem.plan.rounds[0].inner) == 0 and problem.plan.n_folds == 1 else _others(problem)
+    y, n, queries, ks = task.y, task.n_classes, task.tested, settings.ks
+    gallery = queries if len(task.cv.outer_folds[0].inner) == 0 and task.cv.n_folds == 1 else _others(task)
     how = settings.hows[0]
-    space = Features(x, metric, problem.slide).space(how, gallery)
-    rules = {"other groups": (Rule("other groups", (problem.group,)), gallery)}
+    space = Features(x, metric, task.slide).space(how, gallery)
+    rules = {"other groups": (Rule("other groups", (task.group,)), gallery)}
     if full:
-        rules["same slide"] = (Rule("same slide", (), within=problem.slide), queries)
-        if problem.site is not None:
-            rules["other sites"] = (Rule("other sites", (problem.group, problem.site)), gallery)
+        rules["same slide"] = (Rule("same slide", (), within=task.slide), queries)
+        if task.site is not None:
+            rules["other sites"] = (Rule("other sites", (task.group, task.site)), gallery)
     tables = {}
     for name, (rule, there) in rules.items():
         hits = search(space, y, queries, there, max(ks), rule)
-        tables[name] = retrieval_table(hits, y, problem.names, ks, problem.draws) if full else {}
+        tables[name] = retrieval_table(hits, y, task.names, ks, task.resamples) if full else {}
         if name == "other groups":
             main = hits
     k = settings.headline_k
-    judged = judge(main, y, n, k)
-    estimates = _estimate(problem, judged, with_auroc=False)
+    predictions = predict_by_vote(main, y, n, k)
+    estimates = _estimate(task, predictions, with_auroc=False)
     for name, values in measures(main, y, k).items():
-        estimates[f"{name}@{k}"] = estimate_mean(values, problem.draws)
+        estimates[f"{name}@{k}"] = estimate_mean(values, task.resamples)
     told: tuple[str, ...] = ()
     bare = int((main.relevant == 0).sum())
     if bare:
         told = (
             f"{bare} of {len(queries)} queries have no row of their class in another group: precision, hit, map leave them out",
         )
-    return Verdict(estimates, judged, {"retrieval": tables, "headline_k": k}, told, (how,))
+    return ProbeReport(estimates, predictions, {"retrieval": tables, "headline_k": k}, told, (how,))
 
 
-def _others(problem: Problem) -> np.ndarray:
+def _others(task: EvaluationTask) -> np.ndarray:
     """Rows that are not tested, of a given split."""
-    used = np.flatnonzero(problem.plan.fold >= 0)
-    return np.setdiff1d(used, problem.tested)
+    used = np.flatnonzero(task.cv.fold >= 0)
+    return np.setdiff1d(used, task.tested)
 
 
-def majority(problem: Problem, settings: Settings) -> Verdict:
+def majority(task: EvaluationTask, settings: Settings) -> ProbeReport:
     """Always the commonest class: of the training rows, or in retrieval of the rows that may answer."""
-    if settings.probe != "retrieval" or problem.plan.n_folds > 1:
-        judged = majority_probe(problem.y, problem.plan, problem.n_classes).judged
-        return Verdict(_estimate(problem, judged, with_auroc=False), judged)
-    codes = np.unique(problem.group, return_inverse=True)[1]
-    per_group = np.zeros((codes.max() + 1, problem.n_classes))
-    np.add.at(per_group, (codes, problem.y), 1)
+    if settings.probe != "retrieval" or task.cv.n_folds > 1:
+        predictions = majority_probe(task.y, task.cv, task.n_classes).predictions
+        return ProbeReport(_estimate(task, predictions, with_auroc=False), predictions)
+    codes = np.unique(task.group, return_inverse=True)[1]
+    per_group = np.zeros((codes.max() + 1, task.n_classes))
+    np.add.at(per_group, (codes, task.y), 1)
     rest = per_group.sum(axis=0) - per_group[codes]
-    judged = Judged(rest.argmax(axis=1)[None], rest[None])
-    return Verdict(_estimate(problem, judged, with_auroc=False), judged)
+    predictions = Predictions(rest.argmax(axis=1)[None], rest[None])
+    return ProbeReport(_estimate(task, predictions, with_auroc=False), predictions)
 
 
-def compare(model: Verdict, other: Verdict) -> dict[str, Any]:
+def compare(model: ProbeReport, other: ProbeReport) -> dict[str, Any]:
     """A baseline's scores, and the paired difference model - baseline of balanced accuracy."""
     found: dict[str, Any] = {name: estimate.interval() for name, estimate in other.estimates.items()}
     found["standardise"] = other.how
@@ -273,41 +271,41 @@ def compare(model: Verdict, other: Verdict) -> dict[str, Any]:
     return found
 
 
-def describe(problem: Problem, settings: Settings, model: Verdict) -> dict[str, Any]:
+def describe(task: EvaluationTask, settings: Settings, model: ProbeReport) -> dict[str, Any]:
     """Everything results.json says of the model and the data."""
-    features, tested = problem.features, problem.tested
-    counts = sum(confusion_matrix(problem.y[tested], pred, problem.n_classes) for pred in model.judged.pred)
-    confusion = np.asarray(counts) / len(model.judged.pred)
+    features, tested = task.features, task.tested
+    counts = sum(confusion_matrix(task.y[tested], pred, task.n_classes) for pred in model.predictions.pred)
+    confusion = np.asarray(counts) / len(model.predictions.pred)
     chosen = model.extra.get("chosen_k", model.extra.get("headline_k"))
-    trained = np.flatnonzero(problem.plan.fold >= 0)
+    trained = np.flatnonzero(task.cv.fold >= 0)
     return {
         "format": FORMAT, "format_version": 1, "probe": settings.probe, "level": features.level, "mode": features.mode,
         "encoder": features.encoder, "mpp": features.mpp if np.isfinite(features.mpp) else None,
-        "labels": list(problem.names), "n": len(tested), "n_patients": problem.n_patients,
-        "n_groups": problem.draws.n_clusters, "groups": problem.groups, "split": problem.plan.name,
+        "labels": list(task.names), "n": len(tested), "n_patients": task.n_patients,
+        "n_groups": task.resamples.n_clusters, "groups": task.groups, "split": task.cv.name,
         "headline": {name: estimate.interval() for name, estimate in model.estimates.items()},
-        "confusion": (confusion.astype(int) if len(model.judged.pred) == 1 else confusion.round(2)).tolist(),
-        "per_class": _per_class(confusion, problem, model.judged), **model.extra,
+        "confusion": (confusion.astype(int) if len(model.predictions.pred) == 1 else confusion.round(2)).tolist(),
+        "per_class": _per_class(confusion, task, model.predictions), **model.extra,
         "standardise": {
             "asked": settings.standardise, "chosen": model.how, "per_round": list(model.hows), "inner_scores": model.per_how,
         },
-        "pretraining": problem.seen.results(),
+        "pretraining": task.seen.results(),
         "settings": {
             "k": chosen, "ks": list(settings.ks), "weights": settings.weights, "temperature": TEMPERATURE,
             "C_grid": list(C_GRID), "max_iter": MAX_ITER, "shots": list(SHOTS), "episodes": settings.episodes,
-            "seed": settings.seed, "rows_used": len(trained), "interval": problem.draws.method,
-            "samples": len(problem.draws.weights), "samples_lacking_a_class": int(problem.draws.lacking.sum()),
+            "seed": settings.seed, "rows_used": len(trained), "interval": task.resamples.method,
+            "samples": len(task.resamples.weights), "samples_lacking_a_class": int(task.resamples.lacking.sum()),
         },
-        "data_sha256": problem.sha256(), "software": software(),
+        "data_sha256": task.sha256(), "software": software(),
     }  # fmt: skip
 
 
-def _per_class(confusion: np.ndarray, problem: Problem, judged: Judged) -> list[dict[str, Any]]:
+def _per_class(confusion: np.ndarray, task: EvaluationTask, predictions: Predictions) -> list[dict[str, Any]]:
     """Rows and groups of each class, and its scores; no_interval flags a class that one group alone has."""
-    y, cluster = problem.y[problem.tested], problem.draws.cluster
-    groups = [len(np.unique(cluster[y == c])) for c in range(problem.n_classes)]
-    right = (judged.pred == y).mean(axis=0)
-    found = [estimate_mean(np.where(y == c, right, np.nan), problem.draws).interval() for c in range(problem.n_classes)]
+    y, cluster = task.y[task.tested], task.resamples.cluster
+    groups = [len(np.unique(cluster[y == c])) for c in range(task.n_classes)]
+    right = (predictions.pred == y).mean(axis=0)
+    found = [estimate_mean(np.where(y == c, right, np.nan), task.resamples).interval() for c in range(task.n_classes)]
     columns = {"recall": recalls(confusion), "precision": precisions(confusion), "f1": f1_scores(confusion)}
     return [
         {
@@ -318,7 +316,7 @@ def _per_class(confusion: np.ndarray, problem: Problem, judged: Judged) -> list[
             "no_interval": found[i].get("why", ""),
             **{key: None if np.isnan(values[i]) else float(values[i]) for key, values in columns.items()},
         }
-        for i, name in enumerate(problem.names)
+        for i, name in enumerate(task.names)
     ]
 
 

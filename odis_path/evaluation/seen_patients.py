@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 
 from annotations.errors import UserError
-from odis_path.evaluation.splits import SIDES, Plan, Split, shorten, split_of_rows
+from odis_path.evaluation.splits import SIDES, CrossValidation, Split, shorten, split_of_rows
 from odis_path.features.pretraining import Pretraining
 from odis_path.features.read import FeatureSet
 from odis_path.tables import alike, spell_alike
 
 
 @dataclass(frozen=True)
-class Fold:
+class FoldOverlap:
     """fold: its numbers in predictions.csv. tested and seen: how many patients."""
 
     fold: tuple[int, ...]
@@ -24,9 +24,9 @@ class Fold:
 
 
 @dataclass(frozen=True)
-class Seen:
+class PretrainingOverlap:
     """unit: what is counted, patients, or slides where no patient is known, or both. tested, seen, held_out: how many were
-    judged, how many of them the encoder was trained on, how many the run kept out. folds: the same by round. near: tested
+    judged, how many of them the encoder was trained on, how many the run kept out. folds: the same by outer fold. near: tested
     patients not seen, beside those seen that may be the same."""
 
     pretraining: Pretraining
@@ -34,7 +34,7 @@ class Seen:
     tested: int
     seen: int
     held_out: int
-    folds: tuple[Fold, ...]
+    folds: tuple[FoldOverlap, ...]
     near: tuple[tuple[str, ...], ...] = ()
 
     @property
@@ -81,7 +81,7 @@ class Seen:
         return told
 
 
-def who_was_seen(plan: Plan, features: FeatureSet, pretraining: Pretraining) -> Seen:
+def pretraining_overlap(cv: CrossValidation, features: FeatureSet, pretraining: Pretraining) -> PretrainingOverlap:
     """Count by patient_id, and by slide_id where there is none or the slide itself was trained on."""
     slides = {slide.slide_id for slide in pretraining.slides if slide.seen}
     patients = {slide.patient_id for slide in pretraining.slides if slide.seen} - {""}
@@ -96,15 +96,15 @@ def who_was_seen(plan: Plan, features: FeatureSet, pretraining: Pretraining) -> 
         return tested, seen, held - seen
 
     folds = []
-    for r in plan.rounds:
-        tested, seen, _ = count(plan.rows(r.test))
-        folds.append(Fold(r.test, len(tested), len(seen)))
-    tested, seen, held = count(plan.tested)
+    for outer in cv.outer_folds:
+        tested, seen, _ = count(cv.rows(outer.test))
+        folds.append(FoldOverlap(outer.test, len(tested), len(seen)))
+    tested, seen, held = count(cv.tested)
     bare = sum(1 for patient, _ in tested if not patient)
     unit = "patients" if not bare else "slides" if bare == len(tested) else "patients (slides where none is known)"
     fresh = {patient for patient, _ in tested - seen} - {""}
     near = [group for group in alike(fresh | patients, ids=True) if fresh & set(group) and patients & set(group)]
-    return Seen(pretraining, unit, len(tested), len(seen), len(held), tuple(folds), tuple(map(tuple, near)))
+    return PretrainingOverlap(pretraining, unit, len(tested), len(seen), len(held), tuple(folds), tuple(map(tuple, near)))
 
 
 def split_of_run(pretraining: Pretraining) -> Split:

@@ -18,7 +18,7 @@ INNER_FOLDS = 4
 
 
 @dataclass(frozen=True)
-class Round:
+class OuterFold:
     """Fold numbers: fit on `train`, judge `test`. inner: (validation folds, training folds) to choose k or C by."""
 
     test: tuple[int, ...]
@@ -27,11 +27,11 @@ class Round:
 
 
 @dataclass(frozen=True)
-class Plan:
+class CrossValidation:
     """fold int (n,): the fold of each row, -1 for rows left out; no group is in two folds. `name` tells what was done."""
 
     fold: np.ndarray
-    rounds: tuple[Round, ...]
+    outer_folds: tuple[OuterFold, ...]
     name: str
     warnings: tuple[str, ...] = ()
 
@@ -46,7 +46,7 @@ class Plan:
     @property
     def tested(self) -> np.ndarray:
         """Row numbers that are judged, each once, in ascending order."""
-        return self.rows(tuple(f for r in self.rounds for f in r.test))
+        return self.rows(tuple(f for outer in self.outer_folds for f in outer.test))
 
 
 def group_codes(groups: str, patient_id: np.ndarray, slide_id: np.ndarray, where: str) -> np.ndarray:
@@ -71,7 +71,7 @@ def shorten(ids: list[str], limit: int = 5) -> str:
     return ", ".join(ids[:limit]) + more
 
 
-def cross_validation(y: np.ndarray, group: np.ndarray, folds: int, seed: int, groups: str) -> Plan:
+def cross_validation(y: np.ndarray, group: np.ndarray, folds: int, seed: int, groups: str) -> CrossValidation:
     """Every row is judged once, by a model that saw no row of its group; k or C chosen on the remaining folds in turn.
 
     y int (n,), group int (n,). Raises UserError for fewer than two groups.
@@ -93,18 +93,18 @@ def cross_validation(y: np.ndarray, group: np.ndarray, folds: int, seed: int, gr
     used = fold.max() + 1
     name = f"{used}-fold by {groups}" if groups != "none" else f"{used}-fold of single rows, patients not kept apart"
     if used == 2:
-        fold, rounds = _two_folds(y, group, fold, seed)
+        fold, outer_folds = _two_folds(y, group, fold, seed)
     else:
-        rounds = tuple(_leave_out(f, tuple(g for g in range(used) if g != f)) for f in range(used))
-    return Plan(fold, rounds, name, tuple(warnings))
+        outer_folds = tuple(_outer_fold(f, tuple(g for g in range(used) if g != f)) for f in range(used))
+    return CrossValidation(fold, outer_folds, name, tuple(warnings))
 
 
-def _leave_out(test: int, train: tuple[int, ...]) -> Round:
+def _outer_fold(test: int, train: tuple[int, ...]) -> OuterFold:
     inner = tuple(((g,), tuple(h for h in train if h != g)) for g in train) if len(train) > 1 else ()
-    return Round((test,), train, inner)
+    return OuterFold((test,), train, inner)
 
 
-def _two_folds(y: np.ndarray, group: np.ndarray, fold: np.ndarray, seed: int) -> tuple[np.ndarray, tuple[Round, ...]]:
+def _two_folds(y: np.ndarray, group: np.ndarray, fold: np.ndarray, seed: int) -> tuple[np.ndarray, tuple[OuterFold, ...]]:
     """Halve both folds again, so that there is something to choose by."""
     fine = np.empty_like(fold)
     for f in range(2):
@@ -114,15 +114,15 @@ def _two_folds(y: np.ndarray, group: np.ndarray, fold: np.ndarray, seed: int) ->
     # A half that could not be halved again leaves a gap in the numbers.
     numbers, fine = np.unique(fine, return_inverse=True)
     sides = [tuple(int(i) for i in np.flatnonzero(numbers // 2 == f)) for f in range(2)]
-    rounds = tuple(
-        Round(
+    outer_folds = tuple(
+        OuterFold(
             sides[t],
             sides[1 - t],
             tuple(((g,), tuple(h for h in sides[1 - t] if h != g)) for g in sides[1 - t]) if len(sides[1 - t]) > 1 else (),
         )
         for t in range(2)
     )
-    return fine.astype(np.int64), rounds
+    return fine.astype(np.int64), outer_folds
 
 
 def grouped_folds(y: np.ndarray, group: np.ndarray, folds: int, seed: int) -> np.ndarray:
@@ -203,7 +203,7 @@ def split_of_rows(where: str, key: str, rows: Iterable[Mapping[str, str]]) -> Sp
 
 def given_split(
     split: Split, y: np.ndarray, group: np.ndarray, patient_id: np.ndarray, slide_id: np.ndarray, seed: int
-) -> Plan:
+) -> CrossValidation:
     """The user's split. k or C is chosen on `val` where there is one, else on folds of whole groups within `train`.
 
     Rows whose id is not in the file are left out, and counted. A patient on two sides is a UserError that names the ids.
@@ -224,17 +224,17 @@ def given_split(
     fold = np.full(len(y), -1, dtype=np.int64)
     if len(val):
         fold[train], fold[val], fold[test] = 0, 1, 2
-        plan_round = Round((2,), (0,), (((1,), (0,)),))
+        outer = OuterFold((2,), (0,), (((1,), (0,)),))
     else:
         count = len(np.unique(group[train]))
         fold[train] = grouped_folds(y[train], group[train], min(INNER_FOLDS, count), seed) if count > 1 else 0
         inner = int(fold.max()) + 1
         fold[test] = inner
-        plan_round = _leave_out(inner, tuple(range(inner)))
+        outer = _outer_fold(inner, tuple(range(inner)))
     missing = sorted(set(ids[side == ""].tolist()) - {""})
     file = Path(split.where).name
     told = (f"{len(missing)} {split.key}s are not in {file} and were left out: {shorten(missing)}",) if missing else ()
-    return Plan(fold, (plan_round,), split.where, (*split.warnings, *told))
+    return CrossValidation(fold, (outer,), split.where, (*split.warnings, *told))
 
 
 def _refuse_leaks(where: str, sides_of: Mapping[str, set[str]]) -> None:
@@ -243,13 +243,13 @@ def _refuse_leaks(where: str, sides_of: Mapping[str, set[str]]) -> None:
         raise UserError(f"{where}: patients on two sides: {shorten(leaks, 10)}: put all slides of a patient on one side")
 
 
-def check_plan(plan: Plan, group: np.ndarray) -> None:
-    """ValueError where a group is in two folds, or a round trains on what it tests: a bug, never a user's mistake."""
-    used = plan.fold >= 0
-    pairs = np.unique(np.stack([group[used], plan.fold[used]], 1), axis=0)
+def check_cross_validation(cv: CrossValidation, group: np.ndarray) -> None:
+    """ValueError where a group is in two folds, or an outer fold trains on what it tests: a bug, never a user's mistake."""
+    used = cv.fold >= 0
+    pairs = np.unique(np.stack([group[used], cv.fold[used]], 1), axis=0)
     if len(np.unique(pairs[:, 0])) != len(pairs):
         raise ValueError("a group is in two folds")
-    for r in plan.rounds:
-        seen = set(r.train).union(*(set(val) | set(train) for val, train in r.inner))
-        if seen & set(r.test) or any(set(val) & set(train) for val, train in r.inner):
+    for outer in cv.outer_folds:
+        seen = set(outer.train).union(*(set(val) | set(train) for val, train in outer.inner))
+        if seen & set(outer.test) or any(set(val) & set(train) for val, train in outer.inner):
             raise ValueError("a round trains on rows it tests")

@@ -9,10 +9,19 @@ from pathlib import Path
 import numpy as np
 
 from annotations.errors import UserError
-from odis_path.evaluation.bootstrap import Draws, draw_patients
+from odis_path.evaluation.bootstrap import Resamples, resample_patients
 from odis_path.evaluation.labels import Chosen, apply_patients, choose_level, label_rows, read_labels, sites_of
-from odis_path.evaluation.seen_patients import Seen, split_of_run, who_was_seen
-from odis_path.evaluation.splits import Plan, Round, check_plan, cross_validation, given_split, group_codes, read_split, shorten
+from odis_path.evaluation.seen_patients import PretrainingOverlap, pretraining_overlap, split_of_run
+from odis_path.evaluation.splits import (
+    CrossValidation,
+    OuterFold,
+    check_cross_validation,
+    cross_validation,
+    given_split,
+    group_codes,
+    read_split,
+    shorten,
+)
 from odis_path.features.read import FeatureSet, read_features
 
 FEW_GROUPS = 10
@@ -20,9 +29,9 @@ AUTO_SPLIT = "auto"  # the split of the run that made the encoder
 
 
 @dataclass(frozen=True)
-class Problem:
+class EvaluationTask:
     """features: n labelled rows. y int (n,) into names. group int (n,): the patient (or slide, or row) that is kept on one
-    side. site: codes (n,), or None where not known. plan: folds. slide: codes (n,). draws: samples of the groups of
+    side. site: codes (n,), or None where not known. cv: folds. slide: codes (n,). resamples: samples of the groups of
     the tested rows. seen: which of these the encoder was pretrained on.
     """
 
@@ -33,14 +42,14 @@ class Problem:
     group: np.ndarray
     site: np.ndarray | None
     slide: np.ndarray
-    plan: Plan
-    draws: Draws
-    seen: Seen
+    cv: CrossValidation
+    resamples: Resamples
+    seen: PretrainingOverlap
     warnings: tuple[str, ...]
 
     @property
     def tested(self) -> np.ndarray:
-        return self.plan.tested
+        return self.cv.tested
 
     @property
     def n_classes(self) -> int:
@@ -54,7 +63,7 @@ class Problem:
     def sha256(self) -> str:
         """Hash of the embeddings, labels, groups and folds judged."""
         digest = hashlib.sha256()
-        for array in (self.features.x, self.y, self.group, self.plan.fold, self.features.coords, self.features.object):
+        for array in (self.features.x, self.y, self.group, self.cv.fold, self.features.coords, self.features.object):
             digest.update(np.ascontiguousarray(array).tobytes())
         digest.update("\0".join([*self.names, *self.features.slide_id.tolist()]).encode())
         return digest.hexdigest()
@@ -72,7 +81,7 @@ def prepare(
     seed: int,
     bootstrap: int,
     max_rows: int,
-) -> Problem:
+) -> EvaluationTask:
     """Read embeddings and labels, and say who is judged by whom. split: a CSV, or "auto" for that of the encoder's run.
 
     Raises UserError for what would make the result void.
@@ -96,82 +105,88 @@ def prepare(
     if len(classes) < 2:
         raise UserError(f"{told.where}: all {len(y)} labelled rows are {classes[0]}: two classes at least are needed")
     if sides is not None:
-        plan = given_split(sides, y, group, features.patient_id, features.slide_id, seed)
+        cv = given_split(sides, y, group, features.patient_id, features.slide_id, seed)
     elif probe == "retrieval":
-        plan = everyone_asks(group, groups)
+        cv = cross_group_retrieval(group, groups)
     else:
-        plan = cross_validation(y, group, folds, seed, groups)
-    check_plan(plan, group) if sides is not None or probe != "retrieval" else None
-    warnings += [*plan.warnings, *group_warnings(groups, features, plan), *class_warnings(classes, y, group, plan)]
+        cv = cross_validation(y, group, folds, seed, groups)
+    check_cross_validation(cv, group) if sides is not None or probe != "retrieval" else None
+    warnings += [*cv.warnings, *group_warnings(groups, features, cv), *class_warnings(classes, y, group, cv)]
     if features.mode not in ("full", ""):
         warnings.append(
             f"mode {features.mode}: the boxes were given on both sides, in training and in testing, and to the baselines"
         )
-    draws = draw_groups(y[plan.tested], group[plan.tested], len(classes), bootstrap, seed, warnings)
+    resamples = resample_groups(y[cv.tested], group[cv.tested], len(classes), bootstrap, seed, warnings)
     site = sites_of(features, told, warnings.append) if probe == "retrieval" else None
-    seen = who_was_seen(plan, features, pretraining)
+    seen = pretraining_overlap(cv, features, pretraining)
     warnings += seen.warnings(split_given=sides is not None)
     slide = np.unique(features.slide_id.astype(str), return_inverse=True)[1]
     names_of = tuple(classes.tolist())
-    return Problem(features, y, names_of, groups, group, site, slide, plan, draws, seen, tuple(warnings))
+    return EvaluationTask(features, y, names_of, groups, group, site, slide, cv, resamples, seen, tuple(warnings))
 
 
-def everyone_asks(group: np.ndarray, groups: str) -> Plan:
-    """Retrieval without a split: each row asks all rows of other groups. Nothing is fitted, so there is one round."""
+def cross_group_retrieval(group: np.ndarray, groups: str) -> CrossValidation:
+    """Retrieval without a split: each row asks all rows of other groups. Nothing is fitted, so there is one outer fold."""
     if len(np.unique(group)) < 2:
         raise UserError(
             "labels: only one group (patient or slide) has labels: retrieval asks the rows of others, two are needed"
         )
     what = groups.removesuffix("_id") if groups != "none" else "row"
-    return Plan(np.zeros(len(group), dtype=np.int64), (Round((0,), (0,), ()),), f"each row against all of every other {what}")
+    return CrossValidation(
+        np.zeros(len(group), dtype=np.int64), (OuterFold((0,), (0,), ()),), f"each row against all of every other {what}"
+    )
 
 
-def draw_groups(y: np.ndarray, group: np.ndarray, n_classes: int, bootstrap: int, seed: int, warnings: list[str]) -> Draws:
+def resample_groups(
+    y: np.ndarray, group: np.ndarray, n_classes: int, bootstrap: int, seed: int, warnings: list[str]
+) -> Resamples:
     """Samples of the groups of tested rows, y and group int (t,); none, and so no intervals, for a single group."""
     count, cluster = len(np.unique(group)), np.unique(group, return_inverse=True)[1]
     if bootstrap < 0:
         raise UserError(f"--bootstrap {bootstrap}: 1000 or more samples; 0 leaves the intervals out")
-    draws = draw_patients(y, cluster, n_classes, bootstrap, seed)
+    resamples = resample_patients(y, cluster, n_classes, bootstrap, seed)
     if count < 2:
         warnings.append("all judged rows are of one group: there is no interval, the result speaks of that one only")
-        return draws
+        return resamples
     if not bootstrap:
-        return draws
+        return resamples
     if count < FEW_GROUPS:
         warnings.append(f"intervals rest on {count} groups only: they are wide, as so few cannot tell how groups differ")
-    if bootstrap < 1000 and not draws.left_out:
+    if bootstrap < 1000 and not resamples.is_jackknife:
         warnings.append(f"--bootstrap {bootstrap}: intervals from fewer than 1000 samples are coarse")
-    lacking = int(draws.lacking.sum())
-    if lacking and not draws.single:
-        warnings.append(f"{lacking} of {len(draws.weights)} samples of groups lacked a class and were left out of intervals")
-    return draws
+    lacking = int(resamples.lacking.sum())
+    if lacking and not resamples.single:
+        warnings.append(
+            f"{lacking} of {len(resamples.weights)} samples of groups lacked a class and were left out of intervals"
+        )
+    return resamples
 
 
-def group_warnings(groups: str, features: FeatureSet, plan: Plan) -> list[str]:
+def group_warnings(groups: str, features: FeatureSet, cv: CrossValidation) -> list[str]:
     """Warnings where patients were not kept apart."""
     if groups == "patient_id":
         return []
-    used = plan.fold >= 0
+    used = cv.fold >= 0
     patients = set(features.patient_id[used].tolist()) - {""}
     what = "slides" if groups == "slide_id" else "rows"
     known = f"{len(patients)} patients are known and may be on both sides" if patients else "patients are not known"
     return [f"--groups {groups}: single {what}, not patients, were kept apart ({known}): the score may be too high"]
 
 
-def class_warnings(classes: np.ndarray, y: np.ndarray, group: np.ndarray, plan: Plan) -> list[str]:
-    """Classes that some round tests without having seen them in training."""
+def class_warnings(classes: np.ndarray, y: np.ndarray, group: np.ndarray, cv: CrossValidation) -> list[str]:
+    """Warn of classes that an outer fold tests without having seen them in training."""
     told, unseen = [], set()
-    for r in plan.rounds:
-        tested, trained = set(y[plan.rows(r.test)].tolist()), set(y[plan.rows(r.train)].tolist())
+    for outer in cv.outer_folds:
+        tested, trained = set(y[cv.rows(outer.test)].tolist()), set(y[cv.rows(outer.train)].tolist())
         unseen |= tested - trained
     if unseen:
         names = shorten([str(classes[c]) for c in sorted(unseen)])
         told.append(f"classes tested in a round that trained without them, so never found there: {names}")
-    used = plan.fold >= 0
+    used = cv.fold >= 0
     single = [str(classes[c]) for c in np.unique(y[used]) if len(np.unique(group[used & (y == c)])) == 1]
     if single:
         told.append(f"classes of a single group, which cannot be both learned and judged: {shorten(single)}")
-    judged_y, judged_group = y[plan.tested], group[plan.tested]
+    judged_y, judged_group = y[cv.tested], group[cv.tested]
     one = [str(classes[c]) for c in np.unique(judged_y) if len(np.unique(judged_group[judged_y == c])) == 1]
     if one and len(np.unique(judged_group)) > 1:
         told.append(

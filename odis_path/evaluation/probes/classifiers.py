@@ -1,6 +1,6 @@
 """The probes: k nearest neighbours, linear, prototypes. Each judges every tested row by a model that never saw its group.
 
-Settings (k, C, what is done to the features) are chosen on the inner folds of a round, never on what the round tests.
+Settings (k, C, what is done to the features) are chosen on the inner folds of an outer fold, never on what that tests.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from odis_path.evaluation.bootstrap import AUROC_EPISODES, Judged
+from odis_path.evaluation.bootstrap import AUROC_EPISODES, Predictions
 from odis_path.evaluation.metrics import balanced_accuracy
 from odis_path.evaluation.probes.knn import Weights, unit_rows, votes
 from odis_path.evaluation.probes.standardise import FITTED, WHITEN_SHARE, Features, Standardise
-from odis_path.evaluation.splits import Plan, Round
+from odis_path.evaluation.splits import CrossValidation, OuterFold
 
 C_GRID = tuple(float(c) for c in np.logspace(-4, 0, 5))
 MAX_ITER = 1000
@@ -27,14 +27,14 @@ DEFAULT_K, DEFAULT_C = 20, 1e-2
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """Predictions of the tested rows (plan.tested, in that order), and how they came about.
+    """Predictions of the tested rows (`CrossValidation.tested`, in that order), and how they came about.
 
-    per_setting: k or C -> balanced accuracy on the inner folds, mean over rounds. chosen: what each round took. hows: what
+    per_setting: k or C -> balanced accuracy on the inner folds, mean over outer folds. chosen: what each took. hows: what
     each round did to the features; per_how: the best balanced accuracy of each on the inner folds, mean over rounds.
     per_shots: shots -> balanced accuracy of each episode (prototypes only).
     """
 
-    judged: Judged
+    predictions: Predictions
     per_setting: dict[float, float] = field(default_factory=dict)
     chosen: tuple[float, ...] = ()
     hows: tuple[Standardise, ...] = ()
@@ -56,7 +56,7 @@ class ProbeResult:
 class FoldNeighbours:
     """For each row its nearest rows in each fold: similarity float32 (n, F, k), index int32 (n, F, k); -inf, -1: none.
 
-    With these, the neighbours among any union of folds are a merge of short lists: every inner and outer round of a
+    With these, the neighbours among any union of folds are a merge of short lists: every inner and outer fold of a
     nested cross-validation comes from one search.
     """
 
@@ -64,17 +64,17 @@ class FoldNeighbours:
     index: np.ndarray
 
     @staticmethod
-    def search(x: np.ndarray, plan: Plan, k: int) -> FoldNeighbours:
-        """x: float32 (n, D) of `Features.space`. Only pairs of folds that some round needs are searched."""
+    def search(x: np.ndarray, cv: CrossValidation, k: int) -> FoldNeighbours:
+        """x: float32 (n, D) of `Features.space`. Only pairs of folds that some outer fold needs are searched."""
         from sklearn.neighbors import NearestNeighbors
 
-        shape = (len(x), plan.n_folds, k)
+        shape = (len(x), cv.n_folds, k)
         similarity, index = np.full(shape, -np.inf, dtype=np.float32), np.full(shape, -1, dtype=np.int32)
-        needed = {(q, g) for r in plan.rounds for q in r.test for g in r.train}
-        needed |= {(q, g) for r in plan.rounds for val, train in r.inner for q in val for g in train}
+        needed = {(q, g) for outer in cv.outer_folds for q in outer.test for g in outer.train}
+        needed |= {(q, g) for outer in cv.outer_folds for val, train in outer.inner for q in val for g in train}
         for gallery in sorted({g for _, g in needed}):
-            there = plan.rows((gallery,))
-            asking = plan.rows(tuple(q for q, g in needed if g == gallery))
+            there = cv.rows((gallery,))
+            asking = cv.rows(tuple(q for q, g in needed if g == gallery))
             count = min(k, len(there))
             search = NearestNeighbors(n_neighbors=count, algorithm="brute").fit(x[there])
             distance, column = search.kneighbors(x[asking])
@@ -94,7 +94,7 @@ class FoldNeighbours:
 def knn_probe(
     features: Features,
     y: np.ndarray,
-    plan: Plan,
+    cv: CrossValidation,
     n_classes: int,
     *,
     ks: Sequence[int],
@@ -103,26 +103,24 @@ def knn_probe(
 ) -> ProbeResult:
     """k-NN; y int (n,). k of `ks` and what of `hows` is done to the features: those with the best inner balanced accuracy, of
     equals the first and smallest."""
-    tested = plan.tested
-    place = np.full(len(y), -1)
-    place[tested] = np.arange(len(tested))
+    tested = cv.tested
     scores = np.zeros((len(tested), n_classes))
     inner_scores: list[dict[float, float]] = []
     inner_hows: list[dict[str, float]] = []
     chosen: list[float] = []
     taken: list[Standardise] = []
     shared: dict[Standardise, FoldNeighbours] = {}  # what no training rows decide on serves all rounds
-    for r in plan.rounds:
+    for outer in cv.outer_folds:
         options: dict[Standardise, tuple[FoldNeighbours, dict[float, float]]] = {}
         for how in hows:
             fitted = how in FITTED or features.metric == "euclidean"
             if fitted or how not in shared:
-                space = features.space(how, plan.rows(r.train))
-                near = FoldNeighbours.search(space, Plan(plan.fold, (r,), "") if fitted else plan, max(ks))
+                space = features.space(how, cv.rows(outer.train))
+                near = FoldNeighbours.search(space, CrossValidation(cv.fold, (outer,), "") if fitted else cv, max(ks))
                 shared |= {} if fitted else {how: near}
             else:
                 near = shared[how]
-            options[how] = near, _choose_k(near, y, plan, r, n_classes, ks, weights)
+            options[how] = near, _choose_k(near, y, cv, outer, n_classes, ks, weights)
         how = _best_how({name: max(found.values()) for name, (_, found) in options.items() if found}, hows)
         near, found = options[how]
         k = int(_best(found)) if found else _default_k(ks)
@@ -130,12 +128,14 @@ def knn_probe(
         inner_hows.append({name: max(values.values()) for name, (_, values) in options.items() if values})
         chosen.append(k)
         taken.append(how)
-        rows = plan.rows(r.test)
-        similarity, index = near.among(rows, r.train)
-        scores[place[rows]] = votes(similarity[:, :k], y[index[:, :k]], n_classes, weights)
+        rows = cv.rows(outer.test)
+        similarity, index = near.among(rows, outer.train)
+        scores[np.searchsorted(tested, rows)] = votes(similarity[:, :k], y[index[:, :k]], n_classes, weights)
     told = () if all(inner_scores) else (f"k could not be chosen on other groups within training; {chosen[0]} was taken",)
-    judged = Judged(scores.argmax(axis=1)[None], scores[None])
-    return ProbeResult(judged, _mean_by_key(inner_scores), tuple(chosen), tuple(taken), _mean_by_key(inner_hows), warnings=told)
+    predictions = Predictions(scores.argmax(axis=1)[None], scores[None])
+    return ProbeResult(
+        predictions, _mean_by_key(inner_scores), tuple(chosen), tuple(taken), _mean_by_key(inner_hows), warnings=told
+    )
 
 
 def _best_how(scores: Mapping[Standardise, float], hows: Sequence[Standardise]) -> Standardise:
@@ -146,21 +146,25 @@ def _best_how(scores: Mapping[Standardise, float], hows: Sequence[Standardise]) 
 
 
 def _choose_k(
-    neighbours: FoldNeighbours, y: np.ndarray, plan: Plan, r: Round, n_classes: int, ks: Sequence[int], weights: Weights
+    neighbours: FoldNeighbours,
+    y: np.ndarray,
+    cv: CrossValidation,
+    outer: OuterFold,
+    n_classes: int,
+    ks: Sequence[int],
+    weights: Weights,
 ) -> dict[float, float]:
-    """k -> balanced accuracy over all inner folds of a round together; empty where there are none."""
-    truth, predictions = [], []
-    for val, train in r.inner:
-        rows = plan.rows(val)
+    """k -> balanced accuracy over all inner folds of an outer fold together; empty where there are none."""
+    truth, guesses = [], []
+    for val, train in outer.inner:
+        rows = cv.rows(val)
         similarity, index = neighbours.among(rows, train)
         truth.append(y[rows])
-        predictions.append([votes(similarity[:, :k], y[index[:, :k]], n_classes, weights).argmax(axis=1) for k in ks])
+        guesses.append([votes(similarity[:, :k], y[index[:, :k]], n_classes, weights).argmax(axis=1) for k in ks])
     if not truth:
         return {}
     together = np.concatenate(truth)
-    return {
-        k: balanced_accuracy(together, np.concatenate([part[i] for part in predictions]), n_classes) for i, k in enumerate(ks)
-    }
+    return {k: balanced_accuracy(together, np.concatenate([part[i] for part in guesses]), n_classes) for i, k in enumerate(ks)}
 
 
 def _default_k(ks: Sequence[int]) -> int:
@@ -186,7 +190,7 @@ class LinearFits:
 
     x: np.ndarray
     y: np.ndarray
-    plan: Plan
+    cv: CrossValidation
     n_classes: int
     whiten: bool = False
     fits: int = 0
@@ -207,7 +211,7 @@ class LinearFits:
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
 
-        rows = self.plan.rows(train)
+        rows = self.cv.rows(train)
         classes = np.unique(self.y[rows])
         if len(classes) < 2:
             return dict.fromkeys(grid, int(classes[0]))
@@ -246,7 +250,7 @@ class LinearFits:
 def linear_probe(
     features: Features,
     y: np.ndarray,
-    plan: Plan,
+    cv: CrossValidation,
     n_classes: int,
     *,
     how: Standardise = "zscore",
@@ -257,32 +261,30 @@ def linear_probe(
     how: whiten and centre-slide come before the scaler.
     """
     x = features.standardised("centre-slide" if how == "centre-slide" else "none", np.zeros(0, dtype=np.int64))
-    fits = LinearFits(x, y, plan, n_classes, how == "whiten")
-    tested = plan.tested
-    place = np.full(len(y), -1)
-    place[tested] = np.arange(len(tested))
+    fits = LinearFits(x, y, cv, n_classes, how == "whiten")
+    tested = cv.tested
     scores = np.zeros((len(tested), n_classes))
     inner_scores, chosen = [], []
-    for r in plan.rounds:
+    for outer in cv.outer_folds:
         found: dict[float, float] = {}
-        if r.inner:
-            rows = [plan.rows(val) for val, _ in r.inner]
+        if outer.inner:
+            rows = [cv.rows(val) for val, _ in outer.inner]
             truth = y[np.concatenate(rows)]
             for c in grid:
-                parts = [fits.scores(fits.path(train, grid)[c], q) for q, (_, train) in zip(rows, r.inner, strict=True)]
+                parts = [fits.scores(fits.path(train, grid)[c], q) for q, (_, train) in zip(rows, outer.inner, strict=True)]
                 found[c] = balanced_accuracy(truth, np.concatenate(parts).argmax(axis=1), n_classes)
         inner_scores.append(found)
         chosen.append(_best(found) if found else min(grid, key=lambda c: abs(np.log(c / DEFAULT_C))))
-        rows_tested = plan.rows(r.test)
+        rows_tested = cv.rows(outer.test)
         upto = [c for c in grid if c <= chosen[-1]]
-        scores[place[rows_tested]] = fits.scores(fits.path(r.train, upto)[chosen[-1]], rows_tested)
+        scores[np.searchsorted(tested, rows_tested)] = fits.scores(fits.path(outer.train, upto)[chosen[-1]], rows_tested)
     told: tuple[str, ...] = ()
     if not all(inner_scores):
         told += (f"C could not be chosen on other groups within training; {chosen[0]:g} was taken",)
     if fits.stopped:
         told += (f"{fits.stopped} of {fits.fits} logistic regressions had not converged after {MAX_ITER} steps",)
-    judged = Judged(scores.argmax(axis=1)[None], scores[None])
-    return ProbeResult(judged, _mean_by_key(inner_scores), tuple(chosen), (how,) * len(plan.rounds), warnings=told)
+    predictions = Predictions(scores.argmax(axis=1)[None], scores[None])
+    return ProbeResult(predictions, _mean_by_key(inner_scores), tuple(chosen), (how,) * len(cv.outer_folds), warnings=told)
 
 
 # --- prototypes
@@ -291,7 +293,7 @@ def linear_probe(
 def prototype_probe(
     features: Features,
     y: np.ndarray,
-    plan: Plan,
+    cv: CrossValidation,
     n_classes: int,
     *,
     shots: Sequence[int] = SHOTS,
@@ -301,31 +303,29 @@ def prototype_probe(
 ) -> ProbeResult:
     """SimpleShot (Wang et al. 2019): centre by the support mean, unit length, class means, nearest.
 
-    An episode draws `shots` training rows per class in every round (all of a class that has fewer) and judges all tested
+    An episode draws `shots` training rows per class in every outer fold (all of a class that has fewer) and judges all tested
     rows. The same seed draws the same rows, whatever the features. Predictions are those of the most shots, scores
     (minus the squared distance) too, of the first episodes, which the AUROC takes.
     """
-    spaces = [_prototype_space(features, y, plan, r, n_classes, hows) for r in plan.rounds]
+    spaces = [_prototype_space(features, y, cv, outer, n_classes, hows) for outer in cv.outer_folds]
     asked = []
-    for r, space in zip(plan.rounds, spaces, strict=True):
-        rows = plan.rows(r.test)
+    for outer, space in zip(cv.outer_folds, spaces, strict=True):
+        rows = cv.rows(outer.test)
         asked.append((rows, space.x[rows], (space.x[rows] ** 2).sum(axis=1)))
-    tested = plan.tested
-    place = np.full(len(y), -1)
-    place[tested] = np.arange(len(tested))
+    tested = cv.tested
     most = max(shots)
     pred = np.zeros((episodes, len(tested)), dtype=np.int64)
     scores = np.full((min(episodes, AUROC_EPISODES), len(tested), n_classes), -np.inf, dtype=np.float32)
     per_shots = {s: np.zeros(episodes) for s in shots}
     short = set()
     for episode in range(episodes):
-        orders = {n: _support_order(y, plan, r, (seed, episode, n)) for n, r in enumerate(plan.rounds)}
+        orders = {n: _support_order(y, cv, outer, (seed, episode, n)) for n, outer in enumerate(cv.outer_folds)}
         for s in shots:
             now = np.full((len(tested), n_classes), -np.inf, dtype=np.float32)
             for n, (rows, queries, squared) in enumerate(asked):
                 support = {c: order[:s] for c, order in orders[n].items()}
                 short |= {c for c in support if s == most and len(support[c]) < s}
-                now[place[rows]] = prototype_scores(
+                now[np.searchsorted(tested, rows)] = prototype_scores(
                     spaces[n].x, support, queries, n_classes, unit=features.metric == "cosine", squared=squared
                 )
             guess = now.argmax(axis=1)
@@ -339,12 +339,12 @@ def prototype_probe(
     )
     per_how = _mean_by_key([space.inner for space in spaces])
     hows_taken = tuple(space.how for space in spaces)
-    return ProbeResult(Judged(pred, scores), hows=hows_taken, per_how=per_how, per_shots=per_shots, warnings=told)
+    return ProbeResult(Predictions(pred, scores), hows=hows_taken, per_how=per_how, per_shots=per_shots, warnings=told)
 
 
 @dataclass(frozen=True)
 class _PrototypeSpace:
-    """The standardising of a round, the features (n, d) after it, and the inner balanced accuracy of each choice."""
+    """The standardising of an outer fold, the features (n, d) after it, and the inner balanced accuracy of each choice."""
 
     how: Standardise
     x: np.ndarray
@@ -352,18 +352,18 @@ class _PrototypeSpace:
 
 
 def _prototype_space(
-    features: Features, y: np.ndarray, plan: Plan, r: Round, n_classes: int, hows: Sequence[Standardise]
+    features: Features, y: np.ndarray, cv: CrossValidation, outer: OuterFold, n_classes: int, hows: Sequence[Standardise]
 ) -> _PrototypeSpace:
     """Choose by prototypes of all inner training rows; the features are near 0, which changes no distance and spares digits."""
-    train, unit = plan.rows(r.train), features.metric == "cosine"
+    train, unit = cv.rows(outer.train), features.metric == "cosine"
     inner: dict[Standardise, float] = {}
     xs = {}
     for how in hows:
         x = features.standardised(how, train) if unit else features.space(how, train)
         xs[how] = x - x[train].mean(axis=0)
         guesses, truth = [], []
-        for val, fit in r.inner if len(hows) > 1 else ():
-            rows, known = plan.rows(val), plan.rows(fit)
+        for val, fit in outer.inner if len(hows) > 1 else ():
+            rows, known = cv.rows(val), cv.rows(fit)
             support = {int(c): known[y[known] == c] for c in np.unique(y[known])}
             guesses.append(prototype_scores(xs[how], support, xs[how][rows], n_classes, unit=unit).argmax(axis=1))
             truth.append(y[rows])
@@ -373,10 +373,10 @@ def _prototype_space(
     return _PrototypeSpace(how, xs[how], inner)
 
 
-def _support_order(y: np.ndarray, plan: Plan, r: Round, seed: tuple[int, ...]) -> dict[int, np.ndarray]:
+def _support_order(y: np.ndarray, cv: CrossValidation, outer: OuterFold, seed: tuple[int, ...]) -> dict[int, np.ndarray]:
     """Training rows of each class in random order; fewer shots are the beginning of more."""
     rng = np.random.default_rng(seed)
-    rows = plan.rows(r.train)
+    rows = cv.rows(outer.train)
     return {int(c): rng.permutation(rows[y[rows] == c]) for c in np.unique(y[rows])}
 
 
@@ -408,10 +408,10 @@ def prototype_scores(
     return scores
 
 
-def majority_probe(y: np.ndarray, plan: Plan, n_classes: int) -> ProbeResult:
+def majority_probe(y: np.ndarray, cv: CrossValidation, n_classes: int) -> ProbeResult:
     """Always the commonest class of the training rows."""
-    tested = plan.tested
+    tested = cv.tested
     scores = np.zeros((len(y), n_classes))
-    for r in plan.rounds:
-        scores[plan.rows(r.test)] = np.bincount(y[plan.rows(r.train)], minlength=n_classes) / len(plan.rows(r.train))
-    return ProbeResult(Judged(scores[tested].argmax(axis=1)[None], scores[tested][None]))
+    for outer in cv.outer_folds:
+        scores[cv.rows(outer.test)] = np.bincount(y[cv.rows(outer.train)], minlength=n_classes) / len(cv.rows(outer.train))
+    return ProbeResult(Predictions(scores[tested].argmax(axis=1)[None], scores[tested][None]))

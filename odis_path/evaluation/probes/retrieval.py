@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from odis_path.evaluation.bootstrap import Draws, Judged, estimate_classes, estimate_mean
+from odis_path.evaluation.bootstrap import Predictions, Resamples, estimate_classes, estimate_mean
 from odis_path.evaluation.probes.knn import nearest, votes
 
 _CHUNK = 512
@@ -84,21 +84,23 @@ def majority_vote(hits: Hits, y: np.ndarray, n_classes: int, k: int) -> np.ndarr
     return votes(hits.similarity[:, :k], y[hits.index[:, :k]], n_classes, "majority")
 
 
-def retrieval_table(hits: Hits, y: np.ndarray, names: tuple[str, ...], ks: Sequence[int], draws: Draws) -> dict[str, Any]:
+def retrieval_table(
+    hits: Hits, y: np.ndarray, names: tuple[str, ...], ks: Sequence[int], resamples: Resamples
+) -> dict[str, Any]:
     """Every measure at every k with its interval. names: of the classes; draws: of the patients of the queries."""
     per_k = {}
     truth = y[hits.queries]
     for k in ks:
-        row = {name: estimate_mean(values, draws).interval() for name, values in measures(hits, y, k).items()}
-        judged = judge(hits, y, len(names), k)
-        found = estimate_classes(truth, judged, draws, len(names), names, with_auroc=False)
+        row = {name: estimate_mean(values, resamples).interval() for name, values in measures(hits, y, k).items()}
+        predictions = predict_by_vote(hits, y, len(names), k)
+        found = estimate_classes(truth, predictions, resamples, len(names), names, with_auroc=False)
         row["mmv_balanced_accuracy"] = found["balanced_accuracy"].interval()
         per_k[str(k)] = row
     bare = int((hits.relevant == 0).sum())
     return {"queries": len(hits.queries), "queries_without_relevant": bare, "per_k": per_k}
 
 
-def judge(hits: Hits, y: np.ndarray, n_classes: int, k: int) -> Judged:
+def predict_by_vote(hits: Hits, y: np.ndarray, n_classes: int, k: int) -> Predictions:
     """The majority vote at k as a prediction of each query."""
     scores = majority_vote(hits, y, n_classes, k)
-    return Judged(scores.argmax(axis=1)[None], scores[None])
+    return Predictions(scores.argmax(axis=1)[None], scores[None])

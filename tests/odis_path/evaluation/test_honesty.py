@@ -17,7 +17,7 @@ import pytest
 from annotations.errors import UserError
 from odis_path.evaluation.run import evaluate
 from odis_path.features.pretraining import FILE, Pretraining, Slide, kept_in_checkpoint, read_note
-from tests.odis_path.evaluation.judged import Cohort, judged_cohort  # noqa: F401  a fixture
+from tests.odis_path.evaluation.conftest import Cohort
 
 
 @pytest.fixture(autouse=True)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from odis_path.evaluation.bootstrap import draw_patients, estimate_mean
+from odis_path.evaluation.bootstrap import estimate_mean, resample_patients
 from odis_path.evaluation.metrics import auroc, balanced_accuracy, confusion_matrix, macro_f1
 from odis_path.evaluation.pixel_baselines import box_size, cut_box, grey_texture, rgb_mean
 from odis_path.evaluation.probes.classifiers import knn_probe, linear_probe, prototype_probe, prototype_scores
 from odis_path.evaluation.probes.knn import knn_scores
-from odis_path.evaluation.probes.retrieval import Rule, judge, measures, search
+from odis_path.evaluation.probes.retrieval import Rule, measures, predict_by_vote, search
 from odis_path.evaluation.probes.standardise import Features, in_space
-from odis_path.evaluation.splits import check_plan, cross_validation
+from odis_path.evaluation.splits import check_cross_validation, cross_validation
 
 RNG = np.random.default_rng(1)
 
@@ -72,22 +72,22 @@ def test_scores_of_a_case_by_hand() -> None:
 def test_bootstrap_interval_of_a_known_case() -> None:
     """400 clusters of one row each, right or wrong by a coin: the interval of a share, sqrt(p (1 - p) / n)."""
     values, one = (np.arange(400) % 4 == 0).astype(float), np.zeros(3600, int)
-    found = estimate_mean(values, draw_patients(one[:400], np.arange(400), 1, 4000, 3)).interval()
+    found = estimate_mean(values, resample_patients(one[:400], np.arange(400), 1, 4000, 3)).interval()
     half = 1.96 * np.sqrt(0.25 * 0.75 / 400)
     assert (found["point"], found["low"], found["high"]) == pytest.approx((0.25, 0.25 - half, 0.25 + half), abs=0.006)
-    doubled = estimate_mean(np.repeat(values, 9), draw_patients(one, np.repeat(np.arange(400), 9), 1, 4000, 3)).interval()
+    doubled = estimate_mean(np.repeat(values, 9), resample_patients(one, np.repeat(np.arange(400), 9), 1, 4000, 3)).interval()
     assert doubled == pytest.approx(found), "nine rows of a patient tell no more than one"
 
 
 @pytest.mark.parametrize(("n_groups", "folds"), [(2, 5), (3, 5), (7, 3), (20, 5)])
 def test_no_group_is_on_two_sides_of_any_round(n_groups: int, folds: int) -> None:
     group, y = np.repeat(np.arange(n_groups), 6), np.tile(np.arange(3), n_groups * 2)
-    plan = cross_validation(y, group, folds, 0, "patient_id")
-    check_plan(plan, group)
-    assert (plan.tested == np.arange(len(y))).all(), "every row is judged once"
-    for r in plan.rounds:
-        for a, b in ((r.test, r.train), *r.inner, *((r.test, val) for val, _ in r.inner)):
-            assert not set(group[plan.rows(a)]) & set(group[plan.rows(b)])
+    cv = cross_validation(y, group, folds, 0, "patient_id")
+    check_cross_validation(cv, group)
+    assert (cv.tested == np.arange(len(y))).all(), "every row is judged once"
+    for outer in cv.outer_folds:
+        for a, b in ((outer.test, outer.train), *outer.inner, *((outer.test, val) for val, _ in outer.inner)):
+            assert not set(group[cv.rows(a)]) & set(group[cv.rows(b)])
 
 
 def test_patient_memory_does_not_help() -> None:
@@ -95,24 +95,26 @@ def test_patient_memory_does_not_help() -> None:
     group = np.repeat(np.arange(12), 10)
     y = group % 2
     x = (RNG.normal(size=(12, 30))[group] + 0.01 * RNG.normal(size=(120, 30))).astype(np.float32)
-    plan = cross_validation(y, group, 4, 0, "patient_id")
+    cv = cross_validation(y, group, 4, 0, "patient_id")
     for result in (
-        knn_probe(Features.of(x), y, plan, 2, ks=(1, 5), weights="temperature"),
-        linear_probe(Features.of(x), y, plan, 2),
+        knn_probe(Features.of(x), y, cv, 2, ks=(1, 5), weights="temperature"),
+        linear_probe(Features.of(x), y, cv, 2),
     ):
-        assert balanced_accuracy(y, result.judged.pred[0], 2) < 0.85
+        assert balanced_accuracy(y, result.predictions.pred[0], 2) < 0.85
     alone = cross_validation(y, np.arange(120), 4, 0, "none")
-    assert balanced_accuracy(y, knn_probe(Features.of(x), y, alone, 2, ks=(1,), weights="temperature").judged.pred[0], 2) == 1
+    assert (
+        balanced_accuracy(y, knn_probe(Features.of(x), y, alone, 2, ks=(1,), weights="temperature").predictions.pred[0], 2) == 1
+    )
 
 
 def test_knn_probe_is_the_plain_search_in_every_round() -> None:
     group, y = np.repeat(np.arange(9), 8), RNG.integers(0, 3, 72)
     x = RNG.normal(size=(72, 5)).astype(np.float32)
-    plan = cross_validation(y, group, 3, 0, "patient_id")
-    result = knn_probe(Features.of(x), y, plan, 3, ks=(4,), weights="temperature")
-    for r in plan.rounds:
-        train, test = plan.rows(r.train), plan.rows(r.test)
-        assert result.judged.scores[0][test] == pytest.approx(knn_scores(x[train], y[train], x[test], 3, 4), abs=1e-4)
+    cv = cross_validation(y, group, 3, 0, "patient_id")
+    result = knn_probe(Features.of(x), y, cv, 3, ks=(4,), weights="temperature")
+    for outer in cv.outer_folds:
+        train, test = cv.rows(outer.train), cv.rows(outer.test)
+        assert result.predictions.scores[0][test] == pytest.approx(knn_scores(x[train], y[train], x[test], 3, 4), abs=1e-4)
 
 
 def test_linear_probe_says_what_did_not_converge(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,10 +134,10 @@ def test_prototypes_are_those_of_the_formula() -> None:
     plain = [[-np.sum((q - x[s].mean(0)) ** 2) for s in ([0, 1], [2, 3])] for q in x[4:]]
     assert prototype_scores(x, support, x[4:], 3, unit=False)[:, :2] == pytest.approx(np.array(plain), abs=1e-4)
     y, group = np.arange(20) % 2, np.arange(20) // 2
-    plan = cross_validation(y, group, 5, 0, "patient_id")
-    result = prototype_probe(Features.of(x), y, plan, 2, shots=(1, 4), episodes=7)
-    assert result.judged.pred.shape == (7, 20)
-    assert result.per_shots[4][3] == pytest.approx(balanced_accuracy(y, result.judged.pred[3], 2))
+    cv = cross_validation(y, group, 5, 0, "patient_id")
+    result = prototype_probe(Features.of(x), y, cv, 2, shots=(1, 4), episodes=7)
+    assert result.predictions.pred.shape == (7, 20)
+    assert result.per_shots[4][3] == pytest.approx(balanced_accuracy(y, result.predictions.pred[3], 2))
 
 
 def test_retrieval_by_hand() -> None:
@@ -150,8 +152,8 @@ def test_retrieval_by_hand() -> None:
     found = measures(hits, y, 2)
     assert (found["precision"][0], found["hit"][0], found["map"][0]) == (0.5, 1, pytest.approx((1 / 2) / 2))
     assert measures(hits, y, 4)["map"][0] == pytest.approx((1 / 2 + 2 / 3) / 2)
-    assert judge(hits, y, 2, 2).pred[0, 0] == 1, "one vote each: the nearer class"
-    assert judge(hits, y, 2, 3).pred[0, 0] == 0
+    assert predict_by_vote(hits, y, 2, 2).pred[0, 0] == 1, "one vote each: the nearer class"
+    assert predict_by_vote(hits, y, 2, 3).pred[0, 0] == 0
     same = search(in_space(x, "cosine"), y, np.array([2]), np.arange(5), 4, Rule("same", (), within=patient))
     assert np.isnan(measures(same, y, 4)["hit"][0]), "no row of its class could answer"
 

@@ -12,7 +12,7 @@ import pytest
 
 from annotations.errors import UserError
 from odis_path.evaluation.run import evaluate
-from tests.odis_path.evaluation.judged import CLASSES, Cohort, judged_cohort  # noqa: F401  a fixture
+from tests.odis_path.evaluation.conftest import CLASSES, Cohort, write_cohort
 
 KEYS = {
     "format",
@@ -34,6 +34,12 @@ KEYS = {
     "data_sha256",
     "software",
 }
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory: pytest.TempPathFactory) -> Cohort:
+    """One object in each tile, all with a class."""
+    return write_cohort(tmp_path_factory.mktemp("plain"), plain=True)
 
 
 def run(cohort: Cohort, out: Path, **options: Any) -> dict[str, Any]:

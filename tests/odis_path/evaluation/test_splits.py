@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from annotations.errors import UserError
-from odis_path.evaluation.splits import Plan, Round, check_plan, cross_validation, given_split, group_codes, read_split
+from odis_path.evaluation.splits import (
+    CrossValidation,
+    OuterFold,
+    check_cross_validation,
+    cross_validation,
+    given_split,
+    group_codes,
+    read_split,
+)
 from odis_path.tables import alike, is_missing, read_csv
 
 
@@ -17,23 +25,23 @@ from odis_path.tables import alike, is_missing, read_csv
 def test_no_patient_is_on_both_sides_of_any_round(patients: int, folds: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     group, y = rng.permutation(np.arange(300) % patients), rng.integers(0, 3, 300)
-    plan = cross_validation(y, group, folds, seed, "patient_id")
-    check_plan(plan, group)
-    for r in plan.rounds:
-        test = set(group[plan.rows(r.test)])
-        assert not test & set(group[plan.rows(r.train)])
-        for val, train in r.inner:
-            assert not set(group[plan.rows(val)]) & set(group[plan.rows(train)])
-            assert not test & set(group[plan.rows(val + train)])
-    judged = np.concatenate([plan.rows(r.test) for r in plan.rounds])
-    assert sorted(judged.tolist()) == list(range(300)), "every row is judged once"
+    cv = cross_validation(y, group, folds, seed, "patient_id")
+    check_cross_validation(cv, group)
+    for outer in cv.outer_folds:
+        test = set(group[cv.rows(outer.test)])
+        assert not test & set(group[cv.rows(outer.train)])
+        for val, train in outer.inner:
+            assert not set(group[cv.rows(val)]) & set(group[cv.rows(train)])
+            assert not test & set(group[cv.rows(val + train)])
+    predictions = np.concatenate([cv.rows(outer.test) for outer in cv.outer_folds])
+    assert sorted(predictions.tolist()) == list(range(300)), "every row is judged once"
 
 
 def test_few_rows_per_class_and_single_rows_can_be_split() -> None:
     y = np.arange(6) // 2
-    check_plan(cross_validation(y, np.arange(6), 5, 0, "none"), np.arange(6))
-    plan = cross_validation(y, np.arange(6), 5, 0, "none")
-    assert "patients not kept apart" in plan.name
+    check_cross_validation(cross_validation(y, np.arange(6), 5, 0, "none"), np.arange(6))
+    cv = cross_validation(y, np.arange(6), 5, 0, "none")
+    assert "patients not kept apart" in cv.name
 
 
 def test_one_patient_or_one_fold_is_refused() -> None:
@@ -45,11 +53,13 @@ def test_one_patient_or_one_fold_is_refused() -> None:
 
 def test_a_leaking_plan_is_noticed() -> None:
     with pytest.raises(ValueError, match="two folds"):
-        check_plan(Plan(np.array([0, 1]), (), ""), np.array([7, 7]))
+        check_cross_validation(CrossValidation(np.array([0, 1]), (), ""), np.array([7, 7]))
     with pytest.raises(ValueError, match="trains on rows it tests"):
-        check_plan(Plan(np.array([0, 1]), (Round((0,), (0, 1), ()),), ""), np.array([7, 8]))
+        check_cross_validation(CrossValidation(np.array([0, 1]), (OuterFold((0,), (0, 1), ()),), ""), np.array([7, 8]))
     with pytest.raises(ValueError, match="trains on rows it tests"):
-        check_plan(Plan(np.array([0, 1]), (Round((0,), (1,), (((0,), (1,)),)),), ""), np.array([7, 8]))
+        check_cross_validation(
+            CrossValidation(np.array([0, 1]), (OuterFold((0,), (1,), (((0,), (1,)),)),), ""), np.array([7, 8])
+        )
 
 
 IDS = np.array(["p0", "p0", "p1", "p2", "p3", "p4"], dtype=object)
@@ -57,31 +67,31 @@ SLIDES = np.array(["a", "b", "c", "d", "e", "f"], dtype=object)
 Y = np.array([0, 1, 0, 1, 0, 1])
 
 
-def split(tmp_path: Path, text: str) -> Plan:
+def split(tmp_path: Path, text: str) -> CrossValidation:
     path = tmp_path / "split.csv"
     path.write_text(text)
     group = np.unique(IDS, return_inverse=True)[1]
-    plan = given_split(read_split(path), Y, group, IDS, SLIDES, 0)
-    check_plan(plan, group)
-    return plan
+    cv = given_split(read_split(path), Y, group, IDS, SLIDES, 0)
+    check_cross_validation(cv, group)
+    return cv
 
 
 def test_the_given_split_is_honoured(tmp_path: Path) -> None:
-    plan = split(tmp_path, "patient_id,split\np0,train\np1,train\np2,val\np3,test\n")
-    (r,) = plan.rounds
-    assert plan.rows(r.test).tolist() == [4]
-    assert plan.rows(r.train).tolist() == [0, 1, 2]
-    assert plan.rows(r.inner[0][0]).tolist() == [3]
-    assert plan.fold[5] == -1
-    assert "p4" in plan.warnings[0]
+    cv = split(tmp_path, "patient_id,split\np0,train\np1,train\np2,val\np3,test\n")
+    (outer,) = cv.outer_folds
+    assert cv.rows(outer.test).tolist() == [4]
+    assert cv.rows(outer.train).tolist() == [0, 1, 2]
+    assert cv.rows(outer.inner[0][0]).tolist() == [3]
+    assert cv.fold[5] == -1
+    assert "p4" in cv.warnings[0]
 
 
 def test_without_val_the_choice_is_made_within_train(tmp_path: Path) -> None:
-    plan = split(tmp_path, "slide_id,patient_id,split\na,p0,train\nb,p0,train\nc,p1,train\nd,p2,train\ne,p3,test\nf,p4,test\n")
-    (r,) = plan.rounds
-    assert plan.rows(r.test).tolist() == [4, 5]
-    assert len(r.inner) == 3
-    assert sorted(np.concatenate([plan.rows(val) for val, _ in r.inner]).tolist()) == [0, 1, 2, 3]
+    cv = split(tmp_path, "slide_id,patient_id,split\na,p0,train\nb,p0,train\nc,p1,train\nd,p2,train\ne,p3,test\nf,p4,test\n")
+    (outer,) = cv.outer_folds
+    assert cv.rows(outer.test).tolist() == [4, 5]
+    assert len(outer.inner) == 3
+    assert sorted(np.concatenate([cv.rows(val) for val, _ in outer.inner]).tolist()) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(

@@ -5,19 +5,19 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from odis_path.evaluation.bootstrap import draw_patients
+from odis_path.evaluation.bootstrap import resample_patients
 from odis_path.evaluation.probes.retrieval import Hits, Rule, majority_vote, measures, retrieval_table, search
 from odis_path.evaluation.probes.standardise import in_space
 
 
-def problem(n: int = 90) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def labelled_points(n: int = 90) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     rng = np.random.default_rng(0)
     y = rng.integers(0, 3, n)
     return rng.normal(size=(3, 5))[y] + rng.normal(size=(n, 5)), y, rng.integers(0, 9, n)
 
 
 def test_search_is_exact_and_leaves_out_the_own_patient() -> None:
-    x, y, patient = problem()
+    x, y, patient = labelled_points()
     everyone = np.arange(len(y))
     hits = search(in_space(x, "cosine"), y, everyone, everyone, 7, Rule("other patients", (patient,)))
     unit = x / np.linalg.norm(x, axis=1, keepdims=True)
@@ -30,7 +30,7 @@ def test_search_is_exact_and_leaves_out_the_own_patient() -> None:
 
 
 def test_rules_of_slide_and_site() -> None:
-    x, y, patient = problem()
+    x, y, patient = labelled_points()
     everyone = np.arange(len(y))
     slide, site = patient * 2 + everyone % 2, patient % 2
     same = search(in_space(x, "cosine"), y, everyone, everyone, 50, Rule("same slide", (), within=slide))
@@ -58,12 +58,12 @@ def test_measures_by_hand() -> None:
 
 
 def test_queries_without_a_relevant_row_are_left_out_and_counted() -> None:
-    x, y, patient = problem()
+    x, y, patient = labelled_points()
     y = np.where(patient == 4, 3, y)
     everyone = np.arange(len(y))
     hits = search(in_space(x, "cosine"), y, everyone, everyone, 5, Rule("other patients", (patient,)))
     assert np.isnan(measures(hits, y, 5)["map"]).tolist() == (patient == 4).tolist()
-    table = retrieval_table(hits, y, ("a", "b", "c", "d"), [1, 5], draw_patients(y, patient, 4, 200, 0))
+    table = retrieval_table(hits, y, ("a", "b", "c", "d"), [1, 5], resample_patients(y, patient, 4, 200, 0))
     assert table["queries_without_relevant"] == (patient == 4).sum()
     precision = table["per_k"]["5"]["precision"]
     assert precision["point"] == pytest.approx(np.nanmean(measures(hits, y, 5)["precision"]))
