@@ -347,5 +347,5 @@ def source_of(path: Path) -> tuple[str, Path] | None:
     with suppress(UserError), open_features(path) as file:
         attrs = file.attrs()
         if attrs.get("format") == FORMAT:
-            return str(attrs["slide_id"]), Path(str(attrs["source"]))
+            return str(attrs.get("slide_id", path.stem)), Path(str(attrs["source"]))
     return None
