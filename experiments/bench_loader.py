@@ -154,7 +154,7 @@ def loader_rate(samples: TileSamples, steps: int, batch: int = 64) -> float:
     loader = iter(torch.utils.data.DataLoader(samples, batch_sampler=sampler, collate_fn=collate, num_workers=1))
     next(loader)
     begin = time.perf_counter()
-    rest = sum(len(each["tile"]) for each in loader)
+    rest = sum(len(batch.pixels) for batch in loader)
     return rest / (time.perf_counter() - begin)
 
 

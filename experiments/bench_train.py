@@ -32,7 +32,7 @@ from torch import Tensor
 
 from odis_path.config import PretrainConfig
 from odis_path.data.dataset import TileSamples
-from odis_path.data.sampler import StepSampler, collate
+from odis_path.data.sampler import Batch, StepSampler, collate
 from odis_path.distributed import Ranks, start_ranks
 from odis_path.model.layers import additive, attention_kernels
 from odis_path.model.network import Views
@@ -109,7 +109,7 @@ class Bench:
             values[name] = {**values.get(name, {}), **keys}
         return PretrainConfig.model_validate(values)
 
-    def prepare(self, **sections: dict[str, Any]) -> tuple[loop.Run, dict[str, Tensor]]:
+    def prepare(self, **sections: dict[str, Any]) -> tuple[loop.Run, Batch]:
         """A run and one collated batch of it."""
         config = self.config(**sections)
         run = loop.prepare(config, self.ranks)
@@ -143,7 +143,7 @@ class Bench:
             torch.cuda.synchronize()
 
 
-def whole_step(run: loop.Run, batch: dict[str, Tensor]) -> Callable[[], None]:
+def whole_step(run: loop.Run, batch: Batch) -> Callable[[], None]:
     """A step as training does it, without loading."""
     values = step_values(run.config, 0, run.steps_per_epoch, run.total_steps)
     loop.set_schedule(run.optimizer, values)
@@ -156,7 +156,7 @@ def whole_step(run: loop.Run, batch: dict[str, Tensor]) -> Callable[[], None]:
     return work
 
 
-def networks_alone(run: loop.Run, batch: dict[str, Tensor]) -> Callable[[], None]:
+def networks_alone(run: loop.Run, batch: Batch) -> Callable[[], None]:
     """Forward of teacher and student and backward of the student, on views that are there already."""
     with torch.no_grad():
         views: Views = make_views(batch, run.config, run.train.tile_px, run.ranks.device, compiled=run.compiled)
@@ -166,8 +166,8 @@ def networks_alone(run: loop.Run, batch: dict[str, Tensor]) -> Callable[[], None
         run.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(run.ranks.device.type, torch.bfloat16, enabled=bf16):
             with torch.no_grad():
-                run.teacher(views, with_locals=False, hide=False, patches=True)
-            out = run.wrapped(views, with_locals=True, hide=True, patches=True)
+                run.teacher(views, with_locals=False, mask_patches=False, patches=True)
+            out = run.wrapped(views, with_locals=True, mask_patches=True, patches=True)
         (out.obj.float().mean() + out.patches.float().sum()).backward()
 
     return work
@@ -193,7 +193,7 @@ def bench_sampling(bench: Bench) -> dict[str, Any]:
 
     def draw(of: TileSamples) -> None:
         for epoch, i in rows:
-            of.draw(np.random.default_rng([0, epoch, i]), of.files[0], 0, i)
+            of.sample_views(np.random.default_rng([0, epoch, i]), of.files[0], 0, i)
 
     def crop(of: TileSamples) -> None:
         with torch.no_grad():

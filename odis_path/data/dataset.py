@@ -1,4 +1,4 @@
-"""Tiles as training samples: target objects, object-aware views, patch masks, colours.
+"""Tiles as training samples: target objects, object-aware crops, patch masks, colours.
 
 A sample is a pure function of (seed, epoch, index): it does not depend on the number of workers, and a run that stops and
 goes on sees the same crops and masks.
@@ -6,19 +6,21 @@ goes on sees the same crops and masks.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from math import sqrt
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
 from annotations.errors import UserError
 from annotations.objects import Kind
-from odis_path.data import augment as colour
-from odis_path.data import block_masking as mim
-from odis_path.data import crops, targets
+from odis_path.data.augment import ColourRule, draw_colours
+from odis_path.data.block_masking import block_mask, draw_ratio
+from odis_path.data.crops import Crop, CropRule, crop_matrices, patch_masks, sample_crops, shows, visible_share
 from odis_path.data.polygon_mask import polygon_mask
-from odis_path.data.targets import Target
+from odis_path.data.targets import Target, choose_box, further_targets, noisy_boxes, tile_share, whole_tile
 from odis_path.data.tile_index import OpenSlides, TileIndex
 from tiling.slide_file.read import SlideFile
 from tiling.storage.checksums import DamagedError
@@ -26,12 +28,63 @@ from tiling.storage.checksums import DamagedError
 if TYPE_CHECKING:
     from odis_path.config import PretrainConfig
 
-Rings = list[np.ndarray]  # the outline of an object in a tile, as SlideFile.polygon gives it
-MOST_LOST = 16  # tiles in a row that cannot be read from their slide
-NO_BOXES = (np.zeros((0, 4)), None, np.zeros(0, dtype=np.int64))
+MAX_UNREADABLE = 16  # tiles in a row that cannot be read from their slide
+Array = TypeVar("Array")
 
 
-class TileSamples(torch.utils.data.Dataset[dict[str, np.ndarray]]):
+class SampledViews(NamedTuple, Generic[Array]):
+    """Everything drawn for the V = 2 + L views of a tile with K objects; stacked by `collate`, tiles come after views.
+
+    theta_*: float32 (2 or L, 2, 3), see `crop_matrices`. object_masks_*: bool (2 or L, K, N), the patches in each object, all
+    of them where the view lacks it. object_visible: bool (V, K), False there. masked_patches: bool (2, N), to be predicted.
+    colours: float32 (V, 24 or 25), see `draw_colours`. rects: int32 (V, 6), the fields of each `Crop`.
+    """
+
+    theta_global: Array
+    theta_local: Array
+    object_masks_global: Array
+    object_masks_local: Array
+    object_visible: Array
+    masked_patches: Array
+    colours: Array
+    rects: Array
+
+
+class TileSample(NamedTuple):
+    """A tile, uint8 (S, S, 3), the box of its (first) target, float64 (4,) in tile px, and its views.
+
+    unreadable: the tile of the index that this one was taken in place of, None where it could be read.
+    """
+
+    pixels: np.ndarray
+    unreadable: int | None
+    target: np.ndarray
+    views: SampledViews[np.ndarray]
+
+
+class TargetBoxes(NamedTuple):
+    """Boxes of a tile that may be targets: xyxy float64 (k, 4) in tile px, label (k,) where needed, row (k,) in /boxes."""
+
+    xyxy: np.ndarray
+    label: np.ndarray | None
+    row: np.ndarray
+
+
+NO_BOXES = TargetBoxes(np.zeros((0, 4)), None, np.zeros(0, dtype=np.int64))
+
+
+class SampledObject(NamedTuple):
+    """An object of a sample: its target, None where a tile has no further one, and its outlines, rings as in a slide file.
+
+    in_crops: the crops were drawn so that they show it.
+    """
+
+    target: Target | None
+    outlines: list[list[np.ndarray]]
+    in_crops: bool
+
+
+class TileSamples(torch.utils.data.Dataset[TileSample]):
     """Training samples: item (epoch, i) is the tile i with its views, masks and colours."""
 
     def __init__(self, index: TileIndex, config: PretrainConfig, patch_px: int) -> None:
@@ -39,191 +92,189 @@ class TileSamples(torch.utils.data.Dataset[dict[str, np.ndarray]]):
         self.config = config
         self.files = OpenSlides(index.paths)
         self.grids = (config.views.global_size // patch_px, config.views.local_size // patch_px)
-        self.rules = view_rules(config)
+        self.rules = crop_rules(config)
         self.colour_rules = colour_rules(config)
         kinds = kinds_of(config)
         self._kinds = None if len(kinds) == len(Kind) else kinds
         mean_scale = sum(config.views.global_scale) / 2
         cell = sqrt(mean_scale) * index.tile_px / self.grids[0]  # tile px a patch of a mean global crop
-        self._min_side_px = sqrt(config.target.min_patches) * cell
+        t = config.target
+        self._min_side_px = sqrt(t.min_patches) * cell
+        self._box_masks = partial(patch_masks, rule=t.mask_rule, fraction=t.mask_fraction, margin=t.mask_margin)
+        self._outline_mask = partial(polygon_mask, rule=t.mask_rule, fraction=t.mask_fraction, margin=t.mask_margin)
 
     def __len__(self) -> int:
         return len(self.index)
 
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, np.ndarray]:
+    def __getitem__(self, key: tuple[int, int]) -> TileSample:
         epoch, i = key
         rng = np.random.default_rng([self.config.run.seed, epoch, i])
-        found, pixels = self._readable(i)
-        slide, row = int(self.index.slide[found]), int(self.index.row[found])
-        lost = np.array(-1 if found == i else i, dtype=np.int64)
-        return {"tile": pixels, "lost": lost, **self.draw(rng, self.files[slide], slide, row)}
+        readable, pixels = self._read_tile_or_next(i)
+        slide, row = int(self.index.slide[readable]), int(self.index.row[readable])
+        target, views = self.sample_views(rng, self.files[slide], slide, row)
+        return TileSample(pixels, None if readable == i else i, target.box, views)
 
-    def _readable(self, i: int) -> tuple[int, np.ndarray]:
-        """Tile i with its pixels or, where its slide is torn there (no pixels are stored), the next one that can be read."""
-        for found in (np.arange(i, i + MOST_LOST) % len(self)).tolist():
-            file, row = self.files[int(self.index.slide[found])], int(self.index.row[found])
+    def _read_tile_or_next(self, i: int) -> tuple[int, np.ndarray]:
+        """Read tile i or, where its slide is torn there (no pixels are stored), the next one that can be read."""
+        for candidate in (np.arange(i, i + MAX_UNREADABLE) % len(self)).tolist():
+            file, row = self.files[int(self.index.slide[candidate])], int(self.index.row[candidate])
             try:
-                return found, file.tile(row)
+                return candidate, file.tile(row)
             except (UserError, ValueError, OSError) as error:
                 if file.has_pixels or isinstance(error, DamagedError):
-                    said = error.what if isinstance(error, DamagedError) else " ".join(str(error).split())
-                    raise UserError(f"{file.path}: tile {row} cannot be decoded ({said}): tile the slide again") from None
+                    reason = error.what if isinstance(error, DamagedError) else " ".join(str(error).split())
+                    raise UserError(f"{file.path}: tile {row} cannot be decoded ({reason}): tile the slide again") from None
                 file.check_source()
                 last = error
-        raise UserError(f"{last} (nor can the {MOST_LOST - 1} tiles before it be read)")
+        raise UserError(f"{last} (nor can the {MAX_UNREADABLE - 1} tiles before it be read)")
 
-    def draw(self, rng: np.random.Generator, file: SlideFile, slide: int, row: int) -> dict[str, np.ndarray]:
-        """Everything random about a sample, without its pixels.
+    def sample_views(
+        self, rng: np.random.Generator, file: SlideFile, slide: int, row: int
+    ) -> tuple[Target, SampledViews[np.ndarray]]:
+        """Draw everything random about a sample, without its pixels: the (first) target and the views."""
+        t, m, grid = self.config.target, self.config.mim, self.grids[0]
+        boxes = self.boxes(file, slide, row) if t.crop or t.mask else NO_BOXES
+        if len(boxes.xyxy) and (t.noise_jitter or t.noise_drop or t.noise_false):
+            boxes = self._noisy(rng, boxes)
+        target, crops = self._sample_target(rng, boxes)
+        objects = self._sample_objects(rng, file, boxes, target, crops)
+        masks_global = self._object_masks(crops[:2], objects, local=False)
+        masks_local = self._object_masks(crops[2:], objects, local=True)
+        object_visible = np.concatenate([masks_global.any(2), masks_local.any(2)])
+        for masks in (masks_global, masks_local):
+            masks |= ~masks.any(2, keepdims=True)  # never an empty key set; object_visible keeps it out of loss and center
+        blocks = [block_mask(rng, grid, draw_ratio(rng, m.probability, m.ratio), m.blocks) for _ in range(2)]
+        theta = crop_matrices(crops, self.index.tile_px)
+        return target, SampledViews(
+            theta_global=theta[:2],
+            theta_local=theta[2:],
+            object_masks_global=masks_global,
+            object_masks_local=masks_local,
+            object_visible=object_visible,
+            masked_patches=np.stack([mask.ravel() for mask in blocks]),
+            colours=draw_colours(rng, self.colour_rules),
+            rects=np.array([(c.x, c.y, c.w, c.h, c.turn, c.size_px) for c in crops], dtype=np.int32),
+        )
 
-        theta_* float32 (views, 2, 3); mask_* bool (views, K, N) in-box patches of K objects; hidden bool (2, N); seen bool
-        (views, K) False where the view lacks the object; colours float32 (views, 24); target float64 (4,), of the first
-        object; rects int32 (views, 6).
-        """
-        side, t = self.index.tile_px, self.config.target
-        boxes, labels, at = self.boxes(file, slide, row) if t.crop or t.mask else NO_BOXES
-        if len(boxes) and (t.noise_jitter or t.noise_drop or t.noise_false):
-            boxes, labels, at = self._noisy(rng, boxes, labels, at)
-        chosen, views = self._compose(rng, boxes, labels)
-        objects: list[Target | None] = [chosen]
-        if t.objects > 1:
-            shared = np.minimum(*(crops.visible_share(view, boxes) for view in views[:2])) >= t.fraction
-            large = (boxes[:, 2:] - boxes[:, :2]).prod(1) >= self._min_side_px**2
-            objects += targets.more_boxes(rng, boxes, shared & large, t.objects - 1, chosen)
-        around = t.crop and not self._fills(chosen)  # whether the views were drawn around the object
-        shapes: list[list[Rings]] = [[] for _ in objects]
-        if t.geometry == "polygon":
-            shapes = [[] if o is None else [file.polygon(int(at[i])) for i in o.rows] for o in objects]
-        found = [
-            np.stack(
-                [self._masks(some, o, number, s, around and o is chosen) for o, s in zip(objects, shapes, strict=True)], axis=1
-            )
-            for number, some in enumerate((views[:2], views[2:]))
-        ]  # globals bool (2, K, N), locals (L, K, N')
-        seen = np.concatenate([masks.any(2) for masks in found])
-        for masks in found:
-            masks |= ~masks.any(2, keepdims=True)  # never an empty key set; `seen` keeps it out of loss and center
-        grid, m = self.grids[0], self.config.mim
-        hidden = [mim.block_mask(rng, grid, mim.draw_ratio(rng, m.probability, m.ratio), m.blocks) for _ in range(2)]
-        theta = crops.crop_matrices(views, side)
-        return {
-            "theta_global": theta[:2],
-            "theta_local": theta[2:],
-            "mask_global": found[0],
-            "mask_local": found[1],
-            "hidden": np.stack([mask.ravel() for mask in hidden]),
-            "seen": seen,
-            "colours": colour.draw_colours(rng, self.colour_rules),
-            "target": chosen.box,
-            "rects": np.array([(v.x, v.y, v.w, v.h, v.turn, v.size_px) for v in views], dtype=np.int32),
-        }
-
-    def boxes(self, file: SlideFile, slide: int, row: int) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
-        """Boxes (k, 4) of a tile that may be targets, their labels (k,) where needed, and their rows (k,) in /boxes."""
-        t = self.config.target
-        boxes, at, labels = np.asarray(file.boxes(row), dtype=np.float64), file.box_rows(row), None
+    def boxes(self, file: SlideFile, slide: int, row: int) -> TargetBoxes:
+        """Read the boxes of a tile that may be targets."""
+        xyxy, at, labels = np.asarray(file.boxes(row), dtype=np.float64), file.box_rows(row), None
         rows = np.arange(at.start, at.stop) if isinstance(at, slice) else np.asarray(at)
-        if (self._kinds is not None or t.choice == "label") and len(boxes):
+        if (self._kinds is not None or self.config.target.choice == "label") and len(xyxy):
             kind, label = self.files.box_groups(slide)
             labels = label[rows]
             if self._kinds is not None:
                 keep = np.isin(kind[rows], self._kinds)
-                boxes, labels, rows = boxes[keep], labels[keep], rows[keep]
-        return boxes, labels, rows
+                xyxy, labels, rows = xyxy[keep], labels[keep], rows[keep]
+        return TargetBoxes(xyxy, labels, rows)
 
-    def _noisy(
-        self, rng: np.random.Generator, boxes: np.ndarray, labels: np.ndarray | None, at: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
-        """The boxes with the configured noise; a false one has label -1 and row -1."""
+    def _noisy(self, rng: np.random.Generator, boxes: TargetBoxes) -> TargetBoxes:
+        """Add the configured noise to boxes; a false one has label -1 and row -1."""
         t = self.config.target
-        boxes, was = targets.noisy_boxes(
-            rng, boxes, jitter=t.noise_jitter, drop=t.noise_drop, false=t.noise_false, side_px=self.index.tile_px
+        xyxy, source = noisy_boxes(
+            rng, boxes.xyxy, jitter=t.noise_jitter, drop=t.noise_drop, false=t.noise_false, side_px=self.index.tile_px
         )
-        real = was >= 0
-        return boxes, None if labels is None else np.where(real, labels[was], -1), np.where(real, at[was], -1)
+        label = None if boxes.label is None else np.where(source >= 0, boxes.label[source], -1)
+        return TargetBoxes(xyxy, label, np.where(source >= 0, boxes.row[source], -1))
 
-    def _compose(
-        self, rng: np.random.Generator, boxes: np.ndarray, labels: np.ndarray | None
-    ) -> tuple[Target, list[crops.Crop]]:
-        """The (first) target and the views of a sample, in the configured order: box first, or crops first.
+    def _sample_target(self, rng: np.random.Generator, boxes: TargetBoxes) -> tuple[Target, list[Crop]]:
+        """Draw the (first) target and the crops of a sample, in the configured order: box first, or crops first.
 
-        A target that nearly fills the tile becomes the whole tile, with free views; with an outline in place of a box it stays
+        A target that nearly fills the tile becomes the whole tile, with free crops; with an outline in place of a box it stays
         what it is, since an outline may leave out most of its box.
         """
         side, t = self.index.tile_px, self.config.target
-        whole = targets.whole_tile(side)
+        whole = whole_tile(side)
         if not (t.crop or t.mask):
-            return whole, self._views(rng, None)
+            return whole, self._sample_crops(rng, None)
         to_whole = rng.random() < t.whole_tile_p
-        pair: list[crops.Crop] | None = None
-        chosen: Target | None = None
+        pair: list[Crop] | None = None
+        target: Target | None = None
         if t.order == "crop_first" and not to_whole:
-            pair = crops.sample_crops(rng, side, None, self.rules[0], 2)
-            shown = np.array([all(crops.shows(view, box, side, self.rules[0]) for view in pair) for box in boxes], dtype=bool)
-            chosen = self._choose(rng, boxes, labels, shown)
-        if chosen is None:
-            pair, chosen = None, self._choose(rng, boxes, labels, np.ones(len(boxes), dtype=bool))
-        if chosen is None or to_whole:
-            return whole, self._views(rng, None)
-        if not self._fills(chosen):
-            return chosen, self._views(rng, chosen.box, pair)
-        return chosen if t.geometry == "polygon" else targets.whole_tile(side, chosen.rows), self._views(rng, None, pair)
+            pair = sample_crops(rng, side, None, self.rules[0], 2)
+            shown = np.array([all(shows(crop, box, side, self.rules[0]) for crop in pair) for box in boxes.xyxy], dtype=bool)
+            target = self._choose(rng, boxes, shown)
+        if target is None:
+            pair, target = None, self._choose(rng, boxes, np.ones(len(boxes.xyxy), dtype=bool))
+        if target is None or to_whole:
+            return whole, self._sample_crops(rng, None)
+        if not self._fills(target):
+            return target, self._sample_crops(rng, target.box, pair)
+        return target if t.geometry == "polygon" else whole_tile(side, target.rows), self._sample_crops(rng, None, pair)
 
     def _fills(self, target: Target) -> bool:
         """Tell whether a target is too large for crops around it to differ from the tile."""
-        return target.whole or targets.tile_share(target.box, self.index.tile_px) > self.config.target.whole_share
+        return target.whole or tile_share(target.box, self.index.tile_px) > self.config.target.whole_share
 
-    def _choose(
-        self, rng: np.random.Generator, boxes: np.ndarray, labels: np.ndarray | None, allowed: np.ndarray
-    ) -> Target | None:
-        """A target among the allowed boxes."""
+    def _choose(self, rng: np.random.Generator, boxes: TargetBoxes, allowed: np.ndarray) -> Target | None:
+        """Draw a target among the allowed boxes, bool (k,)."""
         rows = np.flatnonzero(allowed)
-        found = targets.choose_box(
+        target = choose_box(
             rng,
-            boxes[rows],
+            boxes.xyxy[rows],
             choice=self.config.target.choice,
-            groups=None if labels is None else labels[rows],
+            groups=None if boxes.label is None else boxes.label[rows],
             min_side_px=self._min_side_px,
             side_px=self.index.tile_px,
         )
-        return None if found is None else Target(found.box, rows[found.rows])
+        return None if target is None else Target(target.box, rows[target.rows])
 
-    def _views(
-        self, rng: np.random.Generator, box: np.ndarray | None, pair: list[crops.Crop] | None = None
-    ) -> list[crops.Crop]:
-        """Two globals (drawn here unless given) and the locals, around a box or free."""
+    def _sample_crops(self, rng: np.random.Generator, box: np.ndarray | None, pair: list[Crop] | None = None) -> list[Crop]:
+        """Draw two global crops (unless given as a pair) and the local ones, around a box or free."""
         side, t = self.index.tile_px, self.config.target
-        aware = box if t.crop else None
-        aware_local = aware if t.local == "object" else None
-        views = pair or crops.sample_crops(rng, side, aware, self.rules[0], 2)
-        return views + crops.sample_crops(rng, side, aware_local, self.rules[1], self.config.views.local_count)
+        box = box if t.crop else None
+        global_crops = pair or sample_crops(rng, side, box, self.rules[0], 2)
+        box = box if t.local == "object" else None
+        return global_crops + sample_crops(rng, side, box, self.rules[1], self.config.views.local_count)
 
-    def _masks(
-        self, views: list[crops.Crop], target: Target | None, number: int, shapes: list[Rings], sampled: bool
-    ) -> np.ndarray:
-        """In-object patches of the global (number 0) or local (1) views, bool (views, N).
+    def _sample_objects(
+        self, rng: np.random.Generator, file: SlideFile, boxes: TargetBoxes, target: Target, crops: list[Crop]
+    ) -> list[SampledObject]:
+        """Draw further objects, of which both global crops show enough, beside the target; with outlines where configured."""
+        t, xyxy = self.config.target, boxes.xyxy
+        targets: list[Target | None] = [target]
+        if t.objects > 1:
+            shared = np.minimum(*(visible_share(crop, xyxy) for crop in crops[:2])) >= t.fraction
+            large = (xyxy[:, 2:] - xyxy[:, :2]).prod(1) >= self._min_side_px**2
+            targets += further_targets(rng, xyxy, shared & large, t.objects - 1, target)
+        in_crops = t.crop and not self._fills(target)
+        return [
+            SampledObject(
+                candidate,
+                [file.polygon(int(boxes.row[i])) for i in candidate.rows] if candidate and t.geometry == "polygon" else [],
+                in_crops and candidate is target,
+            )
+            for candidate in targets
+        ]
 
-        All False where there is no object, where its outline lies beside a view, or where rejection gave up on a view that was
-        to show it (sampled: the views were drawn around this object).
+    def _object_masks(self, crops: list[Crop], objects: list[SampledObject], *, local: bool) -> np.ndarray:
+        """The patches of global or local crops in each object: bool (crops, K, N)."""
+        return np.stack([self._object_mask(crops, obj, local) for obj in objects], axis=1)
+
+    def _object_mask(self, crops: list[Crop], obj: SampledObject, local: bool) -> np.ndarray:
+        """The patches of crops in one object: bool (crops, N).
+
+        All False where there is no object, where its outline lies beside a crop, or where rejection gave up on a crop that was
+        to show it.
         """
-        t, grid = self.config.target, self.grids[number]
-        if target is None or not views:
-            return np.zeros((len(views), grid * grid), dtype=bool)
-        if target.whole or not t.mask or (number and t.local == "free"):
-            return np.ones((len(views), grid * grid), dtype=bool)
-        rule: dict[str, Any] = {"rule": t.mask_rule, "fraction": t.mask_fraction, "margin": t.mask_margin}
-        masks = crops.patch_masks(views, target.box, grid, **rule)
-        if shapes:
-            masks = np.stack([self._outline(view, shapes, grid, rule) for view in views])
-        if sampled and t.sampler == "reject" and t.fallback != "construct":
-            side, asked = self.index.tile_px, self.rules[number]
-            masks[[not crops.shows(view, target.box, side, asked) for view in views]] = t.fallback == "full"
-        return masks.reshape(len(views), -1)
+        t, grid, rule, target = self.config.target, self.grids[local], self.rules[local], obj.target
+        if target is None or not crops:
+            return np.zeros((len(crops), grid * grid), dtype=bool)
+        if target.whole or not t.mask or (local and t.local == "free"):
+            return np.ones((len(crops), grid * grid), dtype=bool)
+        if obj.outlines:
+            masks = np.stack([self._outlines_mask(crop, obj.outlines, grid) for crop in crops])
+        else:
+            masks = self._box_masks(crops, target.box, grid)
+        if obj.in_crops and t.sampler == "reject" and t.fallback != "construct":
+            missed = [not shows(crop, target.box, self.index.tile_px, rule) for crop in crops]
+            masks[missed] = t.fallback == "full"
+        return masks.reshape(len(crops), -1)
 
-    @staticmethod
-    def _outline(view: crops.Crop, shapes: list[Rings], grid: int, rule: dict[str, Any]) -> np.ndarray:
-        """Patches of the outlines, bool (grid, grid); of one too small for the rule those that it touches."""
-        found = np.logical_or.reduce([polygon_mask(view, rings, grid, **rule) for rings in shapes])
-        return found if found.any() else np.logical_or.reduce([polygon_mask(view, rings, grid) for rings in shapes])
+    def _outlines_mask(self, crop: Crop, outlines: list[list[np.ndarray]], grid: int) -> np.ndarray:
+        """The patches of a crop in any of the outlines, bool (grid, grid); of one too small for the rule those it touches."""
+        mask: np.ndarray = np.logical_or.reduce([self._outline_mask(crop, rings, grid) for rings in outlines])
+        return mask if mask.any() else np.logical_or.reduce([polygon_mask(crop, rings, grid) for rings in outlines])
 
 
 def kinds_of(config: PretrainConfig) -> np.ndarray:
@@ -231,43 +282,39 @@ def kinds_of(config: PretrainConfig) -> np.ndarray:
     return np.array([kind for kind in Kind if kind.word in config.data.kinds], dtype=np.uint8)
 
 
-def view_rules(config: PretrainConfig) -> tuple[crops.CropRule, crops.CropRule]:
+def crop_rules(config: PretrainConfig) -> tuple[CropRule, CropRule]:
     """The rules by which global and local crops are drawn."""
     v, t = config.views, config.target
-    shared: dict[str, Any] = {
-        "ratio": v.ratio,
-        "turns": v.turns,
-        "containment": t.containment,
-        "fraction": t.fraction,
-        "sampler": t.sampler,
-        "tries": t.tries,
-        "fallback": t.fallback,
-    }
-    return (
-        crops.CropRule(scale=v.global_scale, size_px=v.global_size, **shared),
-        crops.CropRule(scale=v.local_scale, size_px=v.local_size, **shared),
+    global_rule = CropRule(
+        scale=v.global_scale,
+        size_px=v.global_size,
+        ratio=v.ratio,
+        turns=v.turns,
+        containment=t.containment,
+        fraction=t.fraction,
+        sampler=t.sampler,
+        tries=t.tries,
+        fallback=t.fallback,
     )
+    return global_rule, replace(global_rule, scale=v.local_scale, size_px=v.local_size)
 
 
-def colour_rules(config: PretrainConfig) -> tuple[colour.ColourRule, ...]:
+def colour_rules(config: PretrainConfig) -> tuple[ColourRule, ...]:
     """Colour changes of each view: the first global one, the second, and the locals."""
     v = config.views
-    first, second, local = (
-        colour.ColourRule(
-            v.brightness,
-            v.contrast,
-            v.saturation,
-            v.hue,
-            v.jitter_p,
-            v.gray_p,
-            v.blur_p[k],
-            v.blur_sigma,
-            v.solarise_p if k == 1 else 0.0,
-            v.stain_scale,
-            v.stain_shift,
-            v.stain_p,
-            v.hue_space,
-        )
-        for k in range(3)
+    local = ColourRule(
+        brightness=v.brightness,
+        contrast=v.contrast,
+        saturation=v.saturation,
+        hue=v.hue,
+        jitter_p=v.jitter_p,
+        gray_p=v.gray_p,
+        blur_p=v.blur_p[2],
+        blur_sigma=v.blur_sigma,
+        stain_scale=v.stain_scale,
+        stain_shift=v.stain_shift,
+        stain_p=v.stain_p,
+        hue_space=v.hue_space,
     )
-    return (first, second, *(local,) * v.local_count)
+    second = replace(local, blur_p=v.blur_p[1], solarise_p=v.solarise_p)
+    return (replace(local, blur_p=v.blur_p[0]), second, *(local,) * v.local_count)

@@ -6,8 +6,8 @@ The order is a pure function of (seed, step): a run that stops and goes on sees 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from annotations.errors import UserError
 from odis_path.data.augment import SIGMA
+from odis_path.data.dataset import SampledViews, TileSample
 
 
 class StepSampler(torch.utils.data.Sampler[list[tuple[int, int]]]):
@@ -43,7 +44,7 @@ class StepSampler(torch.utils.data.Sampler[list[tuple[int, int]]]):
     def __len__(self) -> int:
         return (self.last - self.first) * self.accumulate
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch_of, order = -1, np.zeros(0, np.int64)
         for step in range(self.first, self.last):
             epoch, at = divmod(step, self.steps_per_epoch)
@@ -54,24 +55,38 @@ class StepSampler(torch.utils.data.Sampler[list[tuple[int, int]]]):
                 yield [(epoch, int(i)) for i in micro[self.rank :: self.world]]
 
 
-def next_batch(batches: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The next batch of a loader; what a worker says of a user's mistake without the worker's traceback around it."""
+class Batch(NamedTuple):
+    """Samples stacked: pixels uint8 (B, S, S, 3), fields of the views (V, B, ...), and the tiles that could not be read.
+
+    masked_rows: int64, rows of the flattened masked_patches. blurred_*: int64, rows of the flattened views with a blur.
+    """
+
+    pixels: Tensor
+    views: SampledViews[Tensor]
+    unreadable: list[int]
+    masked_rows: Tensor
+    blurred_global: Tensor
+    blurred_local: Tensor
+
+
+def collate(samples: Sequence[TileSample]) -> Batch:
+    """Stack samples. Rows whose number depends on values are looked up here, so that the device need not be waited for."""
+    fields = zip(*(sample.views for sample in samples), strict=True)
+    views = SampledViews(*(torch.from_numpy(np.stack(arrays, axis=1)) for arrays in fields))
+    sigma = views.colours[:, :, SIGMA]
+    return Batch(
+        pixels=torch.from_numpy(np.stack([sample.pixels for sample in samples])),
+        views=views,
+        unreadable=[sample.unreadable for sample in samples if sample.unreadable is not None],
+        masked_rows=views.masked_patches.reshape(-1).nonzero()[:, 0],
+        blurred_global=sigma[:2].reshape(-1).nonzero()[:, 0],
+        blurred_local=sigma[2:].reshape(-1).nonzero()[:, 0],
+    )
+
+
+def next_batch(batches: Iterator[Batch]) -> Batch:
+    """Take the next batch of a loader; raise a user's mistake in a worker without the worker's traceback around it."""
     try:
         return next(batches)
     except UserError as error:
         raise UserError(re.sub(r"^[\w.]+Error: ", "", str(error).strip().splitlines()[-1])) from None
-
-
-def collate(items: list[dict[str, np.ndarray]]) -> dict[str, Tensor]:
-    """Stack samples, views first: theta_global (2, B, 2, 3), mask_global (2, B, K, N), hidden (2, B, N), seen (V, B, K)."""
-    batch: dict[str, Tensor] = {}
-    for key in items[0]:
-        stacked = torch.from_numpy(np.stack([item[key] for item in items]))
-        by_view = key in ("theta_global", "theta_local", "mask_global", "mask_local", "hidden", "seen", "colours")
-        batch[key] = stacked.transpose(0, 1).contiguous() if by_view else stacked
-    # Found on the CPU, so that the device need not be waited for.
-    batch["hidden_rows"] = batch["hidden"].reshape(-1).nonzero()[:, 0]
-    sigma = batch["colours"][:, :, SIGMA]
-    batch["blurred_global"] = sigma[:2].reshape(-1).nonzero()[:, 0]
-    batch["blurred_local"] = sigma[2:].reshape(-1).nonzero()[:, 0]
-    return batch

@@ -64,14 +64,14 @@ def choose_box(
     return grow_box(boxes, pick, min_side_px, side_px)
 
 
-def more_boxes(
+def further_targets(
     rng: np.random.Generator, boxes: np.ndarray, allowed: np.ndarray, count: int, first: Target
 ) -> list[Target | None]:
     """`count` further targets, drawn among the allowed boxes, bool (k,), that the first is not made of; None fills up."""
     pool = np.setdiff1d(np.flatnonzero(allowed), first.rows)
     picked = rng.permutation(pool)[:count]
-    found: list[Target | None] = [Target(boxes[i].astype(np.float64), np.array([i])) for i in picked]
-    return found + [None] * (count - len(found))
+    targets: list[Target | None] = [Target(boxes[i].astype(np.float64), np.array([i])) for i in picked]
+    return targets + [None] * (count - len(targets))
 
 
 def noisy_boxes(
@@ -92,8 +92,8 @@ def noisy_boxes(
     moved[thin] = boxes[thin]
     corner = rng.random((len(boxes), 2)) * np.maximum(side_px - size, 0)
     kept, made = np.flatnonzero(stays >= drop), np.flatnonzero(brings < false)
-    found = np.concatenate([moved[kept], np.concatenate([corner[made], corner[made] + size[made]], axis=1)])
-    return found, np.concatenate([kept, np.full(len(made), -1)]).astype(np.int64)
+    noisy = np.concatenate([moved[kept], np.concatenate([corner[made], corner[made] + size[made]], axis=1)])
+    return noisy, np.concatenate([kept, np.full(len(made), -1)]).astype(np.int64)
 
 
 def grow_box(boxes: np.ndarray, pick: int, min_side_px: float, side_px: int) -> Target:

@@ -90,11 +90,11 @@ def masked_patch_loss(
     temperature: float,
     counts: Tensor | None = None,
 ) -> Tensor:
-    """L_patch: mean over images of sum_i m_i H_i / max(sum m, 1), on hidden patches only.
+    """L_patch: mean over images of sum_i m_i H_i / max(sum m, 1), on masked patches only.
 
-    teacher: probabilities (n, K) of the n hidden patches; student_logits: (n, K); image: int64 (n,) the image of each row,
-    below `images` (global views of this rank, the same number on every rank); counts: (images,) hidden patches an image,
-    counted from `image` when None (which a GPU has to be waited for). Images with no hidden patch count as zero, as in
+    teacher: probabilities (n, K) of the n masked patches; student_logits: (n, K); image: int64 (n,) the image of each row,
+    below `images` (global views of this rank, the same number on every rank); counts: (images,) masked patches an image,
+    counted from `image` when None (which a GPU has to be waited for). Images with no masked patch count as zero, as in
     iBOT. Returns a scalar.
     """
     if counts is None:

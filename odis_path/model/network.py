@@ -21,15 +21,15 @@ class Views(NamedTuple):
 
     globals_: Tensor  # float (2B, 3, g, g)
     locals_: Tensor  # float (LB, 3, l, l), L may be 0
-    mask_global: Tensor | None  # bool (2B, K, N)
-    mask_local: Tensor | None  # bool (LB, K, N')
-    hidden: Tensor  # bool (2B, N)
-    hidden_rows: Tensor  # int64 (n,), rows of the flattened hidden
-    seen: Tensor  # bool (2 + L, B, K)
+    object_masks_global: Tensor | None  # bool (2B, K, N)
+    object_masks_local: Tensor | None  # bool (LB, K, N')
+    masked_patches: Tensor  # bool (2B, N)
+    masked_rows: Tensor  # int64 (n,), rows of the flattened masked_patches
+    object_visible: Tensor  # bool (2 + L, B, K)
 
 
 class Encoded(NamedTuple):
-    """Head outputs: obj (V, B, K) [OBJ] logits, patches (n,) logits of the hidden patches (None without patch loss).
+    """Head outputs: obj (V, B, K) [OBJ] logits, patches (n,) logits of the masked patches (None without patch loss).
 
     token: (2, B, D) embeddings of the first [OBJ] of the global views, before the head. patch_mean: (P,) mean logits of all
     patches of the global views, where asked for.
@@ -50,25 +50,25 @@ class Network(nn.Module):
         self.head = head
         self.patch_head = patch_head  # None: shared with [OBJ]
 
-    def forward(self, views: Views, *, with_locals: bool, hide: bool, patches: bool, mean: bool = False) -> Encoded:
-        """hide: replace hidden patches by the mask token (the student); patches: project the hidden patches; mean: of all."""
-        batch = views.seen.shape[1]
-        tokens = self.encoder(views.globals_, views.mask_global, views.hidden if hide else None)
+    def forward(self, views: Views, *, with_locals: bool, mask_patches: bool, patches: bool, mean: bool = False) -> Encoded:
+        """mask_patches: replace masked patches by the mask token (the student); patches: project them; mean: of all."""
+        batch = views.object_visible.shape[1]
+        tokens = self.encoder(views.globals_, views.object_masks_global, views.masked_patches if mask_patches else None)
         objects = [by_object(tokens.obj)]
         if with_locals and len(views.locals_):
-            objects.append(by_object(self.encoder(views.locals_, views.mask_local).obj))
+            objects.append(by_object(self.encoder(views.locals_, views.object_masks_local).obj))
         every = torch.cat(objects).unflatten(0, (-1, batch))  # (V, B, K, D)
         logits = self.head(every)
         if not patches:
             return Encoded(logits, None, every[:2, :, 0])
         head, flat = self.patch_head or self.head, tokens.patches.flatten(0, 1)
         if not mean:
-            return Encoded(logits, head(flat[views.hidden_rows]), every[:2, :, 0])
+            return Encoded(logits, head(flat[views.masked_rows]), every[:2, :, 0])
         embedded = head.embed(flat)
-        hidden = head.last_layer(embedded[views.hidden_rows])
+        masked = head.last_layer(embedded[views.masked_rows])
         with torch.autocast(flat.device.type, enabled=False):  # the last layer is linear: the mean goes through it once
             average = head.last_layer(embedded.to(head.last_layer.weight.dtype).mean(0))
-        return Encoded(logits, hidden, every[:2, :, 0], average)
+        return Encoded(logits, masked, every[:2, :, 0], average)
 
 
 def by_object(obj: Tensor) -> Tensor:

@@ -126,17 +126,17 @@ class ObjViT(nn.Module):
         """Tell whether any number of objects of an image take one pass, and come out as they would alone."""
         return self.read_only or not self.masks_attention
 
-    def forward(self, images: Tensor, obj_mask: Tensor | None = None, hidden: Tensor | None = None) -> Tokens:
+    def forward(self, images: Tensor, obj_mask: Tensor | None = None, masked_patches: Tensor | None = None) -> Tokens:
         """Encode a batch.
 
         images: float (B, 3, H, W), normalised. obj_mask: bool, True = in the box; (B, N) one box an image, for several
-        learned tokens of objects their mean; (B, K, N) one box a token; None = the whole image. hidden: bool (B, N), patches
-        replaced by the mask token before position embedding.
+        learned tokens of objects their mean; (B, K, N) one box a token; None = the whole image. masked_patches: bool (B, N), to
+        be replaced by the mask token before position embedding.
         """
         if obj_mask is not None and obj_mask.ndim == 3:
-            return self._encode(images, obj_mask, hidden)
+            return self._encode(images, obj_mask, masked_patches)
         if not self.masks_attention or (self.tokens == 1 and not self.read_only):
-            tokens = self._encode(images, None if obj_mask is None else obj_mask[:, None], hidden)
+            tokens = self._encode(images, None if obj_mask is None else obj_mask[:, None], masked_patches)
         else:
             if obj_mask is None:
                 patches = images.shape[-2] // self.patch_px * (images.shape[-1] // self.patch_px)
@@ -144,15 +144,15 @@ class ObjViT(nn.Module):
             masks = obj_mask[:, None].expand(-1, self.tokens, -1)
             if self.image_token:  # it never saw a box, and is no object's
                 masks = torch.cat([masks[:, :-1], torch.ones_like(masks[:, :1])], dim=1)
-            tokens = self._encode(images, masks, hidden)
+            tokens = self._encode(images, masks, masked_patches)
         objects = self.tokens - 1 if self.image_token else None
         return Tokens(tokens.obj[:, :objects].mean(1), tokens.patches)
 
-    def _encode(self, images: Tensor, obj_mask: Tensor | None, hidden: Tensor | None) -> Tokens:
+    def _encode(self, images: Tensor, obj_mask: Tensor | None, masked_patches: Tensor | None) -> Tokens:
         """One pass with masks (B, K, N), or None: plain attention with one [OBJ]."""
         vit: Any = self.vit
         objects = obj_mask.shape[1] if obj_mask is not None and self.masks_attention else int(self.has_obj)
-        x, rope = self._embed(images, objects, hidden)
+        x, rope = self._embed(images, objects, masked_patches)
         mask = None
         if obj_mask is not None and self.masks_attention:
             mask = additive(attention_mask(obj_mask, self.registers, read_only=self.read_only), x)
@@ -175,7 +175,7 @@ class ObjViT(nn.Module):
             parts.append(mean_in_box(patches, obj_mask).expand(-1, objects if parts else -1, -1))
         return torch.cat([vit.fc_norm(part) for part in parts], dim=-1)
 
-    def _embed(self, images: Tensor, objects: int, hidden: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _embed(self, images: Tensor, objects: int, masked_patches: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Tokens (B, objects + registers + N, D) before the first block, and the rotary position embedding if there is one.
 
         objects: 0 for a model without a class token.
@@ -183,8 +183,8 @@ class ObjViT(nn.Module):
         vit: Any = self.vit
         # (B, h, w, D): the model is built with dynamic_img_size
         x = embed_patches(vit.patch_embed, images) if images.is_cuda else vit.patch_embed(images)
-        if hidden is not None:
-            x = torch.where(hidden.reshape(*x.shape[:3], 1), self.mask_token.to(x.dtype), x)
+        if masked_patches is not None:
+            x = torch.where(masked_patches.reshape(*x.shape[:3], 1), self.mask_token.to(x.dtype), x)
         placed, rope = vit._pos_embed(x), None
         if isinstance(placed, tuple):
             placed, rope = placed

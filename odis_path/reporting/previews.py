@@ -44,15 +44,13 @@ def crop_pairs(
     with SlideFile(slide_file) as file:
         for row in rows:
             rng = np.random.default_rng([config.run.seed, epoch, int(row)])
-            drawn = samples.draw(rng, file, number, int(row))
+            target, sampled = samples.sample_views(rng, file, number, int(row))
             tile = file.tile(int(row))
-            views = [Crop(*(int(v) for v in rect)) for rect in drawn["rects"][:2]]
+            views = [Crop(*(int(v) for v in rect)) for rect in sampled.rects[:2]]
             grid = samples.grids[0]
-            masks = [mask[0].reshape(grid, grid) for mask in drawn["mask_global"]]
-            rects = drawn["rects"][:2, :4]
-            previews.append(
-                CropPreview(tile, file.boxes(int(row)), drawn["target"], rects, [_show(tile, v) for v in views], masks)
-            )
+            masks = [mask[0].reshape(grid, grid) for mask in sampled.object_masks_global]
+            rects = sampled.rects[:2, :4]
+            previews.append(CropPreview(tile, file.boxes(int(row)), target.box, rects, [_show(tile, v) for v in views], masks))
     return previews
 
 

@@ -1,4 +1,4 @@
-"""Compile a run where it pays: each block by itself, the views, and the loss of hidden patches (see `Criterion`)."""
+"""Compile a run where it pays: each block by itself, the views, and the loss of masked patches (see `Criterion`)."""
 
 from __future__ import annotations
 

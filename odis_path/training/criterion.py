@@ -1,4 +1,4 @@
-"""The loss of a training step: [OBJ] across views, hidden patches, and what a configuration adds."""
+"""The loss of a training step: [OBJ] across views, masked patches, and what a configuration adds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Criterion(nn.Module):
     """The weighted sum of the [OBJ] loss, the image-level one, the patch loss and the regularisers, with their centers."""
 
     def __init__(self, config: PretrainConfig, *, compiled: bool = False) -> None:
-        """compiled: fuse what runs over the logits of hidden patches, most of the work here."""
+        """compiled: fuse what runs over the logits of masked patches, most of the work here."""
         super().__init__()
         self.config = config.loss
         self.teacher_probabilities = torch.compile(teacher_probabilities, dynamic=True) if compiled else teacher_probabilities
@@ -42,8 +42,8 @@ class Criterion(nn.Module):
 
         pairs: as in `cross_view_loss`, for a step of several micro-batches.
         """
-        c, objects = self.config, views.seen.shape[2]
-        seen = views.seen.flatten(1).to(self.obj_center.value.dtype)
+        c, objects = self.config, views.object_visible.shape[2]
+        seen = views.object_visible.flatten(1).to(self.obj_center.value.dtype)
         logits = teacher.obj[:, :, :objects].flatten(1, 2)  # (2, B * K, P)
         weight = seen[: len(logits)]
         targets = self.targets(self.obj_center, logits.flatten(0, 1), temperature, weight.flatten()).view_as(logits)
@@ -59,7 +59,7 @@ class Criterion(nn.Module):
             self.obj_center.accumulate(logits.flatten(0, 1), weight.flatten())
         parts["patch"] = self.patch_loss(teacher, student.patches, views, temperature, loss.new_zeros(()))
         loss = loss + c.patch_weight * parts["patch"]
-        spread = partial(self.spread, student.token, views.seen[:2, :, 0].to(seen.dtype))
+        spread = partial(self.spread, student.token, views.object_visible[:2, :, 0].to(seen.dtype))
         if c.koleo_weight:
             parts["koleo"] = spread(koleo)
             loss = loss + c.koleo_weight * parts["koleo"]
@@ -91,19 +91,19 @@ class Criterion(nn.Module):
         return torch.stack([measure(token, weight=weight, rows=len(token)) for token, weight in views]).mean()
 
     def patch_loss(self, encoded: Encoded, student: Tensor | None, views: Views, temperature: float, nothing: Tensor) -> Tensor:
-        """L_patch on hidden patches, or on those of them that lie in an object; `nothing` where it is off.
+        """L_patch on masked patches, or on those of them that lie in an object; `nothing` where it is off.
 
         encoded: what the teacher says.
         """
         teacher, mean = encoded.patches, encoded.patch_mean
         if teacher is None or student is None:
             return nothing
-        images, patches = views.hidden.shape
-        rows, counted, keep = views.hidden_rows, views.hidden, None
-        if self.config.patch_in_box_only and views.mask_global is not None:
-            shown = views.seen[:2].flatten(0, 1)[:, :, None]
-            inside = (views.mask_global[:, : shown.shape[1]] & shown).any(1)
-            keep, counted = inside.flatten()[rows], views.hidden & inside
+        images, patches = views.masked_patches.shape
+        rows, counted, keep = views.masked_rows, views.masked_patches, None
+        if self.config.patch_in_box_only and views.object_masks_global is not None:
+            shown = views.object_visible[:2].flatten(0, 1)[:, :, None]
+            inside = (views.object_masks_global[:, : shown.shape[1]] & shown).any(1)
+            keep, counted = inside.flatten()[rows], views.masked_patches & inside
         target = self.targets(self.patch_center, teacher, temperature, keep)
         if keep is not None:
             target = target * keep[:, None].to(target.dtype)  # a zero target row adds nothing

@@ -83,8 +83,11 @@ class KnnProbe:
 
 
 def identity_pairs(rects: Tensor) -> int:
-    """Samples whose two global views are the same rectangle of their tile, however turned and coloured: int (B, views, 6)."""
-    return int((rects[:, 0, :4] == rects[:, 1, :4]).all(1).sum())
+    """Count samples whose two global views are the same rectangle of their tile, however turned and coloured.
+
+    rects: int (V, B, 6), as in `odis_path.data.dataset.SampledViews`.
+    """
+    return int((rects[0, :, :4] == rects[1, :, :4]).all(1).sum())
 
 
 class IdentityWatch:

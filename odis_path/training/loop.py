@@ -24,7 +24,7 @@ from annotations.errors import UserError
 from odis_path.checkpoint import Checkpoint, as_begun, latest_checkpoint, load_into, newest_checkpoint, save_checkpoint
 from odis_path.config import PretrainConfig
 from odis_path.data.dataset import TileSamples, kinds_of
-from odis_path.data.sampler import StepSampler, collate, next_batch
+from odis_path.data.sampler import Batch, StepSampler, collate, next_batch
 from odis_path.data.tile_index import TileIndex, held_out_patients, index_tiles
 from odis_path.distributed import Ranks, all_reduce_sum, any_rank, mean_of_ranks, start_ranks, stop_ranks
 from odis_path.embedding.encoder import FrozenEncoder
@@ -237,8 +237,8 @@ def steps(run: Run) -> Any:
         begin = time.perf_counter()
         micros = [next_batch(batches) for _ in range(o.accumulate)]
         waited += time.perf_counter() - begin
-        identical += sum(identity_pairs(batch["rects"]) for batch in micros)
-        run.lost.update(i for batch in micros for i in batch["lost"].tolist() if i >= 0)
+        identical += sum(identity_pairs(batch.views.rects) for batch in micros)
+        run.lost.update(i for batch in micros for i in batch.unreadable)
         pairs = pairs_of(micros, ranks) if len(micros) > 1 else None
         for number, batch in enumerate(micros, 1):
             parts = forward_backward(run, batch, values, last=number == o.accumulate, pairs=pairs)
@@ -262,14 +262,14 @@ def steps(run: Run) -> Any:
             yield None
 
 
-def pairs_of(micros: list[dict[str, Tensor]], ranks: Ranks) -> Tensor:
+def pairs_of(micros: list[Batch], ranks: Ranks) -> Tensor:
     """Pairs of views that count in a step, over all ranks, a micro-batch: their losses then add up to that of the batch."""
-    count = torch.stack([count_view_pairs(batch["seen"]) for batch in micros]).mean()
+    count = torch.stack([count_view_pairs(batch.views.object_visible) for batch in micros]).mean()
     return all_reduce_sum(count.to(ranks.device))
 
 
 def forward_backward(
-    run: Run, batch: dict[str, Tensor], values: StepValues, *, last: bool, pairs: Tensor | None = None
+    run: Run, batch: Batch, values: StepValues, *, last: bool, pairs: Tensor | None = None
 ) -> dict[str, Tensor]:
     """Losses of one micro-batch and their gradients (reduced over ranks on the last one)."""
     config = run.config
@@ -282,8 +282,8 @@ def forward_backward(
     with sync:
         with torch.autocast(run.ranks.device.type, torch.bfloat16, enabled=bf16):
             with torch.no_grad():
-                teacher = run.teacher(views, with_locals=False, hide=False, patches=with_patches, mean=patch_mean)
-            student = run.wrapped(views, with_locals=True, hide=with_patches, patches=with_patches)
+                teacher = run.teacher(views, with_locals=False, mask_patches=False, patches=with_patches, mean=patch_mean)
+            student = run.wrapped(views, with_locals=True, mask_patches=with_patches, patches=with_patches)
         parts = run.criterion(teacher, student, views, values.teacher_temperature, pairs=pairs, last=last)
         (parts["loss"] / config.optim.accumulate).backward()
     return parts

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from odis_path.checkpoint import Checkpoint
 from odis_path.config import PretrainConfig
+from odis_path.data.sampler import Batch
 from odis_path.data.views import compiled_view_images, view_images
 from odis_path.model.network import Network, Views, build_network
 from odis_path.model.vit import ObjViT
@@ -51,33 +52,34 @@ def start_line(config: PretrainConfig, encoder: ObjViT) -> str:
     return f"start weights {source}: {'; '.join(parts)}{encoder.adapted()}"
 
 
-def make_views(
-    batch: dict[str, Tensor], config: PretrainConfig, tile_px: int, device: torch.device, *, compiled: bool = False
-) -> Views:
-    """Cut, colour and normalise all views of a collated batch, on the device; compiled: by kernels made for their sizes."""
-    v, d = config.views, config.data
-    moved = {key: value.to(device, non_blocking=True) for key, value in batch.items() if key not in ("target", "rects", "lost")}
+def make_views(batch: Batch, config: PretrainConfig, tile_px: int, device: torch.device, *, compiled: bool = False) -> Views:
+    """Cut, colour and normalise all views of a batch on the device; compiled: by kernels made for their sizes."""
+    v, d, sampled = config.views, config.data, batch.views
+    draw = compiled_view_images() if compiled else view_images
 
-    def images_of(kind: str, colours: Tensor, size_px: int, scale: tuple[float, float]) -> Tensor:
-        draw = compiled_view_images() if compiled else view_images
-        blurred = None if compiled else moved[f"blurred_{kind}"]
+    def moved(tensor: Tensor) -> Tensor:
+        return tensor.to(device, non_blocking=True)
+
+    def images_of(theta: Tensor, colours: Tensor, blurred: Tensor, size_px: int, scale: tuple[float, float]) -> Tensor:
         shrink = sqrt(scale[1]) * tile_px / size_px
-        return draw(moved["tile"], moved[f"theta_{kind}"], colours, blurred, size_px, shrink, d.mean, d.std)
+        return draw(pixels, moved(theta), colours, None if compiled else moved(blurred), size_px, shrink, d.mean, d.std)
 
-    images = images_of("global", moved["colours"][:2], v.global_size, v.global_scale)
+    pixels, colours = moved(batch.pixels), moved(sampled.colours)
+    images = images_of(sampled.theta_global, colours[:2], batch.blurred_global, v.global_size, v.global_scale)
     local = images.new_zeros(0, 3, v.local_size, v.local_size)
     if v.local_count:
-        local = images_of("local", moved["colours"][2:], v.local_size, v.local_scale)
-    mask_global = mask_local = None
-    seen = moved["seen"]
+        local = images_of(sampled.theta_local, colours[2:], batch.blurred_local, v.local_size, v.local_scale)
+    masks_global = masks_local = None
     if config.target.mask:
-        mask_global = moved["mask_global"].flatten(0, 1)
-        mask_local = moved["mask_local"].flatten(0, 1) if v.local_count else None
+        masks_global = moved(sampled.object_masks_global).flatten(0, 1)
+        masks_local = moved(sampled.object_masks_local).flatten(0, 1) if v.local_count else None
         if config.loss.image_weight:
-            mask_global, mask_local = add_whole_image(mask_global), None if mask_local is None else add_whole_image(mask_local)
-    return Views(images, local, mask_global, mask_local, moved["hidden"].flatten(0, 1), moved["hidden_rows"], seen)
+            masks_global = add_whole_image(masks_global)
+            masks_local = None if masks_local is None else add_whole_image(masks_local)
+    masked = moved(sampled.masked_patches).flatten(0, 1)
+    return Views(images, local, masks_global, masks_local, masked, moved(batch.masked_rows), moved(sampled.object_visible))
 
 
-def add_whole_image(mask: Tensor) -> Tensor:
-    """Masks (B, K, N) with one more object that is the whole image."""
-    return torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+def add_whole_image(masks: Tensor) -> Tensor:
+    """Add to masks (B, K, N) one more object that is the whole image."""
+    return torch.cat([masks, torch.ones_like(masks[:, :1])], dim=1)

@@ -10,6 +10,7 @@ import pytest
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from odis_path.config import PretrainConfig
+from odis_path.data.dataset import TileSample
 from tiling.slide_file.write import SlideMeta, write_slide_file
 from tiling.wsi.codec import encode_jpeg
 
@@ -113,6 +114,15 @@ def tiny_values(tiles: Path | str, out: Path | str, **sections: dict[str, Any]) 
 def tiny_config(tiles: Path | str, out: Path | str, **sections: dict[str, Any]) -> PretrainConfig:
     """The same, checked."""
     return PretrainConfig.model_validate(tiny_values(tiles, out, **sections))
+
+
+def assert_same_sample(a: TileSample, b: TileSample, *, pixels: bool = True) -> None:
+    """Two samples are equal in every field, or in all but their pixels."""
+    assert not pixels or np.array_equal(a.pixels, b.pixels)
+    assert a.unreadable == b.unreadable
+    np.testing.assert_array_equal(a.target, b.target)
+    for field in a.views._fields:
+        np.testing.assert_array_equal(getattr(a.views, field), getattr(b.views, field), err_msg=field)
 
 
 class NoWaiting(TorchDispatchMode):

@@ -13,7 +13,7 @@ from odis_path.config import parse_config
 from odis_path.data.dataset import TileSamples
 from odis_path.data.targets import noisy_boxes
 from odis_path.data.tile_index import index_tiles
-from tests.odis_path.conftest import SIDE, tiny_config
+from tests.odis_path.conftest import SIDE, assert_same_sample, tiny_config
 
 QUIET = {"jitter": 0.0, "drop": 0.0, "false": 0.0, "side_px": 100}
 
@@ -74,7 +74,7 @@ def test_zero_noise_leaves_every_draw_of_a_sample_as_it_was(tiny_tiles: Path) ->
     quiet._noisy = None  # type: ignore[method-assign,assignment]  # would fail if called
     for i in range(4):
         a, b = plain[(0, i)], quiet[(0, i)]
-        assert all(np.array_equal(a[key], b[key]) for key in a)
+        assert_same_sample(a, b)
 
 
 def test_a_noisy_sample_is_a_function_of_seed_epoch_and_index(tiny_tiles: Path) -> None:
@@ -83,26 +83,26 @@ def test_a_noisy_sample_is_a_function_of_seed_epoch_and_index(tiny_tiles: Path) 
     differs = 0
     for i in reversed(range(len(one))):
         a = one[(3, i)]
-        differs += not np.array_equal(a["target"], plain[(3, i)]["target"])
+        differs += not np.array_equal(a.target, plain[(3, i)].target)
     for i in range(len(one)):
         a, b = one[(3, i)], two[(3, i)]
-        assert all(np.array_equal(a[key], b[key]) for key in a)
-        assert (a["target"] >= 0).all()
-        assert (a["target"] <= SIDE).all()
+        assert_same_sample(a, b)
+        assert (a.target >= 0).all()
+        assert (a.target <= SIDE).all()
     assert differs > len(one) / 2
 
 
 def test_a_tile_whose_boxes_are_all_missing_is_trained_whole(tiny_tiles: Path) -> None:
     sample = samples_of(tiny_tiles, noise_drop=1.0)[(0, 1)]
-    assert sample["target"].tolist() == [0, 0, SIDE, SIDE]
-    assert sample["mask_global"].all()
+    assert sample.target.tolist() == [0, 0, SIDE, SIDE]
+    assert sample.views.object_masks_global.all()
 
 
 @pytest.mark.parametrize("extra", [{"choice": "label"}, {"objects": 3}, {"order": "crop_first"}])
 def test_noise_goes_with_the_other_choices(tiny_tiles: Path, extra: dict[str, Any]) -> None:
     samples = samples_of(tiny_tiles, noise_jitter=0.3, noise_drop=0.5, noise_false=0.5, **extra)
     for i in range(len(samples)):
-        assert samples[(0, i)]["mask_global"].any(axis=2).all()
+        assert samples[(0, i)].views.object_masks_global.any(axis=2).all()
 
 
 def test_noise_on_outlines_is_refused() -> None:

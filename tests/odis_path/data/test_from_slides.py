@@ -17,7 +17,7 @@ from odis_path.data.tile_index import OpenSlides, index_tiles, open_files
 from odis_path.embedding.run import embed
 from odis_path.features.read import read_features
 from odis_path.training import loop
-from tests.odis_path.conftest import tiny_config
+from tests.odis_path.conftest import assert_same_sample, tiny_config
 from tiling.proposals.run import propose
 from tiling.slide_file.read import SlideFile
 from tiling.tiles.run import tile
@@ -70,19 +70,18 @@ def test_samples_from_slides_are_those_from_stored_pixels(both: tuple[Path, Path
     assert len(one) == len(other) == 4 * 24
     for i in (0, 17, 95):
         stored, read = one[2, i], other[2, i]
-        assert np.abs(stored["tile"].astype(int) - read["tile"]).mean() < 2
-        for key in set(stored) - {"tile"}:
-            np.testing.assert_array_equal(stored[key], read[key])
+        assert np.abs(stored.pixels.astype(int) - read.pixels).mean() < 2
+        assert_same_sample(stored, read, pixels=False)
 
 
 def test_workers_read_slides_of_their_own_in_any_order(both: tuple[Path, Path], tmp_path: Path) -> None:
     data = samples(both[1], tmp_path)
-    expected = [data[0, i]["tile"] for i in range(len(data))]  # the parent's slides are open before the workers start
+    expected = [data[0, i].pixels for i in range(len(data))]  # the parent's slides are open before the workers start
     sampler = StepSampler(len(data), 16, seed=5, first_step=0, last_step=6, rank=0, world=1)
     loader = torch.utils.data.DataLoader(data, batch_sampler=sampler, collate_fn=collate, num_workers=2)
     seen = 0
     for keys, batch in zip(sampler, loader, strict=True):
-        for (_, i), pixels in zip(keys, batch["tile"].numpy(), strict=True):
+        for (_, i), pixels in zip(keys, batch.pixels.numpy(), strict=True):
             np.testing.assert_array_equal(pixels, expected[i])
             seen += 1
     assert seen == 96

@@ -13,9 +13,9 @@ import torch
 from annotations.errors import UserError
 from odis_path.config import PretrainConfig, load_config
 from odis_path.data import crops
-from odis_path.data.dataset import TileSamples
+from odis_path.data.dataset import TileSample, TileSamples
 from odis_path.data.sampler import collate
-from odis_path.data.targets import Target, choose_box, more_boxes, whole_tile
+from odis_path.data.targets import Target, choose_box, further_targets, whole_tile
 from odis_path.data.tile_index import index_tiles
 from odis_path.distributed import Ranks
 from odis_path.embedding.encoder import FrozenEncoder
@@ -37,8 +37,8 @@ def samples_of(tiles: Path, **sections: Any) -> TileSamples:
     return TileSamples(index_tiles(tiles), tiny_config(tiles, "unused", **sections), 8)
 
 
-def views_of(sample: dict[str, np.ndarray]) -> list[crops.Crop]:
-    return [crops.Crop(*(int(v) for v in rect)) for rect in sample["rects"]]
+def crops_of(sample: TileSample) -> list[crops.Crop]:
+    return [crops.Crop(*(int(v) for v in rect)) for rect in sample.views.rects]
 
 
 def test_further_objects_show_in_both_globals_and_are_not_the_first(tiny_tiles: Path) -> None:
@@ -47,18 +47,18 @@ def test_further_objects_show_in_both_globals_and_are_not_the_first(tiny_tiles: 
     used = 0
     for i in range(len(samples)):
         sample = samples[(0, i)]
-        assert sample["mask_global"].shape == (2, 3, 16)
-        assert not sample["seen"][:, 2].any()  # a tile has two boxes
-        assert sample["mask_global"][:, 2].all()
+        assert sample.views.object_masks_global.shape == (2, 3, 16)
+        assert not sample.views.object_visible[:, 2].any()  # a tile has two boxes
+        assert sample.views.object_masks_global[:, 2].all()
         boxes = samples.files[int(samples.index.slide[i])].boxes(int(samples.index.row[i])).astype(float)
-        other = boxes[(boxes != sample["target"]).any(1)]
-        share = np.minimum(*(crops.visible_share(view, other) for view in views_of(sample)[:2]))
+        other = boxes[(boxes != sample.target).any(1)]
+        share = np.minimum(*(crops.visible_share(view, other) for view in crops_of(sample)[:2]))
         large = (other[:, 2:] - other[:, :2]).prod(1) >= samples._min_side_px**2
-        assert sample["seen"][:2, 1].all() == bool((large & (share >= 0.5)).any())
-        if sample["seen"][0, 1]:
+        assert sample.views.object_visible[:2, 1].all() == bool((large & (share >= 0.5)).any())
+        if sample.views.object_visible[0, 1]:
             used += 1
-            view = views_of(sample)[0]
-            assert np.array_equal(sample["mask_global"][0, 1], crops.patch_mask(view, other[0], 4).ravel())
+            view = crops_of(sample)[0]
+            assert np.array_equal(sample.views.object_masks_global[0, 1], crops.patch_mask(view, other[0], 4).ravel())
     assert used > len(samples) / 3
 
 
@@ -68,9 +68,9 @@ def test_crop_first_takes_a_box_that_both_free_crops_contain(tiny_tiles: Path) -
     for i in range(len(samples)):
         sample = samples[(1, i)]
         boxes = samples.files[int(samples.index.slide[i])].boxes(int(samples.index.row[i]))
-        whole = sample["target"][2] - sample["target"][0] == SIDE  # a box that fills the tile: the crops stay free
-        if not whole and (boxes == sample["target"]).all(1).any():  # not one that was too small and has been widened
-            assert all(crops.contains(view, sample["target"]) for view in views_of(sample)[:2])
+        whole = sample.target[2] - sample.target[0] == SIDE  # a box that fills the tile: the crops stay free
+        if not whole and (boxes == sample.target).all(1).any():  # not one that was too small and has been widened
+            assert all(crops.contains(view, sample.target) for view in crops_of(sample)[:2])
         whole_in_both += not whole
     assert whole_in_both > len(samples) / 2  # crops that hold the cell hold the tile-sized box rarely
 
@@ -84,14 +84,14 @@ def test_what_follows_the_last_try_is_as_configured(tiny_tiles: Path, fallback: 
     missed = 0
     for i in range(len(samples)):
         sample = samples[(0, i)]
-        for k, view in enumerate(views_of(sample)):
-            mask = sample["mask_global"][k, 0] if k < 2 else sample["mask_local"][k - 2, 0]
-            if crops.shows(view, sample["target"], SIDE, samples.rules[0 if k < 2 else 1]):
-                assert sample["seen"][k, 0]
+        for k, view in enumerate(crops_of(sample)):
+            mask = sample.views.object_masks_global[k, 0] if k < 2 else sample.views.object_masks_local[k - 2, 0]
+            if crops.shows(view, sample.target, SIDE, samples.rules[0 if k < 2 else 1]):
+                assert sample.views.object_visible[k, 0]
                 continue
             missed += 1
             assert mask.all()
-            assert bool(sample["seen"][k, 0]) == (fallback == "full")
+            assert bool(sample.views.object_visible[k, 0]) == (fallback == "full")
     assert (missed == 0) == (fallback == "construct")
 
 
@@ -115,7 +115,7 @@ def test_targets_know_the_boxes_they_are_made_of() -> None:
     assert merged.box.tolist() == [0, 0, 9, 4]
     assert whole_tile(64).whole
     assert not merged.whole
-    further = more_boxes(rng, boxes, np.array([True, True, False]), 3, Target(boxes[0], np.array([0])))
+    further = further_targets(rng, boxes, np.array([True, True, False]), 3, Target(boxes[0], np.array([0])))
     assert [None if t is None else t.rows.tolist() for t in further] == [[1], None, None]
 
 
@@ -204,9 +204,9 @@ def test_polygons_make_the_mask_and_are_asked_for_where_there_are_none(tiny_tile
     fewer = 0
     for i in range(len(boxes)):
         box, outline = boxes[(0, i)], outlines[(0, i)]
-        assert np.array_equal(box["target"], outline["target"])
-        assert not (outline["mask_global"] & ~box["mask_global"]).any()
-        fewer += int(box["mask_global"].sum() - outline["mask_global"].sum())
+        assert np.array_equal(box.target, outline.target)
+        assert not (outline.views.object_masks_global & ~box.views.object_masks_global).any()
+        fewer += int(box.views.object_masks_global.sum() - outline.views.object_masks_global.sum())
     assert fewer > 0
     write_tiny_slide(tmp_path, "bare", "P", 4, 0, polygons=False)
     samples = samples_of(tmp_path, target={"geometry": "polygon"})
@@ -275,9 +275,9 @@ def test_the_defaults_are_those_of_the_sources() -> None:
 def test_collated_batches_put_views_first(tiny_tiles: Path) -> None:
     samples = samples_of(tiny_tiles, target={"objects": 2})
     batch = collate([samples[(0, i)] for i in range(3)])
-    assert batch["mask_global"].shape == (2, 3, 2, 16)
-    assert batch["mask_local"].shape == (2, 3, 2, 4)
-    assert batch["seen"].shape == (4, 3, 2)
+    assert batch.views.object_masks_global.shape == (2, 3, 2, 16)
+    assert batch.views.object_masks_local.shape == (2, 3, 2, 4)
+    assert batch.views.object_visible.shape == (4, 3, 2)
 
 
 def test_views_without_an_object_have_no_part_in_the_loss() -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from odis_path.checkpoint import load_checkpoint
 from odis_path.config import PretrainConfig
 from odis_path.data import crops
-from odis_path.data.dataset import TileSamples
+from odis_path.data.dataset import TileSample, TileSamples
 from odis_path.data.tile_index import index_tiles
 from odis_path.distributed import Ranks
 from odis_path.training import loop
@@ -53,13 +53,14 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return index_tiles(folder)
 
 
-def draw(index: Any, box: np.ndarray, seed: int, **target: Any) -> tuple[dict[str, np.ndarray], TileSamples]:
+def draw(index: Any, box: np.ndarray, seed: int, **target: Any) -> tuple[TileSample, TileSamples]:
     samples = TileSamples(index, tiny_config("x", "y", target={"min_patches": 1, **target}), 8)
-    return samples.draw(np.random.default_rng(seed), OneBox(box), 0, 0), samples  # type: ignore[arg-type]
+    target, views = samples.sample_views(np.random.default_rng(seed), OneBox(box), 0, 0)  # type: ignore[arg-type]
+    return TileSample(np.zeros(0), None, target.box, views), samples
 
 
-def views_of(sample: dict[str, np.ndarray]) -> list[crops.Crop]:
-    return [crops.Crop(*(int(v) for v in rect)) for rect in sample["rects"]]
+def crops_of(sample: TileSample) -> list[crops.Crop]:
+    return [crops.Crop(*(int(v) for v in rect)) for rect in sample.views.rects]
 
 
 @st.composite
@@ -83,20 +84,20 @@ def test_above_the_share_a_box_is_the_tile_and_below_it_is_cropped_around(
 ) -> None:
     sample, samples = draw(index, box, seed, sampler=sampler, containment=containment, whole_share=share, order=order)
     fills = (box[2] - box[0]) * (box[3] - box[1]) / SIDE**2 > share
-    assert sample["seen"].all()
+    assert sample.views.object_visible.all()
     if fills:
-        assert sample["target"].tolist() == [0, 0, SIDE, SIDE]
-        assert sample["mask_global"].all()
-        assert sample["mask_local"].all()
+        assert sample.target.tolist() == [0, 0, SIDE, SIDE]
+        assert sample.views.object_masks_global.all()
+        assert sample.views.object_masks_local.all()
     else:
-        assert np.allclose(sample["target"], box)
-        for number, view in enumerate(views_of(sample)):
+        assert np.allclose(sample.target, box)
+        for number, view in enumerate(crops_of(sample)):
             assert crops.shows(view, box, SIDE, samples.rules[number >= 2])
 
 
 def test_crops_of_a_box_that_fills_the_tile_have_the_law_of_free_ones(index: Any) -> None:
     box = np.array([1.0, 0.0, 64.0, 63.0])
-    rects = np.concatenate([draw(index, box, seed)[0]["rects"][:2] for seed in range(1500)])
+    rects = np.concatenate([draw(index, box, seed)[0].views.rects[:2] for seed in range(1500)])
     free = crops.sample_crops(np.random.default_rng(0), SIDE, None, crops.CropRule(scale=(0.25, 1), size_px=32), 3000)
     other = np.array([(v.x, v.y, v.w, v.h) for v in free])
     assert np.abs(rects[:, :4].mean(0) - other.mean(0)).max() < 0.8
@@ -111,12 +112,12 @@ def test_an_outline_keeps_its_mask_where_its_box_fills_the_tile(index: Any) -> N
             sample, _ = draw(
                 index, np.array([0.0, 0.0, 64.0, 64.0]), seed, geometry="polygon", sampler=sampler, fallback="zero"
             )
-            shown = sample["seen"][:, 0]
+            shown = sample.views.object_visible[:, 0]
             assert shown[:2].any() or not shown.all()
-            assert not sample["mask_global"][shown[:2], 0].all(axis=1).any()
+            assert not sample.views.object_masks_global[shown[:2], 0].all(axis=1).any()
             lacking += int((~shown).sum())
     assert lacking > 0
-    assert len({tuple(v) for v in sample["rects"][:, :4].tolist()}) == 4
+    assert len({tuple(v) for v in sample.views.rects[:, :4].tolist()}) == 4
 
 
 def test_another_object_of_a_tile_is_never_the_box_that_fills_it(tiny_tiles: Path) -> None:
@@ -124,8 +125,8 @@ def test_another_object_of_a_tile_is_never_the_box_that_fills_it(tiny_tiles: Pat
     samples = TileSamples(index_tiles(tiny_tiles), tiny_config(tiny_tiles, "y", target={"objects": 2, "min_patches": 1}), 8)
     for i in range(len(samples)):
         sample = samples[(0, i)]
-        if sample["target"][2] - sample["target"][0] == SIDE and sample["seen"][0, 1]:
-            assert not sample["mask_global"][:, 1].all()
+        if sample.target[2] - sample.target[0] == SIDE and sample.views.object_visible[0, 1]:
+            assert not sample.views.object_masks_global[:, 1].all()
 
 
 def identical(rects: np.ndarray) -> bool:
@@ -137,14 +138,14 @@ def identical(rects: np.ndarray) -> bool:
 )
 def test_two_globals_around_a_large_box_are_rarely_one_and_the_same(index: Any, box: list[float]) -> None:
     """At 64 px a tile has few rectangles; below a twentieth all the same, and at 224 px or more far below."""
-    same = [identical(draw(index, np.array(box, float), seed)[0]["rects"]) for seed in range(400)]
+    same = [identical(draw(index, np.array(box, float), seed)[0].views.rects) for seed in range(400)]
     assert np.mean(same) < 0.1
 
 
 def test_without_the_share_every_crop_of_a_tile_sized_box_is_the_tile(index: Any) -> None:
     """What the key is for; 1 switches it off."""
     whole = np.array([0.0, 0.0, 64.0, 64.0])
-    assert all(identical(draw(index, whole, seed, whole_share=1.0)[0]["rects"]) for seed in range(50))
+    assert all(identical(draw(index, whole, seed, whole_share=1.0)[0].views.rects) for seed in range(50))
 
 
 # Counted, shown, told
@@ -169,7 +170,7 @@ def test_the_log_holds_the_share_of_identity_pairs_of_its_steps(tiny_tiles: Path
     samples = TileSamples(run.train, config, 8)
     sampler = loop.StepSampler(len(run.train), 8, seed=0, first_step=0, last_step=12, rank=0, world=1)
     batches = [[samples[key] for key in keys] for keys in sampler]
-    expected = [np.mean([identical(s["rects"]) for batch in batches[k : k + 4] for s in batch]) for k in (0, 4, 8)]
+    expected = [np.mean([identical(s.views.rects) for batch in batches[k : k + 4] for s in batch]) for k in (0, 4, 8)]
     assert [row["identity_pairs"] for row in rows_of(folder)] == pytest.approx(expected, abs=1e-6)
     assert min(expected) > 0.2  # half of the boxes are the tile
 

@@ -24,7 +24,7 @@ from odis_path.distributed import Ranks
 from odis_path.model.network import build_network
 from odis_path.training import loop
 from odis_path.training.optim import clip_gradients, parameter_groups, step_values, update_teacher
-from tests.odis_path.conftest import tiny_config, tiny_values
+from tests.odis_path.conftest import assert_same_sample, tiny_config, tiny_values
 
 CPU = Ranks(0, 1, torch.device("cpu"))
 
@@ -251,9 +251,8 @@ def test_samples_are_a_function_of_seed_epoch_and_index(tiny_tiles: Path, tmp_pa
     config = tiny_config(tiny_tiles, tmp_path)
     a, b = (TileSamples(index_tiles(tiny_tiles), config, 8) for _ in range(2))
     b[(5, 1)]  # history does not matter
-    for key in a[(2, 7)]:
-        assert np.array_equal(a[(2, 7)][key], b[(2, 7)][key]), key
-    assert not np.array_equal(a[(2, 7)]["theta_global"], a[(3, 7)]["theta_global"])
+    assert_same_sample(a[(2, 7)], b[(2, 7)])
+    assert not np.array_equal(a[(2, 7)].views.theta_global, a[(3, 7)].views.theta_global)
 
 
 @pytest.mark.parametrize(

@@ -141,9 +141,9 @@ def one_step(values: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.
     criterion = Criterion(config).double()
     mean = config.loss.patch_center == "all"
     with torch.no_grad():
-        teacher: Encoded = network(views, with_locals=False, hide=False, patches=True, mean=mean)
-        criterion(teacher, network(views, with_locals=False, hide=False, patches=True), views, 0.04)
-        patches = network.encoder(views.globals_, views.mask_global, None).patches
+        teacher: Encoded = network(views, with_locals=False, mask_patches=False, patches=True, mean=mean)
+        criterion(teacher, network(views, with_locals=False, mask_patches=False, patches=True), views, 0.04)
+        patches = network.encoder(views.globals_, views.object_masks_global, None).patches
         every = (network.patch_head or network.head)(patches)
     return every, every[hidden], criterion.patch_center.value
 
@@ -176,8 +176,8 @@ def test_the_targets_do_not_depend_on_how_the_center_is_counted() -> None:
         hidden.flatten().nonzero()[:, 0],
         torch.ones(2, 2, 1, dtype=torch.bool),
     )
-    plain = network(views, with_locals=False, hide=False, patches=True)
-    beside = network(views, with_locals=False, hide=False, patches=True, mean=True)
+    plain = network(views, with_locals=False, mask_patches=False, patches=True)
+    beside = network(views, with_locals=False, mask_patches=False, patches=True, mean=True)
     assert torch.allclose(plain.patches, beside.patches, atol=1e-12)
     assert plain.patch_mean is None
 

@@ -15,8 +15,8 @@ import yaml
 
 from odis_path.checkpoint import load_checkpoint
 from odis_path.config import PretrainConfig
-from odis_path.data.dataset import TileSamples
-from odis_path.data.sampler import StepSampler, collate
+from odis_path.data.dataset import SampledViews, TileSamples
+from odis_path.data.sampler import Batch, StepSampler, collate
 from odis_path.distributed import Ranks
 from odis_path.loss.dino_ibot import Center, cross_view_loss
 from odis_path.training import loop
@@ -74,7 +74,9 @@ def train_steps(rank: int, world: int, values: dict[str, Any], count: int) -> di
         scheduled = step_values(config, step, run.steps_per_epoch, count)
         loop.set_schedule(run.optimizer, scheduled)
         run.optimizer.zero_grad(set_to_none=True)
-        batch = {k: v.double() if v.dtype == torch.float32 else v for k, v in collate([samples[r] for r in rows]).items()}
+        batch = collate([samples[r] for r in rows])
+        views = SampledViews(*(field.double() if field.dtype == torch.float32 else field for field in batch.views))
+        batch = batch._replace(views=views)
         parts = forward_in_double(run, batch, scheduled)
         losses.append(loop.mean_of_ranks(parts["loss"].detach().clone(), ranks))
         loop.apply_gradients(run, scheduled)
@@ -86,7 +88,7 @@ def train_steps(rank: int, world: int, values: dict[str, Any], count: int) -> di
     }
 
 
-def forward_in_double(run: loop.Run, batch: dict[str, Any], scheduled: Any) -> dict[str, torch.Tensor]:
+def forward_in_double(run: loop.Run, batch: Batch, scheduled: Any) -> dict[str, torch.Tensor]:
     plain = torch.Tensor.float
     torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign,assignment]
     try:

@@ -14,8 +14,8 @@ import torch
 
 from annotations.errors import UserError
 from odis_path.checkpoint import latest_checkpoint, load_checkpoint
-from odis_path.data import crops
-from odis_path.data.dataset import TileSamples
+from odis_path.data.crops import Crop
+from odis_path.data.dataset import SampledObject, TileSamples
 from odis_path.data.targets import Target
 from odis_path.data.tile_index import index_tiles
 from odis_path.distributed import Ranks
@@ -173,7 +173,7 @@ def test_a_torn_slide_without_stored_pixels_costs_its_tiles_and_no_run(
         eval={"every_epochs": 0},
     )
     torn = TileSamples(index_tiles(tmp_path / "tiles"), config, 8)
-    lost = [i for i in range(len(torn)) if torn[0, i]["lost"] >= 0]
+    lost = [i for i in range(len(torn)) if torn[0, i].unreadable is not None]
     assert 1 <= len(lost) <= 9
     loop.pretrain(config)
     said = capsys.readouterr().err
@@ -226,8 +226,8 @@ def test_a_fallback_is_for_the_object_the_crops_were_drawn_for(tiny_tiles: Path)
     )
     for i in range(30):
         a, b = full[0, i], construct[0, i]
-        np.testing.assert_array_equal(a["mask_global"][:, 1], b["mask_global"][:, 1])
-        np.testing.assert_array_equal(a["seen"][:, 1], b["seen"][:, 1])
+        np.testing.assert_array_equal(a.views.object_masks_global[:, 1], b.views.object_masks_global[:, 1])
+        np.testing.assert_array_equal(a.views.object_visible[:, 1], b.views.object_visible[:, 1])
 
 
 def test_weights_that_are_not_finite_stop_every_rank_where_they_are_saved(
@@ -271,8 +271,8 @@ def test_an_outline_beside_a_view_is_not_seen_in_it(tiny_tiles: Path) -> None:
     samples = TileSamples(index_tiles(tiny_tiles), tiny_config(tiny_tiles, "unused", target={"geometry": "polygon"}), 8)
     diamond = np.array([(20.0, 0.0), (40.0, 20.0), (20.0, 40.0), (0.0, 20.0)])
     target = Target(np.array([0.0, 0.0, 40.0, 40.0]), np.array([0]))
-    corner, middle = crops.Crop(0, 0, 8, 8, 0, 32), crops.Crop(8, 8, 32, 32, 0, 32)
-    masks = samples._masks([corner, middle], target, 0, [[diamond]], sampled=False)
+    corner, middle = Crop(0, 0, 8, 8, 0, 32), Crop(8, 8, 32, 32, 0, 32)
+    masks = samples._object_mask([corner, middle], SampledObject(target, [[diamond]], in_crops=False), local=False)
     assert not masks[0].any()
     assert masks[1].any()
 
