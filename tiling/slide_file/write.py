@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import h5py
 import numpy as np
@@ -110,6 +112,100 @@ def check_ours(path: Path) -> None:
         raise UserError(f"{path}: {by}: give another --out")
 
 
+class SlideFileWriter:
+    """Write one slide file, tile by tile; it appears under its path only when the `with` block ends well.
+
+    First the tiles (`add_tile`), then the groups (`add_group`); the writer itself stores which tiles are bad.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        meta: SlideMeta,
+        coords: np.ndarray,
+        tissue_fraction: np.ndarray | None = None,
+        *,
+        has_pixels: bool,
+    ) -> None:
+        """Take the grid. coords: int64 (N, 2), top-left x, y in level-0 pixels, ordered by (y, x). tissue_fraction:
+        float32 (N,), ones when None. has_pixels: N tiles will be added; False: the slide stays the pixel source.
+
+        Raises ValueError where the shapes do not fit or the coords are not in order, UserError where another kind of file is in
+        its place. At the end of the block, ValueError where another number of tiles was added, UserError where the slide is
+        not what it was (see `SlideMeta.stamp`).
+        """
+        check_ours(path)
+        self.path, self.meta = path, meta
+        self._coords = np.asarray(coords, dtype=np.int64).reshape(-1, 2)
+        count = len(self._coords)
+        fraction = np.ones(count) if tissue_fraction is None else np.asarray(tissue_fraction)
+        if fraction.shape != (count,):
+            raise ValueError(f"tissue_fraction has shape {fraction.shape}, coords has {count} rows")
+        if (np.lexsort((self._coords[:, 0], self._coords[:, 1])) != np.arange(count)).any():
+            raise ValueError("coords are not in row-major order by (y, x)")
+        self._tissue_fraction = fraction.astype(np.float32)
+        self._has_pixels = has_pixels
+        self._blur: list[float] = []
+        self.problems: dict[int, str] = {}  # row of a tile that could not be decoded whole -> what of it
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            self._file = stack.enter_context(new_h5(self.path))
+            _write_root(self._file, self.meta)
+            _write_array(self._file, "coords", self._coords)
+            self._file["coords"].attrs.update(coords_attrs(self.meta))
+            _write_array(self._file, "tissue_fraction", self._tissue_fraction)
+            self._pixels = _PixelWriter(self._file.create_group("pixels", track_order=True)) if self._has_pixels else None
+            stack.push(self._finish)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+
+    @property
+    def blur(self) -> np.ndarray:
+        """float32: the blur of each tile that was added."""
+        return np.array(self._blur, np.float32)
+
+    def add_tile(self, data: bytes, *, blur: float = math.nan, problem: str = "") -> None:
+        """Add the next tile, JPEG or PNG. blur: 0 sharp to 1 blurred. problem: why it could not be decoded whole.
+
+        Raises OSError where what was written before did not arrive on the disk.
+        """
+        if self._pixels is None:
+            raise ValueError(f"{self.path}: takes no tiles, or none after its groups")
+        self._file.check()
+        self._pixels.add(data)
+        if problem:
+            self.problems[len(self._blur)] = problem
+        self._blur.append(blur)
+
+    def add_group(self, name: str, content: GroupContent) -> None:
+        """Add a group, or a dataset at the root, as `replace_groups` takes them."""
+        self._finish_pixels()
+        write_group(self._file, name, content)
+
+    def _finish_pixels(self) -> None:
+        if self._pixels is not None:
+            self._pixels.finish()
+            self._pixels = None
+            if len(self._blur) != len(self._coords):
+                raise ValueError(f"{len(self._blur)} tiles of pixels for {len(self._coords)} coords")
+
+    def _finish(self, error: type[BaseException] | None, *_: object) -> None:
+        """Write what is left where the block ended well."""
+        if error is not None:
+            return
+        self._finish_pixels()
+        if self.problems:
+            self.add_group("bad_tiles", np.array(list(self.problems), np.int64))
+        if self.meta.stamp is not None and source_stamp(self.meta.source) != self.meta.stamp:
+            raise UserError(
+                f"{shown(self.meta.source)}: changed while it was read: run the same command again when it stays as it is"
+            )
+
+
 def write_slide_file(
     path: Path,
     *,
@@ -119,37 +215,16 @@ def write_slide_file(
     pixels: Iterable[bytes] | None = None,
     groups: Mapping[str, GroupContent] | None = None,
 ) -> None:
-    """Write one slide file; it appears under `path` only when complete.
+    """Write one slide file from what is there as a whole; see `SlideFileWriter`.
 
-    coords: int64 (N, 2), top-left x, y in level-0 pixels, ordered by (y, x). tissue_fraction: float32 (N,), ones when
-    None. pixels: N encoded tiles (JPEG or PNG) in the order of coords, consumed as a stream; None: the slide stays the
-    pixel source. groups: more groups, as `replace_groups` takes them. N = 0 is valid.
-    Raises ValueError where the shapes do not fit or the coords are not in order, UserError where another kind of file is in
-    its place and where the slide is not what it was (see `SlideMeta.stamp`).
+    pixels: N encoded tiles (JPEG or PNG) in the order of coords, consumed as a stream; None: the slide stays the pixel source.
+    groups: more groups, as `replace_groups` takes them. N = 0 is valid.
     """
-    check_ours(path)
-    coords = np.asarray(coords, dtype=np.int64).reshape(-1, 2)
-    count = len(coords)
-    fraction = np.ones(count) if tissue_fraction is None else np.asarray(tissue_fraction)
-    if fraction.shape != (count,):
-        raise ValueError(f"tissue_fraction has shape {fraction.shape}, coords has {count} rows")
-    if (np.lexsort((coords[:, 0], coords[:, 1])) != np.arange(count)).any():
-        raise ValueError("coords are not in row-major order by (y, x)")
-    with new_h5(path) as file:
-        _write_root(file, meta)
-        _write_array(file, "coords", coords)
-        file["coords"].attrs.update(coords_attrs(meta))
-        _write_array(file, "tissue_fraction", fraction.astype(np.float32))
-        if pixels is not None:
-            written = _write_pixels(file.create_group("pixels", track_order=True), file.checked(pixels))
-            if written != count:
-                raise ValueError(f"{written} tiles of pixels for {count} coords")
+    with SlideFileWriter(path, meta, coords, tissue_fraction, has_pixels=pixels is not None) as out:
+        for tile in pixels or ():
+            out.add_tile(tile)
         for name, content in (groups or {}).items():
-            write_group(file, name, content)
-        if meta.stamp is not None and source_stamp(meta.source) != meta.stamp:
-            raise UserError(
-                f"{shown(meta.source)}: changed while it was read: run the same command again when it stays as it is"
-            )
+            out.add_group(name, content)
 
 
 def coords_attrs(meta: SlideMeta) -> dict[str, Any]:
@@ -280,35 +355,39 @@ def _write_array(group: h5py.Group, name: str, value: Any) -> None:
     dataset.attrs[CRC_ATTR] = np.uint32(value_crc32(array))
 
 
-def _write_pixels(group: h5py.Group, pixels: Iterable[bytes]) -> int:
-    """Append encoded tiles end to end, holding about 1 MiB at a time; then offsets and checksums. Returns their number."""
-    lengths: list[int] = []
-    crc32s: list[int] = []
-    buffer = bytearray()
-    data: h5py.Dataset | None = None
+class _PixelWriter:
+    """The group /pixels: encoded tiles laid end to end, about 1 MiB of them held back; their offsets and checksums."""
 
-    def flush() -> None:
-        nonlocal data
-        block = np.frombuffer(bytes(buffer), dtype=np.uint8)
-        buffer.clear()
-        if data is None:
+    def __init__(self, group: h5py.Group) -> None:
+        self._group = group
+        self._lengths: list[int] = []
+        self._crc32s: list[int] = []
+        self._buffer = bytearray()
+        self._data: h5py.Dataset | None = None
+
+    def add(self, tile: bytes) -> None:
+        self._lengths.append(len(tile))
+        self._crc32s.append(crc32(tile))
+        self._buffer += tile
+        if len(self._buffer) >= CHUNK_BYTES:
+            self._flush()
+
+    def finish(self) -> None:
+        """Write what is held back, then offsets and checksums."""
+        if self._buffer or self._data is None:
+            self._flush()
+        offsets = np.zeros(len(self._lengths) + 1, dtype=np.int64)
+        np.cumsum(self._lengths, out=offsets[1:])
+        _write_array(self._group, "offsets", offsets)
+        _write_array(self._group, CRC_ATTR, np.array(self._crc32s, dtype=np.uint32))
+
+    def _flush(self) -> None:
+        block = np.frombuffer(bytes(self._buffer), dtype=np.uint8)
+        self._buffer.clear()
+        if self._data is None:
             chunk = (min(max(len(block), 1), CHUNK_BYTES),)
-            data = group.create_dataset("data", data=block, chunks=chunk, maxshape=(None,))
+            self._data = self._group.create_dataset("data", data=block, chunks=chunk, maxshape=(None,))
             return
-        start = data.shape[0]
-        data.resize((start + len(block),))
-        data[start:] = block
-
-    for tile in pixels:
-        lengths.append(len(tile))
-        crc32s.append(crc32(tile))
-        buffer += tile
-        if len(buffer) >= CHUNK_BYTES:
-            flush()
-    if buffer or data is None:
-        flush()
-    offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
-    np.cumsum(lengths, out=offsets[1:])
-    _write_array(group, "offsets", offsets)
-    _write_array(group, CRC_ATTR, np.array(crc32s, dtype=np.uint32))
-    return len(lengths)
+        start = self._data.shape[0]
+        self._data.resize((start + len(block),))
+        self._data[start:] = block

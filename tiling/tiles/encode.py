@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
 from annotations.errors import UserError
 from tiling.grid import GridPlan
+from tiling.tissue.quality import blur_score
 from tiling.wsi import codec
 from tiling.wsi.backends.tiff_direct import DirectReader
 from tiling.wsi.level_view import pixel_bounds
@@ -17,41 +19,37 @@ from tiling.wsi.slide import Slide
 
 MOST_BAD = 0.5  # share of the tiles; a slide with more of them that cannot be decoded fails
 
-Judge = Callable[[np.ndarray], float]
+
+class EncodedTile(NamedTuple):
+    """A tile as JPEG. blur: see `blur_score`. problem: why it could not be decoded whole, else empty."""
+
+    data: bytes
+    blur: float
+    problem: str
 
 
-def encoded_tiles(
-    slide: Slide,
-    plan: GridPlan,
-    *,
-    quality: int,
-    copy: bool = False,
-    threads: int = 1,
-    judge: Judge | None = None,
-    scores: np.ndarray | None = None,
-    bad: dict[int, str],
-) -> Iterator[bytes]:
-    """The tiles of a plan as JPEG, in order.
+def encode_tiles(slide: Slide, plan: GridPlan, *, quality: int, copy: bool = False, threads: int = 1) -> Iterator[EncodedTile]:
+    """Read, judge and encode the tiles of a plan, in order; what cannot be decoded of a tile is black.
 
-    quality: of the JPEG. copy: give the stored bytes where `stored_level` finds them. judge: a score of each tile (uint8
-    (S, S, 3) -> float), put into scores, float32 (N,). bad: gets row -> problem of each tile that cannot be decoded whole; what
-    is missing of it is black. Raises UserError where more than half of them are such.
+    quality: of the JPEG. copy: give the stored bytes where `stored_level` finds them. Raises UserError where more than half of
+    the tiles cannot be decoded whole.
     """
+    if not len(plan.coords):  # a tile may be wider than any memory, where it is wider than the slide
+        return
     level = stored_level(slide, plan) if copy else None
     if level is not None:
-        results = _copied(slide, plan, level, quality, judge, threads)
+        results = _copied(slide, plan, level, quality, threads)
     else:
-        work = partial(_encode, quality=quality, judge=judge)
+        work = partial(_encode, quality=quality)
         results = map_patches(slide, plan.coords, plan.size_l0, plan.patch_px, work, threads)
-    for i, ((data, score), problem) in enumerate(results):
-        if scores is not None:
-            scores[i] = score
+    problems: list[str] = []
+    for (data, blur), problem in results:
         if problem:
-            bad[i] = problem
-            if len(bad) > MOST_BAD * len(plan.coords):
-                first = f"{len(bad)} of its {len(plan.coords)} tiles cannot be decoded, the first: {next(iter(bad.values()))}"
+            problems.append(problem)
+            if len(problems) > MOST_BAD * len(plan.coords):
+                first = f"{len(problems)} of its {len(plan.coords)} tiles cannot be decoded, the first: {problems[0]}"
                 raise UserError(f"{slide.info.path}: {first}: is the file whole?")
-        yield data
+        yield EncodedTile(data, blur, problem)
 
 
 def stored_level(slide: Slide, plan: GridPlan) -> int | None:
@@ -95,30 +93,28 @@ def count_missing_tiles(slide: Slide, plan: GridPlan) -> int:
     return int((empty[bottom, right] - empty[top, right] - empty[bottom, left] + empty[top, left] > 0).sum())
 
 
-def _encode(tile: np.ndarray, quality: int, judge: Judge | None) -> tuple[bytes, float]:
-    return codec.encode_jpeg(tile, quality), judge(tile) if judge else float("nan")
+def _encode(tile: np.ndarray, quality: int) -> tuple[bytes, float]:
+    return codec.encode_jpeg(tile, quality), blur_score(tile)
 
 
-def _copied(
-    slide: Slide, plan: GridPlan, level: int, quality: int, judge: Judge | None, threads: int
-) -> Iterator[tuple[tuple[bytes, float], str]]:
+def _copied(slide: Slide, plan: GridPlan, level: int, quality: int, threads: int) -> Iterator[tuple[tuple[bytes, float], str]]:
     reader = slide.reader
     assert isinstance(reader, DirectReader)
     side = plan.patch_px
 
-    def one(row: int, column: int) -> tuple[tuple[bytes, float], str]:
+    def copy(row: int, column: int) -> tuple[tuple[bytes, float], str]:
         problem = ""
         try:
             data, tile = reader.tile_bytes(level, row, column), reader.decode_tile(level, 1, row, column)
             if data is not None and tile is not None:  # decoded too: a torn one must not pass
-                return (data, judge(tile) if judge else float("nan")), ""
+                return (data, blur_score(tile)), ""
             if tile is None:
                 tile = np.empty((side, side, 3), np.uint8)
                 tile[...] = reader.background
         except (ValueError, OSError) as error:
             tile, problem = np.zeros((side, side, 3), np.uint8), f"stored tile {column}, {row} of level {level}: {error}"
-        return _encode(tile, quality, judge), problem
+        return _encode(tile, quality), problem
 
     places = np.round(plan.coords[:, ::-1] / plan.size_l0).astype(int).tolist()
     parts = [places[start : start + JOB_PATCHES] for start in range(0, len(places), JOB_PATCHES)]
-    return run_in_order([partial(lambda part: [one(*place) for place in part], part) for part in parts], threads)
+    return run_in_order([partial(lambda part: [copy(*place) for place in part], part) for part in parts], threads)

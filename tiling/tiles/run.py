@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,18 +19,17 @@ from tiling.grid import GridPlan, plan_grid
 from tiling.jobs.run import available_cpus, run_cohort
 from tiling.jobs.summary import Outcomes
 from tiling.slide_file.read import SlideFile
-from tiling.slide_file.write import FORMAT_VERSION, GroupContent, SlideMeta, replace_groups, source_stamp, write_slide_file
+from tiling.slide_file.write import FORMAT_VERSION, GroupContent, SlideFileWriter, SlideMeta, replace_groups, source_stamp
 from tiling.storage.checksums import DAMAGED
 from tiling.storage.locks import lock_file, lock_settings
 from tiling.storage.paths import absolute, place, shown, url_of
 from tiling.storage.slide_id import id_of
-from tiling.tiles.encode import count_missing_tiles, encoded_tiles, stored_level
+from tiling.tiles.encode import count_missing_tiles, encode_tiles, stored_level
 from tiling.tiles.resume import ExistingFile, Stamp, check_same_slide, read_existing, reason_to_redo, up_to_date
 from tiling.tiles.settings import TileSettings
 from tiling.tissue.drawn_regions import MASK_SUFFIXES, OUTLINE_SUFFIXES, region_file
 from tiling.tissue.outlines_out import clear_tissue, write_tissue
 from tiling.tissue.overview import Overview, fill_unreadable, pen_shares, read_overview, remarks
-from tiling.tissue.quality import blur_score
 from tiling.wsi import codec
 from tiling.wsi.level_alignment import describe_placements
 from tiling.wsi.level_view import SlideInfo
@@ -190,37 +189,31 @@ def _tiled(slide: Slide, task: Task, threads: int, mpp: Mpp, now: Stamp) -> dict
     parameters = task.parameters(mpp_l0)
     overview = _looked(slide, task, mpp_l0)
     plan = _plan(settings, info, mpp_l0, overview)
-    blur = np.full(len(plan.coords), np.nan, np.float32)  # filled in while the tiles are encoded
-    quality = {"pen": pen_shares(overview, plan)} | ({"blur": blur} if settings.stores_pixels else {})
     twin = _twin(path, item)
     clear_tissue(settings.tissue_out, path, overview, info.bounds_xy)
-    groups: dict[str, GroupContent] = {
-        "thumbnail": _overview(overview.thumb, overview.tissue_mask, overview.downsample, slide.undecoded),
-        "quality": quality,
-    }
-    bad: dict[int, str] = {}
-    write_slide_file(
-        path,
-        meta=_meta(task, info, mpp_l0, parameters),
-        coords=plan.coords,
-        tissue_fraction=plan.tissue_fraction,
-        pixels=_pixels(slide, plan, settings, threads, blur, bad, groups) if settings.stores_pixels else None,
-        groups=groups,
-    )
+    meta = _meta(task, info, mpp_l0, parameters)
+    with SlideFileWriter(path, meta, plan.coords, plan.tissue_fraction, has_pixels=settings.stores_pixels) as out:
+        if settings.stores_pixels:
+            copy = settings.pixels == "copy"
+            for tile in encode_tiles(slide, plan, quality=settings.quality, copy=copy, threads=threads):
+                out.add_tile(tile.data, blur=tile.blur, problem=tile.problem)
+        out.add_group("thumbnail", _overview(overview.thumb, overview.tissue_mask, overview.downsample, slide.undecoded))
+        blur = {"blur": out.blur} if settings.stores_pixels else {}
+        out.add_group("quality", {"pen": pen_shares(overview, plan)} | blur)
     write_tissue(settings.tissue_out, path, again=True)
     had_boxes = task.existing is not None and task.existing.has_boxes
     said = [
         mpp.note if mpp.source != "--assume-mpp" else "",
         _why_empty(plan, info, overview),
         *remarks(overview, plan, ink_dropped=settings.tissue == "auto" and settings.pen == "drop"),
-        *_about_pixels(slide, plan, settings, bad),
+        *_about_pixels(slide, plan, settings, out.problems),
         twin,
         "its boxes are gone with the old tiles: run annotate again" if had_boxes else "",
         f"nothing of it in --exclude {settings.exclude}" if settings.exclude and task.exclude is None else "",
     ]
     message = "; ".join(remark for remark in said if remark)
     megapixels = len(plan.coords) * plan.size_l0**2 / 1e6 if settings.stores_pixels else 0.0
-    counts = {"tiles": len(plan.coords), "bad_tiles": len(bad), "megapixels": megapixels, "reader": info.reader}
+    counts = {"tiles": len(plan.coords), "bad_tiles": len(out.problems), "megapixels": megapixels, "reader": info.reader}
     anew = reason_to_redo(task.existing, parameters, now) if task.existing is not None else DAMAGED if task.damaged else ""
     return {**counts, "mpp_source": mpp.source, "message": message, "redone": anew}
 
@@ -336,30 +329,12 @@ def _why_empty(plan: GridPlan, info: SlideInfo, overview: Overview) -> str:
     return "no tiles: no tissue found (see --tissue and --min-tissue)"
 
 
-def _pixels(
-    slide: Slide,
-    plan: GridPlan,
-    settings: TileSettings,
-    threads: int,
-    blur: np.ndarray,
-    bad: dict[int, str],
-    groups: dict[str, Any],
-) -> Iterator[bytes]:
-    """The tiles as JPEG; blur and bad are filled in on the way, and at the end bad_tiles among the groups, written later."""
-    if not len(plan.coords):  # a tile may be wider than any memory, where it is wider than the slide
-        return
-    how: dict[str, Any] = {"quality": settings.quality, "copy": settings.pixels == "copy", "threads": threads}
-    yield from encoded_tiles(slide, plan, **how, judge=blur_score, scores=blur, bad=bad)
-    if bad:
-        groups["bad_tiles"] = np.array(sorted(bad), np.int64)
-
-
-def _about_pixels(slide: Slide, plan: GridPlan, settings: TileSettings, bad: dict[int, str]) -> list[str]:
+def _about_pixels(slide: Slide, plan: GridPlan, settings: TileSettings, problems: dict[int, str]) -> list[str]:
     """Remarks on the pixels."""
     said = [slide.info.note, describe_placements(slide)]
-    if bad:
-        row, problem = next(iter(bad.items()))
-        said.append(f"{len(bad)} tiles cannot be decoded and are marked in /bad_tiles (the first, row {row}: {problem})")
+    if problems:
+        row, problem = next(iter(problems.items()))
+        said.append(f"{len(problems)} tiles cannot be decoded and are marked in /bad_tiles (the first, row {row}: {problem})")
     said.append(_undecoded(slide.undecoded))
     if count := count_missing_tiles(slide, plan):
         said.append(f"{count} tiles reach into what was not scanned: background colour there")

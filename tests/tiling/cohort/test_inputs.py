@@ -100,7 +100,7 @@ def test_outlines_are_the_same_after_a_run_that_ended_before_them(
     slide, out, outlines = shutil.copy(slide_path, tmp_path / "painted.svs"), tmp_path / "out", tmp_path / "outlines"
     assert tiled(slide, out, tissue_out=outlines).ok
     found = (outlines / "painted.geojson").read_bytes()
-    for part in ("write_slide_file", "write_tissue"):
+    for part in ("SlideFileWriter", "write_tissue"):
         with monkeypatch.context() as patch:
             patch.setattr(f"tiling.tiles.run.{part}", lambda *_, **__: 1 / 0)
             os.utime(slide)

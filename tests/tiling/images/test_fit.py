@@ -476,7 +476,7 @@ def test_a_crash_leaves_the_old_shard(classes: Path, tmp_path: Path, monkeypatch
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("tiling.slide_file.write._write_pixels", full)
+    monkeypatch.setattr("tiling.slide_file.write._PixelWriter.add", full)
     outcomes = import_images(classes, tmp_path / "out", **call)
     assert [(each.item, each.ok) for each in outcomes] == [("n01-0000", False), ("n02-0000", True)]
     after = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.suffix == ".h5"}

@@ -13,7 +13,7 @@ import pytest
 from annotations.errors import UserError
 from tiling.slide_file.read import SlideFile, list_slide_files
 from tiling.slide_file.tile_labels import tile_labels
-from tiling.slide_file.write import CHUNK_BYTES, SlideMeta, replace_groups, write_slide_file
+from tiling.slide_file.write import CHUNK_BYTES, SlideFileWriter, SlideMeta, replace_groups, write_slide_file
 from tiling.storage.atomic import atomic_path
 from tiling.wsi import codec
 
@@ -209,6 +209,41 @@ def test_a_crash_while_writing_leaves_nothing_under_the_final_name(tmp_path: Pat
     with pytest.raises(RuntimeError, match="power cut"):
         write_slide_file(tmp_path / "a.h5", meta=meta(tmp_path), coords=grid(2, 1), pixels=tiles())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_writer_stores_the_blur_and_the_bad_tiles_of_what_was_added_before_the_groups(tmp_path: Path) -> None:
+    with SlideFileWriter(tmp_path / "a.h5", meta(tmp_path), grid(3, 1), has_pixels=True) as out:
+        for data, blur, problem in ((b"0", 0.25, ""), (b"1", float("nan"), "torn"), (b"2", 1.0, "")):
+            out.add_tile(data, blur=blur, problem=problem)
+        out.add_group("quality", {"blur": out.blur})
+        with pytest.raises(ValueError, match="none after its groups"):
+            out.add_tile(b"3")
+        assert out.problems == {1: "torn"}
+        assert not out.path.exists()
+    with SlideFile(out.path) as file:
+        assert [file.tile_bytes(i) for i in range(3)] == [b"0", b"1", b"2"]
+        np.testing.assert_array_equal(file.blur, np.array([0.25, np.nan, 1.0], np.float32))
+        assert file.bad_tiles.tolist() == [1]
+
+
+def test_a_writer_that_got_too_few_tiles_or_died_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.h5"
+    write_slide_file(path, meta=meta(tmp_path), coords=grid(1, 1))
+    old = path.read_bytes()
+    with (
+        pytest.raises(ValueError, match="1 tiles of pixels for 2 coords"),
+        SlideFileWriter(path, meta(tmp_path), grid(2, 1), has_pixels=True) as out,
+    ):
+        out.add_tile(b"0")
+    with pytest.raises(KeyboardInterrupt), SlideFileWriter(path, meta(tmp_path), grid(2, 1), has_pixels=True):
+        raise KeyboardInterrupt
+    with (
+        pytest.raises(ValueError, match="takes no tiles"),
+        SlideFileWriter(path, meta(tmp_path), grid(2, 1), has_pixels=False) as out,
+    ):
+        out.add_tile(b"0")
+    assert path.read_bytes() == old
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_crash_while_replacing_leaves_the_old_file(file_path: Path) -> None:
