@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from annotations.errors import UserError
+from annotations.errors import UserError, one_line
 
 
 def world_size() -> int:
@@ -51,7 +51,7 @@ def start_ranks(device: str = "auto") -> Ranks:
         chosen = torch.device(device)
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError) as error:
-        line = " ".join(str(error).split())[:200]
+        line = one_line(error)[:200]
         raise UserError(f"run.device is {device!r}: {line}; take auto, cpu or cuda") from None
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)

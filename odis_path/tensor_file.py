@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from annotations.errors import one_line
 from tiling.storage.checksums import DamagedError, crc32
 
 BLOCK_BYTES = 1 << 18  # stays in the cache of a core
@@ -40,7 +41,7 @@ def check_zip(path: Path, what: str, remedy: str) -> bool:
                     if _member_crc32(file, archive, info) != info.CRC:
                         raise DamagedError(f"{path}: damaged: {info.filename} does not match its checksum: {remedy}")
         except _BROKEN as error:
-            why = " ".join(str(error).split())[:120]
+            why = one_line(error)[:120]
             raise DamagedError(f"{path}: not {what}, damaged or cut off ({why}): {remedy}") from None
     return True
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 import numpy as np
 import torch
 
-from annotations.errors import UserError
+from annotations.errors import UserError, one_line
 from annotations.objects import Kind
 from odis_path.data.augment import ColourRule, draw_colours
 from odis_path.data.block_masking import block_mask, draw_ratio
@@ -122,7 +122,7 @@ class TileSamples(torch.utils.data.Dataset[TileSample]):
                 return candidate, file.tile(row)
             except (UserError, ValueError, OSError) as error:
                 if file.has_pixels or isinstance(error, DamagedError):
-                    reason = error.what if isinstance(error, DamagedError) else " ".join(str(error).split())
+                    reason = error.what if isinstance(error, DamagedError) else one_line(error)
                     raise UserError(f"{file.path}: tile {row} cannot be decoded ({reason}): tile the slide again") from None
                 file.check_source()
                 last = error

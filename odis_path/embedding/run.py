@@ -32,7 +32,7 @@ from odis_path.features.write import (
     write_slides_parquet,
 )
 from odis_path.model.source import fingerprint, is_checkpoint, settled_source
-from tiling.jobs.outcome import Outcome, one_line
+from tiling.jobs.outcome import Outcome, describe_error
 from tiling.jobs.run import run_cohort
 from tiling.jobs.summary import Outcomes
 from tiling.slide_file.read import SlideFile, list_slide_files
@@ -353,7 +353,7 @@ def write_slide_rows(out: Path, files: list[Path], outcomes: list[Outcome], pret
         try:
             one = read_features(feature_file(out, path), "tile")
         except UserError as error:
-            outcome.ok, outcome.skipped, outcome.message = False, False, one_line(error)
+            outcome.ok, outcome.skipped, outcome.message = False, False, describe_error(error)
             continue
         if len(one.x):
             rows.append({

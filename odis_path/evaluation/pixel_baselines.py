@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from annotations.errors import UserError
+from annotations.errors import UserError, one_line
 from annotations.objects import Kind
 from odis_path.features.read import FeatureSet
 from tiling.slide_file.read import SlideFile
@@ -109,7 +109,7 @@ def pixel_baselines(features: FeatureSet, *, threads: int = 2) -> PixelBaselines
                 whole = found.setdefault(name, np.zeros((len(features), block.shape[1]), dtype=np.float32))
                 whole[rows] = block
     except (UserError, OSError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         return PixelBaselines({}, (f"baselines of mean colour and texture were left out: {reason}",))
     return PixelBaselines(found)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from annotations.errors import UserError
+from annotations.errors import UserError, one_line
 from odis_path.features.pretraining import Pretraining, common_note, read_note
 from odis_path.features.write import (
     DATASETS,
@@ -151,7 +151,7 @@ def _read_index(path: Path, level: str) -> FeatureSet | None:
         try:
             columns = _tile_columns(file, coords) if level == "tile" else _object_columns(file, coords)
         except (IndexError, ValueError, KeyError) as error:
-            raise UserError(f"{path}: rows do not match ({_line(error)}): embed this slide again") from None
+            raise UserError(f"{path}: rows do not match ({one_line(error)}): embed this slide again") from None
     count = len(columns["tile"])
     if len(shape) != 2 or shape[0] != count:
         raise UserError(f"{path}: /{name} has shape {shape} for {count} {level}s: embed this slide again")
@@ -283,10 +283,6 @@ def _repeat(text: str, count: int) -> np.ndarray:
     return np.full(count, text, dtype=object)
 
 
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
 def read_slides_parquet(path: Path) -> FeatureSet:
     """slides.parquet (or its folder) as a FeatureSet of level "slide"; its `sources` are those of feature files beside it."""
     import pyarrow as pa
@@ -299,7 +295,7 @@ def read_slides_parquet(path: Path) -> FeatureSet:
         table = pq.read_table(path, page_checksum_verification=True)
         rows = table.to_pylist()
     except (OSError, pa.ArrowException, ValueError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a readable parquet file ({_line(error)}): embed --level slide again") from None
+        raise UserError(f"{path}: not a readable parquet file ({one_line(error)}): embed --level slide again") from None
     columns = {"slide_id", "patient_id", "encoder", "mode", "features"}
     if not rows or not columns <= set(rows[0]):
         raise UserError(f"{path}: needs rows with the columns {', '.join(sorted(columns))}: embed --level slide again")

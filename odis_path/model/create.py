@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from annotations.errors import UserError
+from annotations.errors import UserError, one_line
 from odis_path.model.architectures import BASE_KWARGS, resolve_model
 from odis_path.model.pretrained import Backbone, LoadReport, find_backbone, is_gated, load_backbone, read_backbone
 from odis_path.model.published import RGB, Published, published
@@ -115,7 +115,7 @@ def _build(name: str, options: dict[str, Any]) -> Any:
     try:
         vit = timm.create_model(name, **options)
     except Exception as error:  # timm raises whatever its constructors raise; the user needs one line
-        line = " ".join(str(error).split())[:300]
+        line = one_line(error)[:300]
         raise UserError(f"model {name}: timm cannot build it with {options}: {line}") from None
     if not is_plain(vit):
         raise UserError(
@@ -169,7 +169,7 @@ def _fetched(name: str, sketch: Any) -> Mapping[str, Any]:
     except _FetchedWeights as fetched:
         return fetched.args[0]
     except Exception as error:
-        line = " ".join(str(error).split())[:300]
+        line = one_line(error)[:300]
         raise UserError(f"model {name}: its weights cannot be fetched: {line}") from None
     raise UserError(f"model {name}: published in a form of its own, not as a dict of tensors that can be checked")
 

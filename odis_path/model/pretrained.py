@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from annotations.errors import UserError
+from annotations.errors import UserError, one_line
 from odis_path.model.source import no_file
 from odis_path.tensor_file import check_zip, load_safetensors
 from tiling.storage.checksums import DamagedError
@@ -196,7 +196,7 @@ def _read(path: Path) -> tuple[Mapping[str, Any], bool]:
                 f"{path}: holds Python objects ({', '.join(classes[:3])}) that are not loaded, for they could run code; "
                 "save the model's state_dict() alone"
             ) from None
-        raise UserError(f"{path}: not readable as weights, torn or of another kind ({_one_line(error)})") from None
+        raise UserError(f"{path}: not readable as weights, torn or of another kind ({one_line(error)[:120]})") from None
     if not isinstance(content, Mapping):
         raise UserError(f"{path}: holds {type(content).__name__}, not a dict of tensors; save the model's state_dict()")
     return content, checked
@@ -209,10 +209,6 @@ def _foreign(path: Path) -> list[str]:
             return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     except Exception:
         return []
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:120]
 
 
 def _unwrap(content: Mapping[str, Any], where: str) -> tuple[Mapping[str, Any], str, Mapping[str, Any]]:
@@ -311,7 +307,7 @@ def _fit(state: State, vit: Any, where: str) -> tuple[State, bool, int | None]:
         fitted = (eva if is_eva else vision_transformer).checkpoint_filter_fn(state, vit, **more)
     except Exception as error:  # an impossible grid, for example
         raise UserError(
-            f"{where}: cannot be fitted to the model ({_one_line(error)}); check model.name and model.kwargs"
+            f"{where}: cannot be fitted to the model ({one_line(error)[:120]}); check model.name and model.kwargs"
         ) from None
     return fitted, bool(resampled), trained_px
 

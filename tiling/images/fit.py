@@ -11,7 +11,7 @@ import numpy as np
 
 from annotations.errors import UserError
 from tiling.images.listing import TIFF_EXTENSIONS
-from tiling.jobs.outcome import one_line
+from tiling.jobs.outcome import describe_error
 from tiling.wsi import codec
 from tiling.wsi.backends.base import MAX_IMAGE_PIXELS, as_rgb
 from tiling.wsi.backends.image import _flattened
@@ -73,7 +73,7 @@ def read_as_tile(path: Path, fit: str, size_px: int) -> FittedImage:
     try:
         return _fitted(path.read_bytes(), fit, size_px)
     except Exception as error:  # pillow has many
-        what = one_line(error).replace(f" {str(path)!r}", "")
+        what = describe_error(error).replace(f" {str(path)!r}", "")
         raise UserError(f"{path}: not a readable image ({what}): copy it again or leave it out") from None
 
 
@@ -136,7 +136,7 @@ def probe_image(path: Path) -> tuple[tuple[int, int], Mpp]:
         with Image.open(path) as image:
             size, dpi = TURNS[exif_orientation(image)].size(*image.size), image.info.get("dpi")
     except Exception as error:  # pillow has many
-        what = one_line(error).replace(f" {str(path)!r}", "")
+        what = describe_error(error).replace(f" {str(path)!r}", "")
         raise UserError(f"{path}: not a readable image ({what}): copy it again or leave it out") from None
     tags = {"tiff.ResolutionUnit": "inch", "tiff.XResolution": dpi[0], "tiff.YResolution": dpi[1]} if dpi else {}
     return size, mpp_of(tags, tags_only=True)

@@ -32,7 +32,7 @@ from tiling.images.boxes import (
 from tiling.images.fit import FITS, QUALITY, plain_jpeg
 from tiling.images.listing import TIFF_EXTENSIONS, ImageItem, apply_manifest, box_file, find_images
 from tiling.images.shards import NOMINAL_MPP, ShardSettings, import_shards
-from tiling.jobs.outcome import Outcome, one_line
+from tiling.jobs.outcome import Outcome, describe_error
 from tiling.jobs.run import available_cpus, run_cohort
 from tiling.slide_file.read import SlideFile
 from tiling.slide_file.write import (
@@ -55,7 +55,7 @@ from tiling.wsi import codec
 from tiling.wsi.backends.base import MAX_IMAGE_PIXELS
 from tiling.wsi.backends.image import ImageReader
 from tiling.wsi.level_view import SlideInfo
-from tiling.wsi.mpp import Mpp, check_mpp, mpp_of
+from tiling.wsi.mpp import Mpp, check_mpp
 from tiling.wsi.patches import read_tiles
 from tiling.wsi.slide import Slide
 
@@ -282,25 +282,9 @@ def _open_image(path: Path) -> Slide:
     try:
         reader = ImageReader(path)
     except Exception as error:  # pillow has many
-        what = one_line(error).replace(f" {str(path)!r}", "")
+        what = describe_error(error).replace(f" {str(path)!r}", "")
         raise UserError(f"{path}: not a readable image ({what}): copy it again or leave it out") from None
-    width, height = reader.level_dimensions[0]
-    found = mpp_of(reader.properties, tags_only=True)
-    info = SlideInfo(
-        path=path,
-        slide_id=path.stem,
-        width_l0=width,
-        height_l0=height,
-        level_downsamples=reader.level_downsamples,
-        level_dimensions=reader.level_dimensions,
-        mpp=found.value,
-        mpp_source=found.source,
-        vendor=reader.vendor,
-        reader=reader.name,
-        mpp_note=found.note,
-        note=reader.note,
-    )
-    return Slide(info, reader)
+    return Slide(SlideInfo.of(path, reader), reader)
 
 
 def _known_mpp(item: ImageItem, settings: ImportSettings) -> Mpp | None:

@@ -24,7 +24,7 @@ from annotations.errors import UserError
 from tiling.images.boxes import ImageObjects, box_groups, clipped, joined, moved, placed, stored_result, xml_boxes
 from tiling.images.fit import QUALITY, FitMap, FittedImage, fit_map, probe_image, read_as_tile
 from tiling.images.listing import ImageItem, box_file
-from tiling.jobs.outcome import Outcome, one_line
+from tiling.jobs.outcome import Outcome, describe_error
 from tiling.jobs.run import run_cohort
 from tiling.slide_file.read import SlideFile
 from tiling.slide_file.write import FORMAT_VERSION, GroupContent, SlideMeta, parameters_hash, source_stamp, write_slide_file
@@ -206,7 +206,7 @@ def _imported(shard: Shard, path: Path, settings: ShardSettings) -> dict[str, An
             objects.append(None if table is None or boxes is None else (table, boxes))
             scaled += bool(remark)
         except Exception as error:  # one bad image must not stop its shard
-            bad.append((item.key, one_line(error)))
+            bad.append((item.key, describe_error(error)))
             continue
         tiles.append(tile)
         present.append(i)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from annotations.errors import UserError
-from tiling.jobs.outcome import DIED, STOPS, Job, Outcome, guarded, one_line, timed_out
+from tiling.jobs.outcome import DIED, STOPS, Job, Outcome, describe_error, guarded, timed_out
 
 ANSWER_S = 10.0  # how long a scheduler may take to answer
 WINDOW = 2000  # items the scheduler knows of at a time: more than a cluster has threads, and never a whole large cohort
@@ -39,7 +39,7 @@ def run_dask(job: Job, scheduler: str, stopped: Callable[[], bool] = lambda: Fal
     try:
         client = Client(address, timeout=ANSWER_S)
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"--scheduler {scheduler}: no Dask scheduler answers there ({one_line(error)})") from None
+        raise UserError(f"--scheduler {scheduler}: no Dask scheduler answers there ({describe_error(error)})") from None
     logging.getLogger("distributed.client").setLevel(logging.CRITICAL)  # what it says in tracebacks, we say in a line
     with client:
         if not client.nthreads():
@@ -99,7 +99,7 @@ def _feed(executor: Executor, job: Job, scheduler: str, stopped: Callable[[], bo
                 if type(error).__name__ == "KilledWorker":
                     died.append(index)
                     continue
-                outcome = Outcome(job.names[index], ok=False, message=one_line(error))
+                outcome = Outcome(job.names[index], ok=False, message=describe_error(error))
             job.done(index, outcome)
     return died
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from annotations.errors import UserError
+from annotations.errors import UserError, one_line
 from tiling.storage.atomic import DiskFullError
 from tiling.storage.locks import FileLockedError
 from tiling.storage.paths import with_slashes
@@ -53,9 +53,9 @@ class Job:
         self.done(index, Outcome(self.names[index], ok=False, message=message, seconds=seconds))
 
 
-def one_line(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """An exception in one line: a `UserError` speaks for itself, anything else is shown with its type."""
-    text = with_slashes(" ".join(str(error).split()))
+    text = with_slashes(one_line(error))
     if isinstance(error, UserError):
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
@@ -76,6 +76,6 @@ def guarded(work: Callable[[Any], dict | None], item: Any, name: str) -> Outcome
     except FileLockedError as busy:
         ok, skipped, message, info = False, False, "another run works on it", {BUSY: str(busy.lock)}
     except Exception as error:  # a bad item must not stop the cohort
-        ok, skipped, message = False, False, one_line(error)
+        ok, skipped, message = False, False, describe_error(error)
         info = {FULL: True} if isinstance(error, DiskFullError) else {}
     return Outcome(name, ok, skipped, message, time.perf_counter() - begin, info)

@@ -19,7 +19,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 
 from annotations.errors import UserError
-from tiling.jobs.outcome import DIED, Job, guarded, one_line, timed_out
+from tiling.jobs.outcome import DIED, Job, describe_error, guarded, timed_out
 
 TIMEOUT_CHECK_S = 0.5  # how often the time of running items is checked
 KILL_WAIT_S = 5.0  # how long a killed process may take to end
@@ -119,7 +119,7 @@ class WorkerPool:
                 self.job.todo.appendleft(worker.index)
             return
         except Exception as error:  # e.g. an item that cannot be pickled
-            self.job.fail(worker.index, one_line(error))
+            self.job.fail(worker.index, describe_error(error))
         else:
             self.false_starts = 0
             self.job.done(worker.index, outcome)

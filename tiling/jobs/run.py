@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from annotations.errors import UserError
 from tiling.jobs.dask import SharedStorageCheck, work_and_stat
-from tiling.jobs.outcome import BUSY, DIED, FULL, STOPS, Job, Outcome, guarded, one_line
+from tiling.jobs.outcome import BUSY, DIED, FULL, STOPS, Job, Outcome, describe_error, guarded
 from tiling.jobs.summary import NOT_TRIED, Outcomes, Result, _Progress
 from tiling.storage.locks import is_locked, sweep
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     pass
 
 
-__all__ = ["DIED", "Outcome", "Outcomes", "Result", "available_cpus", "one_line", "run_cohort"]
+__all__ = ["DIED", "Outcome", "Outcomes", "Result", "available_cpus", "describe_error", "run_cohort"]
 
 Item = TypeVar("Item")
 MOST_FULL = 2  # so many items for which the disk was full end the run: after one, a smaller item may still fit

@@ -70,7 +70,7 @@ def stored_level(slide: Slide, plan: GridPlan) -> int | None:
         whole = (plan.coords + plan.size_l0 <= np.array([page.width, page.height]) * own).all()
         if not whole or (plan.coords % plan.size_l0).any():
             continue
-        if level == 0 or (not slide.exact and slide.faithful_level(own) == level):
+        if level == 0 or slide.choose_level(own) == level:
             return level
     return None
 

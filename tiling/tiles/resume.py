@@ -21,11 +21,11 @@ Stamp = tuple[int, int]
 
 @dataclass(frozen=True)
 class ExistingFile:
-    """A slide file that is there. stamp: size and time of its slide when it was tiled; undecoded: share of its overview."""
+    """A slide file that is there. stamp: size and time of its slide when it was tiled; unreadable: share of its overview."""
 
     tiles: int
     bad_tiles: int
-    undecoded: float
+    unreadable: float
     parameters: dict[str, Any]
     digest: str
     source: Path
@@ -49,7 +49,7 @@ def read_existing(path: Path) -> ExistingFile | None:
             return ExistingFile(
                 tiles=len(file),
                 bad_tiles=len(file.bad_tiles),
-                undecoded=float(file.group_attrs("thumbnail").get("undecoded", 0.0)),
+                unreadable=float(file.group_attrs("thumbnail").get("undecoded", 0.0)),
                 parameters=file.parameters,
                 digest=str(file.attrs["parameters_sha256"]),
                 source=file.source,

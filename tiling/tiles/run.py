@@ -29,7 +29,7 @@ from tiling.tiles.resume import ExistingFile, Stamp, check_same_slide, read_exis
 from tiling.tiles.settings import TileSettings
 from tiling.tissue.drawn_regions import MASK_SUFFIXES, OUTLINE_SUFFIXES, region_file
 from tiling.tissue.outlines_out import clear_tissue, write_tissue
-from tiling.tissue.overview import Overview, fill_unreadable, pen_shares, read_overview, remarks
+from tiling.tissue.overview import Overview, pen_shares, read_overview, remarks
 from tiling.wsi import codec
 from tiling.wsi.level_alignment import describe_placements
 from tiling.wsi.level_view import SlideInfo
@@ -165,7 +165,7 @@ def tile_slide(item: SlideItem, out: Path, settings: TileSettings, threads: int 
         write_tissue(settings.tissue_out, path, again=False)
     assert task.existing is not None
     counts = {"tiles": task.existing.tiles, "bad_tiles": task.existing.bad_tiles, "megapixels": 0.0}
-    return {"skipped": True, **counts, "message": _undecoded(task.existing.undecoded)}
+    return {"skipped": True, **counts, "message": _unreadable(task.existing.unreadable)}
 
 
 def _task(item: SlideItem, path: Path, settings: TileSettings) -> tuple[Task, Stamp]:
@@ -197,7 +197,9 @@ def _tiled(slide: Slide, task: Task, threads: int, mpp: Mpp, now: Stamp) -> dict
             copy = settings.pixels == "copy"
             for tile in encode_tiles(slide, plan, quality=settings.quality, copy=copy, threads=threads):
                 out.add_tile(tile.data, blur=tile.blur, problem=tile.problem)
-        out.add_group("thumbnail", _overview(overview.thumb, overview.tissue_mask, overview.downsample, slide.undecoded))
+        out.add_group(
+            "thumbnail", _overview(overview.thumb, overview.tissue_mask, overview.downsample, overview.unreadable.mean())
+        )
         blur = {"blur": out.blur} if settings.stores_pixels else {}
         out.add_group("quality", {"pen": pen_shares(overview, plan)} | blur)
     write_tissue(settings.tissue_out, path, again=True)
@@ -206,7 +208,7 @@ def _tiled(slide: Slide, task: Task, threads: int, mpp: Mpp, now: Stamp) -> dict
         mpp.note if mpp.source != "--assume-mpp" else "",
         _why_empty(plan, info, overview),
         *remarks(overview, plan, ink_dropped=settings.tissue == "auto" and settings.pen == "drop"),
-        *_about_pixels(slide, plan, settings, out.problems),
+        *_about_pixels(slide, overview, plan, settings, out.problems),
         twin,
         "its boxes are gone with the old tiles: run annotate again" if had_boxes else "",
         f"nothing of it in --exclude {settings.exclude}" if settings.exclude and task.exclude is None else "",
@@ -221,8 +223,7 @@ def _tiled(slide: Slide, task: Task, threads: int, mpp: Mpp, now: Stamp) -> dict
 def _looked(slide: Slide, task: Task, mpp_l0: float) -> Overview:
     find, keep_pen = task.settings.tissue == "auto", task.settings.pen == "keep"
     sought: dict[str, Any] = {"find": find, "keep_pen": keep_pen, "side_px": THUMBNAIL_SIDE_PX}
-    overview = read_overview(slide, mpp_l0, task.outlines, task.exclude, **sought)
-    return fill_unreadable(slide, overview, mpp_l0, keep_pen) if find and slide.undecoded else overview
+    return read_overview(slide, mpp_l0, task.outlines, task.exclude, **sought)
 
 
 def _regions(settings: TileSettings, item: SlideItem) -> tuple[Path | None, Path | None]:
@@ -329,13 +330,15 @@ def _why_empty(plan: GridPlan, info: SlideInfo, overview: Overview) -> str:
     return "no tiles: no tissue found (see --tissue and --min-tissue)"
 
 
-def _about_pixels(slide: Slide, plan: GridPlan, settings: TileSettings, problems: dict[int, str]) -> list[str]:
+def _about_pixels(
+    slide: Slide, overview: Overview, plan: GridPlan, settings: TileSettings, problems: dict[int, str]
+) -> list[str]:
     """Remarks on the pixels."""
     said = [slide.info.note, describe_placements(slide)]
     if problems:
         row, problem = next(iter(problems.items()))
         said.append(f"{len(problems)} tiles cannot be decoded and are marked in /bad_tiles (the first, row {row}: {problem})")
-    said.append(_undecoded(slide.undecoded))
+    said.append(_unreadable(overview.unreadable.mean()))
     if count := count_missing_tiles(slide, plan):
         said.append(f"{count} tiles reach into what was not scanned: background colour there")
     if slide.skipped_levels:
@@ -346,7 +349,7 @@ def _about_pixels(slide: Slide, plan: GridPlan, settings: TileSettings, problems
     return said
 
 
-def _undecoded(share: float) -> str:
+def _unreadable(share: float) -> str:
     return f"{share:.2%} of the overview cannot be decoded: tissue there is told by what lies around it" if share else ""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,16 +13,19 @@ from tiling.grid import GridPlan, tissue_fractions
 from tiling.tissue.drawn_regions import MASK_SUFFIXES, read_mask, read_outlines
 from tiling.tissue.mask import BLACK_OVERVIEW, check_brightness, is_black, is_dark, tissue_mask
 from tiling.tissue.quality import pen_mask
-from tiling.wsi.slide import SMALLEST_PART_L0, Slide
+from tiling.wsi.slide import Slide
 
 MOST = 0.5  # from this share on, what is lost is worth a word
+MAX_FILLED = 0.25  # of the picture, for one part: the surroundings of a larger one say little of it
+MIN_FILLED_PX = 4  # pixels of the overview in a part
 
 
 @dataclass(frozen=True)
 class Overview:
     """A slide at low resolution. thumb: uint8 (h, w, 3); downsample: level-0 pixels per pixel of it.
 
-    tissue, pen, excluded: bool (h, w); tissue is None where every tile is wanted, excluded where nothing is.
+    tissue, pen, excluded, unreadable: bool (h, w); tissue is None where every tile is wanted, excluded where nothing is;
+    unreadable: black since it cannot be decoded.
     """
 
     thumb: np.ndarray
@@ -30,6 +33,7 @@ class Overview:
     tissue: np.ndarray | None
     pen: np.ndarray
     excluded: np.ndarray | None
+    unreadable: np.ndarray
 
     @property
     def tissue_mask(self) -> np.ndarray | None:
@@ -48,29 +52,29 @@ def read_overview(
     of what is not wanted. find: search for tissue where there are no outlines. keep_pen: ink counts as tissue.
     Raises UserError for files that do not fit and for pictures in which nothing can be told from black.
     """
-    from tiling.tissue.quality import pen_mask
-
     info = slide.info
-    thumb = slide.thumbnail(side_px)
+    thumb, unreadable = slide.read_thumbnail(side_px)
     shape = (thumb.shape[0], thumb.shape[1])
     downsample = info.width_l0 / shape[1]
     um_per_px = mpp_l0 * downsample
-    pen = np.zeros(shape, bool) if is_dark(thumb) else pen_mask(thumb, um_per_px)
+    is_searched = find and outlines is None
+    picture = _fill_unreadable(thumb, unreadable) if is_searched else thumb
+    pen = np.zeros(shape, bool) if is_dark(picture) else pen_mask(picture, um_per_px)
     tissue = None
     if outlines is not None:
         tissue = read_outlines(outlines, info, shape, downsample)
-    elif find:
+    elif is_searched:
         try:
             check_brightness(thumb)
         except UserError as error:
             raise UserError(f"{info.path}: {error}") from None
-        tissue = tissue_mask(thumb, um_per_px, np.zeros(shape, bool) if keep_pen else pen)
+        tissue = tissue_mask(picture, um_per_px, np.zeros(shape, bool) if keep_pen else pen)
     excluded = None
     if exclude is not None and exclude.suffix.lower() in MASK_SUFFIXES:
         excluded = read_mask(exclude, info, shape)
     elif exclude is not None:
         excluded = read_outlines(exclude, info, shape, downsample, may_be_empty=True)
-    return Overview(thumb, downsample, tissue, pen, excluded)
+    return Overview(thumb, downsample, tissue, pen, excluded, unreadable)
 
 
 def pen_shares(overview: Overview, plan: GridPlan) -> np.ndarray:
@@ -119,58 +123,20 @@ def _covered(plan: GridPlan, shape: tuple[int, ...], downsample: float) -> np.nd
     return change.cumsum(axis=0).cumsum(axis=1)[:height, :width] > 0
 
 
-MOST_FILLED = 0.25  # of the picture, for one part: the surroundings of a larger one say little of it
+def _fill_unreadable(thumb: np.ndarray, unreadable: np.ndarray) -> np.ndarray:
+    """A thumbnail whose unreadable parts look like the nearest pixels that could be decoded: uint8 (h, w, 3).
 
-
-LEAST_PX = 4  # pixels of the overview in a part
-
-
-def fill_unreadable(slide: Slide, overview: Overview, mpp_l0: float, keep_pen: bool) -> Overview:
-    """The overview with its tissue found anew, as if lost parts looked like the nearest pixels that could be decoded.
-
-    So tiles there are tiled, found torn, marked and counted; black, they would pass for padding. mpp_l0: micrometres per
-    level-0 pixel. keep_pen: ink counts as tissue.
+    Tiles there are then tiled, marked and counted as unreadable; black, they would pass for padding. Parts larger than
+    MAX_FILLED of the picture stay black.
     """
-    lost = unreadable_parts(slide, overview.thumb, overview.downsample)
-    if not lost.any():
-        return overview
-    thumb, um_per_px = nearest_readable(overview.thumb, lost), mpp_l0 * overview.downsample
-    pen = np.zeros(lost.shape, bool) if is_dark(thumb) else pen_mask(thumb, um_per_px)
-    tissue = tissue_mask(thumb, um_per_px, np.zeros(lost.shape, bool) if keep_pen else pen)
-    return replace(overview, pen=pen, tissue=tissue)
+    from scipy.ndimage import distance_transform_edt, label
 
-
-def unreadable_parts(slide: Slide, thumb: np.ndarray, downsample: float) -> np.ndarray:
-    """bool (h, w): parts of an overview that are black because they cannot be decoded, not too large to be filled."""
-    from scipy.ndimage import distance_transform_edt, label, maximum_position
-
-    black = (thumb == 0).all(axis=2)
-    pieces, count = label(black, np.ones((3, 3)))
-    sizes = np.bincount(pieces.ravel(), minlength=count + 1)
-    fitting = [i for i in range(1, count + 1) if LEAST_PX <= sizes[i] <= MOST_FILLED * black.size]
-    middles = maximum_position(distance_transform_edt(black), pieces, fitting) if fitting else []
-    lost = [i for i, (y, x) in zip(fitting, middles, strict=True) if not _decodes(slide, int(x), int(y), downsample)]
-    return np.isin(pieces, lost)
-
-
-def nearest_readable(thumb: np.ndarray, lost: np.ndarray) -> np.ndarray:
-    """uint8 (h, w, 3) with the pixels of `lost`, bool (h, w), like the nearest others."""
-    from scipy.ndimage import distance_transform_edt
-
-    rows, columns = distance_transform_edt(lost, return_distances=False, return_indices=True)
+    parts, count = label(unreadable, np.ones((3, 3)))
+    sizes = np.bincount(parts.ravel(), minlength=count + 1)
+    fillable = (sizes >= MIN_FILLED_PX) & (sizes <= MAX_FILLED * unreadable.size)
+    fillable[0] = False
+    filled = fillable[parts]
+    if not filled.any():
+        return thumb
+    rows, columns = distance_transform_edt(filled, return_distances=False, return_indices=True)
     return thumb[rows, columns]
-
-
-def _decodes(slide: Slide, x: int, y: int, downsample: float) -> bool:
-    """Tell whether the surroundings of a pixel of the overview can be read, as far as one lost part reaches at the most."""
-    view = slide.full_view(slide.best_level(downsample))
-    reach = max(4, SMALLEST_PART_L0 / downsample)
-    step = downsample / view.downsample
-    left, top = (int(max(0, at - reach) * step) for at in (x, y))
-    right, bottom = (min(int((at + reach + 1) * step), most) for at, most in ((x, view.width), (y, view.height)))
-    try:
-        slide.read_view(view, left, top, max(1, right - left), max(1, bottom - top))
-    except UserError:
-        slide.reopen()
-        return False
-    return True

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from tiling.wsi.backends.base import Reader
-from tiling.wsi.mpp import Mpp
+from tiling.storage.slide_id import slide_stem
+from tiling.wsi.backends.base import Reader, background_of
+from tiling.wsi.mpp import Mpp, mpp_of
 
 BLOCK_PIXELS = 8_000_000  # level pixels read in one piece (24 MB of RGB, 96 MB while they are averaged)
 
@@ -35,6 +36,31 @@ class SlideInfo:
     reader_why: str = ""
     note: str = ""
 
+    @classmethod
+    def of(cls, path: Path, reader: Reader, reader_why: str = "", assume_mpp: float | None = None) -> SlideInfo:
+        """Collect what the reader of a slide says; reader_why: why it is this one; assume_mpp: of a file without an mpp."""
+        mpp = mpp_of(reader.properties, tags_only=reader.tags_only)
+        if mpp.value is None and assume_mpp is not None:
+            mpp = Mpp(assume_mpp, "--assume-mpp")
+        width, height = reader.level_dimensions[0]
+        return cls(
+            path=path,
+            slide_id=slide_stem(path),
+            width_l0=int(width),
+            height_l0=int(height),
+            level_downsamples=reader.level_downsamples,
+            level_dimensions=reader.level_dimensions,
+            mpp=mpp.value,
+            mpp_source=mpp.source,
+            vendor=reader.vendor,
+            reader=reader.name,
+            bounds_xy=(_bound(reader.properties, "x"), _bound(reader.properties, "y")),
+            background=background_of(reader.properties),
+            mpp_note=mpp.note,
+            reader_why=reader_why,
+            note=reader.note,
+        )
+
     @property
     def size_l0(self) -> tuple[int, int]:
         return self.width_l0, self.height_l0
@@ -42,6 +68,12 @@ class SlideInfo:
     @property
     def stated_mpp(self) -> Mpp:
         return Mpp(self.mpp, self.mpp_source, self.mpp_note)
+
+
+def _bound(properties: Mapping[str, Any], axis: str) -> int:
+    """Where what was scanned begins, in level-0 pixels along an axis; 0 where the file does not say."""
+    values = (properties.get(f"{prefix}.bounds-{axis}") for prefix in ("openslide", "tiffslide"))
+    return int(float(next((value for value in values if value is not None), 0)))
 
 
 @dataclass(frozen=True)

@@ -6,28 +6,34 @@ import math
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from annotations.errors import UserError
+from annotations.errors import UserError, one_line
 from tiling.storage.paths import url_of
-from tiling.storage.slide_id import slide_stem
 from tiling.wsi.backends.base import Reader
 from tiling.wsi.backends.registry import open_reader
 from tiling.wsi.backends.tiff_direct import DirectReader
 from tiling.wsi.level_alignment import Placement, place_level, textured_places
 from tiling.wsi.level_fidelity import matches_area_average, scale_matches_average
 from tiling.wsi.level_view import BLOCK_PIXELS, LevelView, SlideInfo, pixel_bounds
-from tiling.wsi.mpp import Mpp, mpp_of
 from tiling.wsi.resample import area_resize
 
 RESAMPLE = ("fast", "exact", "pyramid")
 LEVEL_TOLERANCE = 1.01  # a level 1% coarser than wanted still serves: 2.0005 counts as 2
 PIXELS_TO_SHARE = 3
-MOST_FAILURES = 500  # of an overview that cannot be read in one piece
+MAX_FAILURES = 500  # of a thumbnail that cannot be read in one piece
 SMALLEST_PART_L0 = 128  # level-0 pixels: about a stored tile, or half of one
 
 Read = Callable[[int, int, int, int], np.ndarray]  # x, y, w, h inside a view -> uint8 (h, w, 3)
+
+
+class Thumbnail(NamedTuple):
+    """A whole slide at low resolution: rgb uint8 (h, w, 3), black where `unreadable`, bool (h, w), says so."""
+
+    rgb: np.ndarray
+    unreadable: np.ndarray
 
 
 class Slide:
@@ -36,13 +42,11 @@ class Slide:
     def __init__(self, info: SlideInfo, reader: Reader, resample: str = "fast") -> None:
         self.info = info
         self.reader = reader
-        self.exact = resample == "exact"
-        self.undecoded = 0.0
+        self.resample = resample
         self.skipped_levels: set[int] = set()  # levels that would have done, were they averages of level 0
         self.placements: dict[int, Placement] = {}  # of the levels looked at: how they lie on level 0
-        self._chosen: dict[float, int] = {}
-        self._scales: dict[tuple[int, int], bool] = {}
-        self._any_level = resample == "pyramid"
+        self._faithful_levels: dict[float, int] = {}
+        self._faithful_scales: dict[tuple[int, int], bool] = {}
 
     @classmethod
     def open(cls, path: Path | str, assume_mpp: float | None = None, reader: str = "auto", resample: str = "fast") -> Slide:
@@ -59,7 +63,7 @@ class Slide:
         if not url_of(path) and not path.exists():
             raise UserError(f"{path}: no such slide")
         opened, why = open_reader(path, reader)
-        return cls(_info(path, opened, why, assume_mpp), opened, resample)
+        return cls(SlideInfo.of(path, opened, why, assume_mpp), opened, resample)
 
     def close(self) -> None:
         self.reader.close()
@@ -94,7 +98,7 @@ class Slide:
             )
         return LevelView(level, 1, own, width, height)
 
-    def fitting(self, downsample: float) -> Iterator[int]:
+    def fine_enough_levels(self, downsample: float) -> Iterator[int]:
         """Levels at least as fine as `downsample` (level-0 pixels per wanted pixel), the coarsest first, level 0 at the end."""
         most = downsample * LEVEL_TOLERANCE
         sizes = self.info.level_downsamples
@@ -105,60 +109,63 @@ class Slide:
 
     def best_level(self, downsample: float) -> int:
         """The coarsest level that lies right and is at least as fine as `downsample` (level-0 pixels per wanted pixel)."""
-        return next(self.fitting(downsample))
+        return next(self.fine_enough_levels(downsample))
 
     def faithful_level(self, downsample: float) -> int:
         """The coarsest fine enough level that looks like an average of level 0 (see level_fidelity)."""
-        if self._any_level:
-            return self.best_level(downsample)
         key = round(downsample, 2)
-        if key not in self._chosen:
-            for level in self.fitting(downsample):
+        if key not in self._faithful_levels:
+            for level in self.fine_enough_levels(downsample):
                 if level == 0 or matches_area_average(self, level, downsample):
-                    self._chosen[key] = level
+                    self._faithful_levels[key] = level
                     break
                 self.skipped_levels.add(level)
-        return self._chosen[key]
+        return self._faithful_levels[key]
 
     def is_faithful_scale(self, level: int, scale: int) -> bool:
         """Tell whether the decoder's 1 / scale of a level looks like an average of all its pixels (see level_fidelity)."""
-        if scale == 1 or self._any_level or not isinstance(self.reader, DirectReader):
+        if scale == 1 or not isinstance(self.reader, DirectReader):
             return True
-        if (level, scale) not in self._scales:
-            self._scales[level, scale] = scale_matches_average(self.reader, level, scale)
-        return self._scales[level, scale]
+        if (level, scale) not in self._faithful_scales:
+            self._faithful_scales[level, scale] = scale_matches_average(self.reader, level, scale)
+        return self._faithful_scales[level, scale]
 
-    def choose_view(self, downsample: float, boxes_l0: np.ndarray) -> LevelView:
-        """Choose what to decode for `downsample` level-0 pixels per wanted pixel: `faithful_level`, scaled as far as is right.
+    def choose_level(self, downsample: float, resample: str | None = None) -> int:
+        """Choose the level to read for `downsample`; resample: as in `open`, None for the slide's own."""
+        mode = resample or self.resample
+        if mode == "exact":
+            return 0
+        return self.best_level(downsample) if mode == "pyramid" else self.faithful_level(downsample)
+
+    def choose_view(self, downsample: float, boxes_l0: np.ndarray, resample: str | None = None) -> LevelView:
+        """Choose what to decode for `downsample` level-0 pixels per wanted pixel: `choose_level`, scaled as far as is right.
 
         boxes_l0: (N, 4) x0, y0, x1, y1 that will be cut. Pixels of a scaled level can hardly be shared out between outputs
         (up to 7 grey levels away on sharp H&E, with 3 of them an output 2): a scale is taken where boxes and outputs hold
-        whole pixels of it, and elsewhere only with `PIXELS_TO_SHARE` or more of them an output.
+        whole pixels of it, and elsewhere only with `PIXELS_TO_SHARE` or more of them an output. resample: as in `open`.
         """
-        if self.exact:
-            return self.full_view(0)
-        whole = self.full_view(self.faithful_level(downsample))
-        level, own = whole.level, whole.downsample
+        mode = resample or self.resample
+        full = self.full_view(self.choose_level(downsample, mode))
+        for scale in sorted(self.reader.scales, reverse=True) if mode != "exact" else ():
+            view_downsample = full.downsample * scale
+            px_per_output = downsample / view_downsample
+            whole_px = px_per_output >= 1 and px_per_output.is_integer() and not (boxes_l0 % view_downsample).any()
+            is_right = scale == 1 or whole_px or px_per_output >= PIXELS_TO_SHARE
+            if is_right and (mode == "pyramid" or self.is_faithful_scale(full.level, scale)):
+                return LevelView(full.level, scale, view_downsample, -(-full.width // scale), -(-full.height // scale))
+        return full
 
-        def right(scale: int) -> bool:
-            rest = downsample / (own * scale)
-            fits = rest >= 1 and rest.is_integer() and not (boxes_l0 % (own * scale)).any()
-            return scale == 1 or fits or rest >= PIXELS_TO_SHARE
-
-        scale = next(
-            each for each in sorted(self.reader.scales, reverse=True) if right(each) and self.is_faithful_scale(level, each)
-        )
-        return LevelView(level, scale, own * scale, -(-whole.width // scale), -(-whole.height // scale))
-
-    def read_region(self, x_l0: float, y_l0: float, w_l0: float, h_l0: float, out_w: int, out_h: int) -> np.ndarray:
+    def read_region(
+        self, x_l0: float, y_l0: float, w_l0: float, h_l0: float, out_w: int, out_h: int, resample: str | None = None
+    ) -> np.ndarray:
         """uint8 (out_h, out_w, 3): the area x, y, w, h in level-0 pixels, area-averaged from the best level.
 
-        What lies beyond the slide or was not scanned has the background colour. Raises UserError for pixels that cannot be
-        decoded.
+        What lies beyond the slide or was not scanned has the background colour. resample: as in `open`, None for the slide's
+        own. Raises UserError for pixels that cannot be decoded.
         """
-        whole = np.array([[x_l0, y_l0, x_l0 + w_l0, y_l0 + h_l0]], np.float64)
-        view = self.choose_view(min(w_l0 / out_w, h_l0 / out_h), whole)
-        return self.read_area(view, (x_l0, y_l0, x_l0 + w_l0, y_l0 + h_l0), out_w, out_h)
+        box = (x_l0, y_l0, x_l0 + w_l0, y_l0 + h_l0)
+        view = self.choose_view(min(w_l0 / out_w, h_l0 / out_h), np.array([box], np.float64), resample)
+        return self.read_area(view, box, out_w, out_h)
 
     def read_area(
         self,
@@ -185,27 +192,23 @@ class Slide:
         return bands[0] if len(bands) == 1 else np.concatenate(bands)
 
     def thumbnail(self, max_side_px: int) -> np.ndarray:
-        """uint8 (h, w, 3): the whole slide, its longer side `max_side_px`; never enlarged.
+        """uint8 (h, w, 3): the whole slide, its longer side `max_side_px`; never enlarged. As `read_thumbnail` reads it."""
+        return self.read_thumbnail(max_side_px).rgb
 
-        Parts that cannot be decoded are black, and `undecoded` then holds their share of the slide. Raises UserError where
-        they are many, or all.
+    def read_thumbnail(self, max_side_px: int) -> Thumbnail:
+        """Read the whole slide, its longer side `max_side_px`, and tell which parts of it cannot be decoded.
+
+        From the coarsest level that will do, whatever the slide's `resample`: an overview is worth no full read, and tissue
+        must not depend on it. Raises UserError where many parts cannot be decoded, or all.
         """
-        width, height = self.info.width_l0, self.info.height_l0
+        width, height = self.info.size_l0
         downsample = max(1.0, max(width, height) / max_side_px)
         out_w, out_h = max(1, round(width / downsample)), max(1, round(height / downsample))
-        before = self.exact, self._any_level
-        self.exact, self._any_level = False, True  # an overview is worth no full read, and tissue must not depend on it
         try:
-            return self.read_region(0, 0, width, height, out_w, out_h)
+            rgb = self.read_region(0, 0, width, height, out_w, out_h, "pyramid")
         except UserError as error:
-            salvage = _Salvage(self, np.zeros((out_h, out_w, 3), np.uint8), error)
-            salvage.fill(0, 0, out_w, out_h)
-            if salvage.lost == out_w * out_h:
-                raise
-        finally:
-            self.exact, self._any_level = before
-        self.undecoded = salvage.lost / (out_w * out_h)
-        return salvage.out
+            return _read_readable_parts(self, out_w, out_h, error)
+        return Thumbnail(rgb, np.zeros((out_h, out_w), bool))
 
     def read_block(self, view: LevelView, edges: tuple[int, int, int, int], read: Read | None = None) -> np.ndarray:
         """uint8 (bottom - top, right - left, 3): pixels of a view, background where they lie beyond it.
@@ -237,7 +240,7 @@ class Slide:
         try:
             return self.reader.read(view.level, x, y, w, h, view.scale)
         except Exception as error:  # each library has errors of its own
-            what = " ".join(str(error).split())
+            what = one_line(error)
             where = f"level {view.level}, x {x * view.scale}, y {y * view.scale}, {w * view.scale} x {h * view.scale}"
             raise UserError(f"{self.info.path}: cannot decode pixels at {where}: {what}: is the file whole?") from None
 
@@ -250,65 +253,32 @@ class Slide:
         self.reader.expect_strips()
 
 
-class _Salvage:
-    """Fills an overview from a slide that is torn in places, by halving what cannot be read."""
+def _read_readable_parts(slide: Slide, out_w: int, out_h: int, error: UserError) -> Thumbnail:
+    """Read a thumbnail of a slide that cannot be decoded in places, by halving each part that cannot be read.
 
-    def __init__(self, slide: Slide, out: np.ndarray, error: UserError) -> None:
-        self.slide, self.out, self.error = slide, out, error
-        self.step_x, self.step_y = slide.info.width_l0 / out.shape[1], slide.info.height_l0 / out.shape[0]
-        self.smallest = max(4, SMALLEST_PART_L0 / self.step_x)
-        self.lost = 0
-        self._failures = 0
-
-    def fill(self, x: int, y: int, w: int, h: int) -> None:
-        """One part, in pixels of the overview. Raises the first error again after too many of them."""
+    Raises `error`, that of the whole, after MAX_FAILURES parts, and where nothing can be read.
+    """
+    rgb, unreadable = np.zeros((out_h, out_w, 3), np.uint8), np.zeros((out_h, out_w), bool)
+    step_x, step_y = slide.info.width_l0 / out_w, slide.info.height_l0 / out_h
+    smallest_px = max(4, SMALLEST_PART_L0 / step_x)
+    failures, parts = 0, [(0, 0, out_w, out_h)]
+    while parts:
+        x, y, w, h = parts.pop()
+        part = (slice(y, y + h), slice(x, x + w))
         try:
-            box = (x * self.step_x, y * self.step_y, w * self.step_x, h * self.step_y)
-            self.out[y : y + h, x : x + w] = self.slide.read_region(*box, w, h)
-            return
+            rgb[part] = slide.read_region(x * step_x, y * step_y, w * step_x, h * step_y, w, h, "pyramid")
+            continue
         except UserError:
-            self._failures += 1
-            if self._failures > MOST_FAILURES:
-                raise self.error from None
-        self.slide.reopen()
-        if max(w, h) <= self.smallest:
-            self.lost += w * h
+            failures += 1
+            if failures > MAX_FAILURES:
+                raise error from None
+        slide.reopen()
+        if max(w, h) <= smallest_px:
+            unreadable[part] = True
         elif w >= h:
-            self.fill(x, y, w // 2, h)
-            self.fill(x + w // 2, y, w - w // 2, h)
+            parts += [(x + w // 2, y, w - w // 2, h), (x, y, w // 2, h)]
         else:
-            self.fill(x, y, w, h // 2)
-            self.fill(x, y + h // 2, w, h - h // 2)
-
-
-def _info(path: Path, reader: Reader, why: str, assume_mpp: float | None) -> SlideInfo:
-    found = mpp_of(reader.properties, tags_only=reader.tags_only)
-    if found.value is None and assume_mpp is not None:
-        found = Mpp(assume_mpp, "--assume-mpp")
-    width, height = reader.level_dimensions[0]
-    colour = str(reader.properties.get("openslide.background-color") or "FFFFFF")
-    return SlideInfo(
-        path=path,
-        slide_id=slide_stem(path),
-        width_l0=int(width),
-        height_l0=int(height),
-        level_downsamples=reader.level_downsamples,
-        level_dimensions=reader.level_dimensions,
-        mpp=found.value,
-        mpp_source=found.source,
-        vendor=reader.vendor,
-        reader=reader.name,
-        bounds_xy=(_bound(reader, "x"), _bound(reader, "y")),
-        background=(int(colour[0:2], 16), int(colour[2:4], 16), int(colour[4:6], 16)),
-        mpp_note=found.note,
-        reader_why=why,
-        note=reader.note,
-    )
-
-
-def _bound(reader: Reader, axis: str) -> int:
-    for prefix in ("openslide", "tiffslide"):
-        value = reader.properties.get(f"{prefix}.bounds-{axis}")
-        if value is not None:
-            return int(float(value))
-    return 0
+            parts += [(x, y + h // 2, w, h - h // 2), (x, y, w, h // 2)]
+    if unreadable.all():
+        raise error
+    return Thumbnail(rgb, unreadable)

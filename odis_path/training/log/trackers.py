@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from annotations.errors import UserError
+from annotations.errors import UserError, one_line
 from odis_path.config import PretrainConfig
 from tiling.storage.atomic import atomic_path
 
@@ -65,7 +65,7 @@ class WandbTracker:
                 settings={"console": "off"},  # it would log every frame of the live table
             )
         except Exception as error:  # no key, no network, a name that is refused: the user can mend each
-            line = " ".join(str(error).split())[:160]
+            line = one_line(error)[:160]
             raise UserError(
                 f"run.wandb=true: W&B did not start ({type(error).__name__}: {line}); run `wandb login`, "
                 "set WANDB_MODE=offline, or leave run.wandb away"

@@ -42,6 +42,12 @@ class Reader(Protocol):
     def close(self) -> None: ...
 
 
+def background_of(properties: Mapping[str, Any]) -> tuple[int, int, int]:
+    """The colour of what was not scanned: white where a file does not say."""
+    colour = str(properties.get("openslide.background-color") or "FFFFFF")
+    return int(colour[0:2], 16), int(colour[2:4], 16), int(colour[4:6], 16)
+
+
 def as_rgb(array: np.ndarray) -> np.ndarray:
     """(h, w) or (h, w, channels), 8 or 16 bits -> uint8 (h, w, 3). Grey is repeated, as is the first of 2 or more than 3.
 

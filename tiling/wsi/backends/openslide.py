@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tiling.wsi.backends.base import GREY, probed
+from tiling.wsi.backends.base import GREY, background_of, probed
 from tiling.wsi.backends.tiff_pages import (
     UNSPECIFIED,
     SparseTiles,
@@ -48,8 +48,7 @@ class OpenSlideReader:
         if mistake := _mistake(pages_of(path), self.level_dimensions, is_plain=self.tags_only):
             self._slide.close()
             raise ValueError(mistake)
-        colour = self.properties.get("openslide.background-color", "FFFFFF")
-        self.background = np.array([int(colour[i : i + 2], 16) for i in (0, 2, 4)], dtype=np.uint8)
+        self.background = np.array(background_of(self.properties), np.uint8)
 
     def expect_strips(self) -> None:
         import openslide

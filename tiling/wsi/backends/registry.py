@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from annotations.errors import UserError
+from annotations.errors import UserError, one_line
 from tiling.storage.paths import shown, url_of
 from tiling.wsi.backends.base import Reader
 from tiling.wsi.backends.image import ImageReader
@@ -36,7 +36,7 @@ def open_reader(path: Path, wanted: str = "auto") -> tuple[Reader, str]:
         try:
             reader = _class_of(name)(path)
         except Exception as error:  # each library has errors of its own; all are told below
-            text = " ".join(str(error).split()).replace(f" {str(path)!r}", "") or type(error).__name__
+            text = one_line(error).replace(f" {str(path)!r}", "") or type(error).__name__
             said.append(f"{name}: {text[:120]}")
             continue
         stores = getattr(reader, "stores", "JPEG")

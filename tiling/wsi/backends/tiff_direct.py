@@ -73,7 +73,7 @@ class DirectReader:
     _fd = -1
 
     def __init__(self, path: Path) -> None:
-        from tiling.wsi.backends.base import Reader
+        from tiling.wsi.backends.base import Reader, background_of
         from tiling.wsi.backends.openslide import OpenSlideReader
         from tiling.wsi.backends.tiffslide import TiffSlideReader
 
@@ -97,8 +97,7 @@ class DirectReader:
             is_jpeg = all(page.codec == "jpeg" for page in self.pages)
             self.scales: tuple[int, ...] = SCALES if is_jpeg else (1,)
             self.stores = "JPEG" if is_jpeg else "JPEG 2000"
-            colour = str(self.properties.get("openslide.background-color") or "FFFFFF")
-            self.background = np.array([int(colour[i : i + 2], 16) for i in (0, 2, 4)], np.uint8)
+            self.background = np.array(background_of(self.properties), np.uint8)
             self._fd = os.open(path, os.O_RDONLY)
             self._heads: dict[int, JpegHeader | None] = {}
             for level in {0, len(self.pages) - 1}:

@@ -219,7 +219,7 @@ def test_a_level_that_is_no_average_is_not_read(tmp_path: Path, texture: np.ndar
         level0 = slide.read_region(101, 99, 800, 800, 800, 800)
         assert slide.faithful_level(2.0) == (1 if made == "average" else 0)
     with Slide.open(tmp_path / "a.svs", resample="pyramid") as slide:
-        assert slide.faithful_level(2.0) == 1
+        assert slide.choose_level(2.0) == 1
     assert np.abs(found - area(level0, 0, 0, 800, 400)).mean() <= 2
     (outcome,) = tile([tmp_path / "a.svs"], tmp_path, 0.5, 128, tissue="none", workers=1)
     assert ("its level of 1/2 is no average of level 0, so a finer one is read" in outcome.message) == (made != "average")
