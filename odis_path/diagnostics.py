@@ -3,50 +3,33 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from odis_path.versions import OPTIONAL, PACKAGES, versions
-from tiling.jobs.summary import Result
+from tiling.jobs.outcome import Outcome
+from tiling.jobs.summary import Outcomes
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 
-@dataclass(frozen=True)
-class Check:
-    """One line of the doctor: what was looked at, whether it is well, what was found or is to be done."""
-
-    what: str
-    ok: bool
-    found: str
-
-
-@dataclass(frozen=True)
-class Checks(Result):
-    """Everything the doctor looked at."""
-
-    checks: tuple[Check, ...]
-
-    @property
-    def failed(self) -> list[Check]:
-        return [check for check in self.checks if not check.ok]
+class InstallChecks(Outcomes):
+    """Outcomes of the checks of an install; `message` is the version, the device, or what to do."""
 
     def show(self, console: Console) -> None:
-        """A table with a row a check."""
+        """Write a table with a row a check."""
         from rich.markup import escape
         from rich.table import Table
 
-        table = Table(title="odis-path doctor")
-        for title in ("what", "well", "found"):
-            table.add_column(title)
-        for check in self.checks:
-            table.add_row(check.what, "yes" if check.ok else "NO", escape(check.found))
+        table = Table("what", "well", "found", title=self.title)
+        for check in self:
+            table.add_row(check.item, "yes" if check.ok else "NO", escape(check.message))
         console.print(table)
 
 
-def doctor(folder: Path | str | None = None, workers: int | None = None) -> Result:
+def doctor(folder: Path | str | None = None, workers: int | None = None) -> Outcomes:
     """Check the install: versions, slide readers, GPU, a tiny run of each part. A failing check says what to do.
 
     folder: look instead through all slide files, feature files and checkpoints below it, each compared with its checksums,
@@ -56,32 +39,34 @@ def doctor(folder: Path | str | None = None, workers: int | None = None) -> Resu
         from odis_path.verification import verify
 
         return verify(Path(folder), workers)
-    found = versions()
-    checks = [Check("Python", sys.version_info >= (3, 11), f"{found['python']} (3.11 or newer)")]
+    installed = versions()
+    checks = [Outcome("Python", sys.version_info >= (3, 11), message=f"{installed['python']} (3.11 or newer)")]
     for package in PACKAGES:
-        missing = found[package] == "missing"
-        checks.append(Check(package, not missing, "missing: pip install odis-path again" if missing else found[package]))
+        missing = installed[package] == "missing"
+        version = "missing: pip install odis-path again" if missing else installed[package]
+        checks.append(Outcome(package, not missing, message=version))
     for package, extra in OPTIONAL.items():
-        note = f"not installed (optional: pip install 'odis-path[{extra}]')" if found[package] == "missing" else found[package]
-        checks.append(Check(package, True, note))
-    for what, probe in (
+        absent = f"not installed (optional: pip install 'odis-path[{extra}]')"
+        checks.append(Outcome(package, True, message=absent if installed[package] == "missing" else installed[package]))
+    for item, check in (
         ("slide readers", _readers),
         ("tile codec", _codec),
         ("device", _device),
         ("masked attention", _attention),
     ):
         try:
-            checks.append(Check(what, True, probe()))
+            checks.append(Outcome(item, True, message=check()))
         except Exception as error:  # whatever is broken, the doctor names it and goes on
-            checks.append(Check(what, False, f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"))
-    return Checks(tuple(checks))
+            message = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+            checks.append(Outcome(item, False, message=message))
+    return InstallChecks(checks, "odis-path doctor", "")
 
 
 def _readers() -> str:
     import openslide
-    import tiffslide
+    import tiffslide  # noqa: F401  it has to load
 
-    return f"OpenSlide library {openslide.__library_version__}, tiffslide {tiffslide.__version__}"
+    return f"OpenSlide library {openslide.__library_version__}, tiffslide {metadata.version('tiffslide')}"
 
 
 def _codec() -> str:
@@ -118,8 +103,7 @@ def _attention() -> str:
     mask = torch.zeros(1, 16, dtype=torch.bool)
     mask[0, 5] = True
     with torch.no_grad():
-        a, b = torch.randn(1, 3, 32, 32), torch.randn(1, 3, 32, 32)
-        seen, other = encoder.obj_attention(a, mask), encoder.obj_attention(b, mask)
-    if float(seen[0, ~mask[0]].sum()) or float(other[0, ~mask[0]].sum()):
+        attention = encoder.obj_attention(torch.randn(2, 3, 32, 32), mask.expand(2, -1))
+    if float(attention[:, ~mask[0]].sum()):
         raise RuntimeError("[OBJ] attends outside its box: this timm version ignores attn_mask")
     return "[OBJ] attends only inside its box"

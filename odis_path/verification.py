@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from annotations.errors import UserError
 from tiling.jobs.outcome import Outcome
 from tiling.jobs.run import run_cohort
-from tiling.jobs.summary import Result, show_failures
+from tiling.jobs.summary import Outcomes, show_failures
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,8 +19,7 @@ CHECKPOINT, WEIGHTS, UNKNOWN = "checkpoints", "exported weights", "unreadable .h
 PATTERNS = ("*.h5", "checkpoint-*.pt", "*.safetensors", "slides.parquet")
 
 
-@dataclass(frozen=True)
-class Verified:
+class KindCounts(NamedTuple):
     """Counts of one kind of file. unchecked: read as a whole, but it holds no checksums (it is of an earlier version)."""
 
     kind: str
@@ -31,34 +28,18 @@ class Verified:
     unchecked: int
 
 
-@dataclass(frozen=True)
-class Verification(Result):
+class Verification(Outcomes):
     """Outcomes of all files that were looked at."""
 
-    outcomes: tuple[Outcome, ...]
-
-    @property
-    def failed(self) -> list[Outcome]:
-        return [outcome for outcome in self.outcomes if not outcome.ok]
-
-    def width(self) -> int:
-        """As many columns as keep each failure on one line."""
-        longest = [max((len(text) for text in texts), default=0) for texts in zip(*self._rows(), strict=True)]
-        return max(160, 20 + sum(longest))
-
-    def _rows(self) -> list[tuple[str, str]]:
-        return [(outcome.item, outcome.message) for outcome in self.failed]
-
     def show(self, console: Console) -> None:
-        """The kinds of files with their counts, and the damaged ones."""
+        """Write the kinds of files with their counts, and the damaged ones."""
         from rich.table import Table
 
-        table = Table(title="odis-path doctor", title_justify="left")
-        for title in ("kind", "files", "well", "damaged", "without checksums"):
-            table.add_column(title, justify="left" if title == "kind" else "right")
-        for kind in by_kind(self.outcomes):
-            counts = (kind.files, kind.files - kind.damaged, kind.damaged, kind.unchecked)
-            table.add_row(kind.kind, *(f"{count:,}" for count in counts))
+        table = Table(title=self.title, title_justify="left")
+        for column in ("kind", "files", "well", "damaged", "without checksums"):
+            table.add_column(column, justify="left" if column == "kind" else "right")
+        for kind, files, damaged, unchecked in count_kinds(self):
+            table.add_row(kind, *(f"{count:,}" for count in (files, files - damaged, damaged, unchecked)))
         console.print(table)
         show_failures(console, self.failed, "damaged")
 
@@ -82,28 +63,33 @@ def verify(folder: Path, workers: int | None = None) -> Verification:
     ours = [outcome for outcome in outcomes if outcome.info.get("kind") or not outcome.ok]
     if not ours:
         raise UserError(f"{folder}: holds no slide file, feature file or checkpoint: give the folder of a cohort or of a run")
-    return Verification(tuple(ours))
+    return Verification(ours, "odis-path doctor", folder)
 
 
 def verify_file(path: Path) -> dict[str, Any]:
-    """`kind` of a file ("" where it is not ours), `unchecked`, and in `message` what is wrong with it and what to do."""
-    kind, check = _kind(path)
+    """Return `kind` of a file ("" where it is not ours), `unchecked`, and in `message` what is wrong and what to do."""
+    kind, has_checksums = _kind(path)
     try:
-        return {"kind": kind, "unchecked": not check(path)}
+        return {"kind": kind, "unchecked": not has_checksums(path)}
     except UserError as error:
         return {"kind": kind, "unchecked": False, "message": str(error)}
 
 
-def by_kind(outcomes: Sequence[Outcome]) -> list[Verified]:
-    """The counts of each kind of file that there is."""
-    kinds = [str(outcome.info.get("kind") or UNKNOWN) for outcome in outcomes]
-    damaged = Counter(kind for kind, outcome in zip(kinds, outcomes, strict=True) if not outcome.ok)
-    unchecked = Counter(kind for kind, outcome in zip(kinds, outcomes, strict=True) if outcome.info.get("unchecked"))
-    return [Verified(kind, count, damaged[kind], unchecked[kind]) for kind, count in sorted(Counter(kinds).items())]
+def count_kinds(outcomes: Iterable[Outcome]) -> list[KindCounts]:
+    """Count the files of each kind that there is."""
+    by_kind: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        by_kind.setdefault(str(outcome.info.get("kind") or UNKNOWN), []).append(outcome)
+    counts = []
+    for kind, files in sorted(by_kind.items()):
+        damaged = sum(not file.ok for file in files)
+        unchecked = sum(bool(file.info.get("unchecked")) for file in files)
+        counts.append(KindCounts(kind, len(files), damaged, unchecked))
+    return counts
 
 
-def _kind(path: Path) -> tuple[str, Any]:
-    """The kind of a file, and the function that reads it and tells whether it holds checksums."""
+def _kind(path: Path) -> tuple[str, Callable[[Path], bool]]:
+    """Return the kind of a file, and the function that reads it and tells whether it holds checksums."""
     if path.suffix == ".pt":
         return CHECKPOINT, _check_checkpoint
     if path.suffix == ".safetensors":

@@ -42,18 +42,18 @@ OPTIONAL = {"distributed": "cluster", "tensorboard": "tracking", "wandb": "track
 
 
 def versions() -> dict[str, str]:
-    """Versions of odis-path, Python and every package it stands on ("missing" where it is not installed)."""
-    found = {"odis-path": __version__, "python": platform.python_version(), "platform": platform.platform()}
+    """Return the versions of odis-path, Python and every package it stands on ("missing" where it is not installed)."""
+    installed = {"odis-path": __version__, "python": platform.python_version(), "platform": platform.platform()}
     for package in (*PACKAGES, *OPTIONAL):
         try:
-            found[package] = metadata.version(package)
+            installed[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            found[package] = "missing"
-    return found
+            installed[package] = "missing"
+    return installed
 
 
 def git_commit() -> str:
-    """The commit of the checkout that odis-path runs from, "... with changes" where files differ; "" outside a checkout."""
+    """Return the commit of the checkout that odis-path runs from, "... with changes" where files differ; else ""."""
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return ""
@@ -69,7 +69,7 @@ def git_commit() -> str:
 
 
 def provenance(device: str, ranks: int) -> dict[str, Any]:
-    """Provenance of a run: versions, commit, device (a torch name such as "cuda:0"), ranks, command line, time."""
+    """Return the provenance of a run: versions, commit, device (a torch name such as "cuda:0"), ranks, command line, time."""
     import torch
 
     gpu = device.startswith("cuda")

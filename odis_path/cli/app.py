@@ -1,4 +1,4 @@
-"""The application: the groups of commands put together."""
+"""The typer application, put together of the groups of commands."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from typing import Annotated
 import typer
 
 from odis_path import __version__
-from odis_path.cli import evaluate, learning, reports, slides
-from odis_path.cli import outputs as export
+from odis_path.cli import evaluate, learning, outputs, slides
 
 app = typer.Typer(
     name="odis-path",
@@ -33,5 +32,5 @@ def _root(
     """Scan, tile, annotate, pretrain, embed, evaluate, report."""
 
 
-for module in (slides, learning, evaluate, export, reports):
+for module in (slides, learning, evaluate, outputs):
     module.register(app)

@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from odis_path.cli.slides import end
+from odis_path.cli.slides import exit_with
 
 
 def register(app: typer.Typer) -> None:
-    """Add the command to the root application."""
+    """Add the command to the application."""
     app.command()(evaluate)
 
 
@@ -69,7 +69,7 @@ def evaluate(
             overwrite=overwrite,
             tell=status.update,
         )
-    end(result)
+    exit_with(result)
 
 
 def parse_ks(text: str) -> tuple[int, ...]:
@@ -86,12 +86,13 @@ def parse_baselines(entries: list[str]) -> dict[str, Path]:
     """NAME=FOLDER entries -> folder by name. Raises UserError."""
     from annotations.errors import UserError
 
-    found: dict[str, Path] = {}
+    folders: dict[str, Path] = {}
     for entry in entries:
-        name, equals, folder = entry.partition("=")
-        if not equals or not name.strip() or not folder:
+        name, _, folder = entry.partition("=")
+        name = name.strip()
+        if not name or not folder:
             raise UserError(f"--baseline {entry}: write NAME=FOLDER, for example random=features/random")
-        if name.strip() in found:
-            raise UserError(f"--baseline {entry}: the name {name.strip()} is given twice")
-        found[name.strip()] = Path(folder)
-    return found
+        if name in folders:
+            raise UserError(f"--baseline {entry}: the name {name} is given twice")
+        folders[name] = Path(folder)
+    return folders

@@ -9,12 +9,12 @@ from typing import Annotated
 
 import typer
 
-from odis_path.cli.slides import Scheduler, end
+from odis_path.cli.slides import Scheduler, exit_with
 
 
 def register(app: typer.Typer) -> None:
-    """Add the commands to the root application."""
-    app.command(context_settings={"ignore_unknown_options": False})(pretrain)
+    """Add the commands of this module to the application."""
+    app.command()(pretrain)
     app.command()(embed)
     app.command()(doctor)
     app.command()(demo)
@@ -32,7 +32,7 @@ def pretrain(
 
     trained = run(config, overrides, from_previous=from_previous)
     if os.environ.get("RANK", "0") == "0":
-        end(trained)
+        exit_with(trained)
 
 
 def embed(
@@ -70,7 +70,7 @@ def embed(
         overwrite=overwrite,
         scheduler=scheduler,
     )
-    end(outcomes)
+    exit_with(outcomes)
 
 
 def doctor(
@@ -82,7 +82,7 @@ def doctor(
     """Check the install; with DIR check what was written there: every file is read and compared with its checksums."""
     from odis_path.diagnostics import doctor as run
 
-    end(run(folder, workers))
+    exit_with(run(folder, workers))
 
 
 def demo(
@@ -117,4 +117,4 @@ def demo(
         workers=workers,
         stream=sys.stdout,
     )
-    end(result)
+    exit_with(result)

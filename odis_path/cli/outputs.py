@@ -1,4 +1,4 @@
-"""The command `export`."""
+"""Commands that turn outputs into what others read: export, report."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from typing import Annotated
 
 import typer
 
-from odis_path.cli.slides import end
+from odis_path.cli.slides import exit_with
 
 
 def register(app: typer.Typer) -> None:
-    """Add the command to the root application."""
+    """Add the commands of this module to the application."""
     app.command()(export)
+    app.command()(report)
 
 
 def export(
@@ -22,7 +23,8 @@ def export(
     ],
     out: Annotated[Path, typer.Option(help="The file to write, for example encoder.safetensors; for geojson, a folder.")],
     what: Annotated[
-        str | None, typer.Option(metavar="PARTS", help="geojson: some of tissue,tiles,boxes,labels.", show_default=False)
+        str | None,
+        typer.Option(metavar="PARTS", help="geojson: the parts to write, of tissue,tiles,boxes,labels.", show_default=False),
     ] = None,
     predictions: Annotated[
         Path | None,
@@ -37,4 +39,14 @@ def export(
     from odis_path.exporters.run import export as run
 
     parts = None if what is None else [part.strip() for part in what.split(",") if part.strip()]
-    end(run(source, to, out, what=parts, predictions=predictions, origin=origin, workers=workers))
+    exit_with(run(source, to, out, what=parts, predictions=predictions, origin=origin, workers=workers))
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder with what the other commands wrote.")],
+    out: Annotated[Path | None, typer.Option(help="The HTML file; default: report.html in DIR.")] = None,
+) -> None:
+    """Write one self-contained HTML page about the contents of a folder."""
+    from odis_path.reporting.build import report as run
+
+    exit_with(run(folder, out))

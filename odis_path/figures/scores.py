@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ class Score:
         return self._text(".3f")
 
     def signed(self) -> str:
-        """The text of a difference: with its sign."""
+        """Return the text of a difference, with its sign."""
         return self._text("+.3f").replace("-", "−")
 
     def _text(self, form: str) -> str:
@@ -38,21 +38,33 @@ class Score:
 
 @dataclass(frozen=True)
 class Bar:
-    """A line of the score plot: what was scored, and whether it is the model or something it is compared with."""
+    """A bar of the score plot: what was scored, and whether it is the model or a baseline."""
 
     label: str
     score: Score
     is_model: bool
 
 
-def draw_scores(groups: Sequence[tuple[str, Sequence[Bar]]], chance: Sequence[float | None], xlabel: str) -> Figure:
-    """Points with intervals, one block per evaluation; the model filled and dark, baselines hollow and grey."""
-    lines = sum(len(bars) + 1 for _, bars in groups)
+@dataclass(frozen=True)
+class KCurve:
+    """Balanced accuracy by number of neighbours of one evaluation, and the number that was used."""
+
+    name: str
+    per_k: Mapping[int, float]
+    used_k: int | None
+
+
+def draw_scores(blocks: Sequence[tuple[str, Sequence[Bar]]], chance: Sequence[float | None], xlabel: str) -> Figure:
+    """Draw bars with intervals, a block per evaluation; the model filled and dark, baselines pale and grey.
+
+    blocks: the title and the bars of each evaluation. chance: the score of guessing, drawn as a dotted line.
+    """
+    lines = sum(len(bars) + 1 for _, bars in blocks)
     figure = style.new_figure(style.WIDTH_IN, 0.34 * lines + 0.95)
     with style.styled():
         axes = figure.subplots()
         y, ticks, labels = 0.0, [], []
-        for (title, bars), guess in zip(groups, chance, strict=True):
+        for (title, bars), guess in zip(blocks, chance, strict=True):
             axes.text(0.0, y, title, fontweight="bold", va="center", fontsize=10)
             top = y + 0.5
             for bar in bars:
@@ -81,13 +93,13 @@ def _draw_bar(axes: Any, y: float, bar: Bar) -> None:
         axes.plot([low, high], [y, y], color=style.INK, lw=1.6)
         for end in (low, high):
             axes.plot([end, end], [y - 0.16, y + 0.16], color=style.INK, lw=1.6)
-    at = max(bar.score.point, high if high is not None else 0) + 0.012
+    right = max(bar.score.point, high if high is not None else 0) + 0.012
     weight = "bold" if bar.is_model else "normal"
-    axes.text(at, y, f"{bar.score.point:.2f}", va="center", fontsize=9.5, fontweight=weight)
+    axes.text(right, y, f"{bar.score.point:.2f}", va="center", fontsize=9.5, fontweight=weight)
 
 
 def draw_confusion(counts: np.ndarray, labels: Sequence[str]) -> Figure:
-    """(C, C) counts, rows the truth: colour is the share of the row, the number in a cell is the count."""
+    """Draw (C, C) counts, rows the truth: colour is the share of the row, the number in a cell is the count."""
     classes = len(labels)
     size = min(0.8 * classes + 2.4, style.WIDTH_IN)
     figure = style.new_figure(size, 0.9 * size)
@@ -111,29 +123,40 @@ def draw_confusion(counts: np.ndarray, labels: Sequence[str]) -> Figure:
     return figure
 
 
-def draw_per_k(series: Sequence[tuple[str, list[int], list[float], int | None]]) -> Figure:
-    """Number of neighbours against balanced accuracy, one line per evaluation; a ring marks the k that was used."""
+def draw_per_k(curves: Sequence[KCurve]) -> Figure:
+    """Draw number of neighbours against balanced accuracy, a line per evaluation; a ring marks the k that was used."""
     figure = style.new_figure(style.WIDTH_IN, 3.2)
     with style.styled():
         axes = figure.subplots()
-        for i, (label, ks, scores, used) in enumerate(series):
-            color = style.PALETTE[i % len(style.PALETTE)]
-            axes.plot(ks, scores, color=color, marker=style.MARKERS[i % len(style.MARKERS)], label=label)
-            if used in ks:
-                axes.scatter([used], [scores[ks.index(used)]], s=170, fc="none", ec=color, lw=1.8)
-        axes.set_xscale("log")
-        ks = sorted({k for _, values, _, _ in series for k in values})
-        axes.set_xticks(ks, [str(k) for k in ks])
-        axes.minorticks_off()
-        axes.set(xlabel="neighbours asked (k)", ylabel="balanced accuracy")
-        axes.set_ylim(0, 1)
-        axes.grid(axis="y", lw=0.7)
+        for i, curve in enumerate(curves):
+            color, marker = style.PALETTE[i % len(style.PALETTE)], style.MARKERS[i % len(style.MARKERS)]
+            axes.plot(list(curve.per_k), list(curve.per_k.values()), color=color, marker=marker, label=curve.name)
+            _ring(axes, curve.per_k, curve.used_k, color)
+        _setting_axis(axes, sorted({k for curve in curves for k in curve.per_k}), "neighbours asked (k)")
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=9)
     return figure
 
 
+def _ring(axes: Any, points: Mapping[Any, float], used: float | None, color: str) -> None:
+    """Mark the setting that was used with a ring, where it is one of the points."""
+    if used in points:
+        axes.scatter([used], [points[used]], s=170, fc="none", ec=color, lw=1.8)
+
+
+def _setting_axis(axes: Any, values: Sequence[float], xlabel: str) -> None:
+    """Lay out a plot of a setting against balanced accuracy, with ticks at its values."""
+    axes.set_xscale("log")
+    axes.set_xticks(values, [f"{value:g}" for value in values])
+    axes.minorticks_off()
+    axes.set(xlabel=xlabel, ylabel="balanced accuracy", ylim=(0, 1))
+    axes.grid(axis="y", lw=0.7)
+
+
 def draw_roc(y: np.ndarray, scores: np.ndarray, labels: list[str]) -> Figure | None:
-    """One class against the rest, a curve per class; None where no class has rows on both sides."""
+    """Draw one class against the rest, a curve per class; None where no class has rows on both sides.
+
+    y: int (t,) truth. scores: float (t, C).
+    """
     figure = style.new_figure(5.6, 4.6)
     drawn = False
     with style.styled():
@@ -156,7 +179,7 @@ def draw_roc(y: np.ndarray, scores: np.ndarray, labels: list[str]) -> Figure | N
 
 
 def roc_curve(is_class: np.ndarray, score: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-    """False and true positive rates at every distinct score, from (0, 0) to (1, 1)."""
+    """Return false and true positive rates at every distinct score, from (0, 0) to (1, 1)."""
     if is_class.all() or not is_class.any():
         return None
     order = np.argsort(-score, kind="stable")
@@ -167,35 +190,27 @@ def roc_curve(is_class: np.ndarray, score: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def draw_curve(points: dict[float, float], chosen: float | None, xlabel: str, ylabel: str) -> Figure:
-    """A setting against its score; a ring marks the one that was used."""
+    """Draw a setting against its score; a ring marks the one that was used."""
     figure = style.new_figure(5.6, 3.4)
-    x = sorted(points)
+    values = sorted(points)
     with style.styled():
         axes = figure.subplots()
-        axes.plot(x, [points[value] for value in x], color=style.ACCENT, marker="o")
-        if chosen in points:
-            axes.scatter([chosen], [points[float(chosen)]], s=170, fc="none", ec=style.ACCENT, lw=1.8)
-        axes.set_xscale("log")
-        axes.set_xticks(x, [f"{value:g}" for value in x])
-        axes.minorticks_off()
-        axes.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, 1))
-        axes.grid(axis="y", lw=0.7)
+        axes.plot(values, [points[value] for value in values], color=style.ACCENT, marker="o")
+        _ring(axes, points, chosen, style.ACCENT)
+        _setting_axis(axes, values, xlabel)
+        axes.set_ylabel(ylabel)
     return figure
 
 
 def draw_shots(per_shots: dict[str, dict[str, float]]) -> Figure:
-    """Shots per class against balanced accuracy: mean over episodes, and the band of nine in ten of them."""
+    """Draw shots per class against balanced accuracy: mean over episodes, and the band of nine in ten of them."""
     figure = style.new_figure(5.6, 3.4)
-    x = [int(s) for s in per_shots]
+    shots = [int(count) for count in per_shots]
     mean, low, high = ([row[key] for row in per_shots.values()] for key in ("mean", "p5", "p95"))
     with style.styled():
         axes = figure.subplots()
-        axes.fill_between(x, low, high, color=style.ACCENT, alpha=0.2, lw=0, label="9 in 10 episodes")
-        axes.plot(x, mean, color=style.ACCENT, marker="o", label="mean")
-        axes.set_xscale("log")
-        axes.set_xticks(x, [str(value) for value in x])
-        axes.minorticks_off()
-        axes.set(xlabel="examples per class", ylabel="balanced accuracy", ylim=(0, 1))
-        axes.grid(axis="y", lw=0.7)
+        axes.fill_between(shots, low, high, color=style.ACCENT, alpha=0.2, lw=0, label="9 in 10 episodes")
+        axes.plot(shots, mean, color=style.ACCENT, marker="o", label="mean")
+        _setting_axis(axes, shots, "examples per class")
         axes.legend(loc="lower right")
     return figure

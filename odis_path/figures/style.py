@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, continued with Paul Tol's "muted" one.
@@ -47,17 +51,17 @@ RC: Any = {
 
 
 def class_colors(names: Sequence[str]) -> dict[str, str]:
-    """A colour for each class name, in the order given; after twelve the colours start again."""
+    """Give every class name a colour, in the order given; after twelve the colours start again."""
     return {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(names)}
 
 
 def class_markers(names: Sequence[str]) -> dict[str, str]:
-    """A marker for each class name, so that colour is never the only sign."""
+    """Give every class name a marker, so that colour is never the only sign."""
     return {name: MARKERS[i % len(MARKERS)] for i, name in enumerate(names)}
 
 
 def new_figure(width_in: float, height_in: float) -> Figure:
-    """An empty figure in the report's style; no global state, no window."""
+    """Return an empty figure in the report's style, without global state or a window."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -65,21 +69,34 @@ def new_figure(width_in: float, height_in: float) -> Figure:
         return Figure(figsize=(width_in, height_in), layout="constrained")
 
 
-def styled() -> Any:
-    """Context in which axes are made and drawn: `with styled(): ...`."""
+def styled() -> AbstractContextManager[None]:
+    """Return the context in which axes are made and drawn: `with styled(): ...`."""
     import matplotlib
 
     return matplotlib.rc_context(RC)
 
 
 def picture_axes(axes: Any, title: str = "") -> None:
-    """Axes that hold a picture: no ticks, no frame, a title."""
+    """Turn axes into a picture's: no ticks, no frame, a small title."""
     axes.set_xticks([])
     axes.set_yticks([])
     for spine in axes.spines.values():
         spine.set_visible(False)
     if title:
         axes.set_title(title, fontsize=9.5, fontweight="normal", loc="left")
+
+
+def draw_rectangles(axes: Axes, boxes: np.ndarray, colors: Any, width: float, alpha: float = 1.0) -> None:
+    """Draw boxes (n, 4), x0, y0, x1, y1 in data units, as frames of one colour, or of a colour each."""
+    from matplotlib.collections import LineCollection
+
+    axes.add_collection(LineCollection(list(rectangle_corners(boxes)), colors=colors, linewidths=width, alpha=alpha))
+
+
+def rectangle_corners(boxes: np.ndarray) -> np.ndarray:
+    """Return the closed outlines (n, 5, 2) of boxes (n, 4)."""
+    x0, y0, x1, y1 = boxes.T
+    return np.stack([np.stack([x0, x1, x1, x0, x0], 1), np.stack([y0, y0, y1, y1, y0], 1)], -1)
 
 
 def save_png(figure: Figure, path: Path) -> None:

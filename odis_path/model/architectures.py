@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -52,6 +53,15 @@ def resolve_model(name: str, kwargs: dict[str, Any]) -> tuple[str, dict[str, Any
         for key, value in kwargs.items()
     }
     return name, resolved
+
+
+def patch_px(name: str, kwargs: Mapping[str, Any]) -> int:
+    """Return the side of a model's patches in px: of its arguments, else as its full name states it, else 16.
+
+    Imports neither torch nor timm. Raises UserError for a short name that is not known.
+    """
+    stated = re.search(r"patch(\d+)", resolve_model(name, {})[0])
+    return int(kwargs.get("patch_size") or (stated[1] if stated else 16))
 
 
 def find_layer(key: str, word: str) -> tuple[str, Any]:

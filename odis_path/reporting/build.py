@@ -1,4 +1,4 @@
-"""Put a report together: find, draw, render, write."""
+"""Write the report of a folder: list what it holds, draw the sections, render the page."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def report(folder: Path | str, out: Path | str | None = None) -> Report:
     Pictures and numbers also go to `<out without .html>_files/`. Its `problems` say what could not be shown. Raises UserError
     where there is nothing to report.
     """
-    from odis_path.reporting import sections_cohort as sections
+    from odis_path.reporting.sections_cohort import SECTIONS
 
     folder = Path(folder)
     out = folder / "report.html" if out is None else Path(out)
@@ -30,33 +30,33 @@ def report(folder: Path | str, out: Path | str | None = None) -> Report:
         sweep(written)
     inventory = find_outputs(folder, leave_out=files)
     cohort = read_cohort(inventory.slides)
-    evaluations = [read_evaluation(e) for e in inventory.evaluations]
+    evaluations = [read_evaluation(evaluation) for evaluation in inventory.evaluations]
     files.mkdir(parents=True, exist_ok=True)
     if (files / "report.json").is_file():  # an earlier report's files; no others are removed
-        for old in (*files.glob("*.png"), *files.glob("*.csv")):
-            old.unlink()
-    made = Report(inventory, cohort, evaluations, files, out, problems=[*inventory.problems, *cohort.problems])
-    parts = []
-    for make in sections.ORDER:
+        for earlier in (*files.glob("*.png"), *files.glob("*.csv")):
+            earlier.unlink()
+    report = Report(inventory, cohort, evaluations, files, out, problems=[*inventory.problems, *cohort.problems])
+    sections = []
+    for make in SECTIONS:
         try:
-            section = make(made)
-        except UserError as error:  # a damaged file costs the part that shows it
-            made.problems.append(f"{make.__name__} left out: {error}")
+            section = make(report)
+        except UserError as error:  # a damaged file costs the section that shows it
+            report.add_problem(f"{make.__name__.replace('_', ' ')} left out", error)
             continue
         if section is not None and section.items:
-            parts.append(section)
-    write_numbers(made)
-    write_page(made, parts)
-    return made
+            sections.append(section)
+    write_numbers(report)
+    write_page(report, sections)
+    return report
 
 
 def write_numbers(report: Report) -> None:
-    """All numbers of the report as `report.json` among its files."""
+    """Write all numbers of the report as `report.json` among its files."""
     with atomic_path(report.files / "report.json") as temporary:
         temporary.write_text(json.dumps(report.numbers, indent=1, default=str), encoding="utf-8")
 
 
-def write_page(report: Report, parts: list[Section]) -> None:
+def write_page(report: Report, sections: list[Section]) -> None:
     """Render the template to one HTML file that needs nothing else."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -72,7 +72,7 @@ def write_page(report: Report, parts: list[Section]) -> None:
     synthetic = report.cohort.synthetic
     page = environment.get_template("page.html.j2").render(
         title=report.inventory.root.resolve().name,
-        sections=parts,
+        sections=sections,
         problems=report.problems,
         version=__version__,
         date=f"{datetime.date.today():%d %B %Y}".lstrip("0"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,25 +17,41 @@ PROBES = {
     "prototype": "class prototypes (few examples)",
     "retrieval": "retrieval",
 }
+METHODS = {
+    "knn": "by a vote of their nearest neighbours in the embedding",
+    "linear": "by a linear classifier on the frozen embedding",
+    "prototype": "by the nearest class average of a few examples",
+    "retrieval": "by a vote of the retrieved examples",
+}
 MODEL = "this model"
 BASELINES = {
     "majority": "commonest class",
-    "random_encoder": "same network, untrained",
     "random": "same network, untrained",
-    "random_weights": "same network, untrained",
     "random weights": "same network, untrained",
-    "rgb": "mean colour",
-    "rgb_mean": "mean colour",
+    "rgb mean": "mean colour",
     "texture": "grey texture",
-    "box_size": "box size alone",
+    "box size": "box size alone",
 }
 
 
 @dataclass(frozen=True)
+class Baseline:
+    """Balanced accuracy of a baseline, the model's minus it, and what was done to its features."""
+
+    name: str
+    score: Score
+    difference: Score | None
+    standardised: str
+
+
+@dataclass(frozen=True)
 class Evaluation:
-    """One evaluation in words and numbers. `scores`: metric -> Score; `baselines`: (name, score, difference or None).
-    `standardised`: what was done to the features, of "this model" and of baselines by name. `seen`: which tested patients the
-    encoder was pretrained on, in words."""
+    """One evaluation in words and numbers.
+
+    scores: metric -> Score. confusion: (C, C) counts, rows the truth. per_k: k -> balanced accuracy, and `chosen_k`.
+    retrieval: who may answer -> k -> measure -> Score. standardised: what was done to the model's features. pretrained_on:
+    which tested patients the encoder was pretrained on, in words.
+    """
 
     name: str
     probe: str
@@ -46,53 +62,59 @@ class Evaluation:
     groups: str
     mode: str
     scores: dict[str, Score]
-    baselines: list[tuple[str, Score, Score | None]]
+    baselines: list[Baseline]
     confusion: np.ndarray | None
-    per_k: list[tuple[int, float]]
-    k: int | None
+    per_k: dict[int, float]
+    chosen_k: int | None
     settings: dict[str, Any]
     data_sha256: str
     split: str
     warnings: list[str]
-    retrieval: dict[str, dict[str, dict[str, Score]]]  # who may answer -> k -> measure
-    standardised: dict[str, str]
-    seen: str
+    retrieval: dict[str, dict[str, dict[str, Score]]]
+    standardised: str
+    pretrained_on: str
 
     @property
-    def things(self) -> str:
+    def units(self) -> str:
+        """Name of what was judged: tiles, objects or slides."""
         return f"{self.level}s"
 
     @property
     def title(self) -> str:
         mode = f", embedded in mode {self.mode}" if self.mode and self.mode != "full" else ""
-        return f"{self.name}: {PROBES.get(self.probe, self.probe)}, {self.things}{mode}"
+        return f"{self.name}: {PROBES.get(self.probe, self.probe)}, {self.units}{mode}"
 
     @property
-    def how_many(self) -> str:
+    def scope(self) -> str:
+        """Number of rows and patients, the split, and what the encoder was pretrained on."""
         patients = f" of {self.n_patients} patients" if self.n_patients else ""
-        apart = {"slide_id": ", kept apart by slide only", "none": ", not kept apart at all"}.get(self.groups, "")
-        rest = "".join(f"; {text}" for text in (self.split, self.seen) if text)
-        return f"{self.n:,} {self.things}{patients}{apart}{rest}"
+        grouping = {"slide_id": ", kept apart by slide only", "none": ", not kept apart at all"}.get(self.groups, "")
+        remarks = "".join(f"; {text}" for text in (self.split, self.pretrained_on) if text)
+        return f"{self.n:,} {self.units}{patients}{grouping}{remarks}"
 
     @property
-    def main(self) -> Score | None:
+    def balanced_accuracy(self) -> Score | None:
         return self.scores.get("balanced_accuracy")
 
     @property
     def chance(self) -> float | None:
         return 1 / len(self.labels) if self.labels else None
 
+    @property
+    def ranked_baselines(self) -> list[Baseline]:
+        """The baselines, best first."""
+        return sorted(self.baselines, key=lambda baseline: -baseline.score.point)
+
     def bars(self) -> list[Bar]:
-        """The model first, then what it is compared with, best first."""
-        if self.main is None:
+        """Return the bar of the model, then those of the baselines, best first."""
+        if self.balanced_accuracy is None:
             return []
-        model = Bar(MODEL, self.main, True)
-        others = sorted(self.baselines, key=lambda b: -b[1].point)
-        return [model, *(Bar(name, score, False) for name, score, _ in others)]
+        bars = [Bar(baseline.name, baseline.score, False) for baseline in self.ranked_baselines]
+        return [Bar(MODEL, self.balanced_accuracy, True), *bars]
 
 
 def read_score(value: Any) -> Score | None:
-    """A number, or a mapping with point, low and high; None where it is neither or not finite."""
+    """Read a number, or a mapping with point, low and high; None where it is neither or not finite."""
     if isinstance(value, Mapping):
         point = _number(value.get("point"))
         return None if point is None else Score(point, _number(value.get("low")), _number(value.get("high")))
@@ -100,104 +122,86 @@ def read_score(value: Any) -> Score | None:
     return None if point is None else Score(point)
 
 
+def read_evaluation(folder: EvaluationFolder) -> Evaluation:
+    """Read what a results.json has; what it lacks stays empty."""
+    results = folder.results
+    labels = [str(label) for label in results.get("labels") or []]
+    confusion = np.asarray(results.get("confusion") or [], dtype=float)
+    per_k = {int(k): _number(score) for k, score in _mapping(results.get("per_k")).items() if str(k).isdecimal()}
+    chosen_k = _number(results.get("chosen_k"))
+    return Evaluation(
+        name=folder.name,
+        probe=str(results.get("probe", "")),
+        level=str(results.get("level", "tile")),
+        labels=labels,
+        n=int(results.get("n") or 0),
+        n_patients=int(results.get("n_patients") or 0),
+        groups=str(results.get("groups", "")),
+        mode=str(results.get("mode", "")),
+        scores=_scores(results.get("headline")),
+        baselines=_baselines(results.get("baselines")),
+        confusion=confusion if confusion.shape == (len(labels),) * 2 and len(labels) else None,
+        per_k={k: score for k, score in sorted(per_k.items()) if score is not None},
+        chosen_k=None if chosen_k is None else int(chosen_k),
+        settings=results.get("settings") or {},
+        data_sha256=str(results.get("data_sha256", "")),
+        split=str(results.get("split") or ""),
+        warnings=[str(warning).rstrip(".") for warning in results.get("warnings") or []],
+        retrieval={
+            str(rule): {str(k): _scores(row) for k, row in _mapping(_mapping(table).get("per_k")).items()}
+            for rule, table in _mapping(results.get("retrieval")).items()
+        },
+        standardised=_text(results.get("standardise"), "chosen"),
+        pretrained_on=_text(results.get("pretraining"), "in_words"),
+    )
+
+
 def _number(value: Any) -> float | None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return float(value) if is_number and np.isfinite(value) else None
 
 
-def read_evaluation(found: EvaluationFolder) -> Evaluation:
-    """Take from a results.json what it has; what it lacks stays empty."""
-    r = found.results
-    scores = {key: read_score(value) for key, value in (r.get("headline") or {}).items()}
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _text(value: Any, key: str) -> str:
+    """Return the text under a key of a mapping; empty where there is none."""
+    return str(_mapping(value).get(key) or "")
+
+
+def _scores(values: Any) -> dict[str, Score]:
+    """Read the scores of a mapping by metric; a metric without one is left out."""
+    return {name: score for name, value in _mapping(values).items() if (score := read_score(value)) is not None}
+
+
+def _baselines(values: Any) -> list[Baseline]:
     baselines = []
-    standardised = {MODEL: _text_in(r.get("standardise"), "chosen")}
-    for name, values in (r.get("baselines") or {}).items():
-        values = values if isinstance(values, Mapping) else {"balanced_accuracy": values}
-        score = read_score(values.get("balanced_accuracy"))
+    for key, value in _mapping(values).items():
+        score = read_score(_mapping(value).get("balanced_accuracy"))
         if score is not None:
-            shown = BASELINES.get(name, name.replace("_", " "))
-            baselines.append((shown, score, read_score(values.get("difference"))))
-            standardised[shown] = _text_in(values, "standardise")
-    labels = [str(label) for label in r.get("labels") or []]
-    confusion = np.asarray(r.get("confusion") or [], dtype=float)
-    settings = r.get("settings") or {}
-    per_k = _per_k(r.get("per_k"))
-    k = _number(r.get("k", settings.get("k")))
-    return Evaluation(
-        name=found.name,
-        probe=str(r.get("probe", "")),
-        level=str(r.get("level", "tile")),
-        labels=labels,
-        n=int(r.get("n") or 0),
-        n_patients=int(r.get("n_patients") or 0),
-        groups=str(r.get("groups", "")),
-        mode=str(r.get("mode", "")),
-        scores={key: score for key, score in scores.items() if score is not None},
-        baselines=baselines,
-        confusion=confusion if confusion.shape == (len(labels),) * 2 and len(labels) else None,
-        per_k=per_k,
-        k=None if k is None else int(k),
-        settings=settings,
-        data_sha256=str(r.get("data_sha256", "")),
-        split=str(r.get("split") or ""),
-        warnings=[str(w).rstrip(".") for w in r.get("warnings") or []],
-        retrieval=_retrieval(r.get("retrieval")),
-        standardised=standardised,
-        seen=_text_in(r.get("pretraining"), "in_words"),
-    )
+            name = key.replace("_", " ")
+            difference = read_score(value.get("difference"))
+            baselines.append(Baseline(BASELINES.get(name, name), score, difference, _text(value, "standardise")))
+    return baselines
 
 
-def _text_in(value: Any, key: str) -> str:
-    """The text under a key of a mapping; empty where there is none."""
-    return str(value.get(key) or "") if isinstance(value, Mapping) else ""
-
-
-def _retrieval(value: Any) -> dict[str, dict[str, dict[str, Score]]]:
-    if not isinstance(value, Mapping):
-        return {}
-    return {
-        str(rule): {
-            str(k): {name: score for name, number in row.items() if (score := read_score(number)) is not None}
-            for k, row in (table.get("per_k") or {}).items()
-        }
-        for rule, table in value.items()
-    }
-
-
-def _per_k(value: Any) -> list[tuple[int, float]]:
-    """{"20": 0.9} or {"20": {"balanced_accuracy": ...}} or [{"k": 20, "balanced_accuracy": ...}] -> sorted pairs."""
-    if isinstance(value, Mapping):
-        value = [{"k": k, "balanced_accuracy": v} for k, v in value.items()]
-    pairs = []
-    for row in value if isinstance(value, Sequence) and not isinstance(value, str) else []:
-        inner = row.get("balanced_accuracy") if isinstance(row, Mapping) else None
-        inner = inner.get("balanced_accuracy", inner) if isinstance(inner, Mapping) else inner
-        score = read_score(inner)
-        if score is not None and str(row.get("k", "")).isdigit():
-            pairs.append((int(row["k"]), score.point))
-    return sorted(pairs)
-
-
-def sentence(e: Evaluation) -> str:
-    """The result in a sentence for a reader who has never heard of balanced accuracy."""
-    if e.main is None:
+def sentence(evaluation: Evaluation) -> str:
+    """Say the result in a sentence for a reader who has never heard of balanced accuracy."""
+    score, chance = evaluation.balanced_accuracy, evaluation.chance
+    if score is None:
         return ""
-    how = {
-        "knn": "by a vote of their nearest neighbours in the embedding",
-        "linear": "by a linear classifier on the frozen embedding",
-        "prototype": "by the nearest class average of a few examples",
-        "retrieval": "by a vote of the retrieved examples",
-    }.get(e.probe, f"by {e.probe}")
-    who = f" of {e.n_patients} patients" if e.n_patients else ""
-    who += ", always judged by other patients' examples" if e.groups == "patient_id" else ""
-    right = f"right {e.main.point:.0%} of the time, averaged over the {len(e.labels)} classes"
-    text = f"{e.n:,} {e.things}{who}, named {how}: {right}"
-    if e.main.low is not None and e.main.high is not None:
-        text += f" (95% interval {e.main.low:.0%} to {e.main.high:.0%})"
-    elif e.n_patients > 1:
+    patients = f" of {evaluation.n_patients} patients" if evaluation.n_patients else ""
+    patients += ", always judged by other patients' examples" if evaluation.groups == "patient_id" else ""
+    method = METHODS.get(evaluation.probe, f"by {evaluation.probe}")
+    accuracy = f"right {score.point:.0%} of the time, averaged over the {len(evaluation.labels)} classes"
+    text = f"{evaluation.n:,} {evaluation.units}{patients}, named {method}: {accuracy}"
+    if score.low is not None and score.high is not None:
+        text += f" (95% interval {score.low:.0%} to {score.high:.0%})"
+    elif evaluation.n_patients > 1:
         text += " (no interval: see the remarks)"
-    rest = [f"{name} {score.point:.0%}" for name, score, _ in sorted(e.baselines, key=lambda b: -b[1].point)]
-    if e.chance is not None:
-        rest.append(f"guessing {e.chance:.0%}")
-    seen = f" {e.seen[0].upper()}{e.seen[1:]}." if e.seen else ""
-    return text + (f"; {', '.join(rest)}." if rest else ".") + seen
+    comparisons = [f"{baseline.name} {baseline.score.point:.0%}" for baseline in evaluation.ranked_baselines]
+    comparisons += [] if chance is None else [f"guessing {chance:.0%}"]
+    text += f"; {', '.join(comparisons)}." if comparisons else "."
+    pretrained_on = evaluation.pretrained_on
+    return text + (f" {pretrained_on[0].upper()}{pretrained_on[1:]}." if pretrained_on else "")

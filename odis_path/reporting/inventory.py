@@ -7,55 +7,65 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from annotations.errors import UserError
 from tiling.storage.checked_file import CheckedFile
 
 
 @dataclass(frozen=True)
-class RunFolder:
-    """A run folder: its resolved configuration, the rows of train.jsonl, the software it ran on, its newest checkpoint."""
+class OutputFolder:
+    """A folder that a command wrote, and its name in the report."""
 
     name: str
     folder: Path
+
+
+@dataclass(frozen=True)
+class RunFolder(OutputFolder):
+    """A run: its resolved configuration, the rows of train.jsonl, the software it ran on, its newest checkpoint."""
+
     config: dict[str, Any]
     config_text: str
     rows: list[dict[str, Any]]
     versions: dict[str, Any]
     checkpoint: Path | None
 
+    def section(self, name: str) -> dict[str, Any]:
+        """Return a section of the configuration, such as `model`; {} where it has none."""
+        return self.config.get(name) or {}
+
+    @property
+    def network(self) -> str:
+        """The name of the network; empty where the configuration lacks it."""
+        return str(self.section("model").get("name") or "")
+
     def series(self, key: str) -> tuple[list[float], list[float]]:
-        """Epochs and values of the rows that have `key` as a number."""
-        rows = [r for r in self.rows if isinstance(r.get(key), int | float)]
-        return [float(r.get("epoch", r.get("step", 0))) for r in rows], [float(r[key]) for r in rows]
+        """Return epochs and values of the rows that have `key` as a number."""
+        rows = [row for row in self.rows if isinstance(row.get(key), int | float)]
+        return [float(row.get("epoch", row.get("step", 0))) for row in rows], [float(row[key]) for row in rows]
 
     def last(self, key: str) -> float | None:
+        """Return the last value of `key`, if any."""
         values = self.series(key)[1]
         return values[-1] if values else None
 
 
 @dataclass(frozen=True)
-class EvaluationFolder:
-    """A results.json that `evaluate` wrote."""
+class EvaluationFolder(OutputFolder):
+    """An evaluation: the results.json that `evaluate` wrote."""
 
-    name: str
-    folder: Path
     results: dict[str, Any]
 
 
 @dataclass(frozen=True)
-class FeatureFolder:
+class FeatureFolder(OutputFolder):
     """A folder of feature files."""
-
-    name: str
-    folder: Path
-    paths: list[Path]
 
 
 @dataclass
 class Inventory:
-    """Everything a report can tell about, in the order of names; `problems` are files that could not be read."""
+    """Everything a report can show, in the order of names; `problems` are files that could not be read."""
 
     root: Path
     slides: list[Path] = field(default_factory=list)
@@ -63,6 +73,11 @@ class Inventory:
     evaluations: list[EvaluationFolder] = field(default_factory=list)
     features: list[FeatureFolder] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+
+    def name(self, folder: Path) -> str:
+        """Return the path of a folder below the root; of the root itself its name."""
+        relative = folder.relative_to(self.root).as_posix()
+        return folder.resolve().name if relative == "." else relative
 
 
 def find_outputs(root: Path, leave_out: Path | None = None) -> Inventory:
@@ -76,24 +91,20 @@ def find_outputs(root: Path, leave_out: Path | None = None) -> Inventory:
     if not root.is_dir():
         raise UserError(f"{root}: no such folder: give the folder that the other odis-path commands wrote into")
     inventory = Inventory(root)
-    features: dict[Path, list[Path]] = {}
+    feature_folders = set()
     for path in _files(root, leave_out):
         if path.suffix == ".h5":
             kind = _h5_format(path, inventory.problems)
             if kind == FORMAT:
                 inventory.slides.append(path)
             elif kind == FEATURES_FORMAT:
-                features.setdefault(path.parent, []).append(path)
+                feature_folders.add(path.parent)
         elif path.name == "results.json":
             _add_evaluation(inventory, path)
         elif path.name == "train.jsonl" and (path.parent / "config.yaml").is_file():
             _add_run(inventory, path.parent)
-    inventory.features = [FeatureFolder(_name(root, f), f, sorted(paths)) for f, paths in sorted(features.items())]
-    inventory.runs, inventory.evaluations, inventory.features = (
-        _short(inventory.runs),
-        _short(inventory.evaluations),
-        _short(inventory.features),
-    )
+    inventory.features = _short([FeatureFolder(inventory.name(folder), folder) for folder in sorted(feature_folders)])
+    inventory.runs, inventory.evaluations = _short(inventory.runs), _short(inventory.evaluations)
     if not (inventory.slides or inventory.runs or inventory.evaluations or inventory.features):
         raise UserError(
             f"{root}: holds no slide files, runs, features or evaluations: "
@@ -104,21 +115,21 @@ def find_outputs(root: Path, leave_out: Path | None = None) -> Inventory:
 
 def _files(root: Path, leave_out: Path | None) -> Iterator[Path]:
     for path in sorted(root.rglob("*")):
-        parts = path.relative_to(root).parts
-        hidden = any(part.startswith(".") for part in parts)
+        hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
         if not hidden and path.is_file() and not (leave_out and path.is_relative_to(leave_out)):
             yield path
 
 
-def _name(root: Path, folder: Path) -> str:
-    relative = folder.relative_to(root).as_posix()
-    return folder.resolve().name if relative == "." else relative
+Folder = TypeVar("Folder", bound=OutputFolder)
 
 
-def _short(things: list[Any]) -> list[Any]:
-    """The same things, named by the last part of their folder where that tells them apart."""
-    last = Counter(thing.name.rsplit("/", 1)[-1] for thing in things)
-    return [replace(thing, name=short) if last[short := thing.name.rsplit("/", 1)[-1]] == 1 else thing for thing in things]
+def _short(folders: list[Folder]) -> list[Folder]:
+    """Name folders by the last part of their path where that tells them apart."""
+    last_parts = [folder.name.rsplit("/", 1)[-1] for folder in folders]
+    counts = Counter(last_parts)
+    return [
+        replace(folder, name=last) if counts[last] == 1 else folder for folder, last in zip(folders, last_parts, strict=True)
+    ]
 
 
 def _h5_format(path: Path, problems: list[str]) -> str:
@@ -130,14 +141,19 @@ def _h5_format(path: Path, problems: list[str]) -> str:
         return ""
 
 
-def _add_evaluation(inventory: Inventory, path: Path) -> None:
+def _read_json(inventory: Inventory, path: Path) -> Any:
+    """Read a JSON file; None, and a problem, where that cannot be done."""
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        inventory.problems.append(f"{_name(inventory.root, path.parent)}/results.json: not readable as JSON")
-        return
+        inventory.problems.append(f"{inventory.name(path.parent)}/{path.name}: not readable as JSON")
+        return None
+
+
+def _add_evaluation(inventory: Inventory, path: Path) -> None:
+    results = _read_json(inventory, path)
     if isinstance(results, dict) and ("headline" in results or "probe" in results):
-        inventory.evaluations.append(EvaluationFolder(_name(inventory.root, path.parent), path.parent, results))
+        inventory.evaluations.append(EvaluationFolder(inventory.name(path.parent), path.parent, results))
 
 
 def _add_run(inventory: Inventory, folder: Path) -> None:
@@ -145,28 +161,24 @@ def _add_run(inventory: Inventory, folder: Path) -> None:
 
     from odis_path.training.log.rows import read_rows
 
-    name = _name(inventory.root, folder)
+    name, problems = inventory.name(folder), inventory.problems
     try:
         text = (folder / "config.yaml").read_text(encoding="utf-8")
         config = yaml.safe_load(text)
     except (OSError, ValueError, yaml.YAMLError):
         config = None
     if not isinstance(config, dict):
-        inventory.problems.append(f"{name}/config.yaml: not readable as YAML")
+        problems.append(f"{name}/config.yaml: not readable as YAML")
         return
     try:
-        rows, wrong = read_rows(folder / "train.jsonl")
+        rows, bad_lines = read_rows(folder / "train.jsonl")
     except OSError as error:
-        inventory.problems.append(f"{name}/train.jsonl: cannot be read: {error.strerror}")
+        problems.append(f"{name}/train.jsonl: cannot be read: {error.strerror}")
         return
-    for number in wrong:
-        inventory.problems.append(f"{name}/train.jsonl: line {number} is not JSON (a run that was cut off, or a damaged file)")
-    versions: Any = {}
-    if (folder / "versions.json").is_file():
-        try:
-            versions = json.loads((folder / "versions.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            inventory.problems.append(f"{name}/versions.json: not readable as JSON")
+    for number in bad_lines:
+        problems.append(f"{name}/train.jsonl: line {number} is not JSON (a run that was cut off, or a damaged file)")
+    path = folder / "versions.json"
+    versions = _read_json(inventory, path) if path.is_file() else None
     checkpoint = max(folder.glob("checkpoint-*.pt"), default=None)
     versions = versions if isinstance(versions, dict) else {}
     inventory.runs.append(RunFolder(name, folder, config, text, rows, versions, checkpoint))

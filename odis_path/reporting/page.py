@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +15,10 @@ from odis_path.figures import style
 from odis_path.reporting.cohort_table import Cohort
 from odis_path.reporting.evaluations import Evaluation
 from odis_path.reporting.inventory import Inventory
+from tiling.jobs.outcome import one_line
 from tiling.jobs.summary import Result, show_lines
 from tiling.storage.atomic import atomic_path
+from tiling.storage.csv_file import write_csv_file
 from tiling.storage.slide_id import safe_id
 
 if TYPE_CHECKING:
@@ -113,8 +117,8 @@ class Report(Result):
         return FigureItem(path, caption, alt, narrow, photo)
 
     def unused(self, name: str, suffix: str) -> str:
-        """A file name made of `name` that no earlier figure or table has."""
-        clean = safe_id("".join(c if c.isalnum() or c in "-_." else "-" for c in name).strip("-.")) or "figure"
+        """Return a file name made of `name` that no earlier figure or table has."""
+        clean = safe_id(re.sub(r"[^\w.-]", "-", name).strip("-.")) or "figure"
         number, candidate = 1, clean + suffix
         while candidate in self._used:
             number += 1
@@ -122,14 +126,13 @@ class Report(Result):
         self._used.add(candidate)
         return candidate
 
-    def write_csv(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
-        import csv
+    def write_csv(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+        """Write a table as CSV among the report's files."""
+        write_csv_file(self.files / self.unused(name, ".csv"), [columns, *rows])
 
-        path = self.files / self.unused(name, ".csv")
-        with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(columns)
-            writer.writerows(rows)
+    def add_problem(self, part: str, error: Exception) -> None:
+        """Note, in one line, why a part could not be shown."""
+        self.problems.append(f"{part}: {one_line(error)}")
 
     @property
     def failed(self) -> list[str]:
@@ -137,14 +140,14 @@ class Report(Result):
         return [*self.inventory.problems, *self.cohort.problems]
 
     def show(self, console: Console) -> None:
-        """The problems, a line each, and where the page is."""
+        """Write the problems, a line each, and where the page is."""
         show_lines(console, [*(f"problem: {problem}" for problem in self.problems), f"report: {self.page}"])
 
     @property
     def class_names(self) -> list[str]:
-        """Every class of the report, tissue first, in the order colours are given."""
-        names = [n for kind in Kind for n in self.cohort.classes(kind.word)]
-        names += [n for e in self.evaluations for n in e.labels]
+        """Every class of the report, tissue first, in the order in which colours are given."""
+        names = [name for kind in Kind for name in self.cohort.classes(kind.word)]
+        names += [label for evaluation in self.evaluations for label in evaluation.labels]
         return list(dict.fromkeys(names))
 
     @property

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 
 import numpy as np
 
 from annotations.errors import UserError
-from odis_path.figures.scores import draw_confusion, draw_per_k, draw_scores
+from odis_path.figures.scores import KCurve, draw_confusion, draw_per_k, draw_scores
 from odis_path.reporting.cohort_table import Cohort
 from odis_path.reporting.evaluations import MODEL, Evaluation, sentence
 from odis_path.reporting.figures.embedding_map import Embeddings, draw_map, layout_2d, neighbourhood, read_embeddings
-from odis_path.reporting.page import FigureItem, Item, Report, Section, TableItem, TextItem
+from odis_path.reporting.inventory import FeatureFolder
+from odis_path.reporting.page import FigureItem, Report, Section, TableItem, TextItem
 from tiling.storage.atomic import atomic_path
 
 MAX_MAPS = 4
+MIN_MAP_ROWS = 20
 MAX_SENTENCES = 3
 DRAWN = {
     "roc": "How many of a class are found against how many others are taken for it, as the threshold moves.",
@@ -29,11 +30,13 @@ def headline(report: Report) -> Section:
     """Section of the headline: methods and results in plain words; the scores as table and figure."""
     section = Section("headline", "In short")
     section.items += [TextItem(text, lead=i == 0) for i, text in enumerate(summary_sentences(report))]
-    scored = [e for e in report.evaluations if e.main is not None]
+    scored = [evaluation for evaluation in report.evaluations if evaluation.balanced_accuracy is not None]
     if not scored:
         return section
-    section.items.append(score_table(report, scored))
-    figure = draw_scores([(e.title, e.bars()) for e in scored], [e.chance for e in scored], "balanced accuracy")
+    section.items.append(score_table(scored))
+    _keep_scores(report, scored)
+    blocks = [(evaluation.title, evaluation.bars()) for evaluation in scored]
+    figure = draw_scores(blocks, [evaluation.chance for evaluation in scored], "balanced accuracy")
     caption = (
         "Balanced accuracy is the share named rightly, averaged over classes, so that a rare class counts as much as a "
         "common one. Blue: the trained model. Grey: simple ways to the same answer. Lines: 95% intervals over patients."
@@ -43,58 +46,57 @@ def headline(report: Report) -> Section:
 
 
 def summary_sentences(report: Report) -> list[str]:
-    """Sentences on slides, training and the best-known results."""
-    c, texts = report.cohort, []
-    if c.rows:
-        sizes = sorted({f"{r.tile_px} px ({r.tile_um:.0f} µm)" for r in c.rows})
-        boxes = sum(r.boxes for r in c.rows)
-        kinds = {kind for kind, _ in c.objects()}
-        what = "proposed" if kinds == {"proposal"} else "annotated or proposed" if "proposal" in kinds else "annotated"
-        texts.append(
-            f"{slides_of_patients(c)} {'was' if len(c.rows) == 1 else 'were'} cut into {c.tiles:,} tiles of {', '.join(sizes)}"
-            + (f", with {boxes:,} boxes of {what} objects in them." if boxes else ", without boxes.")
-        )
+    """Describe slides, training and the first results, a sentence each."""
+    cohort, texts = report.cohort, []
+    if cohort.rows:
+        verb = "was" if len(cohort.rows) == 1 else "were"
+        sizes = sorted({f"{row.tile_px} px ({row.tile_um:.0f} µm)" for row in cohort.rows})
+        kinds = {kind for kind, _ in cohort.objects()}
+        origin = "proposed" if kinds == {"proposal"} else "annotated or proposed" if "proposal" in kinds else "annotated"
+        boxes = f", with {cohort.boxes:,} boxes of {origin} objects in them." if cohort.boxes else ", without boxes."
+        texts.append(f"{slides_of_patients(cohort)} {verb} cut into {cohort.tiles:,} tiles of {', '.join(sizes)}{boxes}")
     for run in report.inventory.runs:
         steps, epochs = run.last("step"), run.last("epoch")
         if steps:
-            network = (run.config.get("model") or {}).get("name", "a vision transformer")
+            duration = f"{steps:,.0f} steps" + ("" if epochs is None else f" ({epochs:.3g} epochs)")
             texts.append(
-                f"In run “{run.name}” the network {network} was trained on them for {steps:,.0f} steps ({epochs:.3g} epochs) "
+                f"In run “{run.name}” the network {run.network or 'a vision transformer'} was trained on them for {duration} "
                 "without any class label: only boxes and pixels."
             )
-    told = [f"{e.name}: {text}" for e in report.evaluations if (text := sentence(e))]
-    texts += told[:MAX_SENTENCES]
-    if len(told) > MAX_SENTENCES:
-        texts.append(f"{len(told) - MAX_SENTENCES} more evaluations are in the table.")
+    results = [f"{evaluation.name}: {text}" for evaluation in report.evaluations if (text := sentence(evaluation))]
+    texts += results[:MAX_SENTENCES]
+    if len(results) > MAX_SENTENCES:
+        texts.append(f"{len(results) - MAX_SENTENCES} more evaluations are in the table.")
     return texts or ["Embeddings only: no slides, no training and no evaluation were found in this folder."]
 
 
-def slides_of_patients(c: Cohort) -> str:
-    """For example: 20 synthetic slides of 10 made-up patients."""
-    made_up = len(c.synthetic) == len(c.rows)
-    text = f"{len(c.rows):,} {'synthetic ' if made_up else ''}slide{'' if len(c.rows) == 1 else 's'}"
-    if not c.patients:
+def slides_of_patients(cohort: Cohort) -> str:
+    """Return, for example: 20 synthetic slides of 10 made-up patients."""
+    synthetic = len(cohort.synthetic) == len(cohort.rows)
+    text = f"{len(cohort.rows):,} {'synthetic ' if synthetic else ''}slide{'' if len(cohort.rows) == 1 else 's'}"
+    if not cohort.patients:
         return text
-    patients = f"{len(c.patients):,} {'made-up ' if made_up else ''}patient{'' if len(c.patients) == 1 else 's'}"
-    unnamed = sum(1 for row in c.rows if not row.patient_id)
+    count = len(cohort.patients)
+    patients = f"{count:,} {'made-up ' if synthetic else ''}patient{'' if count == 1 else 's'}"
+    unnamed = sum(1 for row in cohort.rows if not row.patient_id)
     return f"{text} of {patients}" if not unnamed else f"{text} ({unnamed} without a patient id, the others of {patients})"
 
 
-def score_table(report: Report, scored: list[Evaluation]) -> TableItem:
-    """Model and baselines of every evaluation, with intervals and the paired difference."""
+def score_table(scored: list[Evaluation]) -> TableItem:
+    """Return model and baselines of every evaluation, with intervals and the paired difference."""
     columns = ["", "balanced accuracy", "model minus this", "macro F1", "AUROC", "features"]
     rows: list[list[str]] = []
     strong = set()
-    for e in scored:
-        rows.append([f"{e.title} ({e.how_many})"])
+    for evaluation in scored:
+        rows.append([f"{evaluation.title} ({evaluation.scope})"])
         strong.add(len(rows))
-        metrics = [str(e.scores.get(key, "–")) for key in ("balanced_accuracy", "macro_f1", "auroc")]
-        rows.append([MODEL, metrics[0], "", *metrics[1:], e.standardised[MODEL]])
-        for name, score, diff in e.baselines:
-            rows.append([name, str(score), diff.signed() if diff else "–", "", "", e.standardised[name]])
-        if e.chance is not None:
-            rows.append(["guessing", f"{e.chance:.3f}", "", "", "", ""])
-    _keep_scores(report, scored)
+        accuracy, f1, auroc = (str(evaluation.scores.get(name, "–")) for name in ("balanced_accuracy", "macro_f1", "auroc"))
+        rows.append([MODEL, accuracy, "", f1, auroc, evaluation.standardised])
+        for baseline in evaluation.baselines:
+            difference = baseline.difference.signed() if baseline.difference else "–"
+            rows.append([baseline.name, str(baseline.score), difference, "", "", baseline.standardised])
+        if evaluation.chance is not None:
+            rows.append(["guessing", f"{evaluation.chance:.3f}", "", "", "", ""])
     caption = (
         "In brackets: 95% interval over patients; there is none where one patient alone has a class. Second column: how much "
         "better the model is on the same patients; an interval that leaves out 0 is more than luck. Last column: what was done "
@@ -104,101 +106,114 @@ def score_table(report: Report, scored: list[Evaluation]) -> TableItem:
 
 
 def _keep_scores(report: Report, scored: list[Evaluation]) -> None:
-    """The scores as CSV (one number a column) and into report.json."""
-    rows = []
-    for e in scored:
-        for metric, score in e.scores.items():
-            rows.append([e.name, e.probe, e.level, MODEL, metric, score.point, score.low, score.high])
-        for name, score, _ in e.baselines:
-            rows.append([e.name, e.probe, e.level, name, "balanced_accuracy", score.point, score.low, score.high])
+    """Write the scores as CSV (one number a column) and into report.json."""
+    rows: list[list[object]] = []
+    numbers = []
+    for evaluation in scored:
+        entries = [(MODEL, metric, score) for metric, score in evaluation.scores.items()]
+        entries += [(baseline.name, "balanced_accuracy", baseline.score) for baseline in evaluation.baselines]
+        for name, metric, score in entries:
+            origin = (evaluation.name, evaluation.probe, evaluation.level)
+            rows.append([*origin, name, metric, score.point, score.low, score.high])
+        standardised = {baseline.name: baseline.standardised for baseline in evaluation.baselines}
+        numbers.append(
+            {
+                "name": evaluation.name,
+                "probe": evaluation.probe,
+                "level": evaluation.level,
+                "n": evaluation.n,
+                "n_patients": evaluation.n_patients,
+                "groups": evaluation.groups,
+                "scores": {metric: vars(score) for metric, score in evaluation.scores.items()},
+                "standardised": {MODEL: evaluation.standardised} | standardised,
+                "pretraining": evaluation.pretrained_on,
+                "data_sha256": evaluation.data_sha256,
+                "settings": evaluation.settings,
+                "baselines": {
+                    baseline.name: {
+                        "balanced_accuracy": vars(baseline.score),
+                        "difference": baseline.difference and vars(baseline.difference),
+                    }
+                    for baseline in evaluation.baselines
+                },
+            }
+        )
     report.write_csv("scores", ["evaluation", "probe", "level", "what", "metric", "point", "low", "high"], rows)
-    report.numbers["evaluations"] = [
-        {
-            "name": e.name,
-            "probe": e.probe,
-            "level": e.level,
-            "n": e.n,
-            "n_patients": e.n_patients,
-            "groups": e.groups,
-            "scores": {k: vars(s) for k, s in e.scores.items()},
-            "standardised": e.standardised,
-            "pretraining": e.seen,
-            "data_sha256": e.data_sha256,
-            "settings": e.settings,
-            "baselines": {n: {"balanced_accuracy": vars(s), "difference": d and vars(d)} for n, s, d in e.baselines},
-        }
-        for e in scored
-    ]
+    report.numbers["evaluations"] = numbers
 
 
 def results(report: Report) -> Section | None:
-    """Confusion matrices with counts, what else `evaluate` drew, retrieval tables, and its remarks."""
+    """Section of evaluations: confusion matrices, what else `evaluate` drew, retrieval tables, remarks."""
     if not report.evaluations:
         return None
     section = Section("results", "Which classes are told apart")
-    for found, e in zip(report.inventory.evaluations, report.evaluations, strict=True):
-        if e.confusion is not None:
-            section.items.append(_confusion(report, e))
+    for output, evaluation in zip(report.inventory.evaluations, report.evaluations, strict=True):
+        if evaluation.confusion is not None:
+            section.items.append(_confusion(report, evaluation, evaluation.confusion))
         for name, caption in DRAWN.items():
-            if (found.folder / f"{name}.png").is_file():
-                copy = report.files / report.unused(f"{name}-{e.name}", ".png")
+            drawn = output.folder / f"{name}.png"
+            if drawn.is_file():
+                copy = report.files / report.unused(f"{name}-{evaluation.name}", ".png")
                 with atomic_path(copy) as temporary:
-                    shutil.copyfile(found.folder / f"{name}.png", temporary)
-                section.items.append(FigureItem(copy, f"{e.title}. {caption}", f"{name} of {e.name}", narrow=True))
-        section.items += [_retrieval_table(e)] if e.retrieval else []
-    series = [
-        (e.name, [k for k, _ in e.per_k], [v for _, v in e.per_k], e.k)
-        for e in report.evaluations
-        if e.probe == "knn" and len(e.per_k) > 1
+                    shutil.copyfile(drawn, temporary)
+                caption, alt = f"{evaluation.title}. {caption}", f"{name} of {evaluation.name}"
+                section.items.append(FigureItem(copy, caption, alt, narrow=True))
+        section.items += [_retrieval_table(evaluation)] if evaluation.retrieval else []
+    curves = [
+        KCurve(evaluation.name, evaluation.per_k, evaluation.chosen_k)
+        for evaluation in report.evaluations
+        if evaluation.probe == "knn" and len(evaluation.per_k) > 1
     ]
-    if series:
+    if curves:
         caption = (
             "Score against the number of neighbours that vote, measured on patients set aside for this choice; "
             "the ring marks the number chosen."
         )
-        section.items.append(report.figure("neighbours", draw_per_k(series), caption, "Neighbours against score"))
-    section.items += [TextItem(f"Remark on {e.title}: {remark}.") for e in report.evaluations for remark in e.warnings]
+        section.items.append(report.figure("neighbours", draw_per_k(curves), caption, "Neighbours against score"))
+    for evaluation in report.evaluations:
+        section.items += [TextItem(f"Remark on {evaluation.title}: {warning}.") for warning in evaluation.warnings]
     return section
 
 
-def _confusion(report: Report, e: Evaluation) -> FigureItem:
-    counts = e.confusion if e.confusion is not None else np.zeros((0, 0))
-    rows = [[label, *(f"{n:g}" for n in row)] for label, row in zip(e.labels, counts, strict=True)]
-    report.write_csv(f"confusion-{e.name}", ["truth", *e.labels], rows)
+def _confusion(report: Report, evaluation: Evaluation, counts: np.ndarray) -> FigureItem:
+    rows = [[label, *(f"{n:g}" for n in row)] for label, row in zip(evaluation.labels, counts, strict=True)]
+    report.write_csv(f"confusion-{evaluation.name}", ["truth", *evaluation.labels], rows)
     caption = (
-        f"{e.title}. Each row is a true class and shows what its {e.things} were taken for: the count, and its share of "
-        "the row. The diagonal is right."
+        f"{evaluation.title}. Each row is a true class and shows what its {evaluation.units} were taken for: the count, and "
+        "its share of the row. The diagonal is right."
     )
-    figure = draw_confusion(counts, e.labels)
-    return report.figure(f"confusion-{e.name}", figure, caption, f"Confusion matrix of {e.name}", narrow=True)
+    figure, alt = draw_confusion(counts, evaluation.labels), f"Confusion matrix of {evaluation.name}"
+    return report.figure(f"confusion-{evaluation.name}", figure, caption, alt, narrow=True)
 
 
-def _retrieval_table(e: Evaluation) -> TableItem:
-    """The rule of retrieval, the number of answers, and each measure with its interval."""
+def _retrieval_table(evaluation: Evaluation) -> TableItem:
+    """Return the rule of retrieval, the number of answers, and the measures with their intervals."""
     rows: list[list[str]] = []
-    for rule, per_k in e.retrieval.items():
+    for rule, per_k in evaluation.retrieval.items():
         rows.append([f"answers from {rule}"])
         rows += [[k, *(str(scores.get(name, "–")) for name in RETRIEVAL)] for k, scores in per_k.items()]
     caption = (
-        f"{e.title}. Precision: share of the answers that are of the class asked for. Hit: is one among them. mAP: are they "
-        "at the front. Vote: balanced accuracy of the answers' majority."
+        f"{evaluation.title}. Precision: share of the answers that are of the class asked for. Hit: is one among them. mAP: "
+        "are they at the front. Vote: balanced accuracy of the answers' majority."
     )
     return TableItem(["answers", *RETRIEVAL.values()], rows, caption, frozenset(range(1, 5)))
 
 
 def embedding_maps(report: Report) -> Section | None:
-    """Maps of the embeddings of each folder of feature files, at tile and object level."""
+    """Section of maps: the embeddings of each folder of feature files, at tile and object level."""
     from odis_path.features.read import levels_in
 
     section = Section("maps", "Maps of the embeddings")
-    wanted = [(f, level) for f in report.inventory.features for level in levels_in(f.folder) if level != "slide"]
-    wanted.sort(key=lambda item: "random" in item[0].name)  # untrained twins come last
+    folders = sorted(report.inventory.features, key=lambda folder: "random" in folder.name)  # untrained twins come last
     left_out = 0
-    for found, level in wanted:
-        if len(section.items) < MAX_MAPS:
-            section.items += _map_of(report, found.name, found.folder, level)
-        else:
-            left_out += 1
+    for folder in folders:
+        for level in levels_in(folder.folder):
+            if level == "slide":
+                continue
+            if len(section.items) == MAX_MAPS:
+                left_out += 1
+            elif (figure := _map_of(report, folder, level)) is not None:
+                section.items.append(figure)
     if section.items:
         text = (
             "Every point is a tile, or an object as far as it lies in a tile; points that the model finds alike lie close "
@@ -211,34 +226,29 @@ def embedding_maps(report: Report) -> Section | None:
     return section
 
 
-def _map_of(report: Report, name: str, folder: Path, level: str) -> list[Item]:
+def _map_of(report: Report, folder: FeatureFolder, level: str) -> FigureItem | None:
+    name = folder.name
     try:
-        e = read_embeddings(folder, level)
+        embeddings = read_embeddings(folder.folder, level)
     except (UserError, OSError, KeyError, IndexError, ValueError) as error:
-        report.problems.append(f"map of {name}: {' '.join(str(error).split())}")
-        return []
-    if e is None or len(e.features) < 20:
-        return []
-    xy = layout_2d(e.features)
-    near, things = neighbourhood(e), "tiles" if level == "tile" else "boxes of objects"
-    report.numbers.setdefault("maps", {})[f"{name}, {level}"] = {"rows": len(xy), "of": e.total, **vars(near)}
-    report.write_csv(f"map-{name}-{level}", ["slide", "class", "x", "y"], _map_rows(e, xy))
-    figure = draw_map(e, xy, report.colors)
+        report.add_problem(f"map of {name}", error)
+        return None
+    if embeddings is None or len(embeddings.features) < MIN_MAP_ROWS:
+        return None
+    xy = layout_2d(embeddings.features)
+    near, units = neighbourhood(embeddings), "tiles" if level == "tile" else "boxes of objects"
+    report.numbers.setdefault("maps", {})[f"{name}, {level}"] = {"rows": len(xy), "of": embeddings.total, **vars(near)}
+    report.write_csv(f"map-{name}-{level}", ["slide", "class", "x", "y"], _map_rows(embeddings, xy))
+    figure = draw_map(embeddings, xy, report.colors)
+    encoder = ", mode ".join(part for part in (embeddings.encoder, embeddings.mode) if part) or "encoder not named"
     caption = (
-        f"{len(xy):,} of {e.total:,} {things} of {name} ({_encoder(e)}; t-SNE of the first 50 principal components). "
+        f"{len(xy):,} of {embeddings.total:,} {units} of {name} ({encoder}; t-SNE of the first 50 principal components). "
         f"Of the ten nearest neighbours of a point, {near.same_class:.0%} are of its class (at random: "
         f"{near.chance_class:.0%}) and {near.same_slide:.0%} of its slide (at random: {near.chance_slide:.0%})."
     )
-    return [report.figure(f"map-{name}-{level}", figure, caption, f"Map of {level} embeddings by class and by slide")]
+    return report.figure(f"map-{name}-{level}", figure, caption, f"Map of {level} embeddings by class and by slide")
 
 
-def _encoder(e: Embeddings) -> str:
-    return ", mode ".join(part for part in (e.encoder, e.mode) if part) or "encoder not named"
-
-
-def _map_rows(e: Embeddings, xy: object) -> list[list[object]]:
-    points = xy.tolist()  # type: ignore[attr-defined]
-    return [
-        [e.slides[s], e.labels[c], round(x, 3), round(y, 3)]
-        for s, c, (x, y) in zip(e.slide.tolist(), e.label.tolist(), points, strict=True)
-    ]
+def _map_rows(embeddings: Embeddings, xy: np.ndarray) -> list[list[object]]:
+    rows = zip(embeddings.slide.tolist(), embeddings.label.tolist(), xy.tolist(), strict=True)
+    return [[embeddings.slides[slide], embeddings.labels[label], round(x, 3), round(y, 3)] for slide, label, (x, y) in rows]

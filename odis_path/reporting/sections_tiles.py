@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from annotations.errors import UserError
 from annotations.objects import Kind
-from odis_path.reporting.figures.tiles import Sample, draw_attention, draw_pairs, pick_tiles
+from odis_path.model.architectures import patch_px
+from odis_path.reporting.figures.tiles import CropPair, Sample, draw_attention, draw_pairs, pick_tiles
 from odis_path.reporting.inventory import RunFolder
-from odis_path.reporting.page import Report, Section, TextItem
+from odis_path.reporting.page import FigureItem, Report, Section, TextItem
 
-PAIRS, ATTENDED = 4, 5
+CROP_TILES, ATTENTION_TILES = 4, 5
 MAX_RUNS = 3
 
 
@@ -23,71 +23,61 @@ def crops(report: Report) -> Section | None:
     run, paths = _run_with_tiles(report)
     if run is None:
         return None
-    from annotations.errors import UserError
-
-    samples = pick_tiles(paths, PAIRS)
+    samples = pick_tiles(paths, CROP_TILES)
     try:
         pairs = _pairs(samples, run)
     except (UserError, OSError, ValueError, KeyError) as error:
-        report.problems.append(f"crops of run {run.name}: {' '.join(str(error).split())}")
+        report.add_problem(f"crops of run {run.name}", error)
         return None
     if not pairs:
         return None
-    section = Section("crops", "What the model is shown")
-    target = run.config.get("target") or {}
+    target = run.section("target")
+    drawn = "drawn so that they show the target" if target.get("crop", True) else "drawn at random"
     mask = " Washed-out patches are those its [OBJ] token may not look at." if target.get("mask", True) else ""
     whole = float(target.get("whole_tile_p") or 0)
-    rest = f" (In {whole:.0%} of all samples the target is the whole tile; those are not shown.)" if whole else ""
-    aware = target.get("crop", True)
+    hidden = f" (In {whole:.0%} of all samples the target is the whole tile; those are not shown.)" if whole else ""
     caption = (
         f"Run “{run.name}”: each row is one tile with its annotated boxes; the yellow box is the target. "
-        + (
-            "Both crops (dashed frames) are drawn so that they show the target. "
-            if aware
-            else "Both crops are drawn at random. "
-        )
-        + f"Teacher and student must describe it alike in both.{mask}{rest}"
+        f"Both crops (dashed frames) are {drawn}. Teacher and student must describe it alike in both.{mask}{hidden}"
     )
-    trained_on = (run.config.get("data") or {}).get("kinds")
+    trained_on = run.section("data").get("kinds")
     kinds = [kind for kind in Kind if trained_on is None or kind.word in trained_on]
     figure = draw_pairs(samples, pairs, report.colors, kinds)
-    section.items.append(report.figure("crop-pairs", figure, caption, "Tiles with boxes, and two crops of each", photo=True))
-    return section
+    item = report.figure("crop-pairs", figure, caption, "Tiles with boxes, and two crops of each", photo=True)
+    return Section("crops", "What the model is shown", [item])
 
 
 def attention(report: Report) -> Section | None:
     """Section of attention: [OBJ] of each trained network, kept to a box and over the whole tile."""
-    from annotations.errors import UserError
-
     section = Section("attention", "Where the model looks")
-    trained = [run for run in report.inventory.runs if run.checkpoint is not None]
-    for run in trained[:MAX_RUNS]:
+    checkpoints = [(run, run.checkpoint) for run in report.inventory.runs if run.checkpoint is not None]
+    for run, checkpoint in checkpoints[:MAX_RUNS]:
         paths = _tiles_of(run, report)
         if not paths:
             continue
         try:
-            section.items.append(_attention_of(report, run, paths))
+            section.items.append(_attention_of(report, run, checkpoint, paths))
         except (UserError, OSError, ValueError, KeyError, RuntimeError) as error:
-            report.problems.append(f"attention of run {run.name}: {' '.join(str(error).split())[:300]}")
-    if section.items and len(trained) > MAX_RUNS:
-        section.items.append(TextItem(f"The first {MAX_RUNS} of {len(trained)} runs are shown."))
+            report.add_problem(f"attention of run {run.name}", error)
+    if section.items and len(checkpoints) > MAX_RUNS:
+        section.items.append(TextItem(f"The first {MAX_RUNS} of {len(checkpoints)} runs are shown."))
     if section.items:
         text = "[OBJ] is the token whose output is the embedding: what it attends to is what the embedding is made of."
         section.items.insert(0, TextItem(text))
     return section
 
 
-def _attention_of(report: Report, run: RunFolder, paths: list[Path]) -> Any:
+def _attention_of(report: Report, run: RunFolder, checkpoint: Path, paths: list[Path]) -> FigureItem:
     from odis_path.reporting.previews import obj_attention
 
-    samples = pick_tiles(paths, ATTENDED, seed=1)
+    samples = pick_tiles(paths, ATTENTION_TILES, seed=1)
     pairs = _pairs(samples, run)
-    tiles, boxes = np.stack([p.tile for p in pairs]), np.stack([p.target for p in pairs]).astype(np.float32)
-    inside = obj_attention(run.checkpoint, tiles, boxes)  # type: ignore[arg-type]
-    whole = obj_attention(run.checkpoint, tiles, None)  # type: ignore[arg-type]
+    tiles = np.stack([pair.tile for pair in pairs])
+    boxes = np.stack([pair.target for pair in pairs]).astype(np.float32)
+    inside, whole = obj_attention(checkpoint, tiles, boxes), obj_attention(checkpoint, tiles, None)
     share, size = (
-        float(np.mean([_share_in_box(h, b, tiles.shape[1]) for h, b in zip(heat, boxes, strict=True)]))
-        for heat in (whole, np.ones_like(whole))
+        float(np.mean([_share_in_box(heat, box, tiles.shape[1]) for heat, box in zip(heats, boxes, strict=True)]))
+        for heats in (whole, np.ones_like(whole))
     )
     report.numbers.setdefault("attention", {})[run.name] = {"share_in_box_when_whole_tile_is_open": share, "box_share": size}
     caption = (
@@ -100,43 +90,34 @@ def _attention_of(report: Report, run: RunFolder, paths: list[Path]) -> Any:
 
 
 def _share_in_box(heat: np.ndarray, box: np.ndarray, side: int) -> float:
-    """Attention on the patches whose centre lies in the box, of all attention."""
+    """Return the share of attention on patches whose centre lies in the box. heat (g, g), box (4,) in px of the tile."""
     centres = (np.arange(len(heat)) + 0.5) * side / len(heat)
     x_in, y_in = (centres > box[0]) & (centres < box[2]), (centres > box[1]) & (centres < box[3])
     return float(heat[np.ix_(y_in, x_in)].sum() / max(heat.sum(), 1e-12))
 
 
-def _pairs(samples: Sequence[Sample], run: RunFolder) -> list[Any]:
+def _pairs(samples: Sequence[Sample], run: RunFolder) -> list[CropPair]:
     from odis_path.config import parse_config
-    from odis_path.reporting.previews import crop_pairs
+    from odis_path.reporting.previews import crop_pair
 
     config = parse_config(run.config, f"{run.name}/config.yaml")
     boxed = config.target.model_copy(update={"whole_tile_p": 0.0})  # a whole tile as target is nothing to look at
     config = config.model_copy(update={"target": boxed})
-    return [crop_pairs(s.path, [s.row], config, patch_px=patch_px(run.config))[0] for s in samples]
-
-
-def patch_px(config: dict[str, Any]) -> int:
-    """Side of the network's patches in pixels: model.kwargs.patch_size, else what the model's name says, else 16."""
-    model = config.get("model") or {}
-    given = (model.get("kwargs") or {}).get("patch_size")
-    said = re.search(r"patch(\d+)", str(model.get("name", "")))
-    return int(given or (said.group(1) if said else 16))
+    side = patch_px(config.model.name, config.model.kwargs)
+    return [crop_pair(sample.path, sample.row, config, side) for sample in samples]
 
 
 def _tiles_of(run: RunFolder, report: Report) -> list[Path]:
-    """Slide files with boxes that the run was trained on; else those of the report that have the same tile size."""
-    rows = [r for r in report.cohort.rows if r.boxes and r.tiles]
-    folder = Path(str((run.config.get("data") or {}).get("tiles", "")) or "-").resolve()
-    own = [r for r in rows if r.path.parent.resolve() == folder]
-    rows = own or rows
-    return [r.path for r in rows if r.tile_px == rows[0].tile_px]
+    """List slide files with boxes that the run was trained on; else those of the report that have the same tile size."""
+    rows = [row for row in report.cohort.rows if row.boxes and row.tiles]
+    folder = Path(str(run.section("data").get("tiles", "")) or "-").resolve()
+    rows = [row for row in rows if row.path.parent.resolve() == folder] or rows
+    return [row.path for row in rows if row.tile_px == rows[0].tile_px]
 
 
 def _run_with_tiles(report: Report) -> tuple[RunFolder | None, list[Path]]:
-    """The run to show crops of: the first that has object-aware crops, else the first."""
-    runs = sorted(report.inventory.runs, key=lambda r: not (r.config.get("target") or {}).get("crop", True))
-    for run in runs:
+    """Choose the run to show crops of: the first that has object-aware crops, else the first."""
+    for run in sorted(report.inventory.runs, key=lambda run: not run.section("target").get("crop", True)):
         paths = _tiles_of(run, report)
         if paths:
             return run, paths

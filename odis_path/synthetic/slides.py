@@ -6,7 +6,6 @@ a slide share one mean colour and differ in texture and cell make-up; stain diff
 
 from __future__ import annotations
 
-import csv
 import multiprocessing
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -141,7 +140,7 @@ def write_cohort(
         UserError: a size or a number of slides that cannot be drawn.
     """
     from annotations.errors import UserError
-    from tiling.storage.atomic import atomic_path
+    from tiling.storage.csv_file import write_csv_file
     from tiling.storage.locks import sweep
 
     if patients < 1 or slides_per_patient < 1:
@@ -158,12 +157,8 @@ def write_cohort(
         for n in range(1, slides_per_patient + 1)
     ]
     paths = _write_all(jobs, workers)
-    with atomic_path(out / "manifest.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file)
-        rows.writerow(["slide_id", "path", "patient_id", "mpp"])
-        rows.writerows(
-            [j.slide_id, f"slides/{p.name}", f"SYN-P{j.patient:02d}", f"{mpp:g}"] for j, p in zip(jobs, paths, strict=True)
-        )
+    rows = [[job.slide_id, f"slides/{job.slide_id}.svs", f"SYN-P{job.patient:02d}", f"{mpp:g}"] for job in jobs]
+    write_csv_file(out / "manifest.csv", [["slide_id", "path", "patient_id", "mpp"], *rows])
     (out / "README.txt").write_text(README.format(seed=seed), encoding="utf-8")
     return paths
 

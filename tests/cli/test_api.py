@@ -37,7 +37,7 @@ LEAST = {  # the words without which a command does not start
     "demo": ["--out", "o"],
 }
 # What is spelt otherwise on a command line, and what only one of the two has, with the reason.
-ALONE_IN_COMMAND = {("tile", "no_pixels"): "--pixels none", ("annotate", "more"): "files behind a shell's glob"}
+ALONE_IN_COMMAND = {("tile", "no_pixels"): "--pixels none", ("annotate", "further_files"): "files behind a shell's glob"}
 ALONE_IN_PYTHON = {
     ("tile", "settings"): "all options in one",
     ("evaluate", "tell"): "what a bar shows",

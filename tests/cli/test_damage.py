@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from odis_path.cli.app import app
 from odis_path.features.write import write_features
-from odis_path.verification import by_kind, verify
+from odis_path.verification import count_kinds, verify
 from tests.cli.conftest import Run
 from tiling.slide_file.read import SlideFile
 
@@ -66,7 +66,7 @@ def test_doctor_looks_through_a_cohort(tiles: Path, features: Path, run: Run) ->
         ("checkpoint-00000001.pt", "copy it again, or take an older checkpoint"),
     ):
         assert any(what in line and remedy in line for line in ill.stdout.splitlines()), what
-    counts = {row.kind: (row.files, row.damaged, row.unchecked) for row in by_kind(verify(folder, workers=1).outcomes)}
+    counts = {row.kind: (row.files, row.damaged, row.unchecked) for row in count_kinds(verify(folder, workers=1))}
     n = len(slides)
     assert counts == {"slide files": (n, 2, 0), "feature files": (n, 1, 0), "checkpoints": (1, 1, 0)}
 

@@ -87,10 +87,10 @@ def test_pixels_are_stored_coded_or_copied_or_not_at_all(
     assert run(app, "tile", *options, *given)[0] == 0
     with Slide.open(slide_path, reader="direct") as slide, SlideFile(tmp_path / "painted.h5") as file:
         assert isinstance(slide.reader, DirectReader)
-        own = slide.reader.stream(0, 1, 2)
+        own = slide.reader.tile_bytes(0, 1, 2)
         assert len(file) == 12
-        found = "none" if not file.has_pixels else "copy" if file.tile_bytes(6) == own else "jpeg"
-    assert found == stored
+        storage = "none" if not file.has_pixels else "copy" if file.tile_bytes(6) == own else "jpeg"
+    assert storage == stored
 
 
 def test_another_value_of_pixels_is_one_line(app: typer.Typer, slide_path: Path, tmp_path: Path) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from annotations.errors import UserError
+from tiling.storage.atomic import atomic_path
 
 SEPARATORS = ",;\t"
 SUFFIXES = (".csv", ".tsv")
@@ -56,6 +58,12 @@ def read_csv_file(path: Path, needed: Sequence[str] = (), missing: str = "no suc
     except csv.Error as error:
         raise UserError(f"{path}: after line {line}: {error}: is a quote left open? Save it as CSV UTF-8") from None
     return CsvFile([name for name in columns if name], rows)
+
+
+def write_csv_file(path: Path, lines: Iterable[Iterable[Any]]) -> None:
+    """Write lines of values as CSV, whole or not at all."""
+    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(lines)
 
 
 def number_in(text: str) -> float:

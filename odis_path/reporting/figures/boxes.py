@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,44 +10,46 @@ import numpy as np
 
 from odis_path.figures import style
 from odis_path.reporting.cohort_table import UNCLASSIFIED
+from odis_path.reporting.figures.slides import mosaic
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from tiling.slide_file.read import SlideFile
 
-AROUND = 2  # tiles on each side of the one that is shown whole
+NEIGHBOURS = 2  # tiles shown on each side of the one that is shown whole
 TILE_SIDE_PX = 256  # a tile is reduced to about this for the widest panel
 CLOSE = 4  # the closest panel is this part of a tile's side
-MOST_BOXES = 4000
+MAX_BOXES = 4000
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One picture. image uint8 (h, w, 3); side: what it spans, pixels of a tile; boxes float (M, 4) and name of each, rings
-    [(name, (k, 2))]: in the same pixels, from the picture's upper left corner; frame: x0, y0, x1, y1 of the next panel.
+    """One picture; lengths are pixels of a tile, from the picture's upper left corner.
+
+    image uint8 (h, w, 3); side: of the picture; boxes float (M, 4) x0, y0, x1, y1 and the class of each; rings: outlines
+    (k, 2); frame: x0, y0, x1, y1 of the next panel.
     """
 
     image: np.ndarray
     side: float
     boxes: np.ndarray
     names: np.ndarray
-    rings: list[tuple[str, np.ndarray]] = field(default_factory=list)
+    rings: list[np.ndarray] = field(default_factory=list)
     frame: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
 class BoxPicture:
-    """Three panels of one place, the widest first. um_per_px: of a pixel of a tile."""
+    """Three panels of one place, the widest first. row: the tile; um_per_px: of a pixel of a tile."""
 
-    slide_id: str
     row: int
     um_per_px: float
     panels: tuple[Panel, Panel, Panel]
 
 
 def read_boxes(path: Path) -> BoxPicture | None:
-    """The place of a slide file with most whole objects in a tile; None where it has no boxes.
+    """Read the tile of a slide file with most whole objects; None where the file has no boxes.
 
     Raises UserError where the file has no pixels and its slide is gone.
     """
@@ -59,29 +60,25 @@ def read_boxes(path: Path) -> BoxPicture | None:
         if not len(table["object"]):
             return None
         row = int(np.bincount(file.box_tiles, weights=0.5 + 0.5 * (table["visible"] > 0.999)).argmax())
-        names = file.object_classes(UNCLASSIFIED)[table["object"]]
-        here = file.box_rows(row)
-        boxes, side = table["xyxy"][here].astype(float), float(file.patch_size)
-        rings = [(str(names[i]), ring) for i in range(here.start, here.stop) if file.has_polygons for ring in file.polygon(i)]
+        all_names, rows = file.object_classes(UNCLASSIFIED)[table["object"]], file.box_rows(row)
+        boxes, names, side = table["xyxy"][rows].astype(float), all_names[rows], float(file.patch_size)
+        rings = [ring for i in range(rows.start, rows.stop) if file.has_polygons for ring in file.polygon(i)]
         image = file.tile(row)
         corner = close_up(boxes, side)
         frame = np.concatenate([corner, corner + side / CLOSE])
-        x, y, x1, y1 = np.round(frame).astype(int).tolist()
+        x0, y0, x1, y1 = np.round(frame).astype(int).tolist()
         inside = ((boxes[:, :2] < frame[2:]) & (boxes[:, 2:] > frame[:2])).all(axis=1)
-        close = Panel(
-            image[y:y1, x:x1],
-            float(x1 - x),
-            boxes[inside] - [x, y, x, y],
-            names[here][inside],
-            [(name, ring - [x, y]) for name, ring in rings],
-        )
-        middle = Panel(image, side, boxes, names[here], rings, np.array([x, y, x1, y1], dtype=float))
-        return BoxPicture(file.slide_id, row, file.mpp, (_around(file, row, names), middle, close))
+        close_boxes, close_rings = boxes[inside] - [x0, y0, x0, y0], [ring - [x0, y0] for ring in rings]
+        close = Panel(image[y0:y1, x0:x1], float(x1 - x0), close_boxes, names[inside], close_rings)
+        middle = Panel(image, side, boxes, names, rings, np.array([x0, y0, x1, y1], dtype=float))
+        return BoxPicture(row, file.mpp, (_neighbourhood(file, row, all_names), middle, close))
 
 
 def close_up(boxes: np.ndarray, side: float) -> np.ndarray:
-    """Corner (x, y), whole pixels, of the square of side / CLOSE pixels to look at closely: around the most central box that
-    fits in, else around the corner of one, where an edge is seen at least.
+    """Return the corner (x, y), whole pixels, of the square of side / CLOSE pixels to look at closely.
+
+    It lies around the most central box that fits in, else around the corner of one, where an edge is seen at least.
+    boxes: float (M, 4) in pixels of a tile of `side`.
     """
     span = side / CLOSE
     size = (boxes[:, 2:] - boxes[:, :2]).max(axis=1)
@@ -92,37 +89,35 @@ def close_up(boxes: np.ndarray, side: float) -> np.ndarray:
     else:
         edges = boxes[size.argmin()].reshape(2, 2)
         centre = np.where((edges[0] > 0), edges[0], edges[1])  # an edge on the tile's own border says nothing
-    return np.floor(np.clip(centre - span / 2, 0, side - span))
+    corner: np.ndarray = np.floor(np.clip(centre - span / 2, 0, side - span))
+    return corner
 
 
-def _around(file: SlideFile, row: int, names: np.ndarray) -> Panel:
-    """The tile among its neighbours, pieced together from their pixels."""
-    from PIL import Image
-
-    side, per_px = float(file.patch_size), file.size_l0 / file.patch_size
-    at = (file.coords - file.coords[row]) / per_px  # corners in pixels of a tile
-    shown = np.flatnonzero((np.abs(at) < (AROUND + 0.5) * side).all(axis=1))
-    at -= at[shown].min(axis=0)
-    span = float(at[shown].max() + side)
+def _neighbourhood(file: SlideFile, row: int, names: np.ndarray) -> Panel:
+    """Piece the tile and its neighbours together from their pixels."""
+    side, px_l0 = float(file.patch_size), file.size_l0 / file.patch_size
+    corners = (file.coords - file.coords[row]) / px_l0  # in pixels of a tile
+    shown = np.flatnonzero((np.abs(corners) < (NEIGHBOURS + 0.5) * side).all(axis=1))
+    corners -= corners[shown].min(axis=0)
+    span = float(corners[shown].max() + side)
     step = max(1, round(side / TILE_SIDE_PX))
-    small = max(1, round(side / step))
-    canvas = Image.new("RGB", (round(span / step),) * 2, (244, 244, 244))
-    for i in shown.tolist():
-        picture = Image.fromarray(file.tile(i)).resize((small, small), Image.Resampling.BOX)
-        canvas.paste(picture, tuple(np.round(at[i] / step).astype(int).tolist()))
+    size = round(span / step)
+    image = mosaic(file, shown, corners[shown] / step, max(1, round(side / step)), (size, size))
     rows = np.flatnonzero(np.isin(file.box_tiles, shown))
-    rows = rows[:: max(1, len(rows) // MOST_BOXES)]
-    boxes = file.boxes_table()["xyxy"][rows] + np.tile(at[file.box_tiles[rows]], 2)
-    return Panel(np.asarray(canvas), span, boxes, names[rows], [], np.concatenate([at[row], at[row] + side]))
+    rows = rows[:: max(1, len(rows) // MAX_BOXES)]
+    boxes = file.boxes_table()["xyxy"][rows] + np.tile(corners[file.box_tiles[rows]], 2)
+    return Panel(image, span, boxes, names[rows], [], np.concatenate([corners[row], corners[row] + side]))
 
 
 def draw_boxes(picture: BoxPicture, colors: dict[str, str]) -> Figure:
-    """The three panels side by side, each with a frame around what the next one shows."""
+    """Draw the three panels side by side, each with a frame around what the next one shows."""
+    from matplotlib.lines import Line2D
+
     figure = style.new_figure(style.WIDTH_IN, style.WIDTH_IN / 3 + 0.85)
-    wide, _, close = (panel.side * picture.um_per_px for panel in picture.panels)
+    wide, middle, close = (panel.side * picture.um_per_px for panel in picture.panels)
     titles = (
         f"{wide:.0f} µm, tile {picture.row} and its neighbours",
-        f"{picture.panels[1].side * picture.um_per_px:.0f} µm, the tile",
+        f"{middle:.0f} µm, the tile",
         f"{close:.0f} µm, pixels of {picture.um_per_px:.2g} µm",
     )
     with style.styled():
@@ -130,7 +125,8 @@ def draw_boxes(picture: BoxPicture, colors: dict[str, str]) -> Figure:
             _draw_panel(axes, panel, colors, width)
             style.picture_axes(axes, title)
         shown = dict.fromkeys(str(name) for panel in picture.panels for name in panel.names)
-        figure.legend(handles=_legend(list(shown), colors), loc="outside lower center", ncols=min(5, len(shown)), fontsize=9)
+        handles = [Line2D([], [], color=colors.get(name, style.GREY), lw=2, label=name) for name in shown]
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(5, len(shown)), fontsize=9)
     return figure
 
 
@@ -139,21 +135,13 @@ def _draw_panel(axes: Any, panel: Panel, colors: dict[str, str], width: float) -
 
     # The extent is of pixels' edges, as boxes count: half a pixel would be a shift.
     axes.imshow(panel.image, extent=(0, panel.side, panel.side, 0), interpolation="antialiased")
-    x0, y0, x1, y1 = panel.boxes.reshape(-1, 4).T
-    corners = np.stack([np.stack([x0, x1, x1, x0, x0], 1), np.stack([y0, y0, y1, y1, y0], 1)], -1)
-    tint = [colors.get(str(name), style.GREY) for name in panel.names]
-    axes.add_collection(LineCollection(list(corners), colors="white", linewidths=width + 0.8, alpha=0.6))
-    axes.add_collection(LineCollection(list(corners), colors=tint, linewidths=width))
-    rings = [np.concatenate([ring, ring[:1]]) for _, ring in panel.rings]
+    boxes = panel.boxes.reshape(-1, 4)
+    style.draw_rectangles(axes, boxes, "white", width + 0.8, alpha=0.6)
+    style.draw_rectangles(axes, boxes, [colors.get(str(name), style.GREY) for name in panel.names], width)
+    rings = [np.concatenate([ring, ring[:1]]) for ring in panel.rings]
     axes.add_collection(LineCollection(rings, colors="black", linewidths=width * 0.6))
     if panel.frame is not None:
-        a, b, c, d = panel.frame
-        axes.plot([a, c, c, a, a], [b, b, d, d, b], color=style.TARGET, lw=2.2)
-        axes.plot([a, c, c, a, a], [b, b, d, d, b], color=style.INK, lw=0.8)
+        outline = style.rectangle_corners(panel.frame[None])[0].T
+        axes.plot(*outline, color=style.TARGET, lw=2.2)
+        axes.plot(*outline, color=style.INK, lw=0.8)
     axes.set(xlim=(0, panel.side), ylim=(panel.side, 0))
-
-
-def _legend(names: Sequence[str], colors: dict[str, str]) -> list[Any]:
-    from matplotlib.lines import Line2D
-
-    return [Line2D([], [], color=colors.get(name, style.GREY), lw=2, label=name) for name in names]

@@ -12,6 +12,7 @@ from odis_path.figures import style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 MAX_ROWS = 2000
 NEIGHBOURS = 10
@@ -19,9 +20,8 @@ NEIGHBOURS = 10
 
 @dataclass(frozen=True)
 class Embeddings:
-    """A sample of n embeddings with a class each: features float32 (n, D), label and slide int (n,) into the names."""
+    """A sample of n embeddings: features float32 (n, D), label and slide int (n,) into the names; of `total` labelled rows."""
 
-    level: str
     encoder: str
     mode: str
     features: np.ndarray
@@ -34,7 +34,7 @@ class Embeddings:
 
 @dataclass(frozen=True)
 class Neighbourhood:
-    """Of the ten nearest neighbours of a point: the share of its class and of its slide, and what chance would give."""
+    """Shares of the ten nearest neighbours of a point that are of its class and of its slide, and of random neighbours."""
 
     same_class: float
     same_slide: float
@@ -43,77 +43,81 @@ class Neighbourhood:
 
 
 def read_embeddings(folder: Path, level: str, seed: int = 0) -> Embeddings | None:
-    """A seeded sample of at most `MAX_ROWS` labelled rows of a level; None where no row has a label.
+    """Read a seeded sample of at most `MAX_ROWS` labelled rows of a level; None where no row has a label.
 
     Raises UserError for embeddings that `odis_path.features.read` refuses (NaN, constant, mixed encoders).
     """
     from odis_path.features.read import FeatureSet, read_features
 
-    labelled = 0
+    labelled = np.zeros(0, dtype=np.int64)
 
     def choose(index: FeatureSet) -> np.ndarray:
         nonlocal labelled
-        known = np.flatnonzero(index.label >= 0)
-        labelled = len(known)
-        return np.sort(np.random.default_rng(seed).choice(known, min(MAX_ROWS, labelled), replace=False))
+        labelled = np.flatnonzero(index.label >= 0)
+        return np.sort(np.random.default_rng(seed).choice(labelled, min(MAX_ROWS, len(labelled)), replace=False))
 
-    found = read_features(folder, level, choose)
-    if not labelled:
+    features = read_features(folder, level, choose)
+    if not len(labelled):
         return None
-    slides, slide = np.unique(found.slide_id.astype(str), return_inverse=True)
-    used = np.unique(found.label)
+    slides, slide = np.unique(features.slide_id.astype(str), return_inverse=True)
+    labels, label = np.unique(features.label, return_inverse=True)
     return Embeddings(
-        level=level,
-        encoder=found.encoder,
-        mode=found.mode,
-        features=found.x,
-        label=np.searchsorted(used, found.label),
-        labels=[found.labels[i] for i in used],
+        encoder=features.encoder,
+        mode=features.mode,
+        features=features.x,
+        label=label,
+        labels=[features.labels[i] for i in labels],
         slide=slide,
         slides=slides.tolist(),
-        total=labelled,
+        total=len(labelled),
     )
 
 
 def layout_2d(features: np.ndarray, seed: int = 0) -> np.ndarray:
-    """(n, D) -> (n, 2): unit length, PCA to 50, t-SNE; the same seed gives the same map. Needs n >= 4."""
+    """Lay out (n, D) in (n, 2): unit length, PCA to 50, t-SNE; the same seed gives the same map. Needs n >= 4."""
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 
-    unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
-    short = PCA(min(50, *unit.shape), random_state=seed).fit_transform(unit)
-    perplexity = min(30.0, (len(short) - 1) / 3)
-    return TSNE(2, init="pca", perplexity=perplexity, random_state=seed, max_iter=750).fit_transform(short)
+    from odis_path.evaluation.probes.knn import unit_rows
+
+    unit = unit_rows(features)
+    components = PCA(min(50, *unit.shape), random_state=seed).fit_transform(unit)
+    perplexity = min(30.0, (len(components) - 1) / 3)
+    xy: np.ndarray = TSNE(2, init="pca", perplexity=perplexity, random_state=seed, max_iter=750).fit_transform(components)
+    return xy
 
 
-def neighbourhood(e: Embeddings) -> Neighbourhood:
-    """Composition of the ten nearest neighbours (cosine, full dimensions), beside that of a random order."""
-    unit = e.features / np.maximum(np.linalg.norm(e.features, axis=1, keepdims=True), 1e-12)
-    likeness = unit @ unit.T
-    np.fill_diagonal(likeness, -np.inf)
+def neighbourhood(embeddings: Embeddings) -> Neighbourhood:
+    """Return the composition of the ten nearest neighbours (cosine, full dimensions), beside that of a random order."""
+    from odis_path.evaluation.probes.knn import unit_rows
+
+    unit = unit_rows(embeddings.features)
+    similarity = unit @ unit.T
+    np.fill_diagonal(similarity, -np.inf)
     k = min(NEIGHBOURS, len(unit) - 1)
-    near = np.argpartition(-likeness, k - 1, axis=1)[:, :k]
+    near = np.argpartition(-similarity, k - 1, axis=1)[:, :k]
 
-    def shares(value: np.ndarray) -> tuple[float, float]:
-        counts = np.bincount(value)
-        chance = (counts * (counts - 1)).sum() / max(1, len(value) * (len(value) - 1))
-        return float((value[near] == value[:, None]).mean()), float(chance)
+    def shares(values: np.ndarray) -> tuple[float, float]:
+        counts = np.bincount(values)
+        chance = (counts * (counts - 1)).sum() / max(1, len(values) * (len(values) - 1))
+        return float((values[near] == values[:, None]).mean()), float(chance)
 
-    (same_class, chance_class), (same_slide, chance_slide) = shares(e.label), shares(e.slide)
+    (same_class, chance_class), (same_slide, chance_slide) = shares(embeddings.label), shares(embeddings.slide)
     return Neighbourhood(same_class, same_slide, chance_class, chance_slide)
 
 
-def draw_map(e: Embeddings, xy: np.ndarray, colors: dict[str, str]) -> Figure:
-    """The map twice: coloured (and marked) by class, and coloured by slide."""
+def draw_map(embeddings: Embeddings, xy: np.ndarray, colors: dict[str, str]) -> Figure:
+    """Draw the map xy (n, 2) twice: coloured (and marked) by class, and coloured by slide."""
     figure = style.new_figure(style.WIDTH_IN, style.WIDTH_IN / 2 + 0.75)
     size = 16 if len(xy) > 800 else 26
     order = np.random.default_rng(0).permutation(len(xy))  # so that no class lies on top
     with style.styled():
         left, right = figure.subplots(1, 2)
-        handles = _by_class(left, e, xy, order, colors, size)
-        hues = _spread_colors(len(e.slides))
-        right.scatter(*xy[order].T, s=size, c=hues[e.slide[order]], lw=0, alpha=0.85)
-        for axes, title in ((left, "coloured by class"), (right, f"the same points, coloured by slide ({len(e.slides)})")):
+        handles = _by_class(left, embeddings, xy, order, colors, size)
+        slide_colors = _rainbow(len(embeddings.slides))
+        right.scatter(*xy[order].T, s=size, c=slide_colors[embeddings.slide[order]], lw=0, alpha=0.85)
+        by_slide = f"the same points, coloured by slide ({len(embeddings.slides)})"
+        for axes, title in ((left, "coloured by class"), (right, by_slide)):
             style.picture_axes(axes)
             axes.set_title(title)
             axes.margins(0.03)
@@ -121,23 +125,24 @@ def draw_map(e: Embeddings, xy: np.ndarray, colors: dict[str, str]) -> Figure:
     return figure
 
 
-def _by_class(axes: Any, e: Embeddings, xy: np.ndarray, order: np.ndarray, colors: dict[str, str], size: int) -> list[Any]:
+def _by_class(
+    axes: Any, embeddings: Embeddings, xy: np.ndarray, order: np.ndarray, colors: dict[str, str], size: int
+) -> list[Line2D]:
     from matplotlib.lines import Line2D
 
-    markers = style.class_markers(e.labels)
+    markers = style.class_markers(embeddings.labels)
     for part in np.array_split(order, 12):  # class after class in small helpings, for the same reason
-        for i, name in enumerate(e.labels):
-            rows = part[e.label[part] == i]
+        for i, name in enumerate(embeddings.labels):
+            rows = part[embeddings.label[part] == i]
             axes.scatter(*xy[rows].T, s=size, color=colors.get(name, style.GREY), marker=markers[name], lw=0, alpha=0.85)
     return [
-        Line2D([], [], ls="", ms=7, marker=markers[n], color=colors.get(n, style.GREY), label=n)
-        for i, n in enumerate(e.labels)
-        if (e.label == i).any()
+        Line2D([], [], ls="", ms=7, marker=markers[name], color=colors.get(name, style.GREY), label=name)
+        for name in embeddings.labels
     ]
 
 
-def _spread_colors(count: int) -> np.ndarray:
-    """(count, 4) RGBA colours as different as a rainbow allows; neighbours in the list lie far apart."""
+def _rainbow(count: int) -> np.ndarray:
+    """Return (count, 4) RGBA colours as different as a rainbow allows; neighbours in the list lie far apart."""
     import matplotlib
 
     order = np.argsort(np.arange(count) * 0.618034 % 1)

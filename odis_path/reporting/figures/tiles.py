@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,11 +17,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-MOST_ATTENTION = 3.0  # times the attention of a patch when it is spread evenly
+MAX_ATTENTION = 3.0  # times the attention of a patch when it is spread evenly
 
 
-class CropPair(Protocol):
-    """A tile with its pair of crops, as `odis_path.reporting.previews.crop_pairs` returns it."""
+@dataclass(frozen=True)
+class CropPair:
+    """A tile, its boxes and the two global crops of one sample, as teacher and student see them before colour changes.
+
+    tile uint8 (S, S, 3); boxes float32 (k, 4); target (4,) in tile px; rects int (2, 4) x, y, w, h of the crops in the tile;
+    crops: two uint8 (s, s, 3); masks: two bool (g, g), the patches [OBJ] may attend to.
+    """
 
     tile: np.ndarray
     boxes: np.ndarray
@@ -43,35 +48,36 @@ class Sample:
 
 
 def pick_tiles(paths: Sequence[Path], count: int, seed: int = 0) -> list[Sample]:
-    """Up to `count` tiles, each from another slide where there are enough, that show as many tissue classes as possible."""
+    """Pick up to `count` tiles with as many tissue classes as possible, of different slides where there are enough."""
     from tiling.slide_file.read import SlideFile
 
     rng = np.random.default_rng(seed)
-    chosen: list[tuple[float, Sample]] = []
+    ranked: list[tuple[float, Sample]] = []
     slides = [paths[i] for i in sorted(rng.permutation(len(paths))[: 3 * count])]
-    each = max(1, int(np.ceil(count / max(1, len(slides)))))
+    per_slide = max(1, int(np.ceil(count / max(1, len(slides)))))
     for path in slides:
         with SlideFile(path) as file:
-            boxes, objects = file.boxes_table(), file.objects_table()
+            boxes, objects = file.boxes_table(), file.objects_table(ids=False)
             names = file.object_classes(UNCLASSIFIED)[boxes["object"]]
             label, kind = objects["label"][boxes["object"]], objects["kind"][boxes["object"]]
             size = (boxes["xyxy"][:, 2:] - boxes["xyxy"][:, :2]).min(1, initial=file.patch_size)
-            big = (size > file.patch_size / 5) & (kind != Kind.CELL)
-            pairs = np.unique(np.stack([file.box_tiles[big], label[big]], 1), axis=0)
+            large = (size > file.patch_size / 5) & (kind != Kind.CELL)
+            pairs = np.unique(np.stack([file.box_tiles[large], label[large]], 1), axis=0)
             score = np.bincount(pairs[:, 0], minlength=len(file)) + rng.uniform(0, 0.5, len(file))
-            for row in np.argsort(-score)[:each] if len(label) else []:
-                here = file.box_rows(int(row))
-                chosen.append((score[row], Sample(path, file.slide_id, int(row), list(names[here]), kind[here].tolist())))
-    chosen.sort(key=lambda item: -item[0])
-    return [sample for _, sample in chosen[:count]]
+            for row in np.argsort(-score)[:per_slide].tolist() if len(label) else []:
+                rows = file.box_rows(row)
+                sample = Sample(path, file.slide_id, row, names[rows].tolist(), kind[rows].tolist())
+                ranked.append((float(score[row]), sample))
+    ranked.sort(key=lambda pair: -pair[0])
+    return [sample for _, sample in ranked[:count]]
 
 
 def draw_pairs(
     samples: Sequence[Sample], pairs: Sequence[CropPair], colors: dict[str, str], kinds: Sequence[int] = tuple(Kind)
 ) -> Figure:
-    """One row per tile: the tile with boxes, target and both crops' frames; then each crop, veiled where [OBJ] is blind.
+    """Draw a row per tile: the tile with boxes, target and both crops' frames; then each crop, veiled where [OBJ] is blind.
 
-    `kinds` are the kinds of objects whose boxes are drawn.
+    kinds: of the objects whose boxes are drawn.
     """
     figure = style.new_figure(style.WIDTH_IN, 2.95 * len(samples) + 0.75)
     with style.styled():
@@ -79,8 +85,8 @@ def draw_pairs(
         shown: dict[str, str] = {}
         for axes, sample, pair in zip(grid, samples, pairs, strict=True):
             shown.update(_draw_tile(axes[0], sample, pair, colors, kinds))
-            for i, view in enumerate(axes[1:]):
-                _draw_veiled(view, pair.crops[i], pair.masks[i], style.PAIR[i])
+            for axis, crop, mask, color in zip(axes[1:], pair.crops, pair.masks, style.PAIR, strict=True):
+                _draw_veiled(axis, crop, mask, color)
         for axes, title in zip(grid[0], ("tile, boxes and target", "crop 1", "crop 2"), strict=True):
             axes.set_title(title)
         figure.legend(handles=_legend(shown), loc="outside lower center", ncols=4, fontsize=9)
@@ -125,7 +131,7 @@ def _rectangle(box: np.ndarray, color: str, width: float) -> Any:
 
 
 def _draw_veiled(axes: Any, crop: np.ndarray, mask: np.ndarray, frame: str) -> None:
-    """A crop with the patches [OBJ] may not attend to washed out."""
+    """Draw a crop with the patches washed out that [OBJ] may not attend to."""
     side, grid = crop.shape[0], mask.shape[0]
     index = np.minimum(np.arange(side) * grid // side, grid - 1)
     open_ = mask[np.ix_(index, index)][..., None]
@@ -141,7 +147,7 @@ def _draw_veiled(axes: Any, crop: np.ndarray, mask: np.ndarray, frame: str) -> N
 def draw_attention(
     samples: Sequence[Sample], tiles: np.ndarray, boxes: np.ndarray, inside: np.ndarray, whole: np.ndarray
 ) -> Figure:
-    """One column per tile: the tile with its box; attention of [OBJ] kept to the box; attention over the whole tile.
+    """Draw a column per tile: the tile with its box; attention of [OBJ] kept to the box; attention over the whole tile.
 
     tiles uint8 (n, S, S, 3), boxes (n, 4), inside and whole float32 (n, g, g).
     """
@@ -149,7 +155,7 @@ def draw_attention(
     with style.styled():
         grid = figure.subplots(3, max(4, len(tiles)), squeeze=False)
         rows = ("tile and box", "attention in the box", "attention, whole tile")
-        last: Any = None
+        colors: Any = None
         for column, axes in enumerate(grid.T):
             if column >= len(tiles):
                 for empty in axes:
@@ -157,20 +163,23 @@ def draw_attention(
                 continue
             axes[0].imshow(tiles[column])
             style.picture_axes(axes[0], samples[column].slide_id)
-            for view, heat in ((axes[1], inside[column]), (axes[2], whole[column])):
-                last = _draw_heat(view, tiles[column], heat)
-            for view in axes:
-                view.add_patch(_rectangle(boxes[column], "black", 3.4))
-                view.add_patch(_rectangle(boxes[column], style.TARGET, 1.8))
+            _draw_heat(axes[1], tiles[column], inside[column])
+            colors = _draw_heat(axes[2], tiles[column], whole[column])
+            for axis in axes:
+                axis.add_patch(_rectangle(boxes[column], "black", 3.4))
+                axis.add_patch(_rectangle(boxes[column], style.TARGET, 1.8))
         for axes, title in zip(grid[:, 0], rows, strict=True):
             axes.set_ylabel(title, fontsize=9.5)
-        bar = figure.colorbar(last, ax=grid[1:, :].ravel().tolist(), orientation="horizontal", aspect=50, pad=0.03)
+        bar = figure.colorbar(colors, ax=grid[1:, :].ravel().tolist(), orientation="horizontal", aspect=50, pad=0.03)
         bar.set_ticks([0, 1, 2, 3], labels=["none", "as if spread evenly", "twice that", "three times or more"])
     return figure
 
 
 def _draw_heat(axes: Any, tile: np.ndarray, heat: np.ndarray) -> Any:
-    """Attention as colour over a faded grey tile: 1 is what a patch would get if all open patches got the same."""
+    """Draw attention as colour over a faded grey tile; 1 is what a patch would get if all open patches got the same.
+
+    Returns what a colour bar is drawn from.
+    """
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
@@ -178,9 +187,9 @@ def _draw_heat(axes: Any, tile: np.ndarray, heat: np.ndarray) -> Any:
     axes.imshow(0.5 * tile.mean(-1) + 0.5 * 255, cmap="gray", vmin=0, vmax=255)
     even = float(heat.sum()) / max(int((heat > 0).sum()), 1)
     strength = heat / max(even, 1e-12)
-    shown = Normalize(0, MOST_ATTENTION)
+    scale = Normalize(0, MAX_ATTENTION)
     extent = (-0.5, side - 0.5, side - 0.5, -0.5)
-    alpha = np.where(heat > 0, 0.25 + 0.5 * shown(strength).clip(0, 1), 0)
-    axes.imshow(strength, cmap="plasma", norm=shown, alpha=alpha, extent=extent, interpolation="nearest")
+    alpha = np.where(heat > 0, 0.25 + 0.5 * scale(strength).clip(0, 1), 0)
+    axes.imshow(strength, cmap="plasma", norm=scale, alpha=alpha, extent=extent, interpolation="nearest")
     style.picture_axes(axes)
-    return ScalarMappable(norm=shown, cmap="plasma")
+    return ScalarMappable(norm=scale, cmap="plasma")

@@ -1,4 +1,4 @@
-"""Figures of results: scores with intervals, confusion matrices, neighbours against score, training curves."""
+"""Curves of training."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def draw_training(runs: Sequence[RunFolder]) -> Figure:
-    """Loss, k-NN on held-out patients and learning rate against epochs; one run shows its loss in parts."""
+    """Draw loss, k-NN on held-out patients and learning rate against epochs; one run shows its loss in parts."""
     figure = style.new_figure(style.WIDTH_IN, 3.6)
     parts = [("loss", "total"), ("loss_obj", "[OBJ] token"), ("loss_patch", "hidden patches")]
     with style.styled():

@@ -12,13 +12,21 @@ from torch import nn
 
 from annotations.errors import UserError
 from odis_path.config import load_config
-from odis_path.model.architectures import BASE_KWARGS, SHORT_NAMES, find_layer, resolve_model
+from odis_path.model.architectures import BASE_KWARGS, SHORT_NAMES, find_layer, patch_px, resolve_model
 
 
 @pytest.mark.parametrize("short", [*SHORT_NAMES, "ViT-S/16", "vit_b/14", "L/16"])
 def test_short_names_are_names_of_timm(short: str) -> None:
     name, _ = resolve_model(short, {})
     assert timm.is_model(name)
+
+
+@pytest.mark.parametrize("name", [*SHORT_NAMES, "vit_small_patch8_224", "eva02_tiny_patch14_224"])
+def test_the_patch_of_a_model_is_known_from_its_name(name: str) -> None:
+    with torch.device("meta"):
+        vit = timm.create_model(resolve_model(name, {})[0], depth=1)
+    assert patch_px(name, {}) == vit.patch_embed.patch_size[0]
+    assert patch_px(name, {"patch_size": 4}) == 4
 
 
 def test_other_names_stay() -> None:

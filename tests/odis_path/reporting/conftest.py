@@ -1,4 +1,4 @@
-"""A small folder of everything a report tells about, made from generated slides."""
+"""A small folder of everything that a report shows, made from generated slides."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def write_features(tiles: Path, out: Path) -> None:
 
 
 def example_results(probe: str = "knn") -> dict[str, Any]:
-    """What `evaluate` writes."""
+    """Return the content of a results.json as `evaluate` writes it."""
 
     def interval(point: float) -> dict[str, float]:
         return {"point": point, "low": point - 0.05, "high": point + 0.05}
@@ -86,12 +86,12 @@ def example_results(probe: str = "knn") -> dict[str, Any]:
         "groups": "patient_id",
         "headline": {"balanced_accuracy": interval(0.8), "macro_f1": interval(0.79), "auroc": interval(0.95)},
         "baselines": {
-            "random_encoder": {"balanced_accuracy": interval(0.31), "difference": interval(0.49), "standardise": "whiten"},
+            "random weights": {"balanced_accuracy": interval(0.31), "difference": interval(0.49), "standardise": "whiten"},
             "rgb_mean": {"balanced_accuracy": interval(0.22), "difference": interval(0.58)},
         },
         "confusion": counts,
         "per_k": {"5": 0.75, "20": 0.8},
-        "k": 20,
+        "chosen_k": 20,
         "warnings": ["two patients lack necrosis"],
         "standardise": {"asked": "auto", "chosen": "zscore"},
         "pretraining": {"in_words": "the encoder was pretrained on 1 of the 3 tested patients"},
@@ -128,7 +128,7 @@ def write_run(out: Path, tiles: Path) -> None:
 
 @pytest.fixture(scope="session")
 def everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Slides, tiles, boxes, a run, features and two evaluations; treated as read-only by the tests."""
+    """A folder of slides, tiles, boxes, a run, features and two evaluations; the tests only read it."""
     from odis_path.synthetic.slides import write_cohort
     from tiling.tiles.run import tile
 

@@ -17,7 +17,10 @@ import pytest
 from PIL import Image
 
 from annotations.errors import UserError
+from odis_path.figures.scores import KCurve, draw_per_k
 from odis_path.reporting.build import report
+from odis_path.reporting.evaluations import read_evaluation
+from odis_path.reporting.inventory import find_outputs
 
 SECTIONS = ["headline", "cohort", "slides", "crops", "training", "results", "maps", "attention", "settings"]
 VOID = {"meta", "img", "link", "br", "hr", "input"}
@@ -96,6 +99,16 @@ def test_the_headline_says_the_result_and_the_baselines_in_words(page: Page) -> 
     assert "95% interval 75% to 85%" in page.text
     assert "same network, untrained 31%" in page.text
     assert "guessing 20%" in page.text
+
+
+def test_the_ring_marks_the_k_that_evaluate_chose(everything: Path) -> None:
+    folder = find_outputs(everything / "evaluation").evaluations[0]
+    evaluation = read_evaluation(folder)
+    assert evaluation.per_k == {5: 0.75, 20: 0.8}
+    assert evaluation.chosen_k == 20
+    axes = draw_per_k([KCurve("a", evaluation.per_k, evaluation.chosen_k)]).axes[0]
+    (ring,) = axes.collections
+    assert np.asarray(ring.get_offsets()).tolist() == [[20, 0.8]]
 
 
 def test_the_page_says_that_the_slides_are_synthetic_at_its_head_and_foot(page: Page) -> None:
