@@ -106,7 +106,7 @@ def _copied(slide: Slide, plan: GridPlan, level: int, quality: int, threads: int
         problem = ""
         try:
             data, tile = reader.tile_bytes(level, row, column), reader.decode_tile(level, 1, row, column)
-            if data is not None and tile is not None:  # decoded too: a torn one must not pass
+            if data is not None and tile is not None:  # decoded too: a corrupt one must not pass
                 return (data, blur_score(tile)), ""
             if tile is None:
                 tile = np.empty((side, side, 3), np.uint8)
@@ -115,6 +115,8 @@ def _copied(slide: Slide, plan: GridPlan, level: int, quality: int, threads: int
             tile, problem = np.zeros((side, side, 3), np.uint8), f"stored tile {column}, {row} of level {level}: {error}"
         return _encode(tile, quality), problem
 
+    def copy_all(places: list[tuple[int, int]]) -> list[tuple[tuple[bytes, float], str]]:
+        return [copy(row, column) for row, column in places]
+
     places = np.round(plan.coords[:, ::-1] / plan.size_l0).astype(int).tolist()
-    parts = [places[start : start + JOB_PATCHES] for start in range(0, len(places), JOB_PATCHES)]
-    return run_in_order([partial(lambda part: [copy(*place) for place in part], part) for part in parts], threads)
+    return run_in_order(copy_all, (places[i : i + JOB_PATCHES] for i in range(0, len(places), JOB_PATCHES)), threads)

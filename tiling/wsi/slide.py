@@ -174,15 +174,15 @@ class Slide:
         out_w: int,
         out_h: int,
         read: Read | None = None,
-        most: int = BLOCK_PIXELS,
+        max_block_px: int = BLOCK_PIXELS,
     ) -> np.ndarray:
         """A level-0 box of a view, area-averaged, however large it is: uint8 (out_h, out_w, 3).
 
-        read: as in `block`. most: pixels of the view that are decoded in one piece (at least one row of the output).
+        read: as in `block`. max_block_px: pixels of the view that are decoded in one piece (at least one row of the output).
         """
         x0, y0, x1, y1 = box_l0
         step = (y1 - y0) / out_h
-        rows = max(1, int(most / max(1.0, (x1 - x0) / view.downsample) / (step / view.downsample)))
+        rows = max(1, int(max_block_px / max(1.0, (x1 - x0) / view.downsample) / (step / view.downsample)))
         bands = []
         for top in range(0, out_h, rows):
             count = min(rows, out_h - top)

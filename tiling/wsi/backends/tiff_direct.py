@@ -99,7 +99,7 @@ class DirectReader:
             self.stores = "JPEG" if is_jpeg else "JPEG 2000"
             self.background = np.array(background_of(self.properties), np.uint8)
             self._fd = os.open(path, os.O_RDONLY)
-            self._heads: dict[int, JpegHeader | None] = {}
+            self._headers: dict[int, JpegHeader | None] = {}
             for level in {0, len(self.pages) - 1}:
                 self._check(level, header)
         except BaseException:
@@ -163,42 +163,46 @@ class DirectReader:
         missing = page.counts == 0
         return SparseTiles(page.tile_w, page.tile_h, missing) if missing.any() else None
 
-    def decode_stack(self, level: int, scale: int, top: int, left: int, bottom: int, right: int) -> np.ndarray | None:
-        """Rows and columns of stored JPEG tiles, decoded in one call at 1 / scale: uint8 (h, w, 3).
+    def decode_stack(self, level: int, scale: int, rows: tuple[int, int], columns: tuple[int, int]) -> np.ndarray | None:
+        """Decode the stored JPEG tiles of rows and columns (first, end) in one call at 1 / scale: uint8 (h, w, 3).
 
-        None where that cannot be done, of one alone, where one is missing or torn, and at the level's right and lower edge.
+        None where that cannot be done: of a single tile, where one is missing or corrupt, and at the level's right and lower
+        edge.
         """
-        page, rows, columns = self.pages[level], bottom - top, right - left
-        head = self._head(level)
-        if head is None or rows * columns == 1 or bottom * page.tile_h > page.height or right * page.tile_w > page.width:
+        page, header = self.pages[level], self._header(level)
+        row_count, column_count = rows[1] - rows[0], columns[1] - columns[0]
+        if header is None or row_count * column_count == 1:
             return None
-        offsets, counts = (each[top:bottom, left:right].ravel().tolist() for each in (page.offsets, page.counts))
+        if rows[1] * page.tile_h > page.height or columns[1] * page.tile_w > page.width:
+            return None
+        offsets, counts = (values[slice(*rows), slice(*columns)].ravel().tolist() for values in (page.offsets, page.counts))
         if not all(offsets) or not all(counts):
             return None
         try:
-            tiles = head.decode([os.pread(self._fd, *piece) for piece in zip(counts, offsets, strict=True)], scale)
+            streams = [os.pread(self._fd, count, offset) for count, offset in zip(counts, offsets, strict=True)]
         except OSError:
             return None
+        tiles = header.decode(streams, scale)
         if tiles is None:
             return None
         height, width = page.tile_h // scale, page.tile_w // scale
-        out = np.empty((rows * height, columns * width, 3), np.uint8)
-        by_tile = tiles.reshape(rows, columns, height, width * 3)
-        out.reshape(rows, height, columns, width * 3)[...] = by_tile.swapaxes(1, 2)
+        out = np.empty((row_count * height, column_count * width, 3), np.uint8)
+        by_tile = tiles.reshape(row_count, column_count, height, width * 3)
+        out.reshape(row_count, height, column_count, width * 3)[...] = by_tile.swapaxes(1, 2)
         return out
 
-    def _head(self, level: int) -> JpegHeader | None:
-        """The common header of the stored tiles of a level; None where they cannot be decoded in one."""
-        if level not in self._heads:
-            page, found = self.pages[level], None
-            row, column = (int(each) // 2 for each in page.counts.shape)
+    def _header(self, level: int) -> JpegHeader | None:
+        """The common header of the stored tiles of a level; None where they cannot be decoded in one call."""
+        if level not in self._headers:
+            page, header = self.pages[level], None
+            row, column = (int(size) // 2 for size in page.counts.shape)
             with contextlib.suppress(ValueError, OSError):
                 data = os.pread(self._fd, int(page.counts[row, column]), int(page.offsets[row, column]))
                 if page.codec == "jpeg" and page.counts[row, column]:
-                    found = parse_jpeg_header(data, page.head[2:], len(data) - len(_body(data)))
+                    header = parse_jpeg_header(data, page.head[2:], len(data) - len(_body(data)))
             size = (page.tile_h, page.tile_w)
-            self._heads[level] = found if found is not None and (found.height, found.width) == size else None
-        return self._heads[level]
+            self._headers[level] = header if header is not None and (header.height, header.width) == size else None
+        return self._headers[level]
 
     def decode_tile(self, level: int, scale: int, row: int, column: int) -> np.ndarray | None:
         """One stored tile at 1 / scale: uint8 (tile_h / scale, tile_w / scale, 3), or None where nothing is stored.

@@ -453,7 +453,8 @@ def test_a_job_holds_few_patches_where_they_are_large(
         assert isinstance(slide.reader, DirectReader)
         for room, most in ((3 * 97**2 * 100, patches.JOB_PATCHES), (3 * 97**2 * 2, 2), (1, 1)):
             monkeypatch.setattr(patches, "JOB_BYTES", room)
-            sizes = [len(job()) for job in patches._stored_jobs(slide, slide.reader, coords, 97.0, 97, len, 1)]
+            reader = patches.StoredTilePatches(slide, slide.reader, coords, 97.0, 97, 1)
+            sizes = [len(list(reader.read(rows))) for rows in reader.chunks]
             assert sum(sizes) == len(coords)
             assert max(sizes) == most
 
@@ -476,9 +477,9 @@ def test_decoded_tiles_are_let_go_after_their_last_use(tmp_path: Path, texture: 
                 lambda x, y, w, h: slide.reader.read_region(0, 1, (x, y, x + w, y + h), shared.get)[0],  # type: ignore[union-attr]
             )
         assert not shared._kept
-        assert (shared._left == 0).all()
+        assert (shared._uses_left == 0).all()
         assert uses.max() >= 4
-        assert shared._room == patches.KEPT_BYTES
+        assert shared._free_bytes == patches.KEPT_BYTES
 
 
 def test_headers_are_parsed_once_a_process(tmp_path: Path, texture: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
