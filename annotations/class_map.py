@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from annotations.errors import UserError
+from annotations.errors import UserError, one_line
 from annotations.objects import UNCLASSIFIED, ObjectTable
 
 
@@ -65,7 +65,7 @@ def read_classmap(path: Path, *, strict: bool = False) -> ClassMap:
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}: check --classes") from None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"{path}: not YAML: {one_line(error)[:200]}") from None
     if not isinstance(document, dict) or not document:
         raise UserError(f"{path}: no class names: write lines such as  Tumour: [tumor, TUM]")
     names: dict[str, str] = {}

@@ -50,10 +50,6 @@ class ReadLog:
     notes: tuple[str, ...] = ()
     ids: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
-    def with_notes(self, *notes: str) -> ReadLog:
-        """The same with more notes."""
-        return replace(self, notes=(*self.notes, *notes))
-
     def with_class_names(self, name: Callable[[str], str]) -> ReadLog:
         """The same under other class names; "" stays ""."""
         repaired: Counter[str] = Counter()
@@ -137,6 +133,10 @@ class ObjectTable:
         some["measurements"] = self.measurements and {name: one[rows] for name, one in self.measurements.items()}
         return replace(self, **some)
 
+    def with_notes(self, *notes: str) -> ObjectTable:
+        """Return the table with notes in its log."""
+        return replace(self, log=replace(self.log, notes=(*self.log.notes, *notes)))
+
     def class_names(self) -> list[str | None]:
         """The class of each object, None where it has none."""
         names = (*self.labels, None)
@@ -171,14 +171,18 @@ def empty_table(counts: dict[str, int] | None = None, labels: tuple[str, ...] = 
     return ObjectTable(none, none, label, kind, labels, dict(counts or {}), log=log or ReadLog())
 
 
-def concatenate(tables: Iterable[ObjectTable]) -> ObjectTable:
-    """One table after the other; label lists are merged by name, counts are added."""
+def concatenate(tables: Iterable[ObjectTable], *, sort_labels: bool = True) -> ObjectTable:
+    """Put one table after the other; counts are added.
+
+    Classes are merged by name, and sorted by it; sort_labels=False keeps the order in which they appear.
+    """
     tables = list(tables)
     if not tables:
         return empty_table()
     if len(tables) == 1:
         return tables[0]
-    labels = tuple(sorted({name for table in tables for name in table.labels}))
+    labels = tuple(dict.fromkeys(name for table in tables for name in table.labels))
+    labels = tuple(sorted(labels)) if sort_labels else labels
     if len(labels) > MAX_LABELS:
         raise UserError(f"{len(labels)} classes: at most {MAX_LABELS} fit: are object names stored as classes?")
     index = {name: i for i, name in enumerate(labels)}

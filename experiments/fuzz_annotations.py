@@ -37,9 +37,10 @@ from hypothesis import seed as with_seed
 from hypothesis import strategies as st
 
 from annotations.errors import UserError
-from annotations.objects import ObjectTable
+from annotations.objects import KindOption
 from annotations.readers.geojson import large_file as stream
 from annotations.readers.geojson.large_file import split_features
+from annotations.readers.options import ReadOptions
 from annotations.readers.read import read_annotations
 from annotations.slide_groups import annotation_groups
 from tiling.slide_file.write import write_group
@@ -61,6 +62,7 @@ LOSSES = (
     "holes",
     "holes_dropped",
 )
+KINDS: tuple[KindOption, ...] = ("auto", "cell", "tissue")
 GRID = stream.Grid(np.array([[x, y] for y in (0, 40, 80) for x in (0, 40, 80)]), 50.0, 32, (200.0, 200.0), polygons=True)
 TOKENS = (
     b"NaN",
@@ -275,29 +277,21 @@ document = st.one_of(
 )
 
 
-def check(path: Path, options: dict[str, Any], store: bool) -> str:
+def check(path: Path, options: ReadOptions, store: bool) -> str:
     """What became of one file: "read" or "refused". Raises AssertionError, or whatever got loose."""
-    tables: list[ObjectTable] = []
-
-    def read(file: Path) -> ObjectTable:
-        tables.append(read_annotations(file, **options))
-        return tables[0]
-
-    whole = read_or_refuse(lambda: stream.clip_file(path, GRID, read=read))
-    parts = split_features(path, part_bytes=200)
-    if parts is not None:
-        small = [
-            stream.clip_chunk(part, GRID, lambda text, source: stream.read_chunk(text, source, **options)) for part in parts
-        ]
-        if all(piece is not None for piece in small):
+    whole = read_or_refuse(lambda: stream.clip_file(path, GRID, options))
+    chunks = split_features(path, chunk_bytes=200)
+    if chunks is not None:
+        parts = [part for chunk in chunks if (part := stream.clip_chunk(chunk, GRID, options)) is not None]
+        if len(parts) == len(chunks):
             # The text of what is passed over is looked at only where something else in the file is odd.
             if isinstance(whole, str) and "not JSON in utf-8" in whole:
                 return "refused"
             assert not isinstance(whole, str), f"refused whole ({whole}), read in parts"
-            same(whole, stream._joined_parts([piece for piece in small if piece is not None], GRID))
+            same(whole, stream.join_chunks(parts, GRID))
     if isinstance(whole, str):
         return "refused"
-    (table,) = tables
+    table = read_annotations(path, options)
     assert shapely.is_valid(table.geometry).all(), "an outline is not valid"
     assert (shapely.area(table.geometry) > 0).all(), "an outline has no area"
     assert np.isin(shapely.get_type_id(table.geometry), (3, 6)).all(), "an outline is no polygon"
@@ -352,7 +346,7 @@ class Findings:
 
     def take(self, data: bytes, number: int) -> None:
         self.path.write_bytes(data)
-        options: dict[str, Any] = {"kind": ("auto", "cell", "tissue")[number % 3], "point_size_l0": (None, 4.0)[number % 2]}
+        options = ReadOptions(kind=KINDS[number % 3], point_size_l0=(None, 4.0)[number % 2])
         begin = time.perf_counter()
         try:
             self.counts[check(self.path, options, store=number % 7 == 0)] += 1

@@ -2,63 +2,90 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import chain, pairwise
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
 import shapely
 
+from annotations.objects import SHOWN_REPAIRS
+
 BATCH_BYTES = 8 << 20  # bounds the list of Python floats that is alive at a time
-
-
 NOT_IN_NUMBERS = b"[] \n\t\r"
-
-
 NOT_BRACKETS = b"0123456789.eE+- \n\t\r"
-
-
 POLYGON, RING, POSITION = 2, 3, 4  # depth of their opening brackets in a list of polygons
-
+MAX_COORDINATE_L0 = 1e9  # no slide is a thousand million pixels wide; beyond this a coordinate is damage
+TANGLED = 5_000  # vertices: below this whatever crosses itself can be repaired
+SURE = 1e-12
+SAMPLED_PAIRS, MAX_CROSSINGS = 20_000, 3_000_000  # a repair takes about 10 us a crossing
 
 Ring = list[tuple[float, float]]
 
-
-Rings = tuple[np.ndarray, np.ndarray, np.ndarray]
-
-
 _floats = msgspec.json.Decoder(list[float])
-
-
 _polygons = msgspec.json.Decoder(list[list[Ring]])
+
+
+class Rings(NamedTuple):
+    """R rings of P polygons, laid end to end.
+
+    xy: float64 (V, 2) positions; length: int64 (R,) positions of each ring, closed or not; per_polygon: int64 (P,)
+    rings of each polygon, the outline first, then holes.
+    """
+
+    xy: np.ndarray
+    length: np.ndarray
+    per_polygon: np.ndarray
+
+
+class Repaired(NamedTuple):
+    """K valid geometries with area, of n given.
+
+    geometry: object (K,); kept: int64 (K,), which of the given each is; was_invalid: bool (K,); problems: what was wrong with
+    the first SHOWN_REPAIRS of those, in order; lost: which of the given is left out, and why: "tangled" or "zero_area".
+    """
+
+    geometry: np.ndarray
+    kept: np.ndarray
+    was_invalid: np.ndarray
+    problems: list[str]
+    lost: list[tuple[int, str]]
 
 
 class IrregularPositionError(ValueError):
     """Somewhere there is no pair of numbers where a position belongs."""
 
 
+def rings_of(polygons: Sequence[msgspec.Raw] | Sequence[list[Ring]]) -> Rings:
+    """Read the rings of polygons, whose coordinates are JSON or lists. Raises IrregularPositionError as rings_from_json."""
+    is_json = len(polygons) > 0 and isinstance(polygons[0], msgspec.Raw)
+    return rings_from_json(polygons) if is_json else rings_from_lists(polygons)  # type: ignore[arg-type]
+
+
 def rings_from_json(raws: Sequence[msgspec.Raw]) -> Rings:
-    """`coordinates` of P polygons as JSON -> xy float64 (V, 2), length int64 (R,) positions of each ring, and int64 (P,)
-    rings of each polygon. Raises IrregularPositionError where a polygon is not a list of lists of pairs of numbers.
+    """Read `coordinates` of polygons as JSON.
+
+    Raises IrregularPositionError where a polygon is not a list of lists of pairs of numbers.
     """
     parts = [_regular(batch) or _any_pairs(batch) for batch in _batches(raws)]
     if not parts:
-        return np.zeros((0, 2)), np.zeros(0, np.int64), np.zeros(0, np.int64)
-    xy, length, rings = zip(*parts, strict=True)
-    return np.concatenate(xy), np.concatenate(length), np.concatenate(rings)
+        return Rings(np.zeros((0, 2)), np.zeros(0, np.int64), np.zeros(0, np.int64))
+    return Rings(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
 
 def rings_from_lists(polygons: Sequence[list[Ring]]) -> Rings:
-    """The same from lists of rings of (x, y)."""
-    ring_count = np.fromiter(map(len, polygons), np.int64, len(polygons))
+    """Read polygons that are lists of rings of (x, y)."""
+    count = np.fromiter(map(len, polygons), np.int64, len(polygons))
     rings = list(chain.from_iterable(polygons))
     length = np.fromiter(map(len, rings), np.int64, len(rings))
     flat = chain.from_iterable(chain.from_iterable(rings))
-    return np.fromiter(flat, np.float64, 2 * int(length.sum())).reshape(-1, 2), length, ring_count
+    return Rings(np.fromiter(flat, np.float64, 2 * int(length.sum())).reshape(-1, 2), length, count)
 
 
 def _batches(raws: Sequence[msgspec.Raw]) -> Iterator[bytes]:
-    """Lists of polygons, as JSON, of about BATCH_BYTES each."""
+    """Yield lists of polygons, as JSON, of about BATCH_BYTES each."""
     size = np.array([memoryview(raw).nbytes for raw in raws], dtype=np.int64)
     cuts = (np.flatnonzero(np.diff(np.cumsum(size) // BATCH_BYTES)) + 1).tolist()
     for start, stop in pairwise([0, *cuts, len(raws)]):
@@ -67,7 +94,7 @@ def _batches(raws: Sequence[msgspec.Raw]) -> Iterator[bytes]:
 
 
 def _regular(text: bytes) -> Rings | None:
-    """Numbers and brackets read apart; None where something is empty, or no pair of numbers."""
+    """Read numbers and brackets apart; None where something is empty, or no pair of numbers."""
     try:
         numbers = _floats.decode(b"[" + text.translate(None, NOT_IN_NUMBERS) + b"]")
     except msgspec.DecodeError:
@@ -86,7 +113,7 @@ def _regular(text: bytes) -> Rings | None:
     ends = len(depth)
     length = np.diff(np.searchsorted(at[2], np.append(at[1], ends)))
     rings = np.diff(np.searchsorted(at[1], np.append(at[0], ends)))
-    return np.array(numbers, dtype=np.float64).reshape(-1, 2), length.astype(np.int64), rings.astype(np.int64)
+    return Rings(np.array(numbers, dtype=np.float64).reshape(-1, 2), length.astype(np.int64), rings.astype(np.int64))
 
 
 def _any_pairs(text: bytes) -> Rings:
@@ -96,49 +123,38 @@ def _any_pairs(text: bytes) -> Rings:
         raise IrregularPositionError(str(error)) from None
 
 
-MAX_COORDINATE_L0 = 1e9  # no slide is a thousand million pixels wide; beyond this a coordinate is damage
-
-TANGLED = 5_000  # vertices: below this whatever crosses itself can be repaired
-SURE = 1e-12
-SAMPLED_PAIRS, MAX_CROSSINGS = 20_000, 3_000_000  # a repair takes about 10 us a crossing
-
-
-def usable(xy: np.ndarray) -> np.ndarray:
-    """(V,) bool: positions (V, 2) that are finite and on any conceivable slide."""
+def is_usable(xy: np.ndarray) -> np.ndarray:
+    """Tell which positions (V, 2) are finite and on any conceivable slide; bool (V,)."""
     with np.errstate(invalid="ignore"):
-        return np.all([np.abs(column) <= MAX_COORDINATE_L0 for column in xy.T], axis=0)
+        return np.asarray(np.all([np.abs(column) <= MAX_COORDINATE_L0 for column in xy.T], axis=0))
 
 
-def beyond(xy: np.ndarray) -> np.ndarray:
-    """(V,) bool: positions (V, 2) that are numbers, but on no conceivable slide."""
-    return (np.abs(xy) > MAX_COORDINATE_L0).any(axis=1)
+def is_beyond(xy: np.ndarray) -> np.ndarray:
+    """Tell which positions (V, 2) are numbers, but on no conceivable slide; bool (V,)."""
+    return np.asarray((np.abs(xy) > MAX_COORDINATE_L0).any(axis=1))
 
 
-def why_dropped(rings: tuple[np.ndarray, np.ndarray, np.ndarray], group: np.ndarray, gone: np.ndarray) -> list[str]:
-    """Tell why polygons_from_rings, given the same, drops each of the groups `gone` whole: "beyond" or "invalid_dropped"."""
-    xy, length, ring_count = rings
-    group_of_ring = np.repeat(group, ring_count)
-    far = np.unique(np.repeat(group_of_ring, length)[beyond(xy)])
-    return np.where(np.isin(gone, far), "beyond", "invalid_dropped").tolist()
+def drop_reasons(rings: Rings, group: np.ndarray, dropped: np.ndarray) -> list[str]:
+    """Tell why polygons_from_rings, given the same, drops each of some groups whole: "beyond" or "invalid_dropped"."""
+    far = np.unique(np.repeat(np.repeat(group, rings.per_polygon), rings.length)[is_beyond(rings.xy)])
+    return ["beyond" if is_far else "invalid_dropped" for is_far in np.isin(dropped, far).tolist()]
 
 
-def polygons_from_rings(
-    xy: np.ndarray, length: np.ndarray, ring_count: np.ndarray, group: np.ndarray, counts: dict[str, int]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Polygons, or MultiPolygons where several share a group number; unrepaired.
+def polygons_from_rings(rings: Rings, group: np.ndarray, counts: Counter[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Build polygons, or MultiPolygons where several share a group number; unrepaired.
 
-    xy: (V, 2) float64 positions; length: (R,) int64 positions of each ring, closed or not; ring_count: (P,) int64 rings
-    of each polygon, the outline first, then holes; group: (P,) int64, ascending, the row each polygon belongs to
+    group: (P,) int64, ascending, the row each polygon belongs to
     Returns geometry (G,) object and (G,) int64, the group of each. Positions that are not usable are dropped
     ("vertices_dropped"), holes of fewer than three corners too ("holes_dropped"); a polygon whose outline has fewer
-    than three corners is left out ("invalid_dropped"), one without any ring as well ("empty").
+    than three corners is left out ("invalid_dropped"), one without any ring as well ("empty"): all are added to counts.
     """
+    xy, length, ring_count = rings
     n_rings, n_polygons = len(length), len(ring_count)
-    _count(counts, "empty", int((ring_count == 0).sum()))
+    counts["empty"] += int((ring_count == 0).sum())
 
-    good = usable(xy)
+    good = is_usable(xy)
     if not good.all():
-        _count(counts, "vertices_dropped", int((~good).sum()))
+        counts["vertices_dropped"] += int((~good).sum())
         length = np.bincount(np.repeat(np.arange(n_rings), length)[good], minlength=n_rings)
         xy = xy[good]
     polygon_of_ring = np.repeat(np.arange(n_polygons), ring_count)
@@ -148,8 +164,8 @@ def polygons_from_rings(
     xy, length = _closed(xy, length)
     long_enough = length >= 4
     bad_outline = is_outline & ~long_enough
-    _count(counts, "invalid_dropped", int(bad_outline.sum()))
-    _count(counts, "holes_dropped", int((~is_outline & ~long_enough).sum()))
+    counts["invalid_dropped"] += int(bad_outline.sum())
+    counts["holes_dropped"] += int((~is_outline & ~long_enough).sum())
     alive = np.ones(n_polygons, dtype=bool)
     alive[polygon_of_ring[bad_outline]] = False
     alive &= ring_count > 0
@@ -167,10 +183,10 @@ def polygons_from_rings(
 
 
 def _closed(xy: np.ndarray, length: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rings laid end to end, each ending where it starts; empty rings stay empty."""
+    """Close rings laid end to end: each ends where it starts; empty rings stay empty."""
     end = np.cumsum(length)
-    some = np.flatnonzero(length)
-    open_ring = some[(xy[end[some] - 1] != xy[end[some] - length[some]]).any(axis=1)]
+    filled = np.flatnonzero(length)
+    open_ring = filled[(xy[end[filled] - 1] != xy[end[filled] - length[filled]]).any(axis=1)]
     if not len(open_ring):
         return xy, length
     closed = np.insert(xy, end[open_ring], xy[end[open_ring] - length[open_ring]], axis=0)
@@ -180,6 +196,7 @@ def _closed(xy: np.ndarray, length: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 
 
 def _grouped(polygons: np.ndarray, group: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Join polygons that share a group number into MultiPolygons; returns them and the group of each."""
     names, row, size = np.unique(group, return_inverse=True, return_counts=True)
     if len(names) == len(polygons):
         return polygons, names
@@ -192,43 +209,45 @@ def _grouped(polygons: np.ndarray, group: np.ndarray) -> tuple[np.ndarray, np.nd
     return geometry, names
 
 
-def repaired(geometry: np.ndarray, counts: dict[str, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Valid geometries with area, and (K,) int64, which of the given each is.
+def repair(geometry: np.ndarray, counts: Counter[str]) -> Repaired:
+    """Make geometries (n,) valid.
 
     Invalid ones are repaired by make_valid, polygon parts kept ("repaired"); what has no area is left out ("zero_area"), and
-    so is what crosses itself too often to be repaired in any time ("invalid_dropped").
+    so is what crosses itself too often to be repaired in any time ("invalid_dropped"): all are added to counts.
     """
-    geometry = geometry.copy()
+    original, geometry = geometry, geometry.copy()
     many = np.flatnonzero(shapely.get_num_coordinates(geometry) > TANGLED)
     tangled = [i for i in many.tolist() if _is_tangled(geometry[i])]  # before even the question whether they are valid
-    if tangled:
-        geometry[tangled] = shapely.Polygon()
-        _count(counts, "invalid_dropped", len(tangled))
-    doubtful = np.flatnonzero(~star_shaped(geometry))
+    geometry[tangled] = shapely.Polygon()
+    doubtful = np.flatnonzero(~is_star_shaped(geometry))
     invalid = doubtful[~shapely.is_valid(geometry[doubtful])]
     if len(invalid):
         # "structure" keeps all that a hand-drawn loop encloses; "linework" has a hole where it crosses itself.
         fixed = polygon_parts(shapely.make_valid(geometry[invalid], method="structure", keep_collapsed=False))
         # Rarely it leaves something invalid, once and for all mended by the other way.
-        for repair in (shapely.make_valid, _buffered):
+        for method in (shapely.make_valid, _buffered):
             if len(still := np.flatnonzero(~shapely.is_valid(fixed))):
-                fixed[still] = polygon_parts(repair(fixed[still]))
+                fixed[still] = polygon_parts(method(fixed[still]))
         fixed[~shapely.is_valid(fixed)] = shapely.Polygon()
         geometry[invalid] = fixed
     has_area = shapely.area(geometry) > 0
-    _count(counts, "repaired", int(has_area[invalid].sum()))
-    _count(counts, "zero_area", int((~has_area).sum()) - len(tangled))
-    kept = np.flatnonzero(has_area)
-    return geometry[kept], kept
+    was_invalid = np.zeros(len(geometry), dtype=bool)
+    was_invalid[invalid] = True
+    rows = invalid[has_area[invalid]]
+    counts.update(repaired=len(rows), zero_area=int((~has_area).sum()) - len(tangled), invalid_dropped=len(tangled))
+    problems = shapely.is_valid_reason(original[rows[:SHOWN_REPAIRS]])
+    lost = [(row, "tangled" if row in tangled else "zero_area") for row in np.flatnonzero(~has_area).tolist()]
+    return Repaired(geometry[has_area], np.flatnonzero(has_area), was_invalid[has_area], list(map(str, problems)), lost)
 
 
 def _buffered(geometry: np.ndarray) -> np.ndarray:
     return np.asarray(shapely.buffer(geometry, 0.0), dtype=object)
 
 
-def star_shaped(geometry: np.ndarray) -> np.ndarray:
-    """(n,) bool: polygons of one ring that are certainly valid, as cells nearly always are: all their edges turn the same way
-    round a point inside, and once in all. Cheaper by far than to ask GEOS, which does not know what to expect.
+def is_star_shaped(geometry: np.ndarray) -> np.ndarray:
+    """Tell which polygons have one ring and are certainly valid, as cells nearly always are; bool (n,).
+
+    All their edges turn the same way round a point inside, and once in all. Cheaper by far than to ask GEOS.
 
     Differences of floats have the right sign, and products of two differences are off by less than SURE of their size; so an
     edge counts only where it is clear of the point.
@@ -243,20 +262,14 @@ def star_shaped(geometry: np.ndarray) -> np.ndarray:
     start = np.cumsum(length) - length
     x -= np.repeat(np.add.reduceat(x, start) / length, length)
     y -= np.repeat(np.add.reduceat(y, start) / length, length)
-    one, other = x[:-1] * y[1:], x[1:] * y[:-1]
-    turn, least = one - other, SURE * (np.abs(one) + np.abs(other))
+    a, b = x[:-1] * y[1:], x[1:] * y[:-1]
+    turn, least = a - b, SURE * (np.abs(a) + np.abs(b))
     upward = (y[:-1] < 0) & (y[1:] >= 0)
     between = start[1:] - 1  # from the end of one ring to the start of the next is no edge
     turn[between], upward[between] = 0, False
-    left, right, rises = (np.add.reduceat(each, start, dtype=np.int64) for each in (turn > least, turn < -least, upward))
+    left, right, rises = (np.add.reduceat(edges, start, dtype=np.int64) for edges in (turn > least, turn < -least, upward))
     sure[rows] = ((left == length - 1) | (right == length - 1)) & (rises == 1)
     return sure
-
-
-def why_lost(geometry: np.ndarray) -> list[str]:
-    """The reason why `repaired` leaves a polygon out: "tangled" (crosses itself too often) or "zero_area"."""
-    many = shapely.get_num_coordinates(geometry) > TANGLED
-    return ["tangled" if much and _is_tangled(one) else "zero_area" for one, much in zip(geometry, many.tolist(), strict=True)]
 
 
 def _is_tangled(geometry: shapely.Geometry) -> bool:
@@ -274,7 +287,7 @@ def _is_tangled(geometry: shapely.Geometry) -> bool:
 
 
 def polygon_parts(geometry: np.ndarray) -> np.ndarray:
-    """The same geometries with points and lines taken out of collections; an empty polygon where none is left."""
+    """Take points and lines out of collections; an empty polygon where nothing is left."""
     geometry = np.array(geometry, dtype=object)
     mixed = np.flatnonzero(~np.isin(shapely.get_type_id(geometry), (3, 6)))
     for i in mixed.tolist():  # few: what a repair or a cut leaves of slivers and touching edges
@@ -283,8 +296,3 @@ def polygon_parts(geometry: np.ndarray) -> np.ndarray:
         if shapely.get_type_id(geometry[i]) not in (3, 6):
             geometry[i] = shapely.Polygon()
     return geometry
-
-
-def _count(counts: dict[str, int], name: str, n: int) -> None:
-    if n:
-        counts[name] = counts.get(name, 0) + n

@@ -9,7 +9,7 @@ BLOCK_PIXELS = 1 << 23  # looked at a time, which bounds memory
 RIGHT, DOWN, LEFT, UP = range(4)  # a quarter turn clockwise on the screen adds one
 
 
-def trace(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def trace_outlines(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Whole numbers (height, width) -> the values above 0 (n,), ascending, and the outline of each (n,).
 
     Pixel (column, row) is the square from (column, row) to (column + 1, row + 1). An outline has holes where the value has,

@@ -1,4 +1,4 @@
-"""The bytes of an annotation file, unpacked by what they begin with, and the dialect they are in."""
+"""Unpack the bytes of an annotation file by what they begin with, and detect its format."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol, TypeVar
 
 import msgspec
 
@@ -29,12 +29,15 @@ _REFUSED = {
 }
 
 
+T = TypeVar("T")
+
+
 class _Readable(Protocol):
     def read(self, size: int = ..., /) -> bytes: ...
 
 
-def content(path: Path) -> bytes:
-    """The content of a file, unpacked where it is gzip or a zip of one file. Raises UserError (path, what, way out)."""
+def read_unpacked(path: Path) -> bytes:
+    """Read the content of a file, unpacked where it is gzip or a zip of one file. Raises UserError (path, what, way out)."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -76,8 +79,8 @@ def _only_member(path: Path, data: bytes) -> bytes:
             return _unpacked(packed, len(data), path)
 
 
-def dialect(data: bytes, source: str) -> str:
-    """One of geojson, hovernet, cellvit, coco, detections, xml, parquet, png, tiff.
+def detect_format(data: bytes, source: str) -> str:
+    """Tell the format of a file: one of geojson, hovernet, cellvit, coco, detections, xml, parquet, png, tiff.
 
     What is not known is called geojson, whose reader says what is wrong. Raises UserError for what is known and not read.
     """
@@ -95,10 +98,10 @@ def dialect(data: bytes, source: str) -> str:
         return "tiff"
     if start.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"<" or start[:4] in (b"\xff\xfe<\x00", b"\xfe\xff\x00<"):
         return "xml"
-    return _json_dialect(data)
+    return _json_format(data)
 
 
-def _json_dialect(data: bytes) -> str:
+def _json_format(data: bytes) -> str:
     head = data[:4096].removeprefix(b"\xef\xbb\xbf").lstrip()
     if head[:1] == b"[":
         first = head[: head.find(b"}") + 1 or None]  # a run-length mask is an object within the first
@@ -129,15 +132,15 @@ def _keys(data: bytes) -> set[str]:
     return set(document) if isinstance(document, dict) else set()
 
 
-def loads(data: bytes, source: str, decoder: msgspec.json.Decoder[Any], what: str) -> Any:
-    """A JSON document of known form; the standard library's reader is asked where NaN or Infinity are in the way."""
+def decode_known(data: bytes, source: str, decoder: msgspec.json.Decoder[T], what: str) -> T:
+    """Decode a JSON document of known form; the standard library's reader is asked where NaN or Infinity are in the way."""
     data = data.removeprefix(b"\xef\xbb\xbf")
     try:
         return decoder.decode(data)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-        first = error
+        problem = error
     try:
         cleaned = json.loads(data, parse_constant=lambda _: None)
         return decoder.decode(msgspec.json.encode(cleaned))
     except (ValueError, RecursionError, msgspec.MsgspecError):
-        raise UserError(f"{source}: not {what} as it should be: {first}: save it again") from None
+        raise UserError(f"{source}: not {what} as it should be: {problem}: save it again") from None

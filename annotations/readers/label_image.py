@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,11 @@ import numpy as np
 import shapely
 
 from annotations.errors import UserError
-from annotations.geometry.trace_mask import trace
+from annotations.geometry.trace_mask import trace_outlines
 from annotations.objects import Kind, ObjectTable
-from annotations.readers.mask_pixels import decoded
-from annotations.readers.slide_context import SlideContext
-from annotations.readers.table_builder import Objects, kind_of, table_of_outlines
+from annotations.readers.mask_pixels import decode_label_image
+from annotations.readers.options import ReadOptions
+from annotations.readers.table_builder import NO_POINTS, Objects, table_of_outlines
 
 SIDECAR = ".classes.json"
 SHOWN = 3  # values that lie in several pieces are named
@@ -26,12 +25,10 @@ class _Sidecar(msgspec.Struct, gc=False):
     mpp: float | None = None
 
 
-def read_labelmask(
-    data: bytes, path: Path, *, kind: str, scale: float | None, slide: SlideContext, split_values: bool = False
-) -> ObjectTable:
-    """One object a value above 0 of an image of whole numbers; its id is the value.
+def read_label_image(data: bytes, path: Path, options: ReadOptions) -> ObjectTable:
+    """Read one object a value above 0 of an image of whole numbers; its id is the value.
 
-    Pixel (column, row) covers the square from (column, row) to (column + 1, row + 1), times the scale: `scale`, else the
+    Pixel (column, row) covers the square from (column, row) to (column + 1, row + 1), times the scale: options.scale, else the
     sidecar's mpp, else the slide's size over the image's, which must agree in width and height. A value in several
     pieces, which share no side of a pixel (4-connected), is one MultiPolygon, which a note tells; split_values makes each
     piece an object, 7 becoming 7/0, 7/1, ... Classes come from a JSON file beside it, `<name>.classes.json`:
@@ -39,47 +36,47 @@ def read_labelmask(
     Raises UserError for colour images, fractions, and where the scale cannot be known.
     """
     source = str(path)
-    mask = decoded(data, source)
+    mask = decode_label_image(data, source)
     sidecar = _sidecar(path)
-    notes = []
-    if scale is None and sidecar.mpp and slide.mpp_l0:
-        scale = sidecar.mpp / slide.mpp_l0
+    scale, notes = options.scale, []
+    if scale is None and sidecar.mpp and options.slide.mpp_l0:
+        scale = sidecar.mpp / options.slide.mpp_l0
     if scale is None:
         height, width = mask.shape
-        scale = slide.scale_of_image(width, height, source)
+        scale = options.slide.scale_of_image(width, height, source)
         notes.append(f"label image of {width} x {height} taken as the whole slide: scaled by {scale:g}")
-    values, outlines = trace(mask)
+    values, outlines = trace_outlines(mask)
     pieces = shapely.get_num_geometries(outlines)
-    notes += _pieces_note(values, pieces, split_values)
-    rows = np.arange(len(values))
-    of_row = np.repeat(rows, pieces) if split_values else rows
-    outlines = shapely.get_parts(outlines) if split_values else outlines
-    names = [None if (name := sidecar.classes.get(str(value))) is None else str(name) or None for value in values.tolist()]
-    objects = Objects([str(value) for value in values.tolist()], names, [kind_of(kind, Kind.CELL)] * len(values))
-    outlines = shapely.transform(outlines, lambda xy: xy * scale) if len(outlines) and scale != 1 else outlines
-    none = np.zeros((0, 2)), np.zeros(0, np.int64)
-    counts = {"features": len(values)}
-    table, _ = table_of_outlines(objects, np.asarray(outlines, dtype=object), of_row, rows, none, counts, None, 1.0, source)
-    return replace(table, log=table.log.with_notes(*notes))
+    notes += _pieces_note(values, pieces, options.split_values)
+    owner = np.arange(len(values))
+    if options.split_values:
+        owner, outlines = np.repeat(owner, pieces), shapely.get_parts(outlines)
+    if len(outlines) and scale != 1:
+        outlines = shapely.transform(outlines, lambda xy: xy * scale)
+    ids = [str(value) for value in values.tolist()]
+    names = [None if (name := sidecar.classes.get(value)) is None else str(name) or None for value in ids]
+    objects = Objects(ids, names, [options.kind_of(Kind.CELL)] * len(values))
+    table, _ = table_of_outlines(objects, np.asarray(outlines, dtype=object), owner, NO_POINTS, options, source)
+    return table.with_notes(*notes)
 
 
 def _pieces_note(values: np.ndarray, pieces: np.ndarray, split: bool) -> list[str]:
-    """The note on values that lie in several pieces: a mask of one value for all, or instances torn apart."""
+    """Return the note on values that lie in several pieces: a mask of one value for all, or instances torn apart."""
     several = np.flatnonzero(pieces > 1)
     if not len(several):
         return []
     if len(several) == 1:
         what = ", each an object" if split else " and is one object: --split-values makes each piece one"
         return [f"value {values[several[0]]} lies in {pieces[several[0]]} pieces{what}"]
-    first = several[np.argsort(-pieces[several], kind="stable")][:SHOWN]
-    named = ", ".join(f"{values[i]} in {pieces[i]}" for i in first.tolist())
-    more = ", ..." if len(several) > SHOWN else ""
+    most = several[np.argsort(-pieces[several], kind="stable")][:SHOWN]
+    named = ", ".join(f"{values[i]} in {pieces[i]}" for i in most.tolist())
+    ellipsis = ", ..." if len(several) > SHOWN else ""
     what = ", each piece an object" if split else " and each value is one object: --split-values makes each piece one"
-    return [f"{len(several)} of {len(values)} mask values lie in several pieces ({named}{more}){what}"]
+    return [f"{len(several)} of {len(values)} mask values lie in several pieces ({named}{ellipsis}){what}"]
 
 
 def _sidecar(path: Path) -> _Sidecar:
-    """The content of the JSON file beside a mask; nothing where there is none."""
+    """Read the JSON file beside a mask; nothing where there is none."""
     for name in (path.name + SIDECAR, path.stem.removesuffix(".ome") + SIDECAR):
         beside = path.with_name(name)
         if beside.is_file():

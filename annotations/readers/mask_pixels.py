@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from annotations.errors import UserError
+from annotations.errors import UserError, one_line
 from annotations.readers.detect import PNG
 
 MAX_PIXELS = 1 << 29  # a slide of 100,000 x 80,000 at a quarter of its resolution; tracing takes some 15 bytes a pixel
@@ -20,7 +20,7 @@ ORIENTATION = 274  # TIFF tag
 _GREY, _PALETTE = 0, 3  # colour types of PNG
 
 
-def decoded(data: bytes, source: str) -> np.ndarray:
+def decode_label_image(data: bytes, source: str) -> np.ndarray:
     """An image of whole numbers, (height, width). Raises UserError for any other.
 
     1-bit images are 0 and 1; a palette image is its indices, colours of equal channels are their grey.
@@ -30,7 +30,7 @@ def decoded(data: bytes, source: str) -> np.ndarray:
     except UserError:
         raise
     except Exception as error:  # the decoders raise whatever comes to them
-        raise UserError(f"{source}: not a readable image: {' '.join(str(error).split())[:200]}: save the mask again") from None
+        raise UserError(f"{source}: not a readable image: {one_line(error)[:200]}: save the mask again") from None
     image = _one_channel(np.squeeze(image), source)
     if image.ndim != 2 or image.dtype.kind not in "iub":
         what = f"{' x '.join(map(str, image.shape))} of {image.dtype}"

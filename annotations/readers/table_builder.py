@@ -2,179 +2,166 @@
 
 from __future__ import annotations
 
-import operator
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import shapely
 
 from annotations.errors import UserError
-from annotations.geometry.rings import polygons_from_rings, repaired, rings_from_lists, usable, why_dropped, why_lost
-from annotations.objects import MAX_LABELS, SHOWN_REPAIRS, UNCLASSIFIED, Kind, ObjectTable, ReadLog, empty_table
+from annotations.geometry.rings import Ring, Rings, drop_reasons, is_usable, polygons_from_rings, repair, rings_from_lists
+from annotations.objects import MAX_LABELS, UNCLASSIFIED, Kind, ObjectTable, ReadLog, empty_table
+from annotations.readers.options import ReadOptions
 
-Rings = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+class Points(NamedTuple):
+    """Positions (K, 2) float64 in the file's units, and the row of the object of each, (K,) int64."""
+
+    xy: np.ndarray
+    owner: np.ndarray
+
+
+NO_POINTS = Points(np.zeros((0, 2)), np.zeros(0, np.int64))
 
 
 @dataclass
 class Objects:
-    """Objects of a file, one row each, before their geometry is looked at.
+    """Objects of a file, one row each, before their geometry is built.
 
-    id, name (None: unclassified), kind: of each object. confidence: of each, NaN where unknown; empty where none is known.
-    lost: (row, reason) of objects left out so far.
+    id, name (None: unclassified), kind: of each. confidence: of each, NaN where unknown; None where none is known.
+    lost: (row, reason) of objects left out so far. counts: what reading did, as in ObjectTable, "features" aside.
     """
 
     id: list[str] = field(default_factory=list)
     name: list[str | None] = field(default_factory=list)
-    kind: list[int] = field(default_factory=list)
-    confidence: list[float] = field(default_factory=list)
+    kind: Sequence[int] | np.ndarray = field(default_factory=list)
+    confidence: Sequence[float] | np.ndarray | None = None
     lost: list[tuple[int, str]] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
 
     def __len__(self) -> int:
         return len(self.id)
+
+    def lose(self, row: int, reason: str) -> None:
+        """Leave an object out and count it."""
+        self.lost.append((row, reason))
+        self.counts[reason] += 1
 
 
 @dataclass
 class Shapes(Objects):
     """Objects that are added one at a time, polygons and points, in file order."""
 
-    polygons: list[list] = field(default_factory=list)
+    kind: list[Kind] = field(default_factory=list)
+    polygons: list[list[Ring]] = field(default_factory=list)
     owner: list[int] = field(default_factory=list)
     points: list[tuple[float, float]] = field(default_factory=list)
     point_owner: list[int] = field(default_factory=list)
 
-    def add(self, id: str, name: str | None, kind: int) -> int:
-        """A new object; returns its row."""
+    def add(self, id: str, name: str | None, kind: Kind) -> int:
+        """Add an object; returns its row."""
         self.id.append(id)
         self.name.append(name or None)
         self.kind.append(kind)
         return len(self.id) - 1
 
-    def lose(self, row: int, reason: str, counts: dict[str, int]) -> None:
-        """Leave an object out and count it."""
-        self.lost.append((row, reason))
-        add(counts, reason, 1)
-
-    def add_ring(self, row: int, ring: Sequence[tuple[float, float]]) -> None:
+    def add_ring(self, row: int, ring: Ring) -> None:
+        """Add an outline of an object."""
         self.polygons.append([ring])
         self.owner.append(row)
 
     def add_points(self, row: int, points: Sequence[tuple[float, float]]) -> None:
+        """Add positions that are an object."""
         self.points.extend(points)
         self.point_owner.extend([row] * len(points))
 
-    def build(
-        self, counts: dict[str, int], *, point_size_l0: float | None, scale: float = 1.0, source: str = ""
-    ) -> tuple[ObjectTable, np.ndarray]:
-        """The table, and the row of each of its objects here."""
-        rings = rings_from_lists(self.polygons)
+    def build(self, options: ReadOptions, source: str) -> tuple[ObjectTable, np.ndarray]:
+        """Return the table, and int64 (n,), the row here of each of its objects."""
         owner = np.array(self.owner, dtype=np.int64)
-        points = np.array(self.points, dtype=np.float64).reshape(-1, 2), np.array(self.point_owner, dtype=np.int64)
-        return build_table(self, rings, owner, points, counts, point_size_l0=point_size_l0, scale=scale, source=source)
+        points = points_of(self.points, self.point_owner)
+        return build_table(self, rings_from_lists(self.polygons), owner, points, options, source)
+
+
+def points_of(xy: Sequence[tuple[float, float]], owner: Sequence[int]) -> Points:
+    """Return points of lists."""
+    return Points(np.array(xy, dtype=np.float64).reshape(-1, 2), np.array(owner, dtype=np.int64))
 
 
 def build_table(
     objects: Objects,
     rings: Rings,
     owner: np.ndarray,
-    points: tuple[np.ndarray, np.ndarray],
-    counts: dict[str, int],
+    points: Points,
+    options: ReadOptions,
+    source: str,
     *,
-    point_size_l0: float | None,
-    scale: float = 1.0,
-    source: str = "",
+    group: np.ndarray | None = None,
 ) -> tuple[ObjectTable, np.ndarray]:
-    """Outlines and points -> table, and int64 (n,), the object of each of its rows.
+    """Build a table from rings and points; returns it and int64 (n,), the object of each of its rows.
 
-    rings: as rings_from_lists gives them, P polygons; owner: (P,) int64 ascending, the object of each; points: (K, 2) and
-    (K,) the object of each; scale: level-0 pixels a unit of those; point_size_l0: as in read_annotations.
+    rings: P polygons, in the file's units; owner: (P,) int64 ascending, the row of the object of each; group: (P,) int64
+    ascending, polygons of one number become one MultiPolygon; None: those of one object.
     """
-    xy, length, ring_count = rings
-    with np.errstate(over="ignore"):  # what leaves the numbers is dropped and counted
-        xy = xy * scale
-    outlines, of_row = polygons_from_rings(xy, length, ring_count, owner, counts)
-    gone = np.setdiff1d(owner, of_row)
-    objects.lost += zip(gone.tolist(), why_dropped((xy, length, ring_count), owner, gone), strict=True)
-    return table_of_outlines(objects, outlines, of_row, of_row, points, counts, point_size_l0, scale, source)
+    group = owner if group is None else group
+    scale = options.scale or 1.0
+    if scale != 1:
+        with np.errstate(over="ignore"):  # what leaves the numbers is dropped and counted
+            rings = rings._replace(xy=rings.xy * scale)
+    outlines, kept = polygons_from_rings(rings, group, objects.counts)
+    if len(dropped := np.setdiff1d(group, kept)):
+        rows = owner[np.searchsorted(group, dropped)]
+        objects.lost += zip(rows.tolist(), drop_reasons(rings, group, dropped), strict=True)
+    return table_of_outlines(objects, outlines, owner[np.searchsorted(group, kept)], points, options, source)
 
 
 def table_of_outlines(
-    objects: Objects,
-    outlines: np.ndarray,
-    of_row: np.ndarray,
-    wanted: np.ndarray,
-    points: tuple[np.ndarray, np.ndarray],
-    counts: dict[str, int],
-    point_size_l0: float | None,
-    scale: float,
-    source: str,
+    objects: Objects, outlines: np.ndarray, owner: np.ndarray, points: Points, options: ReadOptions, source: str
 ) -> tuple[ObjectTable, np.ndarray]:
-    """The same from polygons (G,) of objects of_row (G,), level-0 pixels, unrepaired; `wanted`: objects that had any."""
-    before = outlines
-    outlines, kept, was_bad, reasons = mended(before, counts)
-    after = of_row[kept]
-    lost = [*objects.lost]
-    lost += [(row, "invalid_dropped") for row in np.setdiff1d(wanted, of_row).tolist()]
-    gone = np.flatnonzero(~np.isin(of_row, after))
-    lost += dict(zip(of_row[gone].tolist(), why_lost(before[gone]), strict=True)).items()
-    xy, point_owner = points
-    if point_size_l0 is None:
-        skipped = np.unique(point_owner).tolist()
-        add(counts, "points_skipped", len(skipped))
-        lost += [(row, "points_skipped") for row in skipped]
-        xy, point_owner = xy[:0], point_owner[:0]
-    boxes, which = squares(xy * scale, point_size_l0, counts)
-    rows = np.concatenate([after, point_owner[which]]).astype(np.int64)
+    """Build a table as above from polygons (G,), level-0 pixels, unrepaired, and the row of the object of each, (G,)."""
+    counts = objects.counts
+    repaired = repair(outlines, counts)
+    objects.lost += [(int(owner[outline]), reason) for outline, reason in repaired.lost]
+    if options.point_size_l0 is None:
+        for row in np.unique(points.owner).tolist():
+            objects.lose(row, "points_skipped")
+        points = NO_POINTS
+    with np.errstate(over="ignore"):
+        xy = points.xy * (options.scale or 1.0)
+    usable = is_usable(xy)
+    counts["vertices_dropped"] += int((~usable).sum())
+    squares = _squares(xy[usable], options.point_size_l0 or 0.0)
+    rows = np.concatenate([owner[repaired.kept], points.owner[usable]]).astype(np.int64)
     order = np.argsort(rows, kind="stable")
     rows = rows[order]
-    geometry = np.concatenate([outlines, boxes])[order]
-    flags = np.concatenate([was_bad, np.zeros(len(boxes), dtype=bool)])[order]
-    lost_by = Counter((objects.name[row] or "", reason) for row, reason in lost)
+    geometry = np.concatenate([repaired.geometry, squares])[order]
+    was_invalid = np.concatenate([repaired.was_invalid, np.zeros(len(squares), dtype=bool)])[order]
+    skipped = dict(Counter((objects.name[row] or "", reason) for row, reason in objects.lost))
+    labels, label = number_labels([objects.name[row] for row in rows.tolist()], source)
+    ids = _row_ids(objects.id, rows, counts)
+    bad = np.flatnonzero(was_invalid).tolist()
+    names = (*labels, "")  # label -1 is the last
+    by_class = dict(Counter(names[label[row]] for row in bad))
+    repairs = tuple(f"{ids[row]}: {problem}" for row, problem in zip(bad, repaired.problems, strict=False))
+    features = {"features": len(objects), **+counts}
+    log = ReadLog(by_class, skipped, repairs)
     if not len(rows):
-        return empty_table(counts, log=ReadLog(skipped=dict(lost_by))), rows
-    labels, label = numbered([objects.name[row] for row in rows.tolist()], source)
-    ids = numbered_ids([objects.id[row] for row in rows.tolist()], rows, counts)
+        return empty_table(features, log=log), rows
     with np.errstate(over="ignore"):
-        confidence = np.array(objects.confidence).astype(np.float32)[rows] if objects.confidence else None
-    log = read_log(ids, label, labels, flags, reasons, dict(lost_by))
-    kind = np.array(objects.kind, dtype=np.uint8)[rows]
-    return ObjectTable(geometry, ids, label, kind, labels, counts, confidence=confidence, log=log), rows
+        confidence = None if objects.confidence is None else np.array(objects.confidence).astype(np.float32)[rows]
+    kind = np.asarray(objects.kind, dtype=np.uint8)[rows]
+    return ObjectTable(geometry, ids, label, kind, labels, features, confidence=confidence, log=log), rows
 
 
-def read_log(
-    ids: np.ndarray, label: np.ndarray, labels: tuple[str, ...], flags: np.ndarray, reasons: list[str], skipped: dict
-) -> ReadLog:
-    """ReadLog on n objects: flags (n,) says which were repaired, reasons why, of the first of them in order."""
-    bad = np.flatnonzero(flags)
-    names = (*labels, "")
-    repaired = Counter(names[i] for i in label[bad].tolist())
-    repairs = [f"{ids[i]}: {reason}" for i, reason in zip(bad.tolist(), reasons, strict=False)]
-    return ReadLog(dict(repaired), skipped, tuple(repairs))
+def _squares(xy: np.ndarray, side_l0: float) -> np.ndarray:
+    """Squares around points (K, 2)."""
+    (x, y), half = xy.T, side_l0 / 2
+    return np.asarray(shapely.box(x - half, y - half, x + half, y + half), dtype=object).reshape(-1)
 
 
-def mended(outlines: np.ndarray, counts: dict[str, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]:
-    """As rings.repaired, and bool (K,), which were repaired, and why each of the first was wrong, in order."""
-    before = counts.get("repaired", 0)
-    fixed, kept = repaired(outlines, counts)
-    if counts.get("repaired", 0) == before:
-        return fixed, kept, np.zeros(len(fixed), dtype=bool), []
-    original = outlines[kept]
-    was_bad = np.fromiter(map(operator.is_not, fixed, original), dtype=bool, count=len(fixed))
-    return fixed, kept, was_bad, [str(why) for why in shapely.is_valid_reason(original[was_bad][:SHOWN_REPAIRS])]
-
-
-def squares(xy: np.ndarray, side_l0: float | None, counts: dict[str, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Squares around points (K, 2), and which point each belongs to; positions that are not usable are counted."""
-    good = usable(xy)
-    add(counts, "vertices_dropped", int((~good).sum()))
-    half = (side_l0 or 0.0) / 2
-    x, y = xy[good].T
-    return np.asarray(shapely.box(x - half, y - half, x + half, y + half), dtype=object).reshape(-1), np.flatnonzero(good)
-
-
-def numbered(names: Sequence[str | None], source: str = "") -> tuple[tuple[str, ...], np.ndarray]:
-    """Class names in order of appearance, and int16 (n,), the number of each, -1 where there is none."""
+def number_labels(names: Sequence[str | None], source: str) -> tuple[tuple[str, ...], np.ndarray]:
+    """Return class names in order of appearance, and int16 (n,), the number of each object's, -1 where it has none."""
     index: dict[str, int] = {}
     label = np.array([UNCLASSIFIED if name is None else index.setdefault(name, len(index)) for name in names], dtype=np.int64)
     if len(index) > MAX_LABELS:
@@ -182,25 +169,14 @@ def numbered(names: Sequence[str | None], source: str = "") -> tuple[tuple[str, 
     return tuple(index), label.astype(np.int16)
 
 
-def numbered_ids(ids: Sequence[str], rows: np.ndarray, counts: dict[str, int]) -> np.ndarray:
-    """Ids as an array (n,); where one object has several rows, which lie together, /0, /1, ... is added ("exploded")."""
-    found = np.empty(len(rows), dtype=object)
-    found[:] = list(ids)
-    first = np.concatenate([[True], rows[1:] != rows[:-1]])
-    extra = int((~first).sum())
-    if extra:
-        add(counts, "exploded", extra)
+def _row_ids(ids: Sequence[str], rows: np.ndarray, counts: Counter[str]) -> np.ndarray:
+    """Return the ids of rows; where one object has several, which lie together, /0, /1, ... is added ("exploded")."""
+    row_ids = np.empty(len(rows), dtype=object)
+    row_ids[:] = [ids[row] for row in rows.tolist()]
+    first = np.concatenate([[True], rows[1:] != rows[:-1]])[: len(rows)]
+    counts["exploded"] += int((~first).sum())
+    if not first.all():
         rank = np.arange(len(rows)) - np.maximum.accumulate(np.where(first, np.arange(len(rows)), 0))
         for i in np.flatnonzero(~first | np.append(~first[1:], False)).tolist():
-            found[i] = f"{found[i]}/{rank[i]}"
-    return found
-
-
-def kind_of(kind: str, default: Kind) -> Kind:
-    """Return the kind that the option decides for all objects; for "auto" the default, what the reader takes this one for."""
-    return default if kind == "auto" else Kind[kind.upper()]
-
-
-def add(counts: dict[str, int], name: str, n: int) -> None:
-    if n:
-        counts[name] = counts.get(name, 0) + n
+            row_ids[i] = f"{row_ids[i]}/{rank[i]}"
+    return row_ids

@@ -103,12 +103,12 @@ def tissue_features(file: SlideFile, shift: np.ndarray) -> list[dict[str, Any]]:
     """A region of the tissue mask each, class Tissue."""
     import shapely
 
-    from annotations.geometry.trace_mask import trace
+    from annotations.geometry.trace_mask import trace_outlines
 
     mask, thumbnail = file.tissue_mask(), file.thumbnail()
     if mask is None or thumbnail is None or not mask.any():
         return []
-    regions = shapely.get_parts(trace(mask.astype(np.uint8))[1])
+    regions = shapely.get_parts(trace_outlines(mask.astype(np.uint8))[1])
     scale = thumbnail[1]
     regions = shapely.transform(regions, lambda xy: xy * scale)
     # The last column and row of the overview may reach over the edge of the slide.

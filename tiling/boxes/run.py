@@ -28,7 +28,6 @@ from tiling.storage.checksums import DAMAGED
 from tiling.storage.locks import describe_changes, lock_file, lock_settings
 
 if TYPE_CHECKING:
-    from annotations.objects import ObjectTable
     from annotations.readers.geojson.large_file import Clipped, Grid
 
 
@@ -214,23 +213,21 @@ def _sign(groups: dict[str, dict[str, Any]], digest: str, record: Mapping[str, A
     groups["boxes"].setdefault("attrs", {})[HASH_ATTR] = digest
 
 
-def _read(path: Path, **options: Any) -> ObjectTable:
-    from annotations.readers.read import read_annotations
-
-    return read_annotations(path, **options)
-
-
 def _clipped(file: SlideFile, path: Path, grid: Grid, how: Reading) -> Clipped:
     """One annotation file, its objects in rows and boxes."""
-    from annotations.readers.geojson.large_file import clip_file, read_chunk
+    from annotations.readers.geojson.large_file import clip_file
+    from annotations.readers.options import ReadOptions
 
     settings = how.settings
-    scale = None if settings.annotation_mpp is None else settings.annotation_mpp / file.mpp_level0
-    options: dict[str, Any] = {"kind": settings.kind, "point_size_l0": settings.point_size_l0(file.mpp_level0)}
-    options |= {"scale": scale, "nuclei": settings.nuclei}
-    text = partial(read_chunk, **options)
-    whole = partial(_read, slide=slide_context(file, [path]), split_values=settings.split_values, **options)
-    return clip_file(path, grid, read=whole, read_text=text, processes=how.processes, stream=how.stream)
+    options = ReadOptions(
+        kind=settings.kind,
+        point_size_l0=settings.point_size_l0(file.mpp_level0),
+        scale=None if settings.annotation_mpp is None else settings.annotation_mpp / file.mpp_level0,
+        slide=slide_context(file, [path]),
+        nuclei=settings.nuclei,
+        split_values=settings.split_values,
+    )
+    return clip_file(path, grid, options, processes=how.processes, stream=how.stream)
 
 
 def _record(file: SlideFile, files: Sequence[Path], settings: AnnotateSettings) -> dict[str, Any]:

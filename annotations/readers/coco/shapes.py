@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 import shapely
 
-from annotations.geometry.rings import beyond, polygons_from_rings, usable, why_dropped, why_lost
+from annotations.geometry.rings import Rings, drop_reasons, is_beyond, is_usable, polygons_from_rings, repair
 from annotations.readers.class_name import unpacked
 from annotations.readers.coco.document import Annotation
 from annotations.readers.coco.run_length import Runs, outlines_of, runs_of
-from annotations.readers.table_builder import mended
 
 BLOCK = 50_000  # annotations whose outlines are made together, which bounds memory
 Size = tuple[int, int]
@@ -111,30 +110,28 @@ def _build(block: _Block, done: Outlined) -> None:
     length = np.array([len(ring) for ring in block.rings], dtype=np.int64)
     owner = np.array(block.ring_row, dtype=np.int64)
     xy = np.concatenate([np.zeros((0, 2)), *block.rings])
-    one_each = np.ones(len(length), np.int64)
-    polygons, of_polygon = polygons_from_rings(xy, length, one_each, owner, {})
-    gone = np.setdiff1d(owner, of_polygon)
-    done.reason |= zip(gone.tolist(), why_dropped((xy, length, one_each), owner, gone), strict=True)
+    rings = Rings(xy, length, np.ones(len(length), np.int64))
+    polygons, of_polygon = polygons_from_rings(rings, owner, Counter())
+    dropped = np.setdiff1d(owner, of_polygon)
+    done.reason |= zip(dropped.tolist(), drop_reasons(rings, owner, dropped), strict=True)
     which, masks = outlines_of(block.masks)
     rows = np.concatenate([of_polygon, np.array(block.mask_row, dtype=np.int64)[which]])
     order = np.argsort(rows)
     rows, outlines = rows[order], np.concatenate([polygons, masks])[order]
-    geometry, kept, was_bad, reasons = mended(outlines, {})
-    gone = np.setdiff1d(np.arange(len(rows)), kept)
-    done.reason |= zip(rows[gone].tolist(), why_lost(outlines[gone]), strict=True)
-    rows = rows[kept]
-    done.geometry[rows] = geometry
+    repaired = repair(outlines, Counter())
+    done.reason |= {int(rows[outline]): reason for outline, reason in repaired.lost}
+    rows = rows[repaired.kept]
+    done.geometry[rows] = repaired.geometry
     for row in rows.tolist():
         del done.reason[row]
-    bad = rows[was_bad].tolist()
-    done.repaired |= zip(bad, (*reasons, *[""] * (len(bad) - len(reasons))), strict=True)
-    _count_lost_parts(owner, xy, length, polygons, of_polygon, rows, done.changed)
+    bad = rows[repaired.was_invalid].tolist()
+    done.repaired |= dict.fromkeys(bad, "") | dict(zip(bad, repaired.problems, strict=False))
+    _count_lost_parts(rings, owner, polygons, of_polygon, rows, done.changed)
 
 
 def _count_lost_parts(
+    rings: Rings,
     owner: np.ndarray,
-    xy: np.ndarray,
-    length: np.ndarray,
     polygons: np.ndarray,
     of_polygon: np.ndarray,
     kept: np.ndarray,
@@ -144,7 +141,7 @@ def _count_lost_parts(
     if not len(owner):
         return
     keeps = np.isin(owner, kept)
-    bad = np.repeat(owner, length)[~usable(xy)]
+    bad = np.repeat(owner, rings.length)[~is_usable(rings.xy)]
     names, counts = np.unique(bad[np.isin(bad, kept)], return_counts=True)
     changed.update(dict(zip([(row, "vertices_dropped") for row in names.tolist()], counts.tolist(), strict=True)))
     given = Counter(owner[keeps].tolist())
@@ -157,17 +154,17 @@ def _fill_with_boxes(rows: range, items: Sequence[Annotation], done: Outlined) -
     missing = [row for row in rows if done.geometry[row] is None]
     boxed = [row for row in missing if (box := items[row].bbox) is not None and len(box) == 4]
     xywh = np.array([items[row].bbox for row in boxed], dtype=np.float64).reshape(-1, 4)
-    numbers, area = usable(xywh), (xywh[:, 2:] > 0).all(axis=1)  # NaN compares false
+    numbers, area = is_usable(xywh), (xywh[:, 2:] > 0).all(axis=1)  # NaN compares false
     good = numbers & area
     low, size = xywh[good, :2], xywh[good, 2:]
-    some = np.array(boxed, dtype=np.int64)[good]
-    done.geometry[some] = shapely.box(*low.T, *(low + size).T)
-    for row in some.tolist():
+    boxed_rows = np.array(boxed, dtype=np.int64)[good]
+    done.geometry[boxed_rows] = shapely.box(*low.T, *(low + size).T)
+    for row in boxed_rows.tolist():
         if row in done.reason:
             what = "masks_as_boxes" if isinstance(items[row].segmentation, dict) else "outlines_as_boxes"
             done.changed[row, what] += 1
             del done.reason[row]
-    far = beyond(xywh) & np.isfinite(xywh).all(axis=1)
+    far = is_beyond(xywh) & np.isfinite(xywh).all(axis=1)
     why = dict(zip(boxed, np.select([numbers, far], ["zero_area", "beyond"], "malformed").tolist(), strict=True))
     for row in missing:
         if done.geometry[row] is None:

@@ -11,35 +11,33 @@ from annotations.errors import UserError
 from annotations.objects import Kind, ObjectTable, join_logs
 from annotations.readers.coco.document import CocoDocument, decode_coco, decode_detections
 from annotations.readers.coco.images import coco_tables
+from annotations.readers.options import ReadOptions
 from annotations.readers.slide_context import SlideContext
 
 
-def read_coco_slide(
-    data: bytes, source: str, *, kind: str, scale: float | None, slide: SlideContext, bare: bool = False
-) -> ObjectTable:
-    """The objects of the one image that is the slide: named after it, or the only one there is. All are cells for "auto".
+def read_coco_slide(data: bytes, source: str, options: ReadOptions, *, bare: bool = False) -> ObjectTable:
+    """Read the objects of the one image that is the slide: named after it, or the only one there is. All are cells for "auto".
 
-    Where the image's width and height are stated and are not the slide's, coordinates are scaled by their ratio; `scale`
+    Where the image's width and height are stated and are not the slide's, coordinates are scaled by their ratio; options.scale
     overrides. What is of an image that the file does not list is left out and counted ("unlisted_image").
     bare: the document is a list of detections (image_id, category_id, bbox, score) without images and categories; classes
     are the category numbers as text then.
     Raises UserError where no image can be told to be the slide, or its shape is not the slide's.
     """
     document = decode_detections(data, source) if bare else decode_coco(data, source)
+    slide, scale = options.slide, options.scale
     name = _image_of(document, source, slide)
     coco = coco_tables(document, source)
-    table, sizes, notes = coco.tables[name], coco.sizes, []
-    if scale is None:
-        scale = 1.0
-        if name in sizes and slide.size_l0 is not None and sizes[name] != slide.size_l0:
-            scale = slide.scale_of_image(*sizes[name], source)
-            notes.append(f"COCO image of {sizes[name][0]} x {sizes[name][1]}: scaled by {scale:g}")
-    kinds = np.full(len(table), Kind.TISSUE if kind == "tissue" else Kind.CELL, np.uint8)
-    log = join_logs([table.log, coco.unlisted]).with_notes(*notes)
+    table, size, notes = coco.tables[name], coco.sizes.get(name), []
+    if scale is None and size is not None and slide.size_l0 not in (None, size):
+        scale = slide.scale_of_image(*size, source)
+        notes.append(f"COCO image of {size[0]} x {size[1]}: scaled by {scale:g}")
+    kind = np.full(len(table), options.kind_of(Kind.CELL), np.uint8)
     counts = table.counts
     if unlisted := sum(coco.unlisted.skipped.values()):
         counts = {**counts, "features": counts["features"] + unlisted, "unlisted_image": unlisted}
-    return replace(table.scaled(scale), kind=kinds, counts=counts, log=log)
+    table = replace(table.scaled(scale or 1.0), kind=kind, counts=counts, log=join_logs([table.log, coco.unlisted]))
+    return table.with_notes(*notes)
 
 
 def _image_of(document: CocoDocument, source: str, slide: SlideContext) -> str:

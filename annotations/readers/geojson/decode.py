@@ -7,8 +7,10 @@ The coordinates of polygons stay JSON at first: annotations.geometry.rings parse
 
 from __future__ import annotations
 
+import gc
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -16,10 +18,22 @@ import msgspec
 import numpy as np
 
 from annotations.errors import UserError
-from annotations.geometry.rings import IrregularPositionError, Ring, rings_from_json, rings_from_lists
+from annotations.geometry.rings import IrregularPositionError, Ring, rings_of
 from annotations.readers.class_name import unpacked
 
 NOTHING = msgspec.Raw()
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Pause the cyclic collector: it would walk millions of small tuples, none of them in a cycle, again and again."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 class Point(msgspec.Struct, tag_field="type", tag="Point", gc=False):
@@ -75,7 +89,7 @@ class Properties(msgspec.Struct, gc=False):
     object_type_snake: str | None = msgspec.field(default=None, name="object_type")
     type: str | None = None
     classification: Classification | str | None = None
-    # Where programs keep how sure they are; JSON still, as few files are asked for it.
+    # NUMBER_KEYS: JSON still, as few files are asked for it.
     measurements: msgspec.Raw = NOTHING
     probability: msgspec.Raw = NOTHING
     confidence: msgspec.Raw = NOTHING
@@ -104,7 +118,12 @@ _DEPTH = {"Point": 0, "MultiPoint": 1, "LineString": 1, "MultiLineString": 2, "P
 COORDINATES = b'"coordinates"'
 GEOMETRY_KEYS = {"coordinates", "features", "geometries", "geometry"}  # to read one of two would lose outlines
 _CLASS = {c.__name__: c for c in (Point, MultiPoint)}
-SURE_KEYS = {"measurements", "probability", "confidence", "score", "prob", "type_prob"}
+# What detectors call how sure they are: StarDist and InstanSeg in QuPath (among its measurements), TIAToolbox, CellViT, others.
+CONFIDENCE = ("detection probability", "probability", "confidence", "score", "prob", "type_prob")
+NUMBER_KEYS = {"measurements", *CONFIDENCE[1:]}  # properties that hold numbers
+CELL_SIDE_L0 = 256.0  # 64 um at 40x; no cell is longer
+CELL_SHARE = 0.9  # of the area: a few of a detector's cells run together, and a region has specks around it
+SAMPLED = 1000
 CELL_SET = "cell set"  # the object type given to a MultiPolygon of all cells of a class, which CellViT calls an annotation
 
 
@@ -152,15 +171,15 @@ def _expanded(features: list[Feature]) -> list[Feature]:
     parents = [feature for feature in features if feature.properties is not None and feature.properties.children]
     if not parents and not [feature for feature in features if type(feature.geometry) is GeometryCollection]:
         return features
-    found: list[Feature] = []
+    expanded: list[Feature] = []
     for feature in features:
         if type(feature.geometry) is GeometryCollection:
-            found += [msgspec.structs.replace(feature, geometry=member) for member in feature.geometry.geometries or (None,)]
+            expanded += [msgspec.structs.replace(feature, geometry=member) for member in feature.geometry.geometries or (None,)]
         else:
-            found.append(feature)
+            expanded.append(feature)
         if feature.properties is not None and feature.properties.children:
-            found += _expanded(feature.properties.children)
-    return found
+            expanded += _expanded(feature.properties.children)
+    return expanded
 
 
 def _mark_cell_sets(features: list[Feature]) -> None:
@@ -184,13 +203,13 @@ def _mark_cell_sets(features: list[Feature]) -> None:
 def _loads(data: bytes, source: str) -> Any:
     """The standard library's reader: takes NaN, Infinity and UTF-16, and knows line and column of an error."""
     try:
-        return json.loads(data, object_pairs_hook=partial(_once, source=source), parse_int=_integer)
+        return json.loads(data, object_pairs_hook=partial(_unique_geometry, source=source), parse_int=_integer)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno} column {error.colno}"
         raise UserError(f"{source}: not JSON, {where}: {error.msg}: export the annotations as GeoJSON") from None
     except UnicodeDecodeError as error:
-        how = f"{error.encoding} text: {error.reason} at byte {error.start}"
-        raise UserError(f"{source}: not JSON in {how}: save it as UTF-8, or export it again") from None
+        where = f"{error.encoding} text: {error.reason} at byte {error.start}"
+        raise UserError(f"{source}: not JSON in {where}: save it as UTF-8, or export it again") from None
 
 
 def _integer(text: str) -> int | float:
@@ -198,14 +217,22 @@ def _integer(text: str) -> int | float:
     return int(text) if len(text) < 300 else float(text)
 
 
-def _once(pairs: list[tuple[str, Any]], source: str) -> dict[str, Any]:
-    """An object of JSON; UserError where a key that holds outlines comes twice, as only those of the last would be read."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        for key in GEOMETRY_KEYS & found.keys():
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object of JSON. Raises ValueError where a key comes twice."""
+    document = dict(pairs)
+    if len(document) < len(pairs):
+        raise ValueError("a key comes twice")
+    return document
+
+
+def _unique_geometry(pairs: list[tuple[str, Any]], source: str) -> dict[str, Any]:
+    """Make an object of JSON. Raises UserError where a key that holds outlines comes twice: only the last would be read."""
+    document = dict(pairs)
+    if len(document) < len(pairs):
+        for key in GEOMETRY_KEYS & document.keys():
             if any([value for name, value in pairs if name == key][:-1]):
                 raise UserError(f"{source}: an object has {key!r} twice, and only one can be meant: export it again")
-    return found
+    return document
 
 
 def _refuse_duplicates(data: bytes, features: list[Feature], source: str) -> None:
@@ -258,7 +285,7 @@ def _tolerant_features(item: Any, number: int, source: str) -> list[Feature]:
         type=_text(props.get("type")),
         classification=_classification(props.get("classification")),
     )
-    for name in SURE_KEYS & props.keys():
+    for name in NUMBER_KEYS & props.keys():
         setattr(own, name, _raw(props[name]))
     feature = Feature(
         id=_text(key) if isinstance(key, str) else key if isinstance(key, int) else None,
@@ -267,25 +294,26 @@ def _tolerant_features(item: Any, number: int, source: str) -> list[Feature]:
         classification=_classification(item.get("classification")),
         properties=own,
     )
-    found = [msgspec.structs.replace(feature, geometry=_geometry(member)) for member in _members(item.get("geometry"))]
+    members = geometry_members(item.get("geometry"))
+    features = [msgspec.structs.replace(feature, geometry=_geometry(member)) for member in members]
     children = unpacked(props.get("childObjects"))
     for child in children if isinstance(children, list) else ():
-        found += _tolerant_features(child, number, source)
-    return found
+        features += _tolerant_features(child, number, source)
+    return features
 
 
-def _members(geometry: Any) -> list[Any]:
-    """A geometry, or those of a collection, of collections in it too; None for an empty one."""
-    found: list[Any] = []
+def geometry_members(geometry: Any) -> list[Any]:
+    """Return a geometry, or those of a collection, of collections in it too; None for an empty one."""
+    geometries: list[Any] = []
     stack = [geometry]
     while stack:
         value = stack.pop()
         if not (isinstance(value, dict) and value.get("type") == "GeometryCollection"):
-            found.append(value)
+            geometries.append(value)
             continue
         members = value.get("geometries")
         stack.extend(reversed(members) if isinstance(members, list) and members else [members or None])
-    return found
+    return geometries
 
 
 def _raw(value: Any) -> msgspec.Raw:
@@ -340,35 +368,23 @@ def _positions(value: Any, depth: int) -> Any:
     return array[:, :2].tolist() if array.size else []
 
 
-CELL_SIDE_L0 = 256.0  # 64 um at 40x; no cell is longer
-
-
-CELL_SHARE = 0.9  # of the area: a few of a detector's cells run together, and a region has specks around it
-
-
-SAMPLED = 1000
-
-
 def is_cell_multipolygon(polygons: Sequence[msgspec.Raw] | Sequence[list[Ring]]) -> bool:
-    """True where nearly all of the area is in pieces no longer than a cell, level-0 pixels.
+    """Tell whether nearly all of the area is in polygons no longer than a cell, level-0 pixels.
 
     polygons: the coordinates of a MultiPolygon, JSON or lists; of many a sample is looked at.
     """
-    some: Any = polygons[:: max(1, len(polygons) // SAMPLED)]
-    if not len(some):
-        return False
     try:
-        xy, length, ring_count = rings_from_json(some) if isinstance(some[0], msgspec.Raw) else rings_from_lists(some)
+        rings = rings_of(polygons[:: max(1, len(polygons) // SAMPLED)])
     except IrregularPositionError:
         return False
-    outline = np.zeros(len(length), dtype=bool)
-    outline[(np.cumsum(ring_count) - ring_count)[ring_count > 0]] = True
-    some_of = np.flatnonzero(length)
-    if not len(some_of):
+    is_outline = np.zeros(len(rings.length), dtype=bool)
+    is_outline[(np.cumsum(rings.per_polygon) - rings.per_polygon)[rings.per_polygon > 0]] = True
+    filled = np.flatnonzero(rings.length)
+    if not len(filled):
         return False
-    start = (np.cumsum(length) - length)[some_of]
+    start = (np.cumsum(rings.length) - rings.length)[filled]
     with np.errstate(invalid="ignore", over="ignore"):
-        sides = np.maximum.reduceat(xy, start) - np.minimum.reduceat(xy, start)
-        sides = sides[outline[some_of] & np.isfinite(sides).all(axis=1)]
+        sides = np.maximum.reduceat(rings.xy, start) - np.minimum.reduceat(rings.xy, start)
+        sides = sides[is_outline[filled] & np.isfinite(sides).all(axis=1)]
         area = sides.prod(axis=1)
         return bool(area[sides.max(axis=1, initial=0) <= CELL_SIDE_L0].sum() > CELL_SHARE * area.sum())

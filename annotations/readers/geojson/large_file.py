@@ -1,6 +1,6 @@
 """One annotation file -> the boxes it has in tiles, without all of its outlines in memory at a time.
 
-A large GeoJSON file is cut between features, and each part is read, repaired and clipped by itself:
+A large GeoJSON file is split between features, and each chunk is read, repaired and clipped by itself:
 in this process and in others beside it. What is kept of an object is its row, not its outline.
 """
 
@@ -13,41 +13,38 @@ import os
 import re
 import signal
 import threading
-from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import shapely
 
 from annotations.errors import UserError
 from annotations.geometry.clip import TileBoxes, clip_to_tiles, concatenate_boxes
-from annotations.geometry.rings import IrregularPositionError
-from annotations.objects import KindOption, ObjectTable, concatenate
-from annotations.readers.geojson.decode import decode_features
-from annotations.readers.geojson.qupath import (
-    _TYPE_OF_OLD_ID,
-    _collector_paused,
-    _object_type,
-    _table,
-    nuclei_as_geometry,
-)
+from annotations.objects import ObjectTable, concatenate
+from annotations.readers.geojson.decode import collector_paused, unique_keys
+from annotations.readers.geojson.qupath import UNKNOWN, read_geojson
+from annotations.readers.options import ReadOptions
+from annotations.readers.read import read_annotations
 
 LARGE_BYTES = 24 << 20  # a smaller file is read in one piece
-STREAM_BYTES = 256 << 20  # what cannot be cut, and is larger than this, is refused where memory is to be bounded
+STREAM_BYTES = 256 << 20  # what cannot be split, and is larger than this, is refused where memory is to be bounded
 PACKED = 10  # times as large is a file once it is unpacked
 PER_PROCESS_BYTES = 64 << 20  # to start a process takes as long as to read a good part of this
-NUMBERED = "\0"  # begins the id of a feature that has none: its number in its part
+CHUNK_BYTES = 12 << 20
+EDGE_BYTES = 1 << 16  # what stands before and behind the features fits in here
+TAILS = 32  # so many ends of the list are tried
+NUMBERED = "\0"  # begins the id of a feature that has none: its number in its chunk
 NUMBER = re.compile(NUMBERED + r"(\d+)")
-UNKNOWN = "\ufffd"  # stands for what a file cannot store
 
-ReadFile = Callable[[Path], ObjectTable]
-ReadText = Callable[[bytes, str], ObjectTable]
+_KEY = rb'\{\s*(?:"id"\s*:\s*(?:"[^"\\]*"|-?\d+|null)\s*,\s*)?(?:"type"\s*:\s*"Feature"|"geometry"\s*:|"properties"\s*:)'
+_LIST = re.compile(rb'(?:"features"\s*:\s*|^\s*)\[(?=\s*' + _KEY + rb")")
+_BETWEEN = re.compile(rb"\}\s*,\s*(?=" + _KEY + rb")")
+_TAIL = re.compile(rb"\}\s*\]")
 
 
 @dataclass(frozen=True)
@@ -87,21 +84,20 @@ class Clipped:
 
 
 def clip_table(table: ObjectTable, grid: Grid) -> Clipped:
-    """The boxes of the objects of a table, for every shift of the grid."""
+    """Clip the objects of a table, for every shift of the grid."""
     bounds = shapely.bounds(table.geometry).reshape(-1, 4)
     boxes, on_slide = [], []
     for shift in grid.shifts:
         moved = table.shifted(*shift) if any(shift) else table
         low, high = bounds[:, :2] + shift, bounds[:, 2:] + shift
         on_slide.append(int(((low < grid.slide_l0) & (high > 0)).all(axis=1).sum()))
-        cut = clip_to_tiles(moved.geometry, grid.coords_l0, grid.size_l0, grid.patch_px, polygons=grid.polygons)
-        boxes.append(cut)
+        boxes.append(clip_to_tiles(moved.geometry, grid.coords_l0, grid.size_l0, grid.patch_px, polygons=grid.polygons))
     area = np.asarray(shapely.area(table.geometry), dtype=np.float64)
     rows = replace(table, geometry=np.full(len(table), None, dtype=object))
     return Clipped(rows, area, tuple(boxes), tuple(on_slide), _extent(bounds))
 
 
-def _stored(clipped: Clipped) -> Clipped:
+def _storable(clipped: Clipped) -> Clipped:
     """The same with no NUL in ids and classes, which HDF5 takes for the end of a text."""
     table = clipped.table
     if NUMBERED in "".join(table.labels):
@@ -111,20 +107,20 @@ def _stored(clipped: Clipped) -> Clipped:
     return replace(clipped, table=table)
 
 
-def join_clipped(pieces: Sequence[Clipped], grid: Grid) -> Clipped:
-    """The objects of several files, one after the other, as one."""
-    if len(pieces) == 1:
-        return pieces[0]
-    sizes = [len(piece) for piece in pieces]
-    joined = [
-        concatenate_boxes(several, sizes, len(grid.coords_l0)) for several in zip(*(p.boxes for p in pieces), strict=True)
+def join_clipped(parts: Sequence[Clipped], grid: Grid, *, sort_labels: bool = True) -> Clipped:
+    """Join the objects of several files or chunks, one after the other; labels as annotations.objects.concatenate has them."""
+    if len(parts) == 1:
+        return parts[0]
+    sizes = [len(part) for part in parts]
+    boxes = [
+        concatenate_boxes(of_shift, sizes, len(grid.coords_l0)) for of_shift in zip(*(p.boxes for p in parts), strict=True)
     ]
     return Clipped(
-        table=concatenate(piece.table for piece in pieces),
-        area_l0=np.concatenate([piece.area_l0 for piece in pieces]),
-        boxes=tuple(joined),
-        on_slide=tuple(map(sum, zip(*(piece.on_slide for piece in pieces), strict=True))),
-        extent_l0=_extent(np.array([piece.extent_l0 for piece in pieces if len(piece)]).reshape(-1, 4)),
+        table=concatenate([part.table for part in parts], sort_labels=sort_labels),
+        area_l0=np.concatenate([part.area_l0 for part in parts]),
+        boxes=tuple(boxes),
+        on_slide=tuple(map(sum, zip(*(part.on_slide for part in parts), strict=True))),
+        extent_l0=_extent(np.array([part.extent_l0 for part in parts if len(part)]).reshape(-1, 4)),
     )
 
 
@@ -132,30 +128,27 @@ def _extent(bounds: np.ndarray) -> np.ndarray:
     return np.concatenate([bounds[:, :2].min(0), bounds[:, 2:].max(0)]) if len(bounds) else np.full(4, np.nan)
 
 
-def clip_file(
-    path: Path, grid: Grid, *, read: ReadFile, read_text: ReadText | None = None, processes: int = 1, stream: bool = False
-) -> Clipped:
+def clip_file(path: Path, grid: Grid, options: ReadOptions, *, processes: int = 1, stream: bool = False) -> Clipped:
     """Read an annotation file and clip it.
 
-    read: reads any file whole. read_text: reads a part of a GeoJSON file, itself GeoJSON, as read_chunk does; None
-    where files are not to be cut. processes: at most so many work at a file that can be cut.
-    stream: bound memory: parts are read one after the other, and a large file that cannot be cut is refused.
-    The result is the same whichever way is taken, and whoever calls.
+    processes: at most so many work at a file that can be split.
+    stream: bound memory: chunks are read one after the other, and a large file that cannot be split is refused.
+    The result is the same whichever way is taken. Raises UserError as read_annotations.
     """
     path = Path(path)
     size = path.stat().st_size if path.is_file() else 0
-    if read_text is not None and size >= LARGE_BYTES:
-        parts = _parts(path)
-        pieces = _pieces(parts, grid, read_text, 1 if stream else processes) if parts is not None else None
-        if pieces is not None:
-            return _stored(_joined_parts(pieces, grid))
+    if size >= LARGE_BYTES and not options.measurements:
+        chunks = _chunks(path)
+        parts = _clip_chunks(chunks, grid, options, 1 if stream else processes) if chunks is not None else None
+        if parts is not None:
+            return _storable(join_chunks(parts, grid))
     if stream and size and size * (PACKED if _is_packed(path) else 1) > STREAM_BYTES:
         what = "packed, nested, damaged, or no list of features"
         raise UserError(f"{path}: cannot be read in parts ({what}): unpack it, or leave out --stream")
-    return _stored(clip_table(read(path), grid))
+    return _storable(clip_table(read_annotations(path, options), grid))
 
 
-def _parts(path: Path) -> list[FeatureChunk] | None:
+def _chunks(path: Path) -> list[FeatureChunk] | None:
     try:
         return split_features(path)
     except OSError:  # who reads it whole says what is wrong with it
@@ -167,98 +160,71 @@ def _is_packed(path: Path) -> bool:
         return file.read(4)[:2] in (b"\x1f\x8b", b"PK")
 
 
-def clip_chunk(part: FeatureChunk, grid: Grid, read_text: ReadText) -> Clipped | None:
-    """One part of a file; None where it does not stand by itself, so that the file has to be read whole."""
+def clip_chunk(chunk: FeatureChunk, grid: Grid, options: ReadOptions) -> Clipped | None:
+    """Clip a chunk of a file; None where it does not stand by itself, so that the file has to be read whole."""
     try:
-        return clip_table(read_text(part.text(), str(part.path)), grid)
+        return clip_table(read_chunk(chunk.text(), str(chunk.path), options), grid)
     except UserError:
         return None
 
 
-def read_chunk(
-    text: bytes,
-    source: str,
-    *,
-    kind: KindOption = "auto",
-    point_size_l0: float | None = None,
-    scale: float | None = None,
-    nuclei: bool = False,
-) -> ObjectTable:
-    """GeoJSON text (FeatureChunk.text) -> its table, as read_annotations makes it of a file, with its arguments.
+@collector_paused()
+def read_chunk(text: bytes, source: str, options: ReadOptions) -> ObjectTable:
+    """Read GeoJSON text (FeatureChunk.text) as read_annotations reads a file.
 
-    Ids that are missing are numbers within the part. Raises UserError where the text is no GeoJSON.
+    Ids that are missing are numbers within the chunk. Raises UserError where the text is no GeoJSON.
     """
-    side = None if point_size_l0 is None else point_size_l0 / (scale or 1)
-    with _collector_paused():
-        text = nuclei_as_geometry(text) if nuclei else text
+    table = read_geojson(text, source, options, id_prefix=NUMBERED)
+    return replace(table, source=np.full(len(table), Path(source).name, dtype=object))
+
+
+def _clip_chunks(chunks: Sequence[FeatureChunk], grid: Grid, options: ReadOptions, processes: int) -> list[Clipped] | None:
+    """Every chunk clipped, in order; None as soon as one of them does not stand by itself."""
+    size = chunks[-1].stop - chunks[0].start
+    helpers = min(processes, size // PER_PROCESS_BYTES, len(chunks)) - 1
+    clip = partial(clip_chunk, grid=grid, options=options)
+    if helpers >= 1:
         try:
-            table = _read_part(text, source, kind, side)
-        except IrregularPositionError:
-            table = _read_part(text, source, kind, side, tolerant=True)
-    return replace(table.scaled(scale or 1), source=np.full(len(table), Path(source).name, dtype=object))
+            return _clip_with_helpers(chunks, clip, helpers)
+        except BrokenProcessPool:  # no process can be started here, or one was killed: alone it may still go well
+            pass
+    parts = []
+    for chunk in chunks:
+        part = clip(chunk)
+        if part is None:
+            return None
+        parts.append(part)
+    return parts
 
 
-def _read_part(
-    text: bytes, source: str, kind: KindOption, point_size_l0: float | None, *, tolerant: bool = False
-) -> ObjectTable:
-    """Its own function, so that the decoded positions are gone before the collector runs again."""
-    features = decode_features(text, source, tolerant=tolerant)
-    for number, feature in enumerate(features):
-        key = feature.id
-        if key is None or key == "" or key in _TYPE_OF_OLD_ID:
-            # The id of an old file is its type, which must not go with it.
-            feature.object_type = _object_type(feature)
-            feature.id = f"{NUMBERED}{number}"
-        elif type(key) is str and NUMBERED in key:
-            feature.id = key.replace(NUMBERED, UNKNOWN)
-    return _table(features, kind, point_size_l0, {"features": len(features)}, source)
-
-
-def _pieces(parts: Sequence[FeatureChunk], grid: Grid, read_text: ReadText, processes: int) -> list[Clipped] | None:
-    """Every part clipped, in order; None as soon as one of them does not stand by itself."""
-    size = parts[-1].stop - parts[0].start
-    helpers = min(processes, size // PER_PROCESS_BYTES, len(parts)) - 1
-    work = partial(clip_chunk, grid=grid, read_text=read_text)
-    if helpers < 1:
-        found: list[Clipped] = []
-        for part in parts:
-            piece = work(part)
-            if piece is None:
-                return None
-            found.append(piece)
-        return found
-    try:
-        return _shared(parts, work, helpers)
-    except BrokenProcessPool:  # no process can be started here, or one was killed: alone it may still go well
-        return _pieces(parts, grid, read_text, 1)
-
-
-def _shared(
-    parts: Sequence[FeatureChunk], work: Callable[[FeatureChunk], Clipped | None], helpers: int
+def _clip_with_helpers(
+    chunks: Sequence[FeatureChunk], clip: Callable[[FeatureChunk], Clipped | None], helpers: int
 ) -> list[Clipped] | None:
-    """This process works along: while the helpers start, and whenever both have enough to do."""
-    found: dict[int, Clipped | None] = {}
-    todo, flying = deque(range(len(parts))), dict[Future, int]()
+    """Clip chunks in other processes, from the first on, and in this one, from the last on, until the two meet.
+
+    This process starts while the helpers are being started.
+    """
+    own: dict[int, Clipped] = {}
     pool = ProcessPoolExecutor(helpers, multiprocessing.get_context("spawn"), initializer=_settle)
     try:
-        while todo or flying:
-            while todo and len(flying) < 2 * helpers:
-                index = todo.popleft()
-                flying[pool.submit(work, parts[index])] = index
-            if todo:
-                index = todo.popleft()
-                found[index] = work(parts[index])
-            done, _ = wait(flying, 0 if todo else None, FIRST_COMPLETED)
-            found |= {flying.pop(future): future.result() for future in done}
-            if any(piece is None for piece in found.values()):
+        futures = [pool.submit(clip, chunk) for chunk in chunks]
+        for number in reversed(range(len(chunks))):
+            if any(future.done() and not future.cancelled() and future.result() is None for future in futures):
                 return None
+            if futures[number].cancel():
+                part = clip(chunks[number])
+                if part is None:
+                    return None
+                own[number] = part
+        parts = [own[number] if number in own else future.result() for number, future in enumerate(futures)]
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-    return [piece for _, piece in sorted(found.items()) if piece is not None]
+    complete = [part for part in parts if part is not None]
+    return complete if len(complete) == len(parts) else None
 
 
 def _settle() -> None:
-    """A helper leaves Ctrl-C to its parent, and ends when its parent does (killed, too)."""
+    """Leave Ctrl-C to the parent, and end when it does (killed, too)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -270,58 +236,24 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _joined_parts(pieces: Sequence[Clipped], grid: Grid) -> Clipped:
-    """The parts of one file as one: numbered through, its classes in order of appearance, as if read whole."""
+def join_chunks(parts: Sequence[Clipped], grid: Grid) -> Clipped:
+    """Join the chunks of one file: numbered through, its classes in order of appearance, as if read whole."""
     first = 0
     numbered = []
-    for piece in pieces:
-        table = piece.table
+    for part in parts:
+        table = part.table
         repairs = tuple(_numbered(line, first) for line in table.log.repairs)
-        table = replace(table, id=_ids(table.id, first), log=replace(table.log, repairs=repairs))
-        numbered.append(replace(piece, table=table))
+        ids = np.array([*(_numbered(name, first) for name in table.id.tolist()), None], dtype=object)[:-1]
+        numbered.append(replace(part, table=replace(table, id=ids, log=replace(table.log, repairs=repairs))))
         first += table.counts["features"]
-    whole = join_clipped(numbered, grid)
-    names = dict.fromkeys(name for piece in pieces for name in piece.table.labels)
-    index = {name: i for i, name in enumerate(names)}
-    # The last element serves label -1, which indexes it from behind.
-    to = np.array([*(index[name] for name in whole.table.labels), -1], dtype=np.int16)
-    return replace(whole, table=replace(whole.table, label=to[whole.table.label], labels=tuple(names)))
-
-
-def _ids(ids: np.ndarray, first: int) -> np.ndarray:
-    """Numbers within a part turned into numbers within the file."""
-    rows = [row for row, name in enumerate(ids.tolist()) if name[:1] == NUMBERED]
-    if rows:
-        ids = ids.copy()
-        ids[rows] = [_numbered(name, first) for name in ids[rows].tolist()]
-    return ids
+    return join_clipped(numbered, grid, sort_labels=False)
 
 
 def _numbered(text: str, first: int) -> str:
-    """The same where it does not begin with a number within a part."""
-    found = NUMBER.match(text)
-    return f"{first + int(found[1])}{text[found.end() :]}" if found else text
-
-
-PART_BYTES = 12 << 20
-
-
-EDGE_BYTES = 1 << 16  # what stands before and behind the features fits in here
-
-
-TAILS = 32  # so many ends of the list are tried
-
-
-_KEY = rb'\{\s*(?:"id"\s*:\s*(?:"[^"\\]*"|-?\d+|null)\s*,\s*)?(?:"type"\s*:\s*"Feature"|"geometry"\s*:|"properties"\s*:)'
-
-
-_LIST = re.compile(rb'(?:"features"\s*:\s*|^\s*)\[(?=\s*' + _KEY + rb")")
-
-
-_BETWEEN = re.compile(rb"\}\s*,\s*(?=" + _KEY + rb")")
-
-
-_TAIL = re.compile(rb"\}\s*\]")
+    """Turn the number within a chunk that a text begins with into one within the file; any other text stays."""
+    if text[:1] != NUMBERED or not (number := NUMBER.match(text)):
+        return text
+    return f"{first + int(number[1])}{text[number.end() :]}"
 
 
 @dataclass(frozen=True)
@@ -334,15 +266,15 @@ class FeatureChunk:
     is_list: bool = False
 
     def text(self) -> bytes:
-        """The part as a document like the whole one: a JSON list or a FeatureCollection."""
-        before, behind = (b"[", b"]") if self.is_list else (b'{"type":"FeatureCollection","features":[', b"]}")
+        """Return the chunk as a document like the whole one: a JSON list or a FeatureCollection."""
+        opening, closing = (b"[", b"]") if self.is_list else (b'{"type":"FeatureCollection","features":[', b"]}")
         with self.path.open("rb") as file:
             file.seek(self.start)
-            return b"".join((before, file.read(self.stop - self.start), behind))
+            return b"".join((opening, file.read(self.stop - self.start), closing))
 
 
-def split_features(path: Path, part_bytes: int = PART_BYTES) -> list[FeatureChunk] | None:
-    """Parts of about `part_bytes` of a GeoJSON file, in order; None where it has to be read in one piece."""
+def split_features(path: Path, chunk_bytes: int = CHUNK_BYTES) -> list[FeatureChunk] | None:
+    """Split a GeoJSON file into chunks of about chunk_bytes, in order; None where it has to be read in one piece."""
     with path.open("rb") as file:
         if file.seek(0, 2) == 0:
             return None
@@ -352,10 +284,10 @@ def split_features(path: Path, part_bytes: int = PART_BYTES) -> list[FeatureChun
                 return None
             start, stop, is_list = inside
             ends: list[int] = []
-            at = start + part_bytes
-            while at < stop and (found := _BETWEEN.search(data, at - 1, stop)):
-                ends.append(data.find(b",", found.start(), found.end()))
-                at = ends[-1] + part_bytes
+            at = start + chunk_bytes
+            while at < stop and (between := _BETWEEN.search(data, at - 1, stop)):
+                ends.append(data.find(b",", between.start(), between.end()))
+                at = ends[-1] + chunk_bytes
     starts = [start, *(end + 1 for end in ends)]
     return [FeatureChunk(path, a, b, is_list) for a, b in zip(starts, [*ends, stop], strict=True)]
 
@@ -366,26 +298,19 @@ def _inside(data: mmap.mmap) -> tuple[int, int, bool] | None:
     """
     head = data[:EDGE_BYTES].removeprefix(b"\xef\xbb\xbf")
     offset = min(len(data), EDGE_BYTES) - len(head)
-    found = _LIST.search(head)
-    if found is None:
+    opening = _LIST.search(head)
+    if opening is None:
         return None
-    start = offset + found.end()
+    start = offset + opening.end()
     edge = max(start, len(data) - EDGE_BYTES)
     tail = data[edge:]
     for end in [match.end() - 1 for match in _TAIL.finditer(tail)][: -TAILS - 1 : -1]:
         try:
-            rest = json.loads(head[: found.end()] + tail[end:], object_pairs_hook=_once)
+            # Two lists of features are not for this way of reading.
+            around = json.loads(head[: opening.end()] + tail[end:], object_pairs_hook=unique_keys)
         except (ValueError, RecursionError):
             continue
-        is_list = rest == []
-        if is_list or (isinstance(rest, dict) and rest.get("type", "FeatureCollection") == "FeatureCollection"):
-            return (start, edge + end, is_list) if is_list or rest.get("features") == [] else None
+        is_list = around == []
+        if is_list or (isinstance(around, dict) and around.get("type", "FeatureCollection") == "FeatureCollection"):
+            return (start, edge + end, is_list) if is_list or around.get("features") == [] else None
     return None
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON; ValueError where a key comes twice: two lists of features are not for this way of reading."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a key comes twice")
-    return found

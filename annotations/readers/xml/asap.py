@@ -5,8 +5,8 @@ from __future__ import annotations
 from xml.etree.ElementTree import Element
 
 from annotations.objects import Kind, ObjectTable
-from annotations.readers.slide_context import SlideContext
-from annotations.readers.table_builder import Shapes, kind_of
+from annotations.readers.options import ReadOptions
+from annotations.readers.table_builder import Shapes
 from annotations.readers.xml.tree import number, position, refuse_foreign
 
 ROOT = "ASAP_Annotations"
@@ -15,10 +15,8 @@ _POINTS = frozenset({"dot", "pointset"})
 _LINES = frozenset({"measurement", "polyline"})
 
 
-def read_asap(
-    root: Element, source: str, *, kind: str, point_size_l0: float | None, scale: float, slide: SlideContext
-) -> ObjectTable:
-    """Every Annotation: Polygon, Spline (its knots) and Rectangle as outlines, Dot and PointSet as points.
+def read_asap(root: Element, source: str, options: ReadOptions) -> ObjectTable:
+    """Read every Annotation: Polygon, Spline (its knots) and Rectangle as outlines, Dot and PointSet as points.
 
     Coordinates are level-0 pixels, put in order by their Order; decimal commas are read. The class is PartOfGroup, unless
     it is None; the id is Name where it is unique, else the number of the annotation. Holes are objects of their own there
@@ -29,7 +27,6 @@ def read_asap(
     names = [item.get("Name") or "" for item in items]
     unique = len(set(names)) == len(names) and all(names)
     shapes = Shapes()
-    counts = {"features": len(items)}
     for row, item in enumerate(items):
         form = (item.get("Type") or "").lower()
         group = item.get("PartOfGroup") or ""
@@ -37,19 +34,19 @@ def read_asap(
         shapes.add(
             names[row] if unique else str(row),
             None if group.strip().lower() == "none" else group.strip(),
-            kind_of(kind, Kind.CELL if is_point else Kind.TISSUE),
+            options.kind_of(Kind.CELL if is_point else Kind.TISSUE),
         )
-        found = [(number(each.get("Order")), i, position(each)) for i, each in enumerate(item.iter("Coordinate"))]
+        corners = [(number(corner.get("Order")), i, position(corner)) for i, corner in enumerate(item.iter("Coordinate"))]
         # An Order that is no number compares with nothing: those stay where they are written.
-        if all(order == order for order, _, _ in found):
-            found.sort()
-        xy = [where for _, _, where in found]
+        if all(order == order for order, _, _ in corners):
+            corners.sort()
+        xy = [corner for _, _, corner in corners]
         if not xy:
-            shapes.lose(row, "empty", counts)
+            shapes.lose(row, "empty")
         elif is_point:
             shapes.add_points(row, xy)
         elif form in _LINES:
-            shapes.lose(row, "lines_skipped", counts)
+            shapes.lose(row, "lines_skipped")
         else:
             shapes.add_ring(row, xy)
-    return shapes.build(counts, point_size_l0=point_size_l0, scale=scale, source=source)[0]
+    return shapes.build(options, source)[0]

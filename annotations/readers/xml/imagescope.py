@@ -12,8 +12,8 @@ import shapely
 from annotations.errors import UserError
 from annotations.geometry.rings import polygon_parts
 from annotations.objects import Kind, ObjectTable
-from annotations.readers.slide_context import SlideContext
-from annotations.readers.table_builder import Shapes, add, kind_of
+from annotations.readers.options import ReadOptions
+from annotations.readers.table_builder import Shapes
 from annotations.readers.xml.tree import REMEDY, position, refuse_foreign
 
 ROOT = "Annotations"
@@ -25,10 +25,8 @@ LINES, POINTS = ("3", "4", "line", "polyline", "ruler", "arrow"), ("5", "counter
 ELLIPSE_CORNERS = 64
 
 
-def read_imagescope(
-    root: Element, source: str, *, kind: str, point_size_l0: float | None, scale: float, slide: SlideContext
-) -> ObjectTable:
-    """Every Region of every Annotation (a layer), level-0 pixels.
+def read_imagescope(root: Element, source: str, options: ReadOptions) -> ObjectTable:
+    """Read every Region of every Annotation (a layer), level-0 pixels.
 
     The class is the layer's Name, or what the region's Text says; the id layer:region by their Id, or numbers. A Region with
     NegativeROA="1" is no object: it is cut out of those of its layer ("holes"; "holes_dropped" where it meets none); in a
@@ -42,39 +40,36 @@ def read_imagescope(
         raise UserError(f"{source}: XML <{ROOT}> without an <Annotation>: neither ImageScope's nor ASAP's nor HALO's: {REMEDY}")
     refuse_foreign(root, source, POSITIONS, EMPTY)
     is_halo = next(root.iter("V"), None) is not None
-    counts = {"features": 0}
     regions, holes = Shapes(), Shapes()
-    layer_of: tuple[list[int], list[int]] = ([], [])
+    region_layers: list[int] = []
+    hole_layers: list[int] = []
     for number, layer in enumerate(layers):
         for region in layer.iter("Region"):
             is_hole = (region.get("NegativeROA") or "").strip().lower() in ("1", "true")
-            shapes = holes if is_hole else regions
-            _add_region(shapes, layer, region, kind, counts)
-            layer_of[is_hole].append(number)
-    table, rows = regions.build(counts, point_size_l0=point_size_l0, scale=scale, source=source)
+            _add_region(holes if is_hole else regions, layer, region, len(regions) + len(holes), options)
+            (hole_layers if is_hole else region_layers).append(number)
+    table, rows = regions.build(options, source)
     if not len(holes):
         return table
-    counts = table.counts  # of an empty table it is a copy
-    cut_counts: dict[str, int] = {}
-    cuts, cut_rows = holes.build(cut_counts, point_size_l0=None, scale=scale, source=source)
-    add(counts, "repaired", cut_counts.get("repaired", 0))
-    add(counts, "vertices_dropped", cut_counts.get("vertices_dropped", 0))
-    add(counts, "holes_dropped", len(holes) - len(cuts))
-    layer, cut_layer = np.array(layer_of[0], dtype=np.int64)[rows], np.array(layer_of[1])[cut_rows]
-    return _cut_out(table, layer, cuts.geometry, cut_layer, islands=is_halo)
+    cuts, cut_rows = holes.build(replace(options, point_size_l0=None), source)
+    counts = Counter(table.counts)
+    counts.update(features=len(holes), holes_dropped=len(holes) - len(cuts))
+    counts.update({name: cuts.counts.get(name, 0) for name in ("repaired", "vertices_dropped", "empty", "lines_skipped")})
+    layer_of, cut_layer = np.array(region_layers, dtype=np.int64)[rows], np.array(hole_layers, dtype=np.int64)[cut_rows]
+    return _cut_out(table, counts, layer_of, cuts.geometry, cut_layer, islands=is_halo)
 
 
-def _add_region(shapes: Shapes, layer: Element, region: Element, kind: str, counts: dict[str, int]) -> None:
+def _add_region(shapes: Shapes, layer: Element, region: Element, place: int, options: ReadOptions) -> None:
+    """Add a region, the one at `place` in the file."""
     form = (region.get("Type") or "").strip().lower()
     xy = [position(vertex) for vertex in region.iter() if vertex.tag in POSITIONS]
     name = (layer.get("Name") or "").strip() or (region.get("Text") or "").strip()
-    number = region.get("Id") or str(counts["features"])
-    row = shapes.add(f"{layer.get('Id') or ''}:{number}", name, kind_of(kind, Kind.CELL if form in POINTS else Kind.TISSUE))
-    counts["features"] += 1
+    number = region.get("Id") or str(place)
+    row = shapes.add(f"{layer.get('Id') or ''}:{number}", name, options.kind_of(Kind.CELL if form in POINTS else Kind.TISSUE))
     if not xy:
-        shapes.lose(row, "empty", counts)
+        shapes.lose(row, "empty")
     elif form in LINES:
-        shapes.lose(row, "lines_skipped", counts)
+        shapes.lose(row, "lines_skipped")
     elif form in POINTS:
         shapes.add_points(row, xy)
     elif form in ELLIPSES and len(xy) <= 4:
@@ -87,7 +82,7 @@ def _add_region(shapes: Shapes, layer: Element, region: Element, kind: str, coun
 
 
 def _ellipse(corners: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The ellipse that fills the box of some corners."""
+    """Return the ellipse that fills the box around corners."""
     low, high = np.min(corners, axis=0), np.max(corners, axis=0)
     angle = np.arange(ELLIPSE_CORNERS) * (2 * np.pi / ELLIPSE_CORNERS)
     with np.errstate(over="ignore", invalid="ignore"):  # what is no number is dropped and counted later
@@ -95,25 +90,31 @@ def _ellipse(corners: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return [(float(x), float(y)) for x, y in ring]
 
 
-def _cut_out(table: ObjectTable, layer: np.ndarray, cuts: np.ndarray, cut_layer: np.ndarray, *, islands: bool) -> ObjectTable:
-    """The objects less the cuts of their layer; those of which nothing is left are counted as "zero_area".
+def _cut_out(
+    table: ObjectTable,
+    counts: Counter[str],
+    layer: np.ndarray,
+    cuts: np.ndarray,
+    cut_layer: np.ndarray,
+    *,
+    islands: bool,
+) -> ObjectTable:
+    """Cut objects (n,) by the cuts (m,) of their layer; those of which nothing remains are counted as "zero_area".
 
     islands: an object that lies within a cut is not cut by it.
     """
-    counts, geometry = table.counts, table.geometry.copy()
+    geometry = table.geometry.copy()
     cut, row = shapely.STRtree(geometry).query(cuts, predicate="intersects")
     same = cut_layer[cut] == layer[row]
     if islands:
         same &= ~(shapely.covers(cuts[cut], geometry[row]) & ~shapely.covers(geometry[row], cuts[cut]))
     cut, row = cut[same], row[same]
-    add(counts, "holes", len(np.unique(cut)))
-    add(counts, "holes_dropped", len(cuts) - len(np.unique(cut)))
+    used = len(np.unique(cut))
     for target in np.unique(row).tolist():
         geometry[target] = shapely.difference(geometry[target], shapely.union_all(cuts[cut[row == target]]))
     geometry = polygon_parts(geometry)
-    left = shapely.area(geometry) > 0
-    add(counts, "zero_area", int((~left).sum()))
-    names = table.class_names()
-    gone = Counter((names[i] or "", "zero_area") for i in np.flatnonzero(~left).tolist())
-    skipped = dict(gone + Counter(table.log.skipped))
-    return replace(table, geometry=geometry, log=replace(table.log, skipped=skipped)).take(left)
+    has_area = shapely.area(geometry) > 0
+    counts.update(holes=used, holes_dropped=len(cuts) - used, zero_area=int((~has_area).sum()))
+    gone = Counter((name or "", "zero_area") for name in table.take(~has_area).class_names())
+    log = replace(table.log, skipped=dict(gone + Counter(table.log.skipped)))
+    return replace(table, geometry=geometry, counts=dict(+counts), log=log).take(has_area)

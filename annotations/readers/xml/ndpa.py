@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from xml.etree.ElementTree import Element
 
 from annotations.errors import UserError
 from annotations.objects import Kind, ObjectTable
+from annotations.readers.options import ReadOptions
 from annotations.readers.slide_context import SlideContext
-from annotations.readers.table_builder import Shapes, kind_of
+from annotations.readers.table_builder import Shapes
 from annotations.readers.xml.tree import number, refuse_foreign
 
 ROOT = "annotations"
 CIRCLE_CORNERS = 64
 
 
-def read_ndpa(
-    root: Element, source: str, *, kind: str, point_size_l0: float | None, scale: float, slide: SlideContext
-) -> ObjectTable:
-    """Every ndpviewstate: closed freehands and rectangles and circles as outlines, pins as points; class its title.
+def read_ndpa(root: Element, source: str, options: ReadOptions) -> ObjectTable:
+    """Read every ndpviewstate: closed freehands and rectangles and circles as outlines, pins as points; class its title.
 
     A position in nanometres from the centre of the glass lies at (position - offset of the slide's centre) / (1000 * mpp)
     + half the slide's size, in level-0 pixels; with coordformat "pixels" positions are taken as they stand.
@@ -26,18 +26,17 @@ def read_ndpa(
     """
     refuse_foreign(root, source, ("ndpviewstate",), ())
     views = root.findall("ndpviewstate")
-    counts = {"features": len(views)}
     shapes = Shapes()
     for i, view in enumerate(views):
         item = view.find("annotation")
         form = (item.get("type") or "").lower() if item is not None else ""
         is_point = form in ("pin", "pointer")
         name = (view.findtext("title") or "").strip()
-        row = shapes.add(view.get("id") or str(i), name, kind_of(kind, Kind.CELL if is_point else Kind.TISSUE))
+        row = shapes.add(view.get("id") or str(i), name, options.kind_of(Kind.CELL if is_point else Kind.TISSUE))
         units = (view.findtext("coordformat") or "nanometers").strip().lower()
-        to_pixels = _Pixels(slide, source, nanometres=units.startswith("nano"))
+        to_pixels = _Pixels(options.slide, source, nanometres=units.startswith("nano"))
         if item is None:
-            shapes.lose(row, "empty", counts)
+            shapes.lose(row, "empty")
         elif is_point:
             shapes.add_points(row, [to_pixels(number(item.findtext("x")), number(item.findtext("y")))])
         elif form == "circle":
@@ -47,12 +46,12 @@ def read_ndpa(
             angles = [turn * step for step in range(CIRCLE_CORNERS)]
             shapes.add_ring(row, [to_pixels(x + radius * math.cos(a), y + radius * math.sin(a)) for a in angles])
         elif not (points := item.findall("pointlist/point")):
-            shapes.lose(row, "lines_skipped" if "measure" in form else "empty", counts)
+            shapes.lose(row, "lines_skipped" if "measure" in form else "empty")
         elif (item.findtext("closed") or "1").strip() == "0" or "measure" in form:
-            shapes.lose(row, "lines_skipped", counts)
+            shapes.lose(row, "lines_skipped")
         else:
             shapes.add_ring(row, [to_pixels(number(p.findtext("x")), number(p.findtext("y"))) for p in points])
-    return shapes.build(counts, point_size_l0=point_size_l0, source=source)[0]
+    return shapes.build(replace(options, scale=None), source)[0]
 
 
 class _Pixels:

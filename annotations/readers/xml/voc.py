@@ -10,7 +10,7 @@ import numpy as np
 import shapely
 
 from annotations.errors import UserError
-from annotations.geometry.rings import beyond, usable
+from annotations.geometry.rings import is_beyond, is_usable
 from annotations.objects import SHOWN_IDS, UNCLASSIFIED, Kind, ObjectTable, ReadLog, empty_table
 from annotations.readers.xml.tree import parse_xml
 
@@ -41,8 +41,8 @@ def read_voc(path: Path) -> tuple[ObjectTable, tuple[int, int] | None]:
         corners.append([_number(path, i, corner, _text(box, corner)) for corner in CORNERS])
         row.append(i)
     xyxy = np.array(corners, dtype=np.float64).reshape(-1, 4)
-    good = usable(xyxy) & (xyxy[:, 2] > xyxy[:, 0]) & (xyxy[:, 3] > xyxy[:, 1])
-    far = beyond(xyxy)
+    good = is_usable(xyxy) & (xyxy[:, 2] > xyxy[:, 0]) & (xyxy[:, 3] > xyxy[:, 1])
+    far = is_beyond(xyxy)
     lost |= {row[i]: "beyond" if far[i] else "zero_area" for i in np.flatnonzero(~good).tolist()}
     counts |= Counter(lost.values())
     log = _log(lost, [_text(item, "name") for item in objects], path.stem)

@@ -14,8 +14,8 @@ import pytest
 import shapely
 
 from annotations import UserError, clip_to_tiles, read_annotations
-from annotations.geometry.rings import star_shaped
-from annotations.readers import detect as content
+from annotations.geometry.rings import is_star_shaped
+from annotations.readers import detect
 
 SQUARE = [[0, 0], [10, 0], [10, 10], [0, 10], [0, 0]]
 POLYGON = {"type": "Polygon", "coordinates": [SQUARE]}
@@ -193,8 +193,8 @@ def test_time_grows_no_faster_than_a_line(read, pad):
 
 @pytest.mark.parametrize("form", ["gz", "zip"])
 def test_a_bomb_is_not_unpacked(tmp_path, refused, form, monkeypatch):
-    monkeypatch.setattr(content, "ALWAYS_FINE", 1 << 22)  # 256 MB otherwise
-    monkeypatch.setattr(content, "_STEP", 1 << 20)
+    monkeypatch.setattr(detect, "ALWAYS_FINE", 1 << 22)  # 256 MB otherwise
+    monkeypatch.setattr(detect, "_STEP", 1 << 20)
     path = tmp_path / "bomb"
     step = b" " * (1 << 20)
     if form == "gz":
@@ -229,13 +229,13 @@ def test_what_is_called_star_shaped_is_valid():
     polygons = np.array(
         [shapely.Polygon(ring) for ring in rings] + [shapely.box(0, 0, 9, 9).buffer(3).exterior, shapely.Polygon()]
     )
-    sure, valid = star_shaped(polygons), shapely.is_valid(polygons)
+    sure, valid = is_star_shaped(polygons), shapely.is_valid(polygons)
     assert not (sure & ~valid).any()
     assert (sure & valid)[20_000:].sum() > 300
     assert valid[~sure].any()
     turning_twice = shapely.Polygon([(3, 0), (-2, 3), (-2, -3), (4, 0), (-3, 4), (-3, -4)])
     hole = shapely.box(0, 0, 9, 9).difference(shapely.box(1, 1, 2, 2))
-    assert star_shaped(np.array([turning_twice, hole, shapely.box(0, 0, 1, 1)])).tolist() == [False, False, True]
+    assert is_star_shaped(np.array([turning_twice, hole, shapely.box(0, 0, 1, 1)])).tolist() == [False, False, True]
 
 
 # A repair that leaves something invalid, and a piece that GEOS cannot cut out: both found by experiments/fuzz_annotations.py.

@@ -12,7 +12,7 @@ import pytest
 import shapely
 
 from annotations import Kind, SlideContext, UserError, concatenate, read_annotations, read_classmap
-from annotations.geometry.trace_mask import trace
+from annotations.geometry.trace_mask import trace_outlines
 from annotations.readers.detect import ALWAYS_FINE
 
 SQUARE = [[0, 0], [10, 0], [10, 10], [0, 10]]
@@ -290,7 +290,7 @@ def test_geoparquet_of_others(tmp_path: Path) -> None:
 def test_outlines_of_labels_hold_exactly_their_pixels(values: int) -> None:
     mask = np.random.default_rng(values).integers(0, values, (23, 31)).astype(np.int32)
     y, x = np.mgrid[:23, :31] + 0.5
-    found, outlines = trace(mask)
+    found, outlines = trace_outlines(mask)
     assert found.tolist() == list(range(1, values))
     assert shapely.is_valid(outlines).all()
     for value, outline in zip(found, outlines, strict=True):

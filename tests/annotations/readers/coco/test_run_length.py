@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import shapely
 
-from annotations.geometry.trace_mask import trace
+from annotations.geometry.trace_mask import trace_outlines
 from annotations.readers.coco.run_length import lengths_of, outlines_of, runs_of
 
 # Made with the COCO tools: a mask of 7 x 5 pixels, row by row, and a frame of 30 x 25 with a hole in it, in 60 x 50.
@@ -77,7 +77,7 @@ def test_outlines_are_those_of_the_unpacked_masks() -> None:
     assert which.tolist() == [i for i, mask in enumerate(masks) if mask.any()]
     assert shapely.is_valid(outlines).all()
     for i, outline in zip(which.tolist(), outlines, strict=True):
-        expected = trace(masks[i])[1][0]
+        expected = trace_outlines(masks[i])[1][0]
         assert outline.equals(expected)
         assert shapely.get_num_coordinates(outline) == shapely.get_num_coordinates(expected)
         assert outlines_of([runs[i]])[1][0].equals(outline)

@@ -12,7 +12,8 @@ import pytest
 
 from annotations import UserError, read_annotations
 from annotations.readers.geojson import large_file as stream
-from annotations.readers.geojson.large_file import Clipped, Grid, clip_file, clip_table, read_chunk, split_features
+from annotations.readers.geojson.large_file import Clipped, Grid, clip_file, clip_table, split_features
+from annotations.readers.options import ReadOptions
 
 CORNERS = np.array([[x, y] for y in range(0, 200, 40) for x in range(0, 200, 40)])
 GRID = Grid(CORNERS, 50.0, 32, (200.0, 200.0), ((0.0, 0.0), (30.0, -7.5)), polygons=True)
@@ -66,11 +67,11 @@ def same(a: Clipped, b: Clipped) -> None:
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream, "LARGE_BYTES", 0)
     monkeypatch.setattr(stream, "PER_PROCESS_BYTES", 1)
-    monkeypatch.setattr(stream, "split_features", partial(split_features, part_bytes=1500))
+    monkeypatch.setattr(stream, "split_features", partial(split_features, chunk_bytes=1500))
 
 
-def save(path: Path, document: object, **how) -> Path:
-    path.write_text(document if isinstance(document, str) else json.dumps(document, **how))
+def save(path: Path, document: object, **layout) -> Path:
+    path.write_text(document if isinstance(document, str) else json.dumps(document, **layout))
     return path
 
 
@@ -91,33 +92,36 @@ LAYOUTS = {
 @pytest.mark.usefixtures("small_parts")
 def test_in_parts_as_whole(tmp_path, layout, indent, options):
     path = save(tmp_path / "a.geojson", LAYOUTS[layout](many()), indent=indent)
-    parts = split_features(path, part_bytes=1500)
+    parts = split_features(path, chunk_bytes=1500)
     assert parts is not None
     assert len(parts) > 7 or layout == "one"
     whole = clip_table(read_annotations(path, **options), GRID)
-    same(clip_file(path, GRID, read=must_not_be_called, read_text=partial(read_chunk, **options)), whole)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stream, "read_annotations", must_not_be_called)
+        same(clip_file(path, GRID, ReadOptions(**options)), whole)
 
 
-def must_not_be_called(path: Path):
+def must_not_be_called(path: Path, options: ReadOptions):
     raise AssertionError(f"{path} was read whole")
 
 
 @pytest.mark.usefixtures("small_parts")
-def test_two_processes_as_one(tmp_path):
+def test_two_processes_as_one(tmp_path, monkeypatch):
     path = save(tmp_path / "a.geojson", many(200))
-    read = partial(read_chunk, kind="auto")
-    same(clip_file(path, GRID, read=must_not_be_called, read_text=read, processes=2), clip_table(read_annotations(path), GRID))
+    monkeypatch.setattr(stream, "read_annotations", must_not_be_called)
+    same(clip_file(path, GRID, ReadOptions(), processes=2), clip_table(read_annotations(path), GRID))
 
 
 @pytest.mark.usefixtures("small_parts")
-def test_numbers_that_are_none_stay_in_their_part(tmp_path):
+def test_numbers_that_are_none_stay_in_their_part(tmp_path, monkeypatch):
+    monkeypatch.setattr(stream, "read_annotations", must_not_be_called)
     items = many()
     items[3]["geometry"]["coordinates"][0].append([float("nan"), 1])
     items[50]["properties"]["classification"] = 7
     path = save(tmp_path / "a.geojson", items)
-    found = clip_file(path, GRID, read=must_not_be_called, read_text=read_chunk)
-    same(found, clip_table(read_annotations(path), GRID))
-    assert found.table.counts["vertices_dropped"] == 1
+    clipped = clip_file(path, GRID, ReadOptions())
+    same(clipped, clip_table(read_annotations(path), GRID))
+    assert clipped.table.counts["vertices_dropped"] == 1
 
 
 def nested() -> list[dict]:
@@ -139,13 +143,15 @@ WHOLE = {
 
 @pytest.mark.parametrize("name", WHOLE)
 @pytest.mark.usefixtures("small_parts")
-def test_what_cannot_be_cut_is_read_whole(tmp_path, name):
+def test_what_cannot_be_cut_is_read_whole(tmp_path, monkeypatch, name):
     path = save(tmp_path / "a.geojson", WHOLE[name])
     called = []
 
-    def read(file: Path):
+    def read(file: Path, options: ReadOptions):
         called.append(file)
-        return read_annotations(file)
+        return read_annotations(file, options)
+
+    monkeypatch.setattr(stream, "read_annotations", read)
 
     def attempt(clip):
         try:
@@ -154,32 +160,33 @@ def test_what_cannot_be_cut_is_read_whole(tmp_path, name):
             return str(error)
 
     wanted = attempt(lambda: clip_table(read_annotations(path), GRID))
-    found = attempt(lambda: clip_file(path, GRID, read=read, read_text=read_chunk))
+    clipped = attempt(lambda: clip_file(path, GRID, ReadOptions()))
     if isinstance(wanted, str):
-        assert found == wanted
+        assert clipped == wanted
     else:
-        same(found, wanted)
+        same(clipped, wanted)
     assert called == [path]
 
 
 @pytest.mark.usefixtures("small_parts")
 def test_bounded_memory_is_promised_or_refused(tmp_path, monkeypatch):
     path = save(tmp_path / "a.geojson", nested())
-    assert len(clip_file(path, GRID, read=read_annotations, read_text=read_chunk, stream=True)) > 60
+    assert len(clip_file(path, GRID, ReadOptions(), stream=True)) > 60
     monkeypatch.setattr(stream, "STREAM_BYTES", 1000)
     with pytest.raises(UserError, match=r"a\.geojson: cannot be read in parts .*: unpack it, or leave out --stream"):
-        clip_file(path, GRID, read=read_annotations, read_text=read_chunk, stream=True)
+        clip_file(path, GRID, ReadOptions(), stream=True)
     packed = tmp_path / "c.geojson.gz"
     packed.write_bytes(gzip.compress(json.dumps(many(2000)).encode()))
     monkeypatch.setattr(stream, "STREAM_BYTES", 2 * packed.stat().st_size)
     with pytest.raises(UserError, match="unpack it, or leave out --stream"):
-        clip_file(packed, GRID, read=read_annotations, read_text=read_chunk, stream=True)
+        clip_file(packed, GRID, ReadOptions(), stream=True)
     flat = save(tmp_path / "b.geojson", many())
-    assert len(clip_file(flat, GRID, read=must_not_be_called, read_text=read_chunk, stream=True)) > 50
+    monkeypatch.setattr(stream, "read_annotations", must_not_be_called)
+    assert len(clip_file(flat, GRID, ReadOptions(), stream=True)) > 50
 
 
 def test_ids_and_classes_can_be_stored(tmp_path):
     path = save(tmp_path / "a.geojson", [feature(3, 3, name="a\0b", id="x\0y"), feature(9, 9)])
-    table = clip_file(path, GRID, read=read_annotations).table
+    table = clip_file(path, GRID, ReadOptions()).table
     assert table.id.tolist() == ["x\ufffdy", "1"]
     assert table.labels == ("a\ufffdb", "a")

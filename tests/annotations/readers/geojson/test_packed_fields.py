@@ -12,6 +12,7 @@ import shapely
 
 from annotations import Kind, read_annotations
 from annotations.readers.geojson.large_file import read_chunk
+from annotations.readers.options import ReadOptions
 
 SQUARE = {"type": "Polygon", "coordinates": [[[0, 0], [10, 0], [10, 10], [0, 10], [0, 0]]]}
 SMALL = {"type": "Polygon", "coordinates": [[[2, 2], [4, 2], [4, 4], [2, 4], [2, 2]]]}
@@ -57,7 +58,7 @@ def test_a_class_kept_as_json_text_is_read_alike_in_geojson_and_in_parquet(tmp_p
     geopandas = pytest.importorskip("geopandas")
     path = save(tmp_path / "a.geojson", feature(classification=text), feature(classification="Stroma"))
     assert labels(read_annotations(path)) == [name, "Stroma"]
-    assert labels(read_chunk(path.read_bytes(), "a")) == [name, "Stroma"]
+    assert labels(read_chunk(path.read_bytes(), "a", ReadOptions())) == [name, "Stroma"]
     damaged = save(tmp_path / "b.geojson", text=path.read_text().replace("[10, 10]", "[10, NaN], [10, 10]"))
     assert labels(read_annotations(damaged)) == [name, "Stroma"]  # the tolerant way
     rows = geopandas.GeoDataFrame({"classification": [text, "Stroma"]}, geometry=[shapely.box(0, 0, 9, 9)] * 2)
