@@ -32,15 +32,16 @@ from torch import Tensor
 
 from odis_path.config import PretrainConfig
 from odis_path.data.dataset import TileSamples
-from odis_path.data.sampler import Batch, StepSampler, collate
+from odis_path.data.sampler import Batch, StepSampler, collate, next_batch
 from odis_path.distributed import Ranks, start_ranks
 from odis_path.model.layers import additive, attention_kernels
 from odis_path.model.network import Views
 from odis_path.model.vit import attention_mask, build_encoder
-from odis_path.training import loop
 from odis_path.training.compile import compiles
-from odis_path.training.optim import step_values
-from odis_path.training.step import make_views
+from odis_path.training.log.meter import Row, StepMeter
+from odis_path.training.optim import set_schedule, step_values
+from odis_path.training.setup import Run, batch_loader, prepare
+from odis_path.training.step import apply_gradients, forward_backward, make_views, train_step
 from tiling.slide_file.write import SlideMeta, write_slide_file
 from tiling.wsi.codec import encode_jpeg
 
@@ -109,10 +110,10 @@ class Bench:
             values[name] = {**values.get(name, {}), **keys}
         return PretrainConfig.model_validate(values)
 
-    def prepare(self, **sections: dict[str, Any]) -> tuple[loop.Run, Batch]:
+    def prepare(self, **sections: dict[str, Any]) -> tuple[Run, Batch]:
         """A run and one collated batch of it."""
         config = self.config(**sections)
-        run = loop.prepare(config, self.ranks)
+        run = prepare(config, self.ranks)
         samples = TileSamples(run.train, config, run.student.encoder.patch_px)
         sampler = StepSampler(len(run.train), config.optim.batch_size, seed=0, first_step=0, last_step=1, rank=0, world=1)
         return run, collate([samples[key] for key in next(iter(sampler))])
@@ -143,20 +144,20 @@ class Bench:
             torch.cuda.synchronize()
 
 
-def whole_step(run: loop.Run, batch: Batch) -> Callable[[], None]:
+def whole_step(run: Run, batch: Batch) -> Callable[[], None]:
     """A step as training does it, without loading."""
     values = step_values(run.config, 0, run.steps_per_epoch, run.total_steps)
-    loop.set_schedule(run.optimizer, values)
+    set_schedule(run.optimizer, values)
 
     def work() -> None:
         run.optimizer.zero_grad(set_to_none=True)
-        loop.forward_backward(run, batch, values, last=True)
-        loop.apply_gradients(run, values)
+        forward_backward(run, batch, values, last=True)
+        apply_gradients(run, values)
 
     return work
 
 
-def networks_alone(run: loop.Run, batch: Batch) -> Callable[[], None]:
+def networks_alone(run: Run, batch: Batch) -> Callable[[], None]:
     """Forward of teacher and student and backward of the student, on views that are there already."""
     with torch.no_grad():
         views: Views = make_views(batch, run.config, run.train.tile_px, run.ranks.device, compiled=run.compiled)
@@ -187,7 +188,7 @@ def bench_sampling(bench: Bench) -> dict[str, Any]:
     samples = []
     for target in ({}, {"crop": False, "mask": False}):
         config = bench.config(target=target)
-        run = loop.prepare(config, bench.ranks)
+        run = prepare(config, bench.ranks)
         samples.append(TileSamples(run.train, config, run.student.encoder.patch_px))
     rows = [(0, i) for i in range(min(64, len(samples[0])))]
 
@@ -212,16 +213,24 @@ def bench_floor(bench: Bench) -> dict[str, Any]:
     """
     gpu = bench.ranks.device.type == "cuda"
     stretch, rounds = (10, max(2, bench.options.runs // 8)) if gpu else (1, bench.options.runs)
-    run, batch = bench.prepare(run={"log_every_steps": stretch})
+    run, batch = bench.prepare()
     run.total_steps = 10**9
     alone = networks_alone(run, batch)
-    training = loop.steps(run)
+    batches, meter = iter(batch_loader(run)), StepMeter(run.config.optim.batch_size, run.ranks)
     queue = 2 * bench.options.workers
 
-    def steps(count: int) -> dict[str, float]:
-        rows = [next(training) for _ in range(count)]
+    def steps(count: int) -> Row:
+        meter.restart()
+        for _ in range(count):
+            values = step_values(run.config, run.step, run.steps_per_epoch, run.total_steps)
+            with meter.waiting():
+                micro_batches = [next_batch(batches)]
+            meter.count(micro_batches)
+            figures = train_step(run, micro_batches, values)
+            run.step += 1
+        row = meter.figures(figures, values)
         bench.wait()
-        return rows[-1]
+        return row
 
     steps(2 * stretch)
     whole, floor, waits = [], [], []

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from annotations.errors import UserError, one_line
+
+Result = TypeVar("Result")
 
 
 def world_size() -> int:
@@ -77,6 +81,23 @@ def any_rank(flag: bool, ranks: Ranks) -> bool:
     value = torch.tensor([float(flag)], device=ranks.device)
     dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return bool(value.item())
+
+
+def on_first_rank(ranks: Ranks, work: Callable[[], Result], failed: str) -> Result | None:
+    """Do on rank 0 what only it does; its result there, None on the others.
+
+    Every rank calls, and all end where a UserError is raised: one that went on would wait for the first for ever. failed: what
+    the others say.
+    """
+    result, problem = None, None
+    if ranks.first:
+        try:
+            result = work()
+        except UserError as error:
+            problem = error
+    if any_rank(problem is not None, ranks):
+        raise problem or UserError(f"{failed}, see what rank 0 says")
+    return result
 
 
 def mean_of_ranks(values: torch.Tensor, ranks: Ranks) -> torch.Tensor:

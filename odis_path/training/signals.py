@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import signal
-from typing import Any
+from dataclasses import dataclass
+from types import FrameType
 
 
-def watch_signals() -> dict[str, bool]:
+@dataclass
+class StopRequest:
+    """Whether a signal asked the run to save and stop."""
+
+    requested: bool = False
+
+
+def watch_signals() -> StopRequest:
     """Note SIGTERM and SIGUSR1 (a scheduler's warning): the loop saves and stops after the step."""
-    asked = {"asked": False}
+    stop = StopRequest()
 
-    def note(_number: int, _frame: Any) -> None:
-        asked["asked"] = True
+    def note(_number: int, _frame: FrameType | None) -> None:
+        stop.requested = True
 
     for name in ("SIGTERM", "SIGUSR1"):
         if hasattr(signal, name):
@@ -19,4 +27,4 @@ def watch_signals() -> dict[str, bool]:
                 signal.signal(getattr(signal, name), note)
             except ValueError:  # not the main thread: whoever embeds this loop stops it in their own way
                 break
-    return asked
+    return stop

@@ -1,55 +1,84 @@
-"""The parts of a training step around the networks: build the student, cut the views of a batch."""
+"""A training step: views of the batch, losses and gradients of its micro-batches, the update of student and teacher."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from math import sqrt
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
-from odis_path.checkpoint import Checkpoint
 from odis_path.config import PretrainConfig
 from odis_path.data.sampler import Batch
 from odis_path.data.views import compiled_view_images, view_images
-from odis_path.model.network import Network, Views, build_network
-from odis_path.model.vit import ObjViT
+from odis_path.distributed import Ranks, all_reduce_sum
+from odis_path.loss.dino_ibot import count_view_pairs
+from odis_path.model.network import Views
+from odis_path.training.optim import StepValues, clip_gradients, set_schedule, update_teacher
+from odis_path.training.setup import Run
 
 
-def build_student(config: PretrainConfig, checkpoint: Checkpoint | None) -> tuple[PretrainConfig, Network]:
-    """The student, with the weights it starts from, or shaped as in the checkpoint that it is to take; and how it pools.
-
-    The configuration comes back with model.pool settled: `auto` is what the weights, or the checkpoint, were trained with.
-    """
-    if checkpoint is None:
-        student = build_network(config, student=True, weights=True)
-    else:
-        if config.model.pool == "auto":
-            config = with_pool(config, checkpoint.config.model.pool)
-        student = build_network(config, student=True, like=checkpoint.state["student"])
-    return with_pool(config, student.encoder.pool), student
-
-
-def with_pool(config: PretrainConfig, pool: str) -> PretrainConfig:
-    """The configuration with this model.pool."""
-    return config.model_copy(update={"model": config.model.model_copy(update={"pool": pool})})
+def train_step(run: Run, micro_batches: list[Batch], values: StepValues) -> dict[str, Tensor]:
+    """Take one optimisation step on a batch; returns losses and figures, means over its micro-batches on this rank."""
+    set_schedule(run.optimizer, values)
+    torch.manual_seed(step_seed(run.config.run.seed, run.step, run.ranks.rank))  # drop path depends on the step alone
+    run.optimizer.zero_grad(set_to_none=True)
+    pairs = mean_view_pairs(micro_batches, run.ranks) if len(micro_batches) > 1 else None
+    figures: dict[str, Tensor] = {}
+    for number, batch in enumerate(micro_batches, 1):
+        parts = forward_backward(run, batch, values, last=number == len(micro_batches), pairs=pairs)
+        for key, value in parts.items():
+            figures[key] = figures.get(key, 0) + value.detach() / len(micro_batches)
+    apply_gradients(run, values)
+    return figures
 
 
-def start_line(config: PretrainConfig, encoder: ObjViT) -> str:
-    """Describe the start of a run, in a line: the layout of its weights, how they pool, the size they were trained at."""
-    loaded, m = encoder.loaded, config.model
-    assert loaded is not None
-    obj = encoder.pool == "obj"
-    parts = [f"{loaded.layout} layout, {loaded.loaded} tensors"]
-    parts.append("[OBJ] goes on from the class token" if obj else "pooled by the mean of in-box patches (model.pool=linear)")
-    size, other = config.views.global_size, ", positions are interpolated" if encoder.has_positions else ""
-    if encoder.trained_px is not None:
-        same = size == encoder.trained_px
-        parts.append(f"views.global_size={size}, " + ("as trained" if same else f"trained at {encoder.trained_px} px{other}"))
-    if encoder.norm is not None and encoder.norm != (config.data.mean, config.data.std):
-        mean, std = (list(values) for values in encoder.norm)
-        parts.append(f"trained with another mean and std: set data.mean={mean} data.std={std}")
-    source = m.name if m.weights == "timm" else m.weights
-    return f"start weights {source}: {'; '.join(parts)}{encoder.adapted()}"
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """Derive a seed for the random layers of one step on one rank."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
+
+
+def mean_view_pairs(micro_batches: list[Batch], ranks: Ranks) -> Tensor:
+    """Count the pairs of views that weigh in a step, over all ranks, a micro-batch: losses then add up to the batch's."""
+    count = torch.stack([count_view_pairs(batch.views.object_visible) for batch in micro_batches]).mean()
+    return all_reduce_sum(count.to(ranks.device))
+
+
+def forward_backward(
+    run: Run, batch: Batch, values: StepValues, *, last: bool, pairs: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Compute losses of one micro-batch and their gradients (reduced over ranks on the last one)."""
+    config = run.config
+    with_patches = config.loss.patch_weight > 0
+    patch_mean = config.loss.patch_center == "all" and config.loss.centering == "center"
+    bf16 = config.optim.amp == "bf16" or (config.optim.amp == "auto" and run.ranks.device.type == "cuda")
+    with torch.no_grad():
+        views = make_views(batch, config, run.train.tile_px, run.ranks.device, compiled=run.compiled)
+    with run.wrapped.no_sync() if isinstance(run.wrapped, DistributedDataParallel) and not last else nullcontext():
+        with torch.autocast(run.ranks.device.type, torch.bfloat16, enabled=bf16):
+            with torch.no_grad():
+                teacher = run.teacher(views, with_locals=False, mask_patches=False, patches=with_patches, mean=patch_mean)
+            student = run.wrapped(views, with_locals=True, mask_patches=with_patches, patches=with_patches)
+        parts: dict[str, Tensor] = run.criterion(teacher, student, views, values.teacher_temperature, pairs=pairs, last=last)
+        (parts["loss"] / config.optim.accumulate).backward()
+    return parts
+
+
+def apply_gradients(run: Run, values: StepValues) -> None:
+    """Drop gradients of what is frozen, clip the others, step, and move the teacher."""
+    if values.last_layer_frozen:
+        for head in (run.student.head, run.student.patch_head):
+            if head is not None:
+                for parameter in head.last_layer.parameters():
+                    parameter.grad = None  # as in iBOT: no step and no Adam moments
+    if values.backbone_frozen:
+        for parameter in run.student.encoder.vit.parameters():
+            parameter.grad = None
+    clip_gradients(run.student.parameters(), run.config.optim.clip, run.config.optim.clip_mode)
+    run.optimizer.step()
+    update_teacher(run.teacher, run.student, values.ema)
 
 
 def make_views(batch: Batch, config: PretrainConfig, tile_px: int, device: torch.device, *, compiled: bool = False) -> Views:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from odis_path.config import PretrainConfig
 from odis_path.data.dataset import TileSample
+from odis_path.data.sampler import next_batch
+from odis_path.training.optim import step_values
+from odis_path.training.setup import Run, batch_loader
+from odis_path.training.step import train_step
 from tiling.slide_file.write import SlideMeta, write_slide_file
 from tiling.wsi.codec import encode_jpeg
 
@@ -123,6 +129,16 @@ def assert_same_sample(a: TileSample, b: TileSample, *, pixels: bool = True) -> 
     np.testing.assert_array_equal(a.target, b.target)
     for field in a.views._fields:
         np.testing.assert_array_equal(getattr(a.views, field), getattr(b.views, field), err_msg=field)
+
+
+def take_steps(run: Run, last: int | None = None) -> Iterator[dict[str, Tensor]]:
+    """The steps of a run up to the last one, without log, scores and checkpoints; the figures of each."""
+    batches = iter(batch_loader(run))
+    for step in range(run.step, last or run.total_steps):
+        values = step_values(run.config, step, run.steps_per_epoch, run.total_steps)
+        figures = train_step(run, [next_batch(batches) for _ in range(run.config.optim.accumulate)], values)
+        run.step = step + 1
+        yield figures
 
 
 class NoWaiting(TorchDispatchMode):

@@ -48,6 +48,7 @@ class RunLog:
         identity: IdentityWatch | None = None,
     ) -> None:
         self.active = active
+        self._warned: set[str] = set()
         if not active:
             return
         self._trackers = list(trackers)
@@ -102,6 +103,12 @@ class RunLog:
             self._table.say(text)
         else:
             print(text, file=sys.stderr, flush=True)
+
+    def warn_once(self, text: str) -> None:
+        """One line to the user, the first time it comes up."""
+        if text not in self._warned:
+            self._warned.add(text)
+            self.warn(text)
 
     def close(self) -> None:
         """Flush the file, show the last state, close the trackers; a second call does nothing."""

@@ -26,8 +26,10 @@ from odis_path.loss.dino_ibot import cross_view_loss
 from odis_path.model.network import Encoded, Views, build_network
 from odis_path.training import loop
 from odis_path.training.criterion import Criterion
-from odis_path.training.optim import layer_of, parameter_groups, step_values
-from tests.odis_path.conftest import SIDE, NoWaiting, tiny_config, write_tiny_slide
+from odis_path.training.optim import layer_of, parameter_groups, set_schedule, step_values
+from odis_path.training.setup import prepare
+from odis_path.training.step import apply_gradients, forward_backward
+from tests.odis_path.conftest import SIDE, NoWaiting, take_steps, tiny_config, write_tiny_slide
 
 TINY_VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "num_heads": 2}
 CPU = Ranks(0, 1, torch.device("cpu"))
@@ -167,18 +169,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", sorted(VARIANTS))
 def test_every_variant_trains_and_moves_all_its_weights(tiny_tiles: Path, tmp_path: Path, name: str) -> None:
     config = tiny_config(tiny_tiles, tmp_path, **VARIANTS[name])
-    run = loop.prepare(config, CPU)
+    run = prepare(config, CPU)
     before = {k: v.detach().clone() for k, v in run.student.named_parameters()}
-    rows = [figures for figures in loop.steps(run) if figures is not None]
-    assert all(np.isfinite(row["loss"]) for row in rows)
+    figures = list(take_steps(run))
+    assert all(torch.isfinite(step["loss"]) for step in figures)
     still = [k for k, v in run.student.named_parameters() if v.requires_grad and torch.equal(v, before[k])]
     assert still == []
     if "koleo" in name:
-        assert rows[0]["loss_koleo"] != rows[-1]["loss_koleo"]
+        assert figures[0]["loss_koleo"] != figures[-1]["loss_koleo"]
 
 
 def test_two_learned_tokens_are_two(tiny_tiles: Path, tmp_path: Path) -> None:
-    run = loop.prepare(tiny_config(tiny_tiles, tmp_path, **VARIANTS["multi_obj"]), CPU)
+    run = prepare(tiny_config(tiny_tiles, tmp_path, **VARIANTS["multi_obj"]), CPU)
     assert run.student.encoder.more_obj is not None
     assert run.student.encoder.more_obj.shape == (3, 32)
     assert run.teacher.encoder.more_obj is not None
@@ -216,8 +218,8 @@ def test_polygons_make_the_mask_and_are_asked_for_where_there_are_none(tiny_tile
 
 def test_layer_decay_gives_each_block_its_rate(tiny_tiles: Path, tmp_path: Path) -> None:
     config = tiny_config(tiny_tiles, tmp_path, optim={"layer_decay": 0.5})
-    run = loop.prepare(config, CPU)
-    loop.set_schedule(run.optimizer, step_values(config, 3, run.steps_per_epoch, run.total_steps))
+    run = prepare(config, CPU)
+    set_schedule(run.optimizer, step_values(config, 3, run.steps_per_epoch, run.total_steps))
     peak = max(group["lr"] for group in run.optimizer.param_groups)
     rate = {id(p): group["lr"] for group in run.optimizer.param_groups for p in group["params"]}
     named = dict(run.student.named_parameters())
@@ -243,9 +245,9 @@ def test_layer_decay_gives_each_block_its_rate(tiny_tiles: Path, tmp_path: Path)
 
 def test_a_frozen_backbone_stands_still_while_heads_warm(tiny_tiles: Path, tmp_path: Path) -> None:
     config = tiny_config(tiny_tiles, tmp_path, optim={"freeze_backbone_epochs": 0.5, "freeze_last_layer_epochs": 0})
-    run = loop.prepare(config, CPU)
+    run = prepare(config, CPU)
     before = {k: v.detach().clone() for k, v in run.student.named_parameters()}
-    for _ in loop.steps(run):
+    for _ in take_steps(run):
         now = dict(run.student.named_parameters())
         moved = {k for k in now if not torch.equal(now[k], before[k])}
         assert any(k.startswith("head.") for k in moved)
@@ -295,14 +297,14 @@ def test_views_without_an_object_have_no_part_in_the_loss() -> None:
 @pytest.mark.parametrize("name", ["plain", *sorted(VARIANTS)])
 def test_a_step_never_waits_for_the_device(tiny_tiles: Path, tmp_path: Path, name: str) -> None:
     """Everything whose shape depends on values was found on the CPU by the loader; the logged figures are read elsewhere."""
-    run = loop.prepare(tiny_config(tiny_tiles, tmp_path, **VARIANTS.get(name, {})), CPU)
+    run = prepare(tiny_config(tiny_tiles, tmp_path, **VARIANTS.get(name, {})), CPU)
     samples = TileSamples(run.train, run.config, 8)
     batch = collate([samples[(0, i)] for i in range(8)])
     values = step_values(run.config, 6, run.steps_per_epoch, run.total_steps)
-    loop.set_schedule(run.optimizer, values)
+    set_schedule(run.optimizer, values)
     with NoWaiting():
-        loop.forward_backward(run, batch, values, last=True)
-        loop.apply_gradients(run, values)
+        forward_backward(run, batch, values, last=True)
+        apply_gradients(run, values)
 
 
 @pytest.mark.parametrize("name", ["plain", "multi_obj", "read_only", "linear pool, two objects", "read_only ibot", "rope"])
@@ -331,7 +333,7 @@ def test_compiled_blocks_train_as_plain_ones(tiny_tiles: Path, tmp_path: Path) -
             optim={"epochs": 0.1},
             model={"compile_blocks": on, "drop_path": 0.0, "kwargs": {**TINY_VIT, "depth": 1}},
         )
-        run = loop.prepare(config, CPU)
-        losses.append([row["loss"] for row in loop.steps(run) if row is not None])
+        run = prepare(config, CPU)
+        losses.append([float(figures["loss"]) for figures in take_steps(run)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert not any("_orig_mod" in name for name in run.student.state_dict())

@@ -16,6 +16,7 @@ from odis_path.checkpoint import load_checkpoint
 from odis_path.config import PretrainConfig
 from odis_path.data import crops
 from odis_path.data.dataset import TileSample, TileSamples
+from odis_path.data.sampler import StepSampler
 from odis_path.data.tile_index import index_tiles
 from odis_path.distributed import Ranks
 from odis_path.training import loop
@@ -23,7 +24,8 @@ from odis_path.training.knn_monitor import IdentityWatch
 from odis_path.training.log.live_table import Progress
 from odis_path.training.log.run_log import RunLog
 from odis_path.training.run import TrainedRun
-from tests.odis_path.conftest import SIDE, tiny_config, tiny_values, write_tiny_slide
+from odis_path.training.setup import prepare
+from tests.odis_path.conftest import SIDE, take_steps, tiny_config, tiny_values, write_tiny_slide
 from tiling.slide_file.read import SlideFile
 
 CPU = Ranks(0, 1, torch.device("cpu"))
@@ -166,9 +168,9 @@ def test_the_log_holds_the_share_of_identity_pairs_of_its_steps(tiny_tiles: Path
         eval={"every_epochs": 0},
     )
     folder = loop.pretrain(config).parent
-    run = loop.prepare(tiny_config(tiny_tiles, tmp_path / "other"), CPU)
+    run = prepare(tiny_config(tiny_tiles, tmp_path / "other"), CPU)
     samples = TileSamples(run.train, config, 8)
-    sampler = loop.StepSampler(len(run.train), 8, seed=0, first_step=0, last_step=12, rank=0, world=1)
+    sampler = StepSampler(len(run.train), 8, seed=0, first_step=0, last_step=12, rank=0, world=1)
     batches = [[samples[key] for key in keys] for keys in sampler]
     expected = [np.mean([identical(s.views.rects) for batch in batches[k : k + 4] for s in batch]) for k in (0, 4, 8)]
     assert [row["identity_pairs"] for row in rows_of(folder)] == pytest.approx(expected, abs=1e-6)
@@ -180,10 +182,10 @@ def test_many_identity_pairs_are_told_once_with_the_keys_to_change(
 ) -> None:
     values: dict[str, Any] = {"target": {"whole_share": 1.0}, "data": {"kinds": ["tissue"]}, "eval": {"every_epochs": 0}}
     config = tiny_config(tiny_tiles, tmp_path / "run", **values)
-    run = loop.prepare(config, CPU)
+    run = prepare(config, CPU)
     run.total_steps = 5
     loop.train(run)
-    run = loop.prepare(config, CPU)  # goes on
+    run = prepare(config, CPU)  # goes on
     loop.train(run)
     told = [line for line in capsys.readouterr().err.splitlines() if "same crop of their tile" in line]
     assert len(told) == 1
@@ -238,11 +240,9 @@ def test_a_run_saved_before_the_key_goes_on_as_it_began(
     """The stored configuration lacks it: such a run had no share, and is not refused for today's default."""
     old = tiny_config(tiny_tiles, tmp_path / "old", target={"whole_share": 1.0})
     new = tiny_config(tiny_tiles, tmp_path / "old")
-    run = loop.prepare(old, CPU)
-    for _ in loop.steps(run):
-        if run.step == 5:
-            loop.save(run)
-            break
+    run = prepare(old, CPU)
+    list(take_steps(run, 5))
+    loop.save(run)
     path = tmp_path / "old" / "checkpoint-00000005.pt"
     content = torch.load(path, weights_only=True)
     del content["config"]["target"]["whole_share"]

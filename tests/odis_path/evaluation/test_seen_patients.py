@@ -12,10 +12,12 @@ import torch
 
 from annotations.errors import UserError
 from odis_path.checkpoint import latest_checkpoint
+from odis_path.distributed import start_ranks
 from odis_path.embedding.run import embed
 from odis_path.features.pretraining import FILE, of_encoder
 from odis_path.features.read import read_features
 from odis_path.training import loop
+from odis_path.training.setup import prepare
 from tests.odis_path.conftest import tiny_config
 
 
@@ -58,7 +60,7 @@ def test_a_checkpoint_alone_is_enough_and_a_resumed_one_too(tiny_tiles: Path, ru
     copy = Path(shutil.copytree(run_folder, tmp_path / "run"))
     settings = {"optim": {"epochs": 0.34}, "eval": {"every_epochs": 0}, "data": {"holdout": 0.34}}
     config = tiny_config(tiny_tiles, copy, **settings)
-    resumed = loop.prepare(config, loop.start_ranks("cpu"))
+    resumed = prepare(config, start_ranks("cpu"))
     assert resumed.data["pretrained_on"] == torch.load(checkpoint, weights_only=True)["data"]["pretrained_on"]
 
 

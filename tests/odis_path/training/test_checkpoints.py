@@ -19,7 +19,10 @@ import yaml
 
 from annotations.errors import UserError
 from odis_path.checkpoint import load_checkpoint, save_checkpoint
+from odis_path.config import PretrainConfig
+from odis_path.distributed import start_ranks
 from odis_path.training import loop
+from odis_path.training.setup import prepare
 from tests.odis_path.conftest import tiny_config, tiny_values
 from tiling.storage.atomic import DiskFullError
 from tiling.storage.checksums import DamagedError
@@ -152,7 +155,7 @@ def trained(tiny_tiles: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that is at 12 of 18 steps, with checkpoints after 6 and 12."""
     folder = tmp_path_factory.mktemp("trained") / "run"
     values = tiny_values(tiny_tiles, folder, optim={"epochs": 3}, eval={"every_epochs": 0}, run={"save_every_epochs": 1})
-    run = loop.prepare(loop.PretrainConfig.model_validate(values), loop.start_ranks("cpu"))
+    run = prepare(PretrainConfig.model_validate(values), start_ranks("cpu"))
     run.total_steps = 12
     loop.train(run)
     return folder
@@ -232,14 +235,14 @@ def test_from_previous_goes_on_bit_for_bit(run_folder: Path, trained: Path, tiny
 
 
 def test_from_previous_is_harmless_where_nothing_is_damaged(run_folder: Path, tiny_tiles: Path) -> None:
-    run = loop.prepare(three_epochs(tiny_tiles, run_folder), loop.start_ranks("cpu"), from_previous=True)
+    run = prepare(three_epochs(tiny_tiles, run_folder), start_ranks("cpu"), from_previous=True)
     assert (run.step, run.damaged) == (12, [])
 
 
 def test_the_damaged_one_goes_when_the_next_is_written_and_never_that(run_folder: Path, tiny_tiles: Path) -> None:
     """With one checkpoint kept the one just written must not be taken for older than the damaged."""
     cut(run_folder / "checkpoint-00000012.pt")
-    run = loop.prepare(three_epochs(tiny_tiles, run_folder), loop.start_ranks("cpu"), from_previous=True)
+    run = prepare(three_epochs(tiny_tiles, run_folder), start_ranks("cpu"), from_previous=True)
     assert (run_folder / "checkpoint-00000012.pt").exists()  # until there is another
     run.step = 7
     run.config.run.keep = 1
@@ -252,7 +255,7 @@ def test_several_damaged_ones_are_passed_over(run_folder: Path, tiny_tiles: Path
     shutil.copy(run_folder / "checkpoint-00000006.pt", run_folder / "checkpoint-00000003.pt")
     flip(run_folder / "checkpoint-00000006.pt")
     cut(run_folder / "checkpoint-00000012.pt")
-    run = loop.prepare(three_epochs(tiny_tiles, run_folder), loop.start_ranks("cpu"), from_previous=True)
+    run = prepare(three_epochs(tiny_tiles, run_folder), start_ranks("cpu"), from_previous=True)
     assert sorted(path.name for path in run.damaged) == ["checkpoint-00000006.pt", "checkpoint-00000012.pt"]
 
 

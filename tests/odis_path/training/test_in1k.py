@@ -11,8 +11,9 @@ from PIL import Image
 
 from odis_path.config import PretrainConfig, config_folders, load_config
 from odis_path.distributed import Ranks
-from odis_path.training import loop
 from odis_path.training.optim import step_values
+from odis_path.training.setup import prepare
+from tests.odis_path.conftest import take_steps
 from tiling.images.run import import_images
 
 RECIPES = ("odis_in1k", "ibot_in1k", "dino_in1k")
@@ -61,16 +62,11 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", RECIPES)
 def test_two_steps_on_photographs(photos: Path, tmp_path: Path, name: str) -> None:
     config = load_config(name, [*TINY, f"data.tiles={photos}", f"run.out={tmp_path}", "data.holdout=0"])
-    run = loop.prepare(config, Ranks(0, 1, torch.device("cpu")))
+    run = prepare(config, Ranks(0, 1, torch.device("cpu")))
     assert len(run.train) == 24
     assert run.total_steps == 3
     before = {key: value.clone() for key, value in run.student.state_dict().items()}
-    seen = []
-    for figures in loop.steps(run):
-        seen.append(figures)
-        if run.step == 2:
-            break
-    assert all(np.isfinite(figures["loss"]) for figures in seen)
+    assert all(torch.isfinite(figures["loss"]) for figures in take_steps(run, 2))
     after = run.student.state_dict()
     assert any(not torch.equal(before[key], after[key]) for key in before if "blocks" in key)
 

@@ -24,7 +24,9 @@ from odis_path.distributed import Ranks
 from odis_path.model.network import build_network
 from odis_path.training import loop
 from odis_path.training.optim import clip_gradients, parameter_groups, step_values, update_teacher
-from tests.odis_path.conftest import assert_same_sample, tiny_config, tiny_values
+from odis_path.training.setup import Run, prepare
+from odis_path.training.step import forward_backward
+from tests.odis_path.conftest import assert_same_sample, take_steps, tiny_config, tiny_values
 
 CPU = Ranks(0, 1, torch.device("cpu"))
 
@@ -50,12 +52,10 @@ def test_stop_and_go_equals_one_run_bit_for_bit(tiny_tiles: Path, tmp_path: Path
     whole = tiny_config(tiny_tiles, tmp_path / "whole", data={"workers": workers})
     halves = tiny_config(tiny_tiles, tmp_path / "halves", data={"workers": workers})
     straight = loop.pretrain(whole)
-    run = loop.prepare(halves, CPU)
+    run = prepare(halves, CPU)
     assert run.total_steps == 12
-    for _ in loop.steps(run):
-        if run.step == 5:
-            loop.save(run)
-            break
+    list(take_steps(run, 5))
+    loop.save(run)
     resumed = loop.pretrain(halves)
     assert straight.name == resumed.name == "checkpoint-00000012.pt"
     assert_equal_states(straight, resumed)
@@ -178,11 +178,10 @@ def test_clipping_is_per_parameter_or_global_as_named() -> None:
 
 def test_the_last_layer_stands_still_while_frozen(tiny_tiles: Path, tmp_path: Path) -> None:
     config = tiny_config(tiny_tiles, tmp_path / "run", optim={"freeze_last_layer_epochs": 1, "epochs": 1})
-    run = loop.prepare(config, CPU)
+    run = prepare(config, CPU)
     before = run.student.head.last_layer.weight.detach().clone()
     moved = run.student.head.mlp[0].weight.detach().clone()  # type: ignore[union-attr,operator]
-    for _ in loop.steps(run):
-        pass
+    list(take_steps(run))
     assert torch.equal(run.student.head.last_layer.weight, before)
     assert not torch.equal(run.student.head.mlp[0].weight, moved)  # type: ignore[arg-type]
     assert not run.teacher.training
@@ -212,13 +211,13 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
 def test_a_loss_that_is_not_finite_stops_with_one_line(
     tiny_tiles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = loop.forward_backward
+    real = forward_backward
 
-    def poisoned(run: loop.Run, *args: Any, **more: Any) -> dict[str, torch.Tensor]:
+    def poisoned(run: Run, *args: Any, **more: Any) -> dict[str, torch.Tensor]:
         parts = real(run, *args, **more)
         return {**parts, "loss": parts["loss"] * (math.nan if run.step == 3 else 1)}
 
-    monkeypatch.setattr(loop, "forward_backward", poisoned)
+    monkeypatch.setattr("odis_path.training.step.forward_backward", poisoned)
     with pytest.raises(UserError, match="loss is nan at step 4"):
         loop.pretrain(tiny_config(tiny_tiles, tmp_path / "run"))
 
@@ -240,7 +239,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(tiny_tiles: Path, tmp_path: 
     assert "Traceback" not in error
     stopped = load_checkpoint(tmp_path / "run")
     assert 0 < stopped.step < 2400
-    run = loop.prepare(load_config(tmp_path / "config.yaml"), CPU)
+    run = prepare(load_config(tmp_path / "config.yaml"), CPU)
     assert run.step == stopped.step
 
 

@@ -17,10 +17,12 @@ from odis_path.checkpoint import load_checkpoint
 from odis_path.config import PretrainConfig
 from odis_path.data.dataset import SampledViews, TileSamples
 from odis_path.data.sampler import Batch, StepSampler, collate
-from odis_path.distributed import Ranks
+from odis_path.distributed import Ranks, mean_of_ranks
 from odis_path.loss.dino_ibot import Center, cross_view_loss
 from odis_path.training import loop
-from odis_path.training.optim import step_values
+from odis_path.training.optim import parameter_groups, set_schedule, step_values
+from odis_path.training.setup import Run, prepare
+from odis_path.training.step import apply_gradients, forward_backward
 from tests.odis_path.conftest import tiny_config, tiny_values
 from tests.odis_path.ranks import on_two_ranks
 
@@ -59,12 +61,12 @@ def train_steps(rank: int, world: int, values: dict[str, Any], count: int) -> di
     """Steps of real training in float64; returns weights, centers and the summed loss of each step."""
     config = PretrainConfig.model_validate(values)
     ranks = Ranks(rank, world, torch.device("cpu"))
-    run = loop.prepare(config, ranks)
+    run = prepare(config, ranks)
     for module in (run.student, run.teacher, run.criterion):
         module.double()
     if world > 1:
         run.wrapped = torch.nn.parallel.DistributedDataParallel(run.student)
-    run.optimizer = torch.optim.AdamW(loop.parameter_groups(run.student), lr=0.0)
+    run.optimizer = torch.optim.AdamW(parameter_groups(run.student), lr=0.0)
     samples = TileSamples(run.train, config, run.student.encoder.patch_px)
     sampler = StepSampler(
         len(run.train), config.optim.batch_size, seed=config.run.seed, first_step=0, last_step=count, rank=rank, world=world
@@ -72,14 +74,14 @@ def train_steps(rank: int, world: int, values: dict[str, Any], count: int) -> di
     losses = []
     for step, rows in enumerate(sampler):
         scheduled = step_values(config, step, run.steps_per_epoch, count)
-        loop.set_schedule(run.optimizer, scheduled)
+        set_schedule(run.optimizer, scheduled)
         run.optimizer.zero_grad(set_to_none=True)
         batch = collate([samples[r] for r in rows])
         views = SampledViews(*(field.double() if field.dtype == torch.float32 else field for field in batch.views))
         batch = batch._replace(views=views)
         parts = forward_in_double(run, batch, scheduled)
-        losses.append(loop.mean_of_ranks(parts["loss"].detach().clone(), ranks))
-        loop.apply_gradients(run, scheduled)
+        losses.append(mean_of_ranks(parts["loss"].detach().clone(), ranks))
+        apply_gradients(run, scheduled)
     return {
         "losses": torch.stack(losses),
         "student": run.student.state_dict(),
@@ -88,11 +90,11 @@ def train_steps(rank: int, world: int, values: dict[str, Any], count: int) -> di
     }
 
 
-def forward_in_double(run: loop.Run, batch: Batch, scheduled: Any) -> dict[str, torch.Tensor]:
+def forward_in_double(run: Run, batch: Batch, scheduled: Any) -> dict[str, torch.Tensor]:
     plain = torch.Tensor.float
     torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign,assignment]
     try:
-        return loop.forward_backward(run, batch, scheduled, last=True)
+        return forward_backward(run, batch, scheduled, last=True)
     finally:
         torch.Tensor.float = plain  # type: ignore[method-assign]
 

@@ -27,6 +27,7 @@ from odis_path.model.network import build_network
 from odis_path.model.vit import build_encoder
 from odis_path.training import loop
 from odis_path.training.criterion import feature_std
+from odis_path.training.setup import prepare
 from tests.odis_path.conftest import tiny_config, write_tiny_slide
 from tests.odis_path.data.test_from_slides import write_slide
 from tiling.slide_file.write import replace_groups
@@ -137,7 +138,7 @@ def test_missing_polygons_are_told_before_training(tmp_path: Path) -> None:
         write_tiny_slide(tmp_path, f"S{number}", f"P{number}", 6, number, polygons=False)
     config = tiny_config(tmp_path, tmp_path / "run", target={"geometry": "polygon"}, data={"workers": 2})
     with pytest.raises(UserError, match=r"S0\.h5: holds no polygons"):
-        loop.prepare(config, CPU)
+        prepare(config, CPU)
     assert not (tmp_path / "run").exists()
 
 
@@ -233,15 +234,15 @@ def test_a_fallback_is_for_the_object_the_crops_were_drawn_for(tiny_tiles: Path)
 def test_weights_that_are_not_finite_stop_every_rank_where_they_are_saved(
     tiny_tiles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = loop.prepare(tiny_config(tiny_tiles, tmp_path / "run"), CPU)
+    run = prepare(tiny_config(tiny_tiles, tmp_path / "run"), CPU)
     with torch.no_grad():
         next(run.student.parameters()).fill_(float("nan"))
     asked = []
-    monkeypatch.setattr(loop, "any_rank", lambda flag, _ranks: asked.append(flag) or flag)
+    monkeypatch.setattr("odis_path.distributed.any_rank", lambda flag, _ranks: asked.append(flag) or flag)
     with pytest.raises(UserError, match="the weights are not finite"):
         loop.save(run)
     assert asked == [True]
-    monkeypatch.setattr(loop, "any_rank", lambda _flag, _ranks: True)  # what a rank hears that did not write
+    monkeypatch.setattr("odis_path.distributed.any_rank", lambda _flag, _ranks: True)  # what a rank hears that did not write
     run.ranks = Ranks(1, 2, torch.device("cpu"))
     with pytest.raises(UserError, match="see what rank 0 says"):
         loop.save(run)

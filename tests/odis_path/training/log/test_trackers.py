@@ -24,6 +24,7 @@ from odis_path.training import loop
 from odis_path.training.log.run_log import RunLog
 from odis_path.training.log.trackers import TensorBoardTracker, WandbTracker, open_trackers, run_id
 from odis_path.training.resume import config_difference
+from odis_path.training.signals import StopRequest
 from tests.odis_path.conftest import tiny_config, tiny_values
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -89,7 +90,7 @@ def test_a_resumed_run_goes_on_in_the_same_wandb_run(tiny_tiles: Path, tmp_path:
     recorder = fake_wandb(monkeypatch)
     config = tiny_config(tiny_tiles, tmp_path / "run", run={"wandb": True}, eval={"every_epochs": 0})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "watch_signals", lambda: {"asked": True})
+        patch.setattr(loop, "watch_signals", lambda: StopRequest(requested=True))
         with pytest.raises(loop.RunStoppedError):
             loop.pretrain(config)
     loop.pretrain(config)
