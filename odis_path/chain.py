@@ -43,13 +43,20 @@ class DemoSettings:
     workers: int | None = None
     stream: TextIO | None = None
 
-    def tell(self, line: str) -> None:
-        """Say what is being done, on the stream or on stderr."""
+    @property
+    def worker_options(self) -> list[str]:
+        return ["--workers", str(self.workers)] if self.workers else []
+
+    def print(self, line: str) -> None:
+        """Write a line of progress to the stream, or to stderr."""
         print(line, file=self.stream or sys.stderr, flush=True)
 
     def command(self, arguments: list[str], *, may_fail: bool = False) -> int:
-        """Run one `odis-path` command in a process of its own, as a user would; its failure ends the demo with its message."""
-        self.tell("$ odis-path " + " ".join(arguments))
+        """Run one `odis-path` command in a process of its own, as a user would, and return its exit code.
+
+        Raises UserError where it fails, unless it `may_fail`.
+        """
+        self.print("$ odis-path " + " ".join(arguments))
         words = [sys.executable, "-m", "odis_path", *arguments]
         code = subprocess.run(words, check=False, stdout=None if self.stream is sys.stdout else STDERR).returncode
         if code and not may_fail:
@@ -59,10 +66,7 @@ class DemoSettings:
 
 @dataclass
 class DemoResult(Result):
-    """Seconds of each stage, told as they pass and written to timings.json, and the closing lines.
-
-    page: the report. scores: one line an evaluation.
-    """
+    """Seconds of each stage, also in timings.json; the scores, a line an evaluation; and the page of the report."""
 
     settings: DemoSettings
     seconds: dict[str, float] = field(default_factory=dict)
@@ -74,14 +78,15 @@ class DemoResult(Result):
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        self.settings.tell(f"\n=== {len(self.seconds) + 1}. {name}")
+        """Announce a stage and measure its time."""
+        self.settings.print(f"\n=== {len(self.seconds) + 1}. {name}")
         begin = time.perf_counter()
         yield
         self.seconds[name] = time.perf_counter() - begin
         (self.settings.out / "timings.json").write_text(json.dumps(self.seconds, indent=2), encoding="utf-8")
 
     def show(self, console: Console) -> None:
-        """Each stage with its share of the whole, the scores, and where the report is."""
+        """Write each stage with its share of the time, the scores, and where the report is."""
         from rich.table import Table
 
         total = sum(self.seconds.values())
@@ -112,8 +117,8 @@ def demo(
 ) -> DemoResult:
     """Run the whole chain: slides, tiles, boxes, pretraining, embeddings, probes, report.
 
-    slides, geojson: your own slides and their annotations, in place of generated ones. stream: where it says what it does;
-    None: stderr. Done stages are skipped when it runs again. Raises UserError where a stage cannot be done.
+    slides, geojson: your own slides and their annotations, in place of generated ones. stream: where progress is written;
+    None: stderr. Stages that are done are skipped when it runs again. Raises UserError where a stage fails.
     """
     settings = DemoSettings(
         out=Path(out),
@@ -165,36 +170,34 @@ def run_stages(settings: DemoSettings) -> DemoResult:
 
 
 def make_slides(settings: DemoSettings) -> tuple[Path, Path, Path]:
-    """Generated slides, annotations and manifest."""
+    """Draw slides, annotations and manifest, unless they are there; return where they are."""
     from odis_path.synthetic.slides import write_cohort
 
     cohort = settings.out / "cohort"
-    done = cohort / "manifest.csv"
-    if not done.exists():
-        settings.tell("the slides of this demo are synthetic: drawn by a program from a seed, no patient's tissue")
+    manifest = cohort / "manifest.csv"  # written last
+    if not manifest.exists():
+        settings.print("the slides of this demo are synthetic: drawn by a program from a seed, no patient's tissue")
         write_cohort(
             cohort, patients=settings.patients, side_px=settings.slide_px, seed=settings.seed, workers=settings.workers or 2
         )
-    return cohort / "slides", cohort / "annotations", done
+    return cohort / "slides", cohort / "annotations", manifest
 
 
 def make_tiles(settings: DemoSettings, slides: Path, manifest: Path | None) -> None:
     """Scan and tile slides, or import a folder of images."""
-    out, workers = settings.out, ["--workers", str(settings.workers)] if settings.workers else []
+    tiles, size, workers = str(settings.out / "tiles"), ["--size", str(TILE_PX)], settings.worker_options
     if is_image_folder(slides):
         mpp = ["--mpp", str(settings.assume_mpp)] if settings.assume_mpp else []
-        table = ["--manifest", str(manifest)] if manifest else []
-        settings.command(["import", str(slides), "--out", str(out / "tiles"), "--size", str(TILE_PX), *mpp, *table, *workers])
+        patients = ["--manifest", str(manifest)] if manifest else []
+        settings.command(["import", str(slides), "--out", tiles, *size, *mpp, *patients, *workers])
         return
     mpp = ["--assume-mpp", str(settings.assume_mpp)] if settings.assume_mpp else []
     if manifest is None:
-        manifest = out / "manifest.csv"
+        manifest = settings.out / "manifest.csv"
         settings.command(["scan", str(slides), "--out", str(manifest)], may_fail=True)
-    code = settings.command(
-        ["tile", str(manifest), "--out", str(out / "tiles"), "--mpp", str(MPP), "--size", str(TILE_PX), *mpp, *workers],
-        may_fail=True,
-    )
-    if code and not list((out / "tiles").glob("*.h5")):
+    options = ["--mpp", str(MPP), *size, *mpp, *workers]
+    code = settings.command(["tile", str(manifest), "--out", tiles, *options], may_fail=True)
+    if code and not list(Path(tiles).glob("*.h5")):
         raise UserError("no slide could be tiled; the reasons are in the table above")
 
 
@@ -202,14 +205,13 @@ def is_image_folder(path: Path) -> bool:
     """Tell whether a folder holds plain images and no slide."""
     if path.is_file():
         return path.suffix.lower() in IMAGE_SUFFIXES
-    suffixes = {p.suffix.lower() for p in path.rglob("*") if p.is_file()}
+    suffixes = {file.suffix.lower() for file in path.rglob("*") if file.is_file()}
     return bool(suffixes & set(IMAGE_SUFFIXES)) and not suffixes & {".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".dcm", ".scn"}
 
 
 def make_boxes(settings: DemoSettings, annotations: Path | None) -> None:
     """Clip annotations to the tiles, or propose boxes where there are none."""
-    tiles = str(settings.out / "tiles")
-    workers = ["--workers", str(settings.workers)] if settings.workers else []
+    tiles, workers = str(settings.out / "tiles"), settings.worker_options
     if annotations is None:
         settings.command(["propose", tiles, *workers])
         return
@@ -229,7 +231,7 @@ def make_model(settings: DemoSettings) -> None:
 
 
 def fit_recipe(tiles: Path) -> list[str]:
-    """Overrides that fit the demo's recipe to a cohort: batch, epochs, kinds of objects, held-out patients."""
+    """Return overrides that fit the demo's recipe to a cohort: batch, epochs, kinds of objects, held-out patients."""
     from odis_path.data.tile_index import index_tiles
 
     index = index_tiles(tiles)
@@ -247,24 +249,22 @@ def fit_recipe(tiles: Path) -> list[str]:
 
 
 def make_features(settings: DemoSettings) -> None:
-    """Tile, slide and object embeddings of the trained encoder, and tile and object ones of an untrained twin."""
+    """Embed tiles, objects and slides by the trained encoder, tiles and objects by an untrained twin too."""
     from tiling.slide_file.read import list_slide_files
 
     out = settings.out
     tiles, run = str(out / "tiles"), str(out / "run")
     kinds = object_kinds(list_slide_files(out / "tiles"))
-    for name, extra in (("odis", []), ("random", ["--random-weights"])):
-        settings.command(["embed", tiles, "--checkpoint", run, "--out", str(out / "features" / f"{name}-tile"), *extra])
-        objects = ["--level", "object", "--mode", "masked", "--kinds", kinds]
-        settings.command(
-            ["embed", tiles, "--checkpoint", run, "--out", str(out / "features" / f"{name}-object"), *objects, *extra]
-        )
-    slide = ["--level", "slide", "--out", str(out / "features" / "odis-tile")]
-    settings.command(["embed", tiles, "--checkpoint", run, *slide])
+    for name, weights in (("odis", []), ("random", ["--random-weights"])):
+        for level, options in (("tile", []), ("object", ["--level", "object", "--mode", "masked", "--kinds", kinds])):
+            features = str(out / "features" / f"{name}-{level}")
+            settings.command(["embed", tiles, "--checkpoint", run, "--out", features, *options, *weights])
+    features = str(out / "features" / "odis-tile")
+    settings.command(["embed", tiles, "--checkpoint", run, "--level", "slide", "--out", features])
 
 
 def object_kinds(slide_files: Iterable[Path]) -> str:
-    """The kinds of objects that the demo trains on and embeds: tissue where it is annotated, else all that there are."""
+    """Return the kinds of objects that the demo trains on and embeds: tissue where it is annotated, else all there are."""
     from annotations.objects import Kind
     from tiling.slide_file.read import SlideFile
 
@@ -277,12 +277,11 @@ def object_kinds(slide_files: Iterable[Path]) -> str:
 
 
 def make_probes(settings: DemoSettings) -> list[str]:
-    """k-NN and linear probes on held-out patients; what cannot be probed is said, not hidden. Returns the closing lines."""
+    """Evaluate k-NN and linear probes on held-out patients; return a line for each, also where it could not be evaluated."""
     out, lines = settings.out, []
-    probes = [("tile", "knn", "tile-knn"), ("tile", "linear", "tile-linear"), ("object", "knn", "object-knn")]
     split = ["--split", str(out / "run" / "split.csv")] if has_test_split(out / "run" / "split.csv") else []
-    for level, probe, name in probes:
-        features = out / "features"
+    for level, probe in (("tile", "knn"), ("tile", "linear"), ("object", "knn")):
+        features, results = out / "features", out / "evaluation" / f"{level}-{probe}"
         arguments = [
             "evaluate",
             str(features / f"odis-{level}"),
@@ -295,7 +294,7 @@ def make_probes(settings: DemoSettings) -> list[str]:
             "--level",
             level,
             "--out",
-            str(out / "evaluation" / name),
+            str(results),
             "--baseline",
             f"random weights={features / f'random-{level}'}",
             *split,
@@ -303,7 +302,7 @@ def make_probes(settings: DemoSettings) -> list[str]:
         if settings.command(arguments, may_fail=True):
             lines.append(f"{level} {probe}: not evaluated; its message above says why")
             continue
-        lines.append(headline(out / "evaluation" / name / "results.json", f"{level} {probe}"))
+        lines.append(f"{level} {probe}: {headline(results / 'results.json')}")
     return lines
 
 
@@ -312,12 +311,12 @@ def has_test_split(path: Path) -> bool:
     return path.exists() and ",test" in path.read_text(encoding="utf-8")
 
 
-def headline(results: Path, what: str) -> str:
-    """One line of an evaluation: balanced accuracy with its interval, beside the baselines."""
+def headline(results: Path) -> str:
+    """Return one line of an evaluation: balanced accuracy with its interval, beside the baselines."""
     content: dict[str, Any] = json.loads(results.read_text(encoding="utf-8"))
     point = content["headline"]["balanced_accuracy"]
-    others = ", ".join(f"{name} {value['balanced_accuracy']['point']:.3f}" for name, value in content["baselines"].items())
+    baselines = ", ".join(f"{name} {value['balanced_accuracy']['point']:.3f}" for name, value in content["baselines"].items())
     interval = "no interval: a single patient, or a class of one"
     if point["low"] is not None:
         interval = f"95% interval {point['low']:.3f} to {point['high']:.3f}"
-    return f"{what}: balanced accuracy {point['point']:.3f} ({interval}) on {content['n_patients']} patients; {others}"
+    return f"balanced accuracy {point['point']:.3f} ({interval}) on {content['n_patients']} patients; {baselines}"

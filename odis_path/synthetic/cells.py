@@ -41,8 +41,8 @@ LOOKS = {
 class Nuclei:
     """n nuclei; lengths in level-0 pixels, angles in radians.
 
-    `wobble` and `phase` are (n, len(HARMONICS)): the outline at angle t is the ellipse times
-    ``1 + sum(wobble * cos(HARMONICS * t + phase))``. `tissue` is the type of the region a nucleus belongs to.
+    wobble and phase are (n, len(HARMONICS)): the outline at angle t is the ellipse times
+    1 + sum(wobble * cos(HARMONICS * t + phase)). nucleolus: bool (n,).
     """
 
     x: np.ndarray
@@ -59,10 +59,10 @@ class Nuclei:
         return len(self.x)
 
     def take(self, rows: np.ndarray) -> Nuclei:
-        return Nuclei(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+        return Nuclei(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
 
     def outlines(self) -> np.ndarray:
-        """(n, OUTLINE_VERTICES, 2) float64 level-0 (x, y) of the outline of every nucleus."""
+        """Return level-0 (x, y) of the outline of every nucleus, float64 (n, OUTLINE_VERTICES, 2)."""
         t = np.arange(OUTLINE_VERTICES) * (2 * np.pi / OUTLINE_VERTICES)
         waves = np.cos(HARMONICS[:, None] * t + self.phase[:, :, None])
         radius = 1 + (self.wobble[:, :, None] * waves).sum(1)
@@ -80,7 +80,7 @@ class Glands:
 
 
 def scatter(rng: np.random.Generator, side_px: int, spacing_px: float, jitter: float = 0.28) -> np.ndarray:
-    """(n, 2) points of a hexagonal grid with every point moved by up to `jitter` spacings."""
+    """Return the points (n, 2) of a hexagonal grid, every one moved by up to `jitter` spacings."""
     rows = np.arange(0, side_px, spacing_px * 0.866)
     columns = np.arange(0, side_px, spacing_px)
     x = columns[None, :] + np.where(np.arange(len(rows)) % 2, spacing_px / 2, 0)[:, None]
@@ -89,30 +89,29 @@ def scatter(rng: np.random.Generator, side_px: int, spacing_px: float, jitter: f
 
 
 def inside(points: np.ndarray, type_map: np.ndarray, kind: int) -> np.ndarray:
-    """(n,) bool: which points lie on tissue of type `kind`."""
+    """Tell which points (n, 2) lie on tissue of type `kind`, bool (n,)."""
     side = len(type_map)
     column, row = np.floor(points).astype(np.int64).T
-    ok = (column >= 0) & (row >= 0) & (column < side) & (row < side)
-    ok[ok] = type_map[row[ok], column[ok]] == kind
-    return ok
+    lies: np.ndarray = (column >= 0) & (row >= 0) & (column < side) & (row < side)
+    lies[lies] = type_map[row[lies], column[lies]] == kind
+    return lies
 
 
 def place_glands(rng: np.random.Generator, layout: Layout, mpp: float) -> Glands:
-    """Glands well inside the gland regions, on a jittered grid, none cut by the region's border."""
+    """Place glands well inside the gland regions, on a jittered grid, none cut by the region's border."""
     from scipy import ndimage
 
-    room = ndimage.distance_transform_edt(layout.coarse == GLANDS) * GRID_PX
+    clearance = ndimage.distance_transform_edt(layout.coarse == GLANDS) * GRID_PX
     points = scatter(rng, len(layout.fine), 54 / mpp, jitter=0.10)
     points = points[inside(points, layout.fine, GLANDS)]
     grid = (points // GRID_PX).astype(np.int64)
-    space = room[grid[:, 1], grid[:, 0]]
-    radius = np.minimum(rng.uniform(20, 25, len(points)) / mpp, space)
+    radius = np.minimum(rng.uniform(20, 25, len(points)) / mpp, clearance[grid[:, 1], grid[:, 0]])
     keep = radius > 14 / mpp
     return Glands(points[keep], radius[keep])
 
 
 def gland_ring(rng: np.random.Generator, glands: Glands, mpp: float) -> tuple[np.ndarray, np.ndarray]:
-    """Nuclei of the glands' lining: (n, 2) points near the base of the epithelium and (n,) radial angles."""
+    """Place the nuclei of the glands' lining: points (n, 2) near the base of the epithelium and radial angles (n,)."""
     points, angles = [np.zeros((0, 2))], [np.zeros(0)]
     for centre, radius in zip(glands.xy, glands.radius, strict=True):
         reach = radius - 6.0 / mpp
@@ -125,7 +124,7 @@ def gland_ring(rng: np.random.Generator, glands: Glands, mpp: float) -> tuple[np
 
 
 def grow(rng: np.random.Generator, points: np.ndarray, angle: np.ndarray, kind: int, mpp: float) -> Nuclei:
-    """Nuclei of one kind at `points` (n, 2), with random size and outline."""
+    """Draw size and outline of nuclei of one kind at `points` (n, 2)."""
     look, n = LOOKS[kind], len(points)
     size = np.exp(look.spread * rng.standard_normal(n)) / mpp
     aspect = np.exp(0.5 * look.spread * rng.standard_normal(n))
@@ -143,7 +142,7 @@ def grow(rng: np.random.Generator, points: np.ndarray, angle: np.ndarray, kind: 
 
 
 def _join(parts: list[Nuclei]) -> Nuclei:
-    return Nuclei(**{f.name: np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(Nuclei)})
+    return Nuclei(**{field.name: np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Nuclei)})
 
 
 def _without_overlap(rng: np.random.Generator, nuclei: Nuclei) -> Nuclei:
@@ -151,8 +150,9 @@ def _without_overlap(rng: np.random.Generator, nuclei: Nuclei) -> Nuclei:
     from scipy.spatial import cKDTree
 
     reach = 2 * float(nuclei.short.max(initial=0))
-    pairs = cKDTree(np.stack([nuclei.x, nuclei.y], 1)).query_pairs(reach, output_type="ndarray")
-    gap = np.hypot(*(np.stack([nuclei.x, nuclei.y])[:, pairs[:, 0]] - np.stack([nuclei.x, nuclei.y])[:, pairs[:, 1]]))
+    xy = np.stack([nuclei.x, nuclei.y])
+    pairs = cKDTree(xy.T).query_pairs(reach, output_type="ndarray")
+    gap = np.hypot(*(xy[:, pairs[:, 0]] - xy[:, pairs[:, 1]]))
     close = pairs[gap < 0.92 * (nuclei.short[pairs[:, 0]] + nuclei.short[pairs[:, 1]])]
     rank = rng.permutation(len(nuclei))
     loser = np.where(rank[close[:, 0]] < rank[close[:, 1]], close[:, 0], close[:, 1])
@@ -162,7 +162,7 @@ def _without_overlap(rng: np.random.Generator, nuclei: Nuclei) -> Nuclei:
 
 
 def place_nuclei(rng: np.random.Generator, layout: Layout, glands: Glands, flow: np.ndarray, mpp: float) -> Nuclei:
-    """All nuclei of a slide. `flow` is (g, g) float, the direction of the fibres on the plan's grid."""
+    """Place all nuclei of a slide. flow: float (g, g), the direction of the fibres on the plan's grid."""
     side = len(layout.fine)
     parts: list[Nuclei] = []
 

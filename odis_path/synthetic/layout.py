@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
+
+if TYPE_CHECKING:
+    import shapely
 
 TUMOUR, STROMA, LYMPHOID, GLANDS, NECROSIS = range(5)
 TISSUE_TYPES = ("tumour", "stroma", "lymphoid infiltrate", "normal glands", "necrosis")
@@ -20,9 +25,8 @@ TISSUE_SHARE = 0.65
 class Layout:
     """The plan of one slide.
 
-    Attributes:
-        coarse: (g, g) uint8, tissue type of each plan cell of ``GRID_PX`` pixels, ``BACKGROUND`` off tissue.
-        fine: (side, side) uint8, the same at level 0 with smoothed borders.
+    coarse: uint8 (g, g), tissue type of each plan cell of GRID_PX pixels, BACKGROUND off tissue. fine: uint8 (side, side),
+    the same at level 0 with smoothed borders.
     """
 
     coarse: np.ndarray
@@ -30,20 +34,20 @@ class Layout:
 
 
 def resize_float(field: np.ndarray, side: int, *, box: tuple[float, float, float, float] | None = None) -> np.ndarray:
-    """(h, w) float32 -> (side, side) float32, bicubic; `box` is the (x0, y0, x1, y1) part that is kept."""
+    """Resize (h, w) float32 to (side, side) float32, bicubic. box: the part (x0, y0, x1, y1) that is resized; None: all."""
     image = Image.fromarray(np.ascontiguousarray(field, dtype=np.float32))
     return np.asarray(image.resize((side, side), Image.Resampling.BICUBIC, box=box))
 
 
 def smooth_noise(rng: np.random.Generator, side: int, wavelength_px: float) -> np.ndarray:
-    """(side, side) float32 random field without structure finer than `wavelength_px`; about zero mean, unit spread."""
+    """Draw a random field (side, side) float32, of about zero mean and unit spread, with nothing finer than `wavelength_px`."""
     span = side / wavelength_px
     knots = rng.standard_normal((int(np.ceil(span)) + 4,) * 2).astype(np.float32)
     return resize_float(knots, side, box=(1.5, 1.5, 1.5 + span, 1.5 + span)) / 0.72
 
 
 def tissue_outline(rng: np.random.Generator, grid: int) -> np.ndarray:
-    """(grid, grid) bool: one piece of tissue with an irregular outline, about `TISSUE_SHARE` of the slide."""
+    """Draw one piece of tissue with an irregular outline, bool (grid, grid), about `TISSUE_SHARE` of the slide."""
     from scipy import ndimage
 
     axis = np.abs(np.linspace(-1, 1, grid, dtype=np.float32))
@@ -53,34 +57,35 @@ def tissue_outline(rng: np.random.Generator, grid: int) -> np.ndarray:
     rim = max(2, grid // 50)
     height[:rim], height[-rim:], height[:, :rim], height[:, -rim:] = -9, -9, -9, -9
     pieces, n = ndimage.label(height > np.quantile(height, 1 - TISSUE_SHARE))
-    biggest = 1 + int(np.argmax(np.bincount(pieces.ravel(), minlength=n + 1)[1:]))
-    return ndimage.binary_fill_holes(pieces == biggest)
+    largest = 1 + int(np.argmax(np.bincount(pieces.ravel(), minlength=n + 1)[1:]))
+    outline: np.ndarray = ndimage.binary_fill_holes(pieces == largest)
+    return outline
 
 
 def region_types(rng: np.random.Generator, tissue: np.ndarray, mpp: float) -> np.ndarray:
-    """(g, g) uint8 tissue type: a Voronoi patchwork with wavy borders, every type about the same area."""
+    """Draw the tissue types, uint8 (g, g): a Voronoi patchwork with wavy borders, every type of about the same area."""
     from scipy.spatial import cKDTree
 
     grid = len(tissue)
-    um = 1 / (mpp * GRID_PX)
-    spacing = min(REGION_SPACING_UM * um, grid / 3.5)
+    cells_per_um = 1 / (mpp * GRID_PX)
+    spacing = min(REGION_SPACING_UM * cells_per_um, grid / 3.5)
     ticks = np.arange(-0.5 * spacing, grid + spacing, spacing)
     seeds = np.stack(np.meshgrid(ticks, ticks), -1).reshape(-1, 2)
     seeds = seeds + rng.uniform(-0.42, 0.42, seeds.shape) * spacing
     rows, columns = np.nonzero(tissue)
     points: np.ndarray = np.stack([columns, rows], 1).astype(np.float32)
-    for wavelength, amplitude in ((90 * um, 14 * um), (28 * um, 4 * um)):
+    for wavelength, amplitude in ((90 * cells_per_um, 14 * cells_per_um), (28 * cells_per_um, 4 * cells_per_um)):
         warp = np.stack([smooth_noise(rng, grid, wavelength) for _ in range(2)], -1)
         points = points + amplitude * warp[rows, columns]
     owner = cKDTree(seeds).query(points)[1]
     area = np.bincount(owner, minlength=len(seeds))
-    of_seed = np.zeros(len(seeds), np.uint8)
+    type_of_seed = np.zeros(len(seeds), np.uint8)
     total = np.zeros(len(TISSUE_TYPES))
     for seed in sorted(np.nonzero(area)[0], key=lambda s: -area[s] * rng.uniform(0.5, 1.0)):
-        of_seed[seed] = kind = int(np.argmin(total + rng.uniform(0, 1e-3, total.shape)))
+        type_of_seed[seed] = kind = int(np.argmin(total + rng.uniform(0, 1e-3, total.shape)))
         total[kind] += area[seed]
     types = np.full(tissue.shape, BACKGROUND, np.uint8)
-    types[rows, columns] = of_seed[owner]
+    types[rows, columns] = type_of_seed[owner]
     return types
 
 
@@ -97,8 +102,8 @@ def plan_layout(rng: np.random.Generator, side_px: int, mpp: float) -> Layout:
     return Layout(coarse=coarse, fine=fine)
 
 
-def region_polygons(coarse: np.ndarray) -> tuple[list, list[int]]:
-    """Polygons (level-0 pixels, holes kept) of the connected regions of a plan, and the tissue type of each.
+def region_polygons(coarse: np.ndarray) -> tuple[list[shapely.Polygon], list[int]]:
+    """Return polygons (level-0 pixels, holes kept) of the connected regions of a plan, and the tissue type of each.
 
     Specks of fewer than 40 plan cells are left out.
     """
@@ -106,6 +111,7 @@ def region_polygons(coarse: np.ndarray) -> tuple[list, list[int]]:
     from scipy import ndimage
     from skimage.measure import find_contours
 
+    trace: Callable[[np.ndarray, float], list[np.ndarray]] = find_contours
     polygons, kinds = [], []
     for kind in range(len(TISSUE_TYPES)):
         pieces, n = ndimage.label(coarse == kind)
@@ -114,10 +120,10 @@ def region_polygons(coarse: np.ndarray) -> tuple[list, list[int]]:
             if piece.sum() < 40:
                 continue
             origin = np.array([window[1].start, window[0].start]) - 1
-            rings = [(ring[:, ::-1] + origin + 0.5) * GRID_PX for ring in find_contours(piece.astype(float), 0.5)]
+            rings = [(ring[:, ::-1] + origin + 0.5) * GRID_PX for ring in trace(piece.astype(float), 0.5)]
             shape = shapely.build_area(shapely.MultiLineString(rings))
             shape = shapely.make_valid(shapely.simplify(shape, GRID_PX * 0.35))
-            parts = [p for p in shapely.get_parts(shape) if p.geom_type == "Polygon"]
-            polygons.append(max(parts, key=lambda p: p.area))
+            parts = [part for part in shapely.get_parts(shape) if part.geom_type == "Polygon"]
+            polygons.append(max(parts, key=lambda part: part.area))
             kinds.append(kind)
     return polygons, kinds

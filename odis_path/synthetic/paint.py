@@ -15,7 +15,7 @@ LUMEN = 0.36  # the hollow middle of a gland, as a share of its radius
 
 @dataclass(frozen=True)
 class Fibres:
-    """Wavy fibres: `texture` (side, side) float32 of unit spread, `flow` (g, g) direction along them in radians."""
+    """Wavy fibres: texture (side, side) float32 of unit spread, flow (g, g) direction along them in radians."""
 
     texture: np.ndarray
     flow: np.ndarray
@@ -23,15 +23,15 @@ class Fibres:
 
 @dataclass(frozen=True)
 class Concentrations:
-    """(side, side) float32 each: haematoxylin, eosin, and `room`, how much evenly spread stain a place can take."""
+    """(side, side) float32 each: haematoxylin, eosin, and how much evenly spread stain a place can take."""
 
     h: np.ndarray
     e: np.ndarray
-    room: np.ndarray
+    capacity: np.ndarray
 
 
 def draw_fibres(rng: np.random.Generator, side: int, mpp: float) -> Fibres:
-    """Fibres follow a bent coordinate: noise that is fine across them and long along them."""
+    """Draw fibres along a bent coordinate, from noise that is fine across them and long along them."""
     from scipy import ndimage
 
     turn = rng.uniform(0, np.pi)
@@ -42,22 +42,23 @@ def draw_fibres(rng: np.random.Generator, side: int, mpp: float) -> Fibres:
     across = across + np.float32(3.6 / mpp) * smooth_noise(rng, side, 46 / mpp)
     white = rng.standard_normal((512, 512)).astype(np.float32)
     grain = sum(s * ndimage.gaussian_filter(white, s, mode="wrap") for s in (0.8, 2.2))
-    at = np.stack([across * (mpp / 1.1), along * (mpp / 16)])
-    texture = ndimage.map_coordinates(grain, at, order=1, mode="grid-wrap")
+    places = np.stack([across * (mpp / 1.1), along * (mpp / 16)])
+    texture = ndimage.map_coordinates(grain, places, order=1, mode="grid-wrap")
     dy, dx = np.gradient(across[::GRID_PX, ::GRID_PX])
     return Fibres(texture / texture.std(), np.arctan2(dy, dx) + np.pi / 2)
 
 
 def speckle(rng: np.random.Generator, side: int, sigma_px: float) -> np.ndarray:
-    """(side, side) float32 noise of unit spread with grains of about `sigma_px`."""
+    """Draw noise (side, side) float32 of unit spread with grains of about `sigma_px`."""
     from scipy import ndimage
 
-    noise = ndimage.gaussian_filter(rng.standard_normal((side, side), dtype=np.float32), sigma_px, mode="wrap")
-    return noise / noise.std()
+    noise: np.ndarray = ndimage.gaussian_filter(rng.standard_normal((side, side), dtype=np.float32), sigma_px, mode="wrap")
+    noise = noise / noise.std()
+    return noise
 
 
 def _cell_walls(types: np.ndarray, kind: int, nuclei: Nuclei) -> tuple[np.ndarray, np.ndarray]:
-    """Flat indices of the pixels of `kind`, and for each the distance (px) to the wall between two nearest cells."""
+    """Return flat indices of the pixels of `kind`, and their distance (px) to the wall between the two nearest cells."""
     from scipy.spatial import cKDTree
 
     rows, columns = np.nonzero(types[::2, ::2] == kind)
@@ -71,7 +72,7 @@ def _cell_walls(types: np.ndarray, kind: int, nuclei: Nuclei) -> tuple[np.ndarra
 
 
 def _gland_profile(types: np.ndarray, glands: Glands, wobble: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Flat indices of the gland regions' pixels, distance to the nearest gland's centre, and that gland's radius."""
+    """Return flat indices of the gland regions' pixels, distance to the nearest gland's centre, and that gland's radius."""
     from scipy.spatial import cKDTree
 
     where = np.flatnonzero(types.ravel() == GLANDS)
@@ -88,7 +89,7 @@ class Canvas:
 
     h: np.ndarray
     e: np.ndarray
-    room: np.ndarray
+    capacity: np.ndarray
     fibre: np.ndarray
     grain: np.ndarray
     clump: np.ndarray
@@ -97,21 +98,21 @@ class Canvas:
 def paint_tissue(
     rng: np.random.Generator, types: np.ndarray, nuclei: Nuclei, glands: Glands, fibres: Fibres, mpp: float
 ) -> Concentrations:
-    """Draw matrix, cytoplasm and nuclei of every tissue type. `types` is (side, side) uint8 at level 0."""
+    """Draw matrix, cytoplasm and nuclei of every tissue type. types: uint8 (side, side) at level 0."""
     side = len(types)
     grain, clump = speckle(rng, side, 0.45 / mpp), speckle(rng, side, 1.4 / mpp)
     nuclear_h, cover = stamp_nuclei(nuclei, speckle(rng, side, 0.6 / mpp), mpp)
-    h, e, room = np.zeros((side, side), np.float32), np.zeros((side, side), np.float32), np.ones((side, side), np.float32)
-    canvas = Canvas(*(a.ravel() for a in (h, e, room, fibres.texture, grain, clump)))
+    h, e, capacity = np.zeros((side, side), np.float32), np.zeros((side, side), np.float32), np.ones((side, side), np.float32)
+    canvas = Canvas(*(a.ravel() for a in (h, e, capacity, fibres.texture, grain, clump)))
     _paint_tumour(canvas, types, nuclei, mpp)
     _paint_stroma(canvas, np.flatnonzero(types.ravel() == STROMA))
     _paint_lymphoid(canvas, np.flatnonzero(types.ravel() == LYMPHOID))
     _paint_glands(canvas, types, glands, smooth_noise(rng, side, 18 / mpp) * (1.3 / mpp))
     _paint_necrosis(canvas, np.flatnonzero(types.ravel() == NECROSIS), speckle(rng, side, 3.0 / mpp).ravel())
-    room *= 1 - 0.6 * cover
+    capacity *= 1 - 0.6 * cover
     np.maximum(h, nuclear_h + 0.35 * h * (cover > 0), out=h)
     e *= 1 - 0.55 * cover
-    return Concentrations(h, e, room)
+    return Concentrations(h, e, capacity)
 
 
 def _paint_tumour(canvas: Canvas, types: np.ndarray, nuclei: Nuclei, mpp: float) -> None:
@@ -148,4 +149,4 @@ def _paint_glands(canvas: Canvas, types: np.ndarray, glands: Glands, wobble: np.
     e += 0.3 * np.exp(-(((rho - LUMEN) / 0.05) ** 2))
     canvas.h[where] = np.where(lumen, 0.03, h)
     canvas.e[where] = np.where(lumen, 0.05 + 0.05 * np.maximum(clump, 0), e)
-    canvas.room[where] = np.where(lumen, 0.12, 1.0)
+    canvas.capacity[where] = np.where(lumen, 0.12, 1.0)

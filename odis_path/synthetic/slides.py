@@ -11,8 +11,12 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import shapely
 
 MIN_SIDE_PX = 256
 TISSUE_COLORS = {
@@ -35,7 +39,7 @@ tissue, and must not be used as if they did.
 
 @dataclass(frozen=True)
 class SlideJob:
-    """Everything one worker needs to write one slide."""
+    """The input of a worker that writes one slide."""
 
     out: Path
     slide_id: str
@@ -51,9 +55,9 @@ class Picture:
     """One synthetic slide in memory: uint8 (side, side, 3) and its objects (shapely polygons, level-0 pixels)."""
 
     pixels: np.ndarray
-    regions: list
+    regions: list[shapely.Polygon]
     region_types: list[str]
-    cells: list
+    cells: list[shapely.Polygon]
     cell_types: list[str]
     types: np.ndarray
 
@@ -73,25 +77,25 @@ def draw_slide(rng: np.random.Generator, side_px: int, mpp: float) -> Picture:
     glands = place_glands(rng, layout, mpp)
     nuclei = place_nuclei(rng, layout, glands, fibres.flow, mpp)
     paint = paint_tissue(rng, layout.fine, nuclei, glands, fibres, mpp)
-    balance(paint.h, paint.e, paint.room, layout.fine, stain)
+    balance(paint, layout.fine, stain)
     pixels = develop(rng, paint.h, paint.e, layout.fine, stain, mpp)
     regions, kinds = region_polygons(layout.coarse)
     tree = shapely.STRtree(regions)
-    known = np.unique(tree.query(shapely.points(nuclei.x, nuclei.y), predicate="within")[0])
-    cells = nuclei.take(known[nuclei.kind[known] < len(CELL_TYPES)])
+    annotated = np.unique(tree.query(shapely.points(nuclei.x, nuclei.y), predicate="within")[0])
+    cells = nuclei.take(annotated[nuclei.kind[annotated] < len(CELL_TYPES)])
     outlines = shapely.polygons(cells.outlines().round(1))
     return Picture(
         pixels,
         regions,
-        [TISSUE_TYPES[k] for k in kinds],
+        [TISSUE_TYPES[kind] for kind in kinds],
         list(outlines),
-        [CELL_TYPES[k] for k in cells.kind],
+        [CELL_TYPES[kind] for kind in cells.kind],
         layout.fine,
     )
 
 
-def feature_collection(picture: Picture, seed: int) -> dict:
-    """QuPath-style GeoJSON of the regions (annotations) and the cells (detections) of a slide."""
+def feature_collection(picture: Picture, seed: int) -> dict[str, Any]:
+    """Return QuPath-style GeoJSON of the regions (annotations) and the cells (detections) of a slide."""
     from annotations.geojson_writer import feature_collection as collect
 
     regions = collect(

@@ -1,15 +1,18 @@
 """Colour of a synthetic slide: haematoxylin and eosin concentrations to RGB by Beer-Lambert.
 
-What tells tissue types apart is shape and texture: `balance` makes the mean colour of every type the same on a
-slide, so that an encoder that only sees colour learns next to nothing about tissue.
+Tissue types differ in shape and texture: `balance` makes the mean colour of every type the same on a slide, so that
+an encoder that only sees colour learns next to nothing about tissue.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+if TYPE_CHECKING:
+    from odis_path.synthetic.paint import Concentrations
 from odis_path.synthetic.layout import BACKGROUND, TISSUE_TYPES, smooth_noise
 
 MEAN_H, MEAN_E = 0.44, 0.52  # the mean concentrations every tissue type is brought to
@@ -31,7 +34,7 @@ class Stain:
 
 
 def draw_stain(rng: np.random.Generator) -> Stain:
-    """A stain as different laboratories make it: hue of both dyes, their strength, lamp, focus and noise all vary."""
+    """Draw a stain as different laboratories make it: hue and strength of both dyes, lamp, focus and noise all vary."""
     h = np.array([0.60, 0.70, 0.36]) + rng.normal(0, [0.07, 0.05, 0.07])
     e = np.array([0.14, 0.88, 0.38]) + rng.normal(0, [0.06, 0.06, 0.09])
     h, e = h.clip(0.05), e.clip(0.02)
@@ -47,46 +50,51 @@ def draw_stain(rng: np.random.Generator) -> Stain:
 
 
 def light(h: np.ndarray, e: np.ndarray, stain: Stain) -> np.ndarray:
-    """(n,) concentrations of H and E -> (n, 3) share of the light that passes."""
-    return np.exp(-(h[:, None] * stain.h.astype(np.float32) + e[:, None] * stain.e.astype(np.float32)))
+    """Return the share (n, 3) of the light that passes concentrations (n,) of H and E."""
+    share: np.ndarray = np.exp(-(h[:, None] * stain.h.astype(np.float32) + e[:, None] * stain.e.astype(np.float32)))
+    return share
 
 
-def balance(h: np.ndarray, e: np.ndarray, room: np.ndarray, types: np.ndarray, stain: Stain) -> None:
-    """Bring every tissue type to the same mean colour, in place, by stain spread evenly where there is `room`.
+def balance(paint: Concentrations, types: np.ndarray, stain: Stain) -> None:
+    """Bring every tissue type to the same mean colour, in place, by stain spread evenly where there is capacity.
 
-    Args:
-        h, e, room: (side, side) float32; `types`: (side, side) uint8.
+    types: uint8 (side, side).
     """
-    wanted = light(np.array([MEAN_H], np.float32), np.array([MEAN_E], np.float32), stain)[0, :2]
+    h, e, capacity = paint.h.ravel(), paint.e.ravel(), paint.capacity.ravel()
+    target = light(np.array([MEAN_H], np.float32), np.array([MEAN_E], np.float32), stain)[0, :2]
     for kind in range(len(TISSUE_TYPES)):
         where = np.flatnonzero(types.ravel() == kind)
         if not len(where):
             continue
-        some = where[:: max(1, len(where) // 20000)]
-        h0, e0, r0 = h.ravel()[some], e.ravel()[some], room.ravel()[some]
+        sample = where[:: max(1, len(where) // 20000)]
+        pixels = h[sample], e[sample], capacity[sample]
         dose = np.zeros(2)
 
-        def mean_light(d: np.ndarray, h0: np.ndarray = h0, e0: np.ndarray = e0, r0: np.ndarray = r0) -> np.ndarray:
-            return light((h0 + d[0] * r0).clip(0), (e0 + d[1] * r0).clip(0), stain)[:, :2].mean(0)
-
         for _ in range(6):  # Newton on red and green; two dyes can match two channels
-            at, step = mean_light(dose), 0.02
-            slope = np.stack([(mean_light(dose + step * unit) - at) / step for unit in np.eye(2)], 1)
-            dose = dose + np.linalg.lstsq(slope, wanted - at, rcond=None)[0].clip(-0.3, 0.3)
-        h.ravel()[where] += np.float32(dose[0]) * room.ravel()[where]
-        e.ravel()[where] += np.float32(dose[1]) * room.ravel()[where]
+            now, step = _mean_light(*pixels, dose, stain), 0.02
+            slope = np.stack([(_mean_light(*pixels, dose + step * unit, stain) - now) / step for unit in np.eye(2)], 1)
+            dose = dose + np.linalg.lstsq(slope, target - now, rcond=None)[0].clip(-0.3, 0.3)
+        h[where] += np.float32(dose[0]) * capacity[where]
+        e[where] += np.float32(dose[1]) * capacity[where]
+
+
+def _mean_light(h: np.ndarray, e: np.ndarray, capacity: np.ndarray, dose: np.ndarray, stain: Stain) -> np.ndarray:
+    """Return the mean share of red and green light (2,) that passes after a dose (2,) of H and E is added."""
+    passing = light((h + dose[0] * capacity).clip(0), (e + dose[1] * capacity).clip(0), stain)
+    mean: np.ndarray = passing[:, :2].mean(0)
+    return mean
 
 
 def develop(rng: np.random.Generator, h: np.ndarray, e: np.ndarray, types: np.ndarray, stain: Stain, mpp: float) -> np.ndarray:
-    """Concentrations (side, side) -> uint8 (side, side, 3): uneven thickness, the slide's blur and camera noise."""
+    """Render concentrations (side, side) as uint8 (side, side, 3): uneven thickness, the slide's blur and camera noise."""
     from scipy import ndimage
 
     side = len(h)
-    uneven = [1 + 0.09 * smooth_noise(rng, side, length / mpp) for length in (160, 160)]
+    thickness = [1 + 0.09 * smooth_noise(rng, side, length / mpp) for length in (160, 160)]
     tissue = ndimage.gaussian_filter((types != BACKGROUND).astype(np.float32), 1.2)
     dust = 0.004 * smooth_noise(rng, side, 200 / mpp)
-    h = ndimage.gaussian_filter(h.clip(0) * uneven[0], stain.blur_um / mpp) * tissue
-    e = ndimage.gaussian_filter(e.clip(0) * uneven[1], stain.blur_um / mpp) * tissue
+    h = ndimage.gaussian_filter(h.clip(0) * thickness[0], stain.blur_um / mpp) * tissue
+    e = ndimage.gaussian_filter(e.clip(0) * thickness[1], stain.blur_um / mpp) * tissue
     out = np.empty((side, side, 3), np.uint8)
     for channel in range(3):
         density = h * np.float32(stain.h[channel]) + e * np.float32(stain.e[channel]) + dust

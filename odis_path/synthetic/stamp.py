@@ -8,9 +8,9 @@ from odis_path.synthetic.cells import HARMONICS, LOOKS, Nuclei
 
 
 def stamp_nuclei(nuclei: Nuclei, chromatin: np.ndarray, mpp: float) -> tuple[np.ndarray, np.ndarray]:
-    """Draw all nuclei. Returns H (side, side) and how far each pixel is covered by a nucleus, both float32.
+    """Draw all nuclei; return H (side, side) and the share of each pixel that a nucleus covers, both float32.
 
-    `chromatin` is (side, side) float32 noise of unit spread. Nuclei are drawn a few hundred at a time in square
+    chromatin: noise (side, side) float32 of unit spread. Nuclei are drawn a few hundred at a time in square
     windows of one size; where two touch the darker wins.
     """
     h, cover = np.zeros(chromatin.shape, np.float32), np.zeros(chromatin.shape, np.float32)
@@ -18,9 +18,9 @@ def stamp_nuclei(nuclei: Nuclei, chromatin: np.ndarray, mpp: float) -> tuple[np.
     for size in np.unique(half):
         rows = np.nonzero(half == size)[0]
         for start in range(0, len(rows), 256):
-            some = nuclei.take(rows[start : start + 256])
-            px, py = _windows(some, int(size), len(h))
-            ink, edge = _ink(some, px, py, chromatin[py, px], mpp)
+            batch = nuclei.take(rows[start : start + 256])
+            px, py = _windows(batch, int(size), len(h))
+            ink, edge = _ink(batch, px, py, chromatin[py, px], mpp)
             flat = (py * len(h) + px).ravel()
             np.maximum.at(h.reshape(-1), flat, ink.ravel())
             np.maximum.at(cover.reshape(-1), flat, edge.ravel())
@@ -28,7 +28,7 @@ def stamp_nuclei(nuclei: Nuclei, chromatin: np.ndarray, mpp: float) -> tuple[np.
 
 
 def _windows(nuclei: Nuclei, half: int, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """Columns and rows (n, w, w) int64 of the pixels around each nucleus, kept inside the slide."""
+    """Return columns and rows (n, w, w) int64 of the pixels around each nucleus, kept inside the slide."""
     ticks = np.arange(-half, half + 1)
     px = np.floor(nuclei.x).astype(np.int64)[:, None, None] + ticks[None, None, :]
     py = np.floor(nuclei.y).astype(np.int64)[:, None, None] + ticks[None, :, None]
@@ -37,7 +37,7 @@ def _windows(nuclei: Nuclei, half: int, side: int) -> tuple[np.ndarray, np.ndarr
 
 
 def _ink(n: Nuclei, px: np.ndarray, py: np.ndarray, chromatin: np.ndarray, mpp: float) -> tuple[np.ndarray, np.ndarray]:
-    """H and coverage, (n, w, w) float32 each, of nuclei in their windows of pixels `px`, `py`."""
+    """Return H and coverage, (n, w, w) float32 each, of nuclei in their windows of pixels `px`, `py`."""
 
     def column(values: np.ndarray) -> np.ndarray:
         return values.astype(np.float32)[:, None, None]
