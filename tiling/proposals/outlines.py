@@ -242,7 +242,7 @@ def opened(mask: np.ndarray) -> np.ndarray:
     """A mask bool (h, w) opened by a cross of five pixels; it goes on beyond the border."""
     wide = np.pad(mask, 2, mode="edge")
     core = wide[1:-1, 1:-1] & wide[:-2, 1:-1] & wide[2:, 1:-1] & wide[1:-1, :-2] & wide[1:-1, 2:]
-    return core[1:-1, 1:-1] | core[:-2, 1:-1] | core[2:, 1:-1] | core[1:-1, :-2] | core[1:-1, 2:]
+    return np.asarray(core[1:-1, 1:-1] | core[:-2, 1:-1] | core[2:, 1:-1] | core[1:-1, :-2] | core[1:-1, 2:])
 
 
 def filled(mask: np.ndarray) -> np.ndarray:
@@ -254,7 +254,7 @@ def filled(mask: np.ndarray) -> np.ndarray:
     for side in (holes[0], holes[-1], holes[:, 0], holes[:, -1]):
         open_[side] = True
     open_[0] = False
-    return ~open_[holes]
+    return np.asarray(~open_[holes])
 
 
 def _edges(labels: np.ndarray) -> np.ndarray:
@@ -389,11 +389,11 @@ WEIGHTS = np.array(
 
 def quality(features: np.ndarray) -> np.ndarray:
     """Features (k, 11) as FEATURES names them -> float64 (k,), about 0 for a scrap, 1 for a nucleus."""
-    return products((features - MEAN) / SCALE) @ WEIGHTS
+    return np.asarray(products((features - MEAN) / SCALE) @ WEIGHTS)
 
 
 def products(scaled: np.ndarray) -> np.ndarray:
     """(k, n) -> (k, (n + 1) (n + 2) / 2): 1, each column, and each product of two, row by row of the upper triangle."""
     wide = np.concatenate([np.ones((len(scaled), 1)), scaled], axis=1)
     first, second = np.triu_indices(wide.shape[1])
-    return wide[:, first] * wide[:, second]
+    return np.asarray(wide[:, first] * wide[:, second])

@@ -219,7 +219,7 @@ def _shrunk(picture: np.ndarray, step: int) -> np.ndarray:
     edge = [(0, -height % step), (0, -width % step), *[(0, 0)] * (picture.ndim - 2)]
     padded = np.pad(picture, edge, mode="edge")
     blocks = padded.reshape(padded.shape[0] // step, step, padded.shape[1] // step, step, *picture.shape[2:])
-    return blocks.mean(axis=(1, 3), dtype=np.float32).astype(np.uint8)
+    return np.asarray(blocks.mean(axis=(1, 3), dtype=np.float32).astype(np.uint8))
 
 
 def _best_iou(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -229,4 +229,4 @@ def _best_iou(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
     low, high = np.maximum(boxes[:, None, :2], others[None, :, :2]), np.minimum(boxes[:, None, 2:], others[None, :, 2:])
     shared = np.clip(high - low, 0, None).prod(axis=2)
     area, other = ((each[:, 2:] - each[:, :2]).prod(axis=1) for each in (boxes, others))
-    return (shared / (area[:, None] + other[None] - shared)).max(axis=1)
+    return np.asarray((shared / (area[:, None] + other[None] - shared)).max(axis=1))

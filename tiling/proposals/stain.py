@@ -104,9 +104,9 @@ def nucleus_score(rgb: np.ndarray, stain: Stain) -> np.ndarray:
     pigment), which pale nuclei need where nothing else is coloured; where there is eosin it counts against a pixel.
     """
     if stain == "dark":
-        return np.sqrt(rgb.max(axis=2).astype(np.float32) / 32)  # 0..2.8, the range of the densities below
+        return np.asarray(np.sqrt(rgb.max(axis=2).astype(np.float32) / 32))  # 0..2.8, the range of the densities below
     density = optical_density(rgb)
-    return density[..., 0] + PURPLE_WEIGHT[stain] * (density[..., 1] - density[..., 2])
+    return np.asarray(density[..., 0] + PURPLE_WEIGHT[stain] * (density[..., 1] - density[..., 2]))
 
 
 _DENSITY = -np.log((np.arange(256, dtype=np.float32) + 1) / 256)
@@ -115,5 +115,5 @@ _DENSITY = -np.log((np.arange(256, dtype=np.float32) + 1) / 256)
 def optical_density(rgb: np.ndarray) -> np.ndarray:
     """Values 0..255 of any shape -> float32 densities, 0 for white."""
     if rgb.dtype == np.uint8:
-        return _DENSITY[rgb]
-    return -np.log((rgb.astype(np.float32) + 1) / 256)
+        return np.asarray(_DENSITY[rgb])
+    return np.asarray(-np.log((rgb.astype(np.float32) + 1) / 256))

@@ -7,7 +7,7 @@ import json
 import os
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -18,13 +18,16 @@ from tiling.storage.checked_file import CheckedFile
 from tiling.storage.checksums import DamagedError
 from tiling.storage.slide_id import checked_id
 
+if TYPE_CHECKING:
+    from tiling.wsi.slide import Slide
+
 
 class SlideHeader:
     """A slide file, open for reading, with what it says about itself. See `tiling.slide_file.read.SlideFile`."""
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        self._slide: Any = None
+        self._slide: Slide | None = None
         try:
             # A chunk cache of zero makes HDF5 read just the bytes of one tile, not its whole chunk.
             self._checked = CheckedFile(self.path, self._remedy, rdcc_nbytes=0)
@@ -38,23 +41,23 @@ class SlideHeader:
             raise DamagedError(f"{self.path}: not a readable HDF5 file ({why}): {REMEDY}, or take the file away") from None
         self._file = self._checked.h5
         try:
-            self._refuse_others()
+            self._check_format()
         except BaseException:
             self.close()
             raise
 
-    def _refuse_others(self) -> None:
-        """Raises UserError for a file that is not ours, DamagedError where it says so because it is damaged."""
+    def _check_format(self) -> None:
+        """Raise UserError for a file of another format, DamagedError where damage makes it look like one."""
         with self._checked.reading("", "its format"):
             kind, version = self._file.attrs.get("format"), int(self._file.attrs.get("format_version", 0))
         if kind != FORMAT or version > FORMAT_VERSION:
             self._checked.attrs()
             newer = f"format_version {version} (this software reads {FORMAT_VERSION})"
-            what = f"format {kind!r}" if kind != FORMAT else newer
-            raise UserError(f"{self.path}: {what}: not a slide file this odis-path reads; make it with odis-path tile")
+            stated = f"format {kind!r}" if kind != FORMAT else newer
+            raise UserError(f"{self.path}: {stated}: not a slide file this odis-path reads; make it with odis-path tile")
 
     def _remedy(self, name: str) -> str:
-        """The remedy where the object `name` is damaged."""
+        """Say what to do where the object `name` is damaged."""
         if name.partition("/")[0] in ("boxes", "objects"):
             return "run odis-path annotate (or propose) again: its objects and boxes are made anew"
         return REMEDY
@@ -85,13 +88,13 @@ class SlideHeader:
         """Attributes of /coords, ready to be copied to a feature file."""
         return self._checked.attrs("coords")
 
-    def _of_coords(self, key: str) -> Any:
+    def _coords_attr(self, key: str) -> Any:
         with self._checked.reading("coords", f"the attribute {key} of /coords"):
             return self.coords_attrs[key]
 
     @property
     def slide_id(self) -> str:
-        """Names files: one that is a path, or no file name, is a UserError."""
+        """The slide's name, of which file names are made: UserError for one that is a path or cannot be a file name."""
         with self._checked.reading("", "its slide_id"):
             return checked_id(str(self.attrs["slide_id"]), self.path)
 
@@ -102,8 +105,10 @@ class SlideHeader:
 
     @property
     def parameters(self) -> dict[str, Any]:
+        """The parameters that the tiles were made with."""
         with self._checked.reading("", "its parameters"):
-            return json.loads(self.attrs["parameters"])
+            parameters: dict[str, Any] = json.loads(self.attrs["parameters"])
+        return parameters
 
     @property
     def source(self) -> Path:
@@ -119,27 +124,27 @@ class SlideHeader:
     @property
     def dimensions_l0(self) -> tuple[int, int]:
         """Width and height of the slide in level-0 pixels."""
-        return int(self._of_coords("level0_width")), int(self._of_coords("level0_height"))
+        return int(self._coords_attr("level0_width")), int(self._coords_attr("level0_height"))
 
     @property
     def mpp(self) -> float:
         """Micrometres per target pixel."""
-        return float(self._of_coords("mpp"))
+        return float(self._coords_attr("mpp"))
 
     @property
     def mpp_level0(self) -> float:
         """Micrometres per level-0 pixel."""
-        return float(self._of_coords("mpp_level0"))
+        return float(self._coords_attr("mpp_level0"))
 
     @property
     def patch_size(self) -> int:
         """Side of a tile in target pixels."""
-        return int(self._of_coords("patch_size"))
+        return int(self._coords_attr("patch_size"))
 
     @property
     def patch_size_level0(self) -> int:
         """Side of a tile in level-0 pixels, rounded; `size_l0` is the exact one."""
-        return int(self._of_coords("patch_size_level0"))
+        return int(self._coords_attr("patch_size_level0"))
 
     @property
     def size_l0(self) -> float:
@@ -149,7 +154,7 @@ class SlideHeader:
     @property
     def overlap(self) -> int:
         """Overlap of neighbouring tiles in target pixels."""
-        return int(self._of_coords("overlap"))
+        return int(self._coords_attr("overlap"))
 
     @cached_property
     def coords(self) -> np.ndarray:
@@ -159,7 +164,7 @@ class SlideHeader:
         return coords
 
     def _offsets(self, name: str, rows: int) -> np.ndarray:
-        """int64 (N+1,): where the rows of each tile begin and end, `rows` in all."""
+        """Read offsets, int64 (N+1,): tile i has rows offsets[i]:offsets[i + 1] of `rows`."""
         offsets = self._checked.array(name)
         fits = (
             offsets.shape == (len(self) + 1,)
@@ -171,6 +176,6 @@ class SlideHeader:
         return offsets
 
     def _expect(self, name: str, fits: bool) -> None:
-        """Raises DamagedError where a dataset does not fit the others."""
+        """Raise DamagedError where a dataset does not fit the rest of the file."""
         if not fits:
             raise self._checked.damaged(name, f"/{name} does not fit the rest of the file")

@@ -1,11 +1,11 @@
-"""`annotate --append`: new objects and boxes behind those that a slide file has, each object with its one row."""
+"""Merge, drop and copy the objects and boxes of a slide file (`annotate --append`, `propose --from-cells`)."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import h5py
 import numpy as np
@@ -13,53 +13,56 @@ import numpy as np
 from annotations.errors import UserError
 from tiling.storage.checked_file import CheckedFile
 
+if TYPE_CHECKING:
+    from annotations.geometry.clip import TileBoxes
+
 PARTS_ATTR = "annotation_parts"  # JSON: the record of every run whose objects are in the groups
-Groups = dict[str, dict[str, Any]]
+Columns = dict[str, Any]  # of one group: name -> array or list of str, "attrs" -> dict, "polygon" -> the columns of that group
+Groups = dict[str, Columns]  # of "objects" and "boxes"
+Record = Mapping[str, Any]  # JSON: the settings of one run of annotate, and the stamps of its files
 
 
-def run_records(attrs: Mapping[str, Any], record_attr: str) -> list[dict[str, Any]]:
-    """Records of the runs behind the groups of a slide file, the first one first; none where annotate wrote none of them."""
-    if PARTS_ATTR in attrs:
-        return json.loads(attrs[PARTS_ATTR])
-    return [json.loads(attrs[record_attr])] if record_attr in attrs else []
+def run_records(attrs: Mapping[str, Any], record_attr: str) -> list[Record]:
+    """Read the records of the runs of annotate behind the groups of a slide file, from the attributes of /objects."""
+    texts = attrs.get(PARTS_ATTR) or (f"[{attrs[record_attr]}]" if record_attr in attrs else "[]")
+    records: list[Record] = json.loads(texts)
+    return records
 
 
-def files_to_read(
-    path: Path, files: Sequence[Path], record: Mapping[str, Any], parts: Sequence[Mapping[str, Any]]
-) -> list[Path]:
-    """The files whose objects are not there yet. record: of this run, with the stamp of each file under "files".
+def files_to_read(path: Path, files: Sequence[Path], record: Record, parts: Sequence[Record]) -> list[Path]:
+    """Choose the files that no earlier run read. record: of this run, with the stamp of each file under "files".
 
-    Raises UserError where a file of that name is there with another content or under other settings: its objects would be
-    there twice.
+    Raises UserError where a file of the same name was read with another content or under other settings: its objects would
+    be stored twice.
     """
-    there = {stamp["name"]: (stamp, part) for part in parts for stamp in part["files"]}
-    new = []
+    earlier = {stamp["name"]: (stamp, part) for part in parts for stamp in part["files"]}
+    unread = []
     for file, stamp in zip(files, record["files"], strict=True):
-        if stamp["name"] not in there:
-            new.append(file)
+        if stamp["name"] not in earlier:
+            unread.append(file)
             continue
-        old, part = there[stamp["name"]]
+        old, part = earlier[stamp["name"]]
         changed = [key for key in record if key not in ("files", "polygons") and record[key] != part.get(key)]
         if old != stamp or changed:
-            what = "another content" if old != stamp else f"other settings ({', '.join(changed)})"
+            difference = "another content" if old != stamp else f"other settings ({', '.join(changed)})"
             raise UserError(
-                f"{path}: objects of {stamp['name']} are there already, with {what}: "
+                f"{path}: objects of {stamp['name']} are there already, with {difference}: "
                 "leave out --append to replace them, or rename the file to have both"
             )
-    return new
+    return unread
 
 
 def read_groups(path: Path) -> Groups:
-    """/objects and /boxes of a slide file in the form that replace_groups takes."""
+    """Read /objects and /boxes of a slide file in the form that `replace_groups` takes."""
     with CheckedFile(path, lambda _: "annotate it anew, without --append") as file:
         return {name: _group(file, name) for name in ("objects", "boxes")}
 
 
 def merge_groups(path: Path, old: Groups, new: Groups) -> Groups:
-    """The groups of a slide file with those of a further run behind them.
+    """Put the objects and boxes of a further run behind those of a slide file, each object with its one row.
 
-    Classes are merged by name. A column that only one of the two has is filled with NaN, -1 or "". Raises UserError where one
-    of the two has outlines for its boxes and the other has none.
+    Classes are merged by name. A column that one of the two lacks is filled with NaN, -1 or "". Raises UserError where one of
+    the two has outlines for its boxes and the other has none.
     """
     from annotations.geometry.clip import concatenate_boxes
 
@@ -69,23 +72,21 @@ def merge_groups(path: Path, old: Groups, new: Groups) -> Groups:
     n_tiles = len(new["boxes"]["offsets"]) - 1
     boxes = concatenate_boxes([_tile_boxes(old["boxes"]), _tile_boxes(new["boxes"])], [n_old, n_new], n_tiles)
     columns = dict.fromkeys(name for group in (old, new) for name in group["objects"] if name != "attrs")
-    objects: dict[str, Any] = {
-        name: _column(old["objects"].get(name), new["objects"].get(name), n_old, n_new) for name in columns
-    }
+    objects: Columns = {name: _column(old["objects"].get(name), new["objects"].get(name), n_old, n_new) for name in columns}
     labels = [str(name) for name in old["objects"]["attrs"].get("labels", ())]
-    more = [str(name) for name in new["objects"]["attrs"].get("labels", ())]
-    labels += [name for name in more if name not in labels]
-    to = np.array([*(labels.index(name) for name in more), -1], dtype=np.int16)  # label -1 indexes it from behind
-    objects["label"][n_old:] = to[new["objects"]["label"]]
+    new_labels = [str(name) for name in new["objects"]["attrs"].get("labels", ())]
+    labels += [name for name in new_labels if name not in labels]
+    merged_label = np.array([*map(labels.index, new_labels), -1], dtype=np.int16)  # label -1 indexes it from behind
+    objects["label"][n_old:] = merged_label[new["objects"]["label"]]
     objects["attrs"] = {**old["objects"]["attrs"], "labels": labels}
-    merged: dict[str, Any] = {"xyxy": boxes.xyxy, "offsets": boxes.offsets, "object": boxes.object, "visible": boxes.visible}
+    columns_of_boxes: Columns = {"xyxy": boxes.xyxy, "offsets": boxes.offsets, "object": boxes.object, "visible": boxes.visible}
     if boxes.polygons is not None:
-        merged["polygon"] = boxes.polygons.arrays()
-    return {"objects": objects, "boxes": {**merged, "attrs": dict(old["boxes"].get("attrs", {}))}}
+        columns_of_boxes["polygon"] = boxes.polygons.arrays()
+    return {"objects": objects, "boxes": {**columns_of_boxes, "attrs": dict(old["boxes"].get("attrs", {}))}}
 
 
-def _group(file: CheckedFile, name: str) -> dict[str, Any]:
-    content: dict[str, Any] = {"attrs": {key: _plain(value) for key, value in file.attrs(name).items()}}
+def _group(file: CheckedFile, name: str) -> Columns:
+    content: Columns = {"attrs": {key: _plain(value) for key, value in file.attrs(name).items()}}
     with file.reading(name, f"/{name}"):
         nodes = dict(file.h5[name].items())
     for key, node in nodes.items():
@@ -98,11 +99,11 @@ def _group(file: CheckedFile, name: str) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """A list of names comes back from a file as an array of objects."""
+    """Turn an attribute of names, which HDF5 gives back as an array of objects, into a list."""
     return list(map(str, value)) if isinstance(value, np.ndarray) and value.dtype == object else value
 
 
-def _tile_boxes(group: Mapping[str, Any]) -> Any:
+def _tile_boxes(group: Columns) -> TileBoxes:
     from annotations.geometry.clip import TileBoxes, TilePolygons
 
     outlines = group.get("polygon")
@@ -127,7 +128,7 @@ def _array(values: Any) -> np.ndarray:
 
 
 def drop_objects(groups: Groups, labels: tuple[str, ...]) -> Groups:
-    """/objects and /boxes of a slide file (`read_groups`) less the objects of some labels that are proposals."""
+    """Leave out of /objects and /boxes of a slide file (`read_groups`) the proposals of some labels."""
     from annotations.objects import Kind
 
     names = [str(name) for name in groups["objects"]["attrs"].get("labels", ())]
@@ -135,7 +136,7 @@ def drop_objects(groups: Groups, labels: tuple[str, ...]) -> Groups:
     gone &= groups["objects"]["kind"] == Kind.PROPOSAL
     if not gone.any():
         return groups
-    objects = {name: each if name == "attrs" else np.asarray(each)[~gone] for name, each in groups["objects"].items()}
+    objects = {name: part if name == "attrs" else np.asarray(part)[~gone] for name, part in groups["objects"].items()}
     old = groups["boxes"]
     stays = ~gone[old["object"]]
     number = np.cumsum(~gone) - 1
@@ -147,8 +148,8 @@ def drop_objects(groups: Groups, labels: tuple[str, ...]) -> Groups:
     return {"objects": objects, "boxes": boxes}
 
 
-def _outlines_of(polygon: dict[str, Any], stays: np.ndarray) -> dict[str, Any]:
-    """The group /boxes/polygon of the boxes that stay, bool (M,)."""
+def _outlines_of(polygon: Columns, stays: np.ndarray) -> Columns:
+    """Select from /boxes/polygon the outlines of the boxes that stay, bool (M,)."""
     rings = np.diff(polygon["offsets"])
     ring_stays = np.repeat(stays, rings)
     vertices = np.diff(polygon["ring_offsets"])

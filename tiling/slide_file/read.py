@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict, cast
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict, cast
 
 import numpy as np
 
@@ -26,6 +26,9 @@ from tiling.storage.checked_file import CRC_ATTR, CheckedFile
 from tiling.storage.checksums import DamagedError, crc32
 from tiling.storage.touched import was_touched
 from tiling.wsi import codec
+
+if TYPE_CHECKING:
+    from tiling.wsi.slide import Slide
 
 __all__ = [
     "FORMAT",
@@ -113,7 +116,7 @@ class SlideFile(SlideHeader):
             return StoredBytes(self._file, "pixels/data")
 
     def tile_bytes(self, i: int) -> bytes:
-        """Tile i as JPEG or PNG; from /pixels, or read from the slide and encoded as JPEG.
+        """Read tile i as JPEG or PNG; from /pixels, or read from the slide and encoded as JPEG.
 
         Raises DamagedError where its bytes are not those that were stored.
         """
@@ -127,7 +130,7 @@ class SlideFile(SlideHeader):
         return data
 
     def tile(self, i: int) -> np.ndarray:
-        """Tile i as uint8 (S, S, 3); from /pixels, or read from the slide named in `source`."""
+        """Read tile i as uint8 (S, S, 3); from /pixels, or read from the slide named in `source`."""
         i = self._number(i)
         if self.has_pixels:
             return codec.decode(self.tile_bytes(i))
@@ -136,19 +139,19 @@ class SlideFile(SlideHeader):
         return self._open_source().read_region(x, y, side_l0, side_l0, side_px, side_px)
 
     def tiles(self, numbers: np.ndarray) -> np.ndarray:
-        """Tiles `numbers`, int (n,), as uint8 (n, S, S, 3). Neighbours in ascending order are quicker than one by one."""
+        """Read tiles `numbers`, int (n,), as uint8 (n, S, S, 3): quicker than one by one, where neighbours ascend."""
         numbers = np.array([self._number(int(i)) for i in numbers], dtype=np.int64)
         side = self.patch_size
-        found = np.empty((len(numbers), side, side, 3), np.uint8)
+        stack = np.empty((len(numbers), side, side, 3), np.uint8)
         if self.has_pixels or (np.diff(numbers) < 0).any():
-            each: Iterator[np.ndarray] = (self.tile(int(i)) for i in numbers)
+            tiles: Iterator[np.ndarray] = (self.tile(int(i)) for i in numbers)
         else:
             from tiling.wsi.patches import read_tiles
 
-            each = read_tiles(self._open_source(), self.coords[numbers], *self._sides)
-        for at, tile in enumerate(each):
-            found[at] = tile
-        return found
+            tiles = read_tiles(self._open_source(), self.coords[numbers], *self._sides)
+        for at, tile in enumerate(tiles):
+            stack[at] = tile
+        return stack
 
     @cached_property
     def _sides(self) -> tuple[float, int]:
@@ -161,7 +164,7 @@ class SlideFile(SlideHeader):
         return i % len(self)
 
     def check_source(self) -> None:
-        """Raises UserError where the slide named in `source` is gone or is not the one that was tiled."""
+        """Raise UserError where the slide named in `source` is gone or is not the one that was tiled."""
         from tiling.storage.paths import url_of
 
         if url_of(self.source):
@@ -171,14 +174,15 @@ class SlideFile(SlideHeader):
                 f"{self.path}: holds no pixels and its slide {self.source} is gone: "
                 "bring the slide back or tile again with --pixels"
             )
-        size, found = int(self.attrs.get("source_size", -1)), source_stamp(self.source)[0]
-        if size not in (-1, found):
+        tiled_size, size = int(self.attrs.get("source_size", -1)), source_stamp(self.source)[0]
+        if tiled_size not in (-1, size):
             raise UserError(
-                f"{self.path}: its slide {self.source} has {found} bytes, {size} when it was tiled: run odis-path tile again"
+                f"{self.path}: its slide {self.source} has {size} bytes, {tiled_size} when it was tiled: "
+                "run odis-path tile again"
             )
 
-    def _open_source(self) -> Any:
-        """The slide, for pixels as `tile` would have stored them; its mpp was settled then."""
+    def _open_source(self) -> Slide:
+        """Open the slide, for pixels as `tile` would have stored them; its mpp was settled then."""
         if self._slide is None:
             from tiling.slide_file.source_slide import open_source
 
@@ -218,7 +222,7 @@ class SlideFile(SlideHeader):
         return self._box_xyxy[self.box_rows(i)]
 
     def boxes_table(self) -> BoxTable:
-        """The columns of /boxes; empty where there are none."""
+        """Read the columns of /boxes; empty where there are none."""
         if not self.has_boxes:
             return {
                 "xyxy": np.zeros((0, 4), np.float32),
@@ -240,7 +244,7 @@ class SlideFile(SlideHeader):
     def box_bounds_l0(self) -> np.ndarray:
         """float64 (M, 4): x0, y0, x1, y1 of each row of /boxes in level-0 pixels."""
         bounds = self.boxes_table()["xyxy"].astype(float) * (self.size_l0 / self.patch_size)
-        return bounds + np.tile(self.coords[self.box_tiles], 2)
+        return np.asarray(bounds + np.tile(self.coords[self.box_tiles], 2))
 
     @cached_property
     def has_polygons(self) -> bool:
@@ -259,7 +263,7 @@ class SlideFile(SlideHeader):
             return group["offsets"], group["ring_offsets"], group["xy"], sums
 
     def polygon(self, row: int) -> list[np.ndarray]:
-        """The clipped outline behind row `row` of /boxes: rings float64 (k, 2), x, y in target pixels of the tile.
+        """Read the clipped outline behind row `row` of /boxes: rings float64 (k, 2), x, y in target pixels of the tile.
 
         Outlines, holes and parts alike, filled by the even-odd rule; a ring does not repeat its first position. Raises
         UserError where the file has no polygons, IndexError where it has no such row, DamagedError where it does not match.
@@ -279,11 +283,10 @@ class SlideFile(SlideHeader):
         return [points[a:b] for a, b in pairwise((ends - start).tolist())]
 
     def objects_table(self, *, ids: bool = True) -> ObjectColumns:
-        """The columns of /objects; empty where there are none. ids: read id too, which takes most of the time."""
+        """Read the columns of /objects; empty where there are none. ids: read id too, which takes most of the time."""
         if "objects" not in self._checked:
-            empty = (np.zeros(0, dtype) for dtype in (np.int16, np.uint8, np.float32, object))
-            label, kind, area_um2, names = empty
-            return {"label": label, "kind": kind, "area_um2": area_um2, "id": names, "labels": []}
+            label, kind, area_um2, ids_ = (np.zeros(0, dtype) for dtype in (np.int16, np.uint8, np.float32, object))
+            return {"label": label, "kind": kind, "area_um2": area_um2, "id": ids_, "labels": []}
         table = {name: self._checked.array(f"objects/{name}") for name in ("label", "kind", "area_um2")}
         if "objects/confidence" in self._checked:
             table["confidence"] = self._checked.array("objects/confidence")
@@ -298,7 +301,7 @@ class SlideFile(SlideHeader):
     def object_classes(self, unclassified: str | None = None) -> np.ndarray:
         """object (str) (K,): the class name of each object; `unclassified` where its label is -1."""
         objects = self.objects_table(ids=False)
-        return np.array([*objects["labels"], unclassified], dtype=object)[objects["label"]]
+        return np.asarray(np.array([*objects["labels"], unclassified], dtype=object)[objects["label"]])
 
     def group_attrs(self, name: str) -> dict[str, Any]:
         """Attributes of a top-level group or dataset; empty where there is none."""
@@ -320,21 +323,21 @@ class SlideFile(SlideHeader):
 
     # --- damage
 
-    def check(self, *, boxes: bool = True, others: bool = True, pixels: bool = True) -> None:
-        """Read, and compare with its checksum, what annotate and propose wrote (`boxes`), all others, and every stored tile.
+    def check(self, *, boxes: bool = True, tiles: bool = True, pixels: bool = True) -> None:
+        """Compare with its checksum what annotate and propose wrote (`boxes`), what tile wrote, and every stored tile.
 
-        Raises DamagedError for the first thing that does not match, or does not fit the others.
+        Raises DamagedError for the first object that does not match, or does not fit the rest.
         """
         self._checked.check(
-            lambda name: name != "pixels/data" and (boxes if name.partition("/")[0] in ("boxes", "objects") else others)
+            lambda name: name != "pixels/data" and (boxes if name.partition("/")[0] in ("boxes", "objects") else tiles)
         )
         if boxes:
             objects, row = self.objects_table(ids=False), self.boxes_table()["object"]
             self._expect("boxes/object", bool(((row >= 0) & (row < len(objects["label"]))).all()))
-        if others:
+        if tiles:
             self._expect("tissue_fraction", self.tissue_fraction.shape == (len(self),))
             _ = (self.mpp, self.mpp_level0, self.patch_size, self.dimensions_l0, self.slide_id, self.parameters)
-        if others and self.has_pixels:
+        if tiles and self.has_pixels:
             _ = self._pixel_offsets
             for i in range(len(self) if pixels and self._pixel_crc32s is not None else 0):
                 self.tile_bytes(i)
@@ -349,7 +352,7 @@ class SlideFile(SlideHeader):
         if not was_touched(self.path):
             return False
         try:
-            self.check(others=False, pixels=False)
+            self.check(tiles=False, pixels=False)
         except DamagedError:
             return True
         return False
@@ -361,9 +364,9 @@ class SlideFile(SlideHeader):
 
 
 def list_slide_files(folder: Path | str) -> list[Path]:
-    """The .h5 files of a folder of slide files, sorted by name; those that are none or damaged too: who opens one is told.
+    """List the .h5 files of a folder, sorted by name, also those that turn out damaged or no slide files when opened.
 
-    Raises UserError where it is missing or holds no slide file.
+    Raises UserError where the folder is missing or holds no slide file.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -376,12 +379,12 @@ def list_slide_files(folder: Path | str) -> list[Path]:
 
 
 def h5_files(folder: Path) -> list[Path]:
-    """The files of a folder named *.h5, sorted by name; hidden ones, which others leave beside them, are none."""
+    """List the files of a folder named *.h5, sorted by name; not the hidden ones that other systems leave beside them."""
     return [path for path in sorted(folder.glob("*.h5")) if not path.name.startswith(".")]
 
 
 def is_slide_file(path: Path) -> bool:
-    """True where the file is HDF5 and says format odis-path, and where it cannot be read: it may have been one."""
+    """Tell whether a file is HDF5 of the format odis-path; also true where it cannot be read: it may have been one."""
     try:
         with CheckedFile(path, lambda _: "") as file:
             return file.h5.attrs.get("format") == FORMAT or file.attrs().get("format") == FORMAT

@@ -34,11 +34,11 @@ class StoredBytes:
     def read(self, start: int, stop: int) -> bytes:
         """Bytes start:stop."""
         if not self._piece:
-            return self._data[start:stop].tobytes()
-        found = []
+            return bytes(self._data[start:stop])
+        parts: list[bytes] = []
         while start < stop:
             piece, within = divmod(start, self._piece)
             count = min(stop - start, self._piece - within)
-            found.append(os.pread(self._fd, count, self._at[piece] + within))
+            parts.append(os.pread(self._fd, count, self._at[piece] + within))
             start += count
-        return found[0] if len(found) == 1 else b"".join(found)
+        return parts[0] if len(parts) == 1 else b"".join(parts)

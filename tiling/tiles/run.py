@@ -187,7 +187,10 @@ def _tiled(slide: Slide, task: Task, threads: int, mpp: Mpp, now: Stamp) -> dict
     item, path, settings, info, mpp_l0 = task.item, task.path, task.settings, slide.info, mpp.value
     assert mpp_l0 is not None
     parameters = task.parameters(mpp_l0)
-    overview = _looked(slide, task, mpp_l0)
+    find, keep_pen = settings.tissue == "auto", settings.pen == "keep"
+    overview = read_overview(
+        slide, mpp_l0, task.outlines, task.exclude, find=find, keep_pen=keep_pen, side_px=THUMBNAIL_SIDE_PX
+    )
     plan = _plan(settings, info, mpp_l0, overview)
     twin = _twin(path, item)
     clear_tissue(settings.tissue_out, path, overview, info.bounds_xy)
@@ -218,12 +221,6 @@ def _tiled(slide: Slide, task: Task, threads: int, mpp: Mpp, now: Stamp) -> dict
     counts = {"tiles": len(plan.coords), "bad_tiles": len(out.problems), "megapixels": megapixels, "reader": info.reader}
     anew = reason_to_redo(task.existing, parameters, now) if task.existing is not None else DAMAGED if task.damaged else ""
     return {**counts, "mpp_source": mpp.source, "message": message, "redone": anew}
-
-
-def _looked(slide: Slide, task: Task, mpp_l0: float) -> Overview:
-    find, keep_pen = task.settings.tissue == "auto", task.settings.pen == "keep"
-    sought: dict[str, Any] = {"find": find, "keep_pen": keep_pen, "side_px": THUMBNAIL_SIDE_PX}
-    return read_overview(slide, mpp_l0, task.outlines, task.exclude, **sought)
 
 
 def _regions(settings: TileSettings, item: SlideItem) -> tuple[Path | None, Path | None]:

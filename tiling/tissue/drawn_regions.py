@@ -1,4 +1,4 @@
-"""Regions that people drew, as GeoJSON or masks: read them, and write tissue outlines back."""
+"""Regions that people drew, read from GeoJSON or masks, and tissue outlines for them to correct."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MASK_SHAPE_TOLERANCE = 0.03  # of the proportions of a mask and of its slide
 
 
 def region_file(folder: Path, slide_id: str, slide: Path, suffixes: tuple[str, ...]) -> Path | None:
-    """The file of a folder that is named after a slide: by its id, its stem or its whole name; None where there is none."""
+    """Find the file of a folder that is named after a slide: by its id, its stem or its whole name; None: there is none."""
     for stem in dict.fromkeys((slide_id, slide_stem(slide), file_name(slide))):
         for suffix in suffixes:
             if (candidate := folder / f"{stem}{suffix}").is_file():
@@ -31,7 +31,7 @@ def region_file(folder: Path, slide_id: str, slide: Path, suffixes: tuple[str, .
 def read_outlines(
     path: Path, info: SlideInfo, shape: tuple[int, int], downsample: float, *, may_be_empty: bool = False
 ) -> np.ndarray:
-    """QuPath GeoJSON -> bool `shape`, a pixel of which covers `downsample` level-0 pixels.
+    """Read QuPath GeoJSON as a mask, bool `shape`, a pixel of which covers `downsample` level-0 pixels.
 
     Raises UserError without polygons; may_be_empty: a file in which nothing at all is drawn gives False everywhere.
     """
@@ -49,7 +49,10 @@ def read_outlines(
 
 
 def read_mask(path: Path, info: SlideInfo, shape: tuple[int, int]) -> np.ndarray:
-    """An image of the whole slide, not 0 where a pixel is marked -> bool `shape`. Raises UserError for other proportions."""
+    """Read an image of the whole slide, in which marked pixels are not 0, as bool `shape`.
+
+    Raises UserError where it cannot be read or has other proportions than the slide.
+    """
     from PIL import Image
 
     Image.MAX_IMAGE_PIXELS = MAX_IMAGE_PIXELS
@@ -59,8 +62,8 @@ def read_mask(path: Path, info: SlideInfo, shape: tuple[int, int]) -> np.ndarray
             marked = np.asarray(image if image.mode in ("1", "L", "P", "I", "I;16", "F") else image.convert("RGB")) != 0
             marked = turn.array(marked)
     except Image.DecompressionBombError:
-        most = f"{2 * MAX_IMAGE_PIXELS:,} pixels"  # up to which Pillow warns
-        raise UserError(f"{path}: a mask of more than {most}: save it smaller, it may have any size") from None
+        limit = f"{2 * MAX_IMAGE_PIXELS:,} pixels"  # up to which Pillow warns
+        raise UserError(f"{path}: a mask of more than {limit}: save it smaller, it may have any size") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a readable mask: {' '.join(str(error).split())}") from None
     marked = marked.any(axis=2) if marked.ndim == 3 else marked
@@ -72,16 +75,14 @@ def read_mask(path: Path, info: SlideInfo, shape: tuple[int, int]) -> np.ndarray
     return np.asarray(picture.resize((shape[1], shape[0]), Image.Resampling.BOX)) >= 128
 
 
-def write_outlines(path: Path, mask: np.ndarray, downsample: float, bounds_xy: tuple[int, int] = (0, 0)) -> None:
-    """bool (h, w) -> GeoJSON that QuPath opens: an annotation of class Tissue for each piece, as `read_outlines` reads them.
+def outlines_geojson(mask: np.ndarray, downsample: float, bounds_xy: tuple[int, int] = (0, 0)) -> bytes:
+    """Encode a mask, bool (h, w), as GeoJSON for QuPath: an annotation of class Tissue a piece, as `read_outlines` reads it.
 
     downsample: level-0 pixels per pixel of the mask; bounds_xy: the corner that QuPath counts from, in level-0 pixels.
     """
     import shapely
 
-    from annotations.geojson_writer import feature_collection, write_geojson
+    from annotations.geojson_writer import encode_geojson, feature_collection
 
-    pieces = [shapely.transform(each, lambda xy: xy - bounds_xy) for each in tissue_outlines(mask, downsample)]
-    found = feature_collection(pieces, labels=["Tissue"] * len(pieces), colors={"Tissue": (0, 160, 80)})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_geojson(path, found)
+    pieces = [shapely.transform(piece, lambda xy: xy - bounds_xy) for piece in tissue_outlines(mask, downsample)]
+    return encode_geojson(feature_collection(pieces, labels=["Tissue"] * len(pieces), colors={"Tissue": (0, 160, 80)}))

@@ -31,7 +31,7 @@ MIN_PIECE_SHARE = 1e-4  # of the thumbnail's area: smaller pieces are dust, smal
 
 
 def tissue_mask(thumb_rgb: np.ndarray, um_per_px: float | None = None, pen: np.ndarray | None = None) -> np.ndarray:
-    """uint8 (h, w, 3) overview -> bool (h, w), True on tissue.
+    """Find the tissue of an overview: uint8 (h, w, 3) -> bool (h, w).
 
     On bright slides tissue is what absorbs: how far it falls below the colour of the glass, cut by Otsu inside a fixed range
     after all strong absorption is counted alike, so that dark tissue does not hide pale tissue, and neither a blank slide
@@ -57,8 +57,8 @@ def tissue_mask(thumb_rgb: np.ndarray, um_per_px: float | None = None, pen: np.n
     fall = below.max(axis=0) - GREY_SHARE * below.min(axis=0)
     usable = ~padding & ~pen
     lowest = min(max(CONTRAST_RANGE[0], 4 * spread), CONTRAST_RANGE[1])
-    threshold = float(np.clip(_otsu(np.minimum(fall[usable], PALE)), lowest, CONTRAST_RANGE[1]))
-    return _cleaned((fall > threshold) & usable) & ~pen
+    threshold = float(np.clip(otsu(np.minimum(fall[usable], PALE)), lowest, CONTRAST_RANGE[1]))
+    return np.asarray(_cleaned((fall > threshold) & usable) & ~pen)
 
 
 def is_dark(thumb_rgb: np.ndarray) -> bool:
@@ -79,13 +79,13 @@ def is_black(thumb_rgb: np.ndarray) -> bool:
 
 
 def check_brightness(thumb_rgb: np.ndarray) -> None:
-    """Raises UserError (without a file name) where an overview is black."""
+    """Raise UserError (without a file name) where an overview is black."""
     if is_black(thumb_rgb):
         raise UserError(f"{BLACK_OVERVIEW}; --tissue none tiles it as it is")
 
 
 def _glass(image: np.ndarray, brightest: np.ndarray) -> tuple[np.ndarray, float]:
-    """Colour of the glass, float32 (3,), and how much it varies (grey levels, one sigma), from smoothed planes (3, h, w).
+    """Estimate the colour of the glass, float32 (3,), and its sigma in grey levels, from smoothed planes (3, h, w).
 
     Glass is even, nearly grey, and the brightest such thing in the picture; pure white may be glass or not scanned, and
     counts only where nothing else does.
@@ -96,29 +96,29 @@ def _glass(image: np.ndarray, brightest: np.ndarray) -> tuple[np.ndarray, float]
     darkest = image.min(axis=0)
     plain = even & (brightest >= GLASS_AT_LEAST) & (brightest - darkest <= GLASS_SPAN)
     white = darkest >= WHITE
-    found = plain & ~white
-    if found.sum() >= GLASS_SHARE * found.size:
-        counts, edges = np.histogram(brightest[found], bins=np.arange(GLASS_AT_LEAST, 260, 3))
+    glassy = plain & ~white
+    if glassy.sum() >= GLASS_SHARE * glassy.size:
+        counts, edges = np.histogram(brightest[glassy], bins=np.arange(GLASS_AT_LEAST, 260, 3))
         counts = np.convolve(counts, (1, 1, 1), mode="same")
         peak = edges[np.flatnonzero(counts >= 0.3 * counts.max())[-1]]
-        peaks = found & (np.abs(brightest - peak - 1.5) <= 6)
+        peaks = glassy & (np.abs(brightest - peak - 1.5) <= 6)
         colours = image[:, peaks]
         glass = np.median(colours, axis=1)
         brighter = (brightest > glass.max() + 12) & ~white
-        if peaks.sum() >= GLASS_SHARE * found.size and brighter.mean() <= 0.02:
+        if peaks.sum() >= GLASS_SHARE * glassy.size and brighter.mean() <= 0.02:
             return glass, 1.48 * float(np.median(np.abs(colours - glass[:, None])))
-    if (plain & white).sum() >= GLASS_SHARE * found.size:
+    if (plain & white).sum() >= GLASS_SHARE * glassy.size:
         return np.full(3, 255, np.float32), 0.0
     return np.clip(np.percentile(image.reshape(3, -1), 95, axis=1), WHITE_AT_LEAST, 255), 0.0
 
 
 def _planes(rgb: np.ndarray) -> np.ndarray:
-    """uint8 (h, w, 3) -> float32 (3, h, w), which numpy reduces many times faster."""
+    """Turn uint8 (h, w, 3) into float32 (3, h, w), which numpy reduces many times faster."""
     return np.ascontiguousarray(rgb.transpose(2, 0, 1), dtype=np.float32)
 
 
 def tissue_outlines(mask: np.ndarray, downsample: float) -> list[Any]:
-    """bool (h, w) -> shapely polygons in level-0 pixels that cover exactly the mask's pixels, largest first."""
+    """Outline a mask, bool (h, w): shapely polygons in level-0 pixels that cover exactly its pixels, largest first."""
     import shapely
 
     padded = np.zeros((mask.shape[0], mask.shape[1] + 2), np.int8)
@@ -134,7 +134,7 @@ def tissue_outlines(mask: np.ndarray, downsample: float) -> list[Any]:
 
 
 def rasterise(geometry: np.ndarray, shape: tuple[int, int], downsample: float) -> np.ndarray:
-    """Polygons in level-0 pixels -> bool (h, w) of a grid with `downsample` level-0 pixels per pixel; holes stay holes.
+    """Draw polygons in level-0 pixels on a mask, bool (h, w), with `downsample` level-0 pixels per pixel; holes stay holes.
 
     A pixel is set where about half of it or more is covered.
     """
@@ -164,11 +164,12 @@ def _bright_parts(brightest: np.ndarray) -> np.ndarray:
     if high - low < 8:
         return np.zeros(brightest.shape, bool)
     log = np.log1p(brightest)
-    return log > max(_otsu(log), float(np.log1p(low + 3)))
+    return np.asarray(log > max(otsu(log), float(np.log1p(low + 3))))
 
 
-def _otsu(values: np.ndarray) -> float:
-    """Otsu's threshold; 0 for a flat or empty input."""
+def otsu(values: np.ndarray) -> float:
+    """Compute Otsu's threshold; 0 for a flat or empty input."""
+
     from skimage.filters import threshold_otsu
 
     if values.size == 0 or float(np.ptp(values)) < 1e-6:
@@ -190,4 +191,4 @@ def _cleaned(mask: np.ndarray) -> np.ndarray:
             small = sizes < smallest
             small[0] = False
             closed[small[pieces]] = not wanted
-    return closed
+    return np.asarray(closed)

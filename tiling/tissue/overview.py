@@ -1,4 +1,4 @@
-"""The overview of a slide: thumbnail, tissue (detected or drawn, less what is excluded), and remarks about both."""
+"""The overview of a slide: thumbnail, tissue (detected or drawn, less what is excluded), and warnings about both."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from tiling.tissue.mask import BLACK_OVERVIEW, check_brightness, is_black, is_da
 from tiling.tissue.quality import pen_mask
 from tiling.wsi.slide import Slide
 
-MOST = 0.5  # from this share on, what is lost is worth a word
-MAX_FILLED = 0.25  # of the picture, for one part: the surroundings of a larger one say little of it
-MIN_FILLED_PX = 4  # pixels of the overview in a part
+NOTED_SHARE = 0.5  # from this share on, what is lost is worth a note
+MAX_FILLED_SHARE = 0.25  # of the picture, for one unreadable part: the surroundings of a larger one say little of it
+MIN_FILLED_PX = 4  # pixels of the overview in an unreadable part
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Overview:
 
     @property
     def tissue_mask(self) -> np.ndarray | None:
-        """bool (h, w): where tiles are wanted; None where everywhere."""
+        """bool (h, w): where tiles are wanted, the tissue less what is excluded; None where everywhere."""
         if self.excluded is None:
             return self.tissue
         return ~self.excluded if self.tissue is None else self.tissue & ~self.excluded
@@ -49,8 +49,8 @@ def read_overview(
     """Read a slide's overview, its longer side `side_px`, in bands whatever the slide's size, and find its tissue.
 
     mpp_l0: micrometres per level-0 pixel. outlines: GeoJSON of the tissue, in place of the search; exclude: GeoJSON or mask
-    of what is not wanted. find: search for tissue where there are no outlines. keep_pen: ink counts as tissue.
-    Raises UserError for files that do not fit and for pictures in which nothing can be told from black.
+    of what is not wanted. find: search for tissue where there are no outlines. keep_pen: ink counts as tissue. Raises UserError
+    for files that do not fit, and where tissue is to be found in a picture that is black throughout.
     """
     info = slide.info
     thumb, unreadable = slide.read_thumbnail(side_px)
@@ -78,12 +78,12 @@ def read_overview(
 
 
 def pen_shares(overview: Overview, plan: GridPlan) -> np.ndarray:
-    """Share of each tile under ink: float32 (N,)."""
+    """Measure the share of each tile under ink: float32 (N,)."""
     return tissue_fractions(plan.coords, plan.size_l0, overview.pen, overview.downsample)
 
 
 def remarks(overview: Overview, plan: GridPlan, *, ink_dropped: bool) -> Iterator[str]:
-    """A line where the picture is black, where most tissue came into no tile, where ink makes up most of what is not glass.
+    """Warn where the picture is black, where most tissue came into no tile, where ink makes up most of what is not glass.
 
     ink_dropped: tissue was looked for, and what has the colours of ink was not taken for it.
     """
@@ -92,11 +92,11 @@ def remarks(overview: Overview, plan: GridPlan, *, ink_dropped: bool) -> Iterato
     wanted = overview.tissue_mask
     if wanted is None:
         return
-    found = overview.tissue if overview.tissue is not None else np.ones_like(wanted)
-    total = int(found.sum())
+    tissue = overview.tissue if overview.tissue is not None else np.ones_like(wanted)
+    total = int(tissue.sum())
     kept = int((wanted & _covered(plan, wanted.shape, overview.downsample)).sum()) / max(1, total)
-    if total and kept < MOST:
-        excluded = int((found & ~wanted).sum()) / total
+    if total and kept < NOTED_SHARE:
+        excluded = int((tissue & ~wanted).sum()) / total
         small = max(0.0, 1 - kept - excluded)
         whole = "tissue" if overview.tissue is not None else "slide"
         yield (
@@ -106,14 +106,17 @@ def remarks(overview: Overview, plan: GridPlan, *, ink_dropped: bool) -> Iterato
     if not ink_dropped:
         return
     excluded_too = overview.excluded if overview.excluded is not None else np.zeros_like(wanted)
-    marked, other = int((overview.pen & ~found & ~excluded_too).sum()), int(wanted.sum())
-    if marked > MOST * (other + marked):
-        share = marked / (other + marked)
-        yield f"warning: {share:.0%} of what is not glass has the colours of pen ink and was left out: --pen keep takes it in"
+    ink = int((overview.pen & ~tissue & ~excluded_too).sum())
+    not_glass = int(wanted.sum()) + ink
+    if ink > NOTED_SHARE * not_glass:
+        yield (
+            f"warning: {ink / not_glass:.0%} of what is not glass has the colours of pen ink and was left out: "
+            "--pen keep takes it in"
+        )
 
 
 def _covered(plan: GridPlan, shape: tuple[int, ...], downsample: float) -> np.ndarray:
-    """bool `shape`: pixels of the overview that some tile covers."""
+    """Mark the pixels of the overview, bool `shape`, that a tile covers."""
     height, width = shape
     edges = np.concatenate([plan.coords, plan.coords + plan.size_l0], axis=1) / downsample
     x0, y0, x1, y1 = np.rint(edges).astype(np.int64).clip(0, [width, height, width, height]).T
@@ -124,19 +127,19 @@ def _covered(plan: GridPlan, shape: tuple[int, ...], downsample: float) -> np.nd
 
 
 def _fill_unreadable(thumb: np.ndarray, unreadable: np.ndarray) -> np.ndarray:
-    """A thumbnail whose unreadable parts look like the nearest pixels that could be decoded: uint8 (h, w, 3).
+    """Make unreadable parts, bool (h, w), look like the nearest pixels that could be decoded: uint8 (h, w, 3).
 
     Tiles there are then tiled, marked and counted as unreadable; black, they would pass for padding. Parts larger than
-    MAX_FILLED of the picture stay black.
+    MAX_FILLED_SHARE of the picture stay black.
     """
     from scipy.ndimage import distance_transform_edt, label
 
     parts, count = label(unreadable, np.ones((3, 3)))
     sizes = np.bincount(parts.ravel(), minlength=count + 1)
-    fillable = (sizes >= MIN_FILLED_PX) & (sizes <= MAX_FILLED * unreadable.size)
+    fillable = (sizes >= MIN_FILLED_PX) & (sizes <= MAX_FILLED_SHARE * unreadable.size)
     fillable[0] = False
     filled = fillable[parts]
     if not filled.any():
         return thumb
     rows, columns = distance_transform_edt(filled, return_distances=False, return_indices=True)
-    return thumb[rows, columns]
+    return np.asarray(thumb[rows, columns])

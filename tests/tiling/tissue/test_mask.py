@@ -18,7 +18,7 @@ from annotations.errors import UserError
 from tiling.jobs.outcome import Outcome
 from tiling.slide_file.read import SlideFile
 from tiling.tiles.run import tile
-from tiling.tissue.drawn_regions import read_mask, read_outlines, write_outlines
+from tiling.tissue.drawn_regions import outlines_geojson, read_mask, read_outlines
 from tiling.tissue.mask import check_brightness, is_dark, tissue_mask, tissue_outlines
 from tiling.tissue.overview import read_overview
 from tiling.wsi.level_view import SlideInfo
@@ -163,7 +163,7 @@ def test_outlines_of_a_slide_that_is_done_are_written_when_they_are_missing(slid
 def test_outlines_count_from_the_corner_of_the_scanned_area(tmp_path: Path) -> None:
     mask = np.zeros((10, 20), bool)
     mask[2:5, 4:8] = True
-    write_outlines(tmp_path / "a.geojson", mask, 32.5, (100, 40))
+    (tmp_path / "a.geojson").write_bytes(outlines_geojson(mask, 32.5, (100, 40)))
     info = SlideInfo(tmp_path / "a.svs", "a", 650, 325, (1.0,), ((650, 325),), 0.5, "", "", "", bounds_xy=(100, 40))
     (feature,) = json.loads((tmp_path / "a.geojson").read_text())["features"]
     assert np.min(feature["geometry"]["coordinates"][0], axis=0).tolist() == [4 * 32.5 - 100, 2 * 32.5 - 40]
