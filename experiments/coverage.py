@@ -84,15 +84,15 @@ def simulate(design: Design, patients: int, rng: np.random.Generator) -> Sample:
 
 def estimates(sample: Sample, resamples: Resamples, classes: int) -> dict[str, Estimate]:
     """Every measure of a sample, by the code that `evaluate` runs."""
-    found, other = (
+    by_measure, weaker = (
         estimate_classes(
             sample.y, Predictions(s.argmax(axis=1)[None], s[None]), resamples, classes, with_auroc=s is sample.scores[0]
         )
         for s in sample.scores
     )
-    found["precision"] = estimate_mean(sample.precision, resamples)
-    found["difference"] = found["balanced_accuracy"].minus(other["balanced_accuracy"])
-    return found
+    by_measure["precision"] = estimate_mean(sample.precision, resamples)
+    by_measure["difference"] = by_measure["balanced_accuracy"].minus(weaker["balanced_accuracy"])
+    return by_measure
 
 
 def truth_of(design: Design, seed: int, patients: int = 4000, parts: int = 12) -> dict[str, float]:
@@ -122,11 +122,12 @@ def coverage(
         if resamples.single:
             continue  # no interval is given where one patient alone has a class
         if plain:
-            drawn = rng.multinomial(patients, np.full(patients, 1 / patients), size=samples).astype(np.float32)
-            resamples = replace(resamples, weights=drawn, is_jackknife=False, lacking=np.zeros(samples, bool))
+            weights = rng.multinomial(patients, np.full(patients, 1 / patients), size=samples).astype(np.float32)
+            resamples = replace(resamples, weights=weights, is_jackknife=False, lacking=np.zeros(samples, bool))
         done += 1
         for name, estimate in estimates(sample, resamples, design.classes).items():
-            low, high = np.nanpercentile(estimate.replicates, [2.5, 97.5]) if plain else list(estimate.interval().values())[1:]
+            interval = estimate.interval()
+            low, high = np.nanpercentile(estimate.replicates, [2.5, 97.5]) if plain else (interval.low, interval.high)
             held[name] += low <= truth[name] <= high
     return {"simulations": done, **{name: held[name] / done for name in MEASURES}}
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import hypot, sqrt
-from typing import Any
 
 import numpy as np
 
@@ -38,47 +37,66 @@ class Predictions:
 
 
 @dataclass(frozen=True)
+class Interval:
+    """A score with the ends of its 95% interval; None where not known. why: the reason why there is no interval, or empty."""
+
+    point: float | None
+    low: float | None = None
+    high: float | None = None
+    why: str = ""
+
+    def as_json(self) -> dict[str, float | str | None]:
+        """Return the fields, without an empty reason."""
+        ends: dict[str, float | str | None] = {"point": self.point, "low": self.low, "high": self.high}
+        return ends | ({"why": self.why} if self.why else {})
+
+
+@dataclass(frozen=True)
 class Estimate:
     """The score on all rows, and its replicates (B,) on samples of patients (NaN for a sample that could not be scored).
 
-    spread: how they make a variance. why: why there is no interval; empty where there is one. parts: of a difference, what was
-    taken from what.
+    variance_rule: makes a variance of them. why: the reason why there is no interval, or empty. operands: of a
+    difference, minuend and subtrahend.
     """
 
     point: float
     replicates: np.ndarray
-    spread: Spread
+    variance_rule: VarianceRule
     why: str = ""
-    parts: tuple[Estimate, Estimate] | None = None
+    operands: tuple[Estimate, Estimate] | None = None
 
-    def interval(self) -> dict[str, Any]:
-        """point, low and high of the 95% interval; low and high None where there is none, and `why` where there is a reason.
+    def interval(self) -> Interval:
+        """Return the 95% interval, without ends where there is none.
 
         The variance and a t quantile make a score interval (as Wilson's for a share), which is wider towards the middle of
         the scale and never leaves it; a difference is taken as a share of the scale from -1 to 1.
         """
-        variance = self.spread.variance(self.replicates)
+        point = float(self.point) if np.isfinite(self.point) else None
+        ends = self._ends()
+        return Interval(point, *ends) if ends else Interval(point, why=self.why)
+
+    def _ends(self) -> tuple[float, float] | None:
+        variance = self.variance_rule.variance(self.replicates)
         if self.why or np.isnan(variance) or not np.isfinite(self.point):
-            return {"point": _number(self.point), "low": None, "high": None, **({"why": self.why} if self.why else {})}
-        t = t_quantile(self.spread.df)
-        if self.parts is None:
-            low, high = _score_interval(self.point, variance, t, self.spread.patients)
-        elif variance < _NO_VARIANCE and abs(self.point) > sqrt(_NO_VARIANCE):
-            low, high = self._from_parts(self.parts)
-        else:
-            low, high = (2 * end - 1 for end in _score_interval((self.point + 1) / 2, variance / 4, t))
-        return {"point": _number(self.point), "low": low, "high": high}
+            return None
+        t = t_quantile(self.variance_rule.df)
+        if self.operands is None:
+            return _score_interval(self.point, variance, t, self.variance_rule.patients)
+        if variance < _NO_VARIANCE and abs(self.point) > sqrt(_NO_VARIANCE):
+            return self._ends_of_constant_difference(*self.operands)
+        low, high = _score_interval((self.point + 1) / 2, variance / 4, t)
+        return 2 * low - 1, 2 * high - 1
 
     def minus(self, other: Estimate) -> Estimate:
-        """The paired difference: both replicates of a pair come from the same patients."""
+        """Return the paired difference: both replicates of a pair come from the same patients."""
         replicates = self.replicates - other.replicates
-        return Estimate(self.point - other.point, replicates, self.spread, self.why or other.why, (self, other))
+        return Estimate(self.point - other.point, replicates, self.variance_rule, self.why or other.why, (self, other))
 
-    def _from_parts(self, parts: tuple[Estimate, Estimate]) -> tuple[float, float]:
-        """Limits of a difference that is the same in every sample, from those of its parts (MOVER: Zou & Donner 2008)."""
-        a, b = (part.interval() for part in parts)
-        low = self.point - hypot(a["point"] - a["low"], b["high"] - b["point"])
-        return max(-1.0, low), min(1.0, self.point + hypot(a["high"] - a["point"], b["point"] - b["low"]))
+    def _ends_of_constant_difference(self, minuend: Estimate, subtrahend: Estimate) -> tuple[float, float]:
+        """Return the ends where all samples have the same difference, from those of both (MOVER: Zou & Donner 2008)."""
+        a, b = minuend.point, subtrahend.point
+        (a_low, a_high), (b_low, b_high) = minuend._ends() or (a, a), subtrahend._ends() or (b, b)
+        return max(-1.0, self.point - hypot(a - a_low, b_high - b)), min(1.0, self.point + hypot(a_high - a, b - b_low))
 
 
 def t_quantile(df: float) -> float:
@@ -99,18 +117,14 @@ def _score_interval(p: float, variance: float, t: float, patients: float = float
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def _number(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None
-
-
 @dataclass(frozen=True)
 class Resamples:
     """Samples of P patients (or of other clusters).
 
     cluster: int (n,), the patient of each row, 0..P-1. strata: int (P,): patients are drawn among those of equal number.
-    weights: float32 (B, P), what each patient counts in each sample; lines sum to P. left_out: whether sample i leaves
-    patient i out, else patients are drawn. lacking: bool (B,), samples without a patient of some class. single: classes that
-    one patient alone has.
+    weights: float32 (B, P), the weight of each patient in each sample; lines sum to P. is_jackknife: sample i leaves patient i
+    out, else patients are drawn. lacking: bool (B,), samples without a patient of some class. single: classes that one patient
+    alone has.
     """
 
     cluster: np.ndarray
@@ -126,15 +140,15 @@ class Resamples:
 
     @property
     def method(self) -> str:
-        """In words, for the settings of a result."""
+        """Describe the method, for the settings of a result."""
         if not len(self.weights):
             return "no intervals (a single patient or other group, or --bootstrap 0)"
         where = "within their class" if self.strata.max(initial=0) > 0 else "among all"
-        how = "each left out once (jackknife)" if self.is_jackknife else f"drawn {len(self.weights)} times (bootstrap)"
-        return f"95 %, patients (or other groups) {how}, {where}; t quantile, score interval"
+        method = "each left out once (jackknife)" if self.is_jackknife else f"drawn {len(self.weights)} times (bootstrap)"
+        return f"95 %, patients (or other groups) {method}, {where}; t quantile, score interval"
 
-    def spread(self, share: np.ndarray) -> Spread:
-        """The rule that makes a variance of replicates, for a score of which the patients make up these shares (P,).
+    def variance_rule(self, share: np.ndarray) -> VarianceRule:
+        """Return the rule that makes a variance of replicates, for a score of which the patients make up these shares (P,).
 
         n patients of unequal shares count as m, the square of their sum over the sum of squares (Kish), and leave m / n of the
         n - 1 degrees of freedom; those of strata are put together by Welch and Satterthwaite's formula.
@@ -142,34 +156,36 @@ class Resamples:
         count, s1, s2 = (np.bincount(self.strata, part) for part in (share > 0, share, share**2))
         filled = count > 0
         if not filled.any():
-            return Spread(None, 1.0, 1.0)
+            return VarianceRule(None, 1.0, 1.0)
         count, s1, s2 = (part[filled] for part in (count, s1, s2))
         freedom = np.maximum((count - 1) / count * s1**2 / s2, 1.0)
         df, patients = s2.sum() ** 2 / (s2**2 / freedom).sum(), s1.sum() ** 2 / s2.sum()
-        return Spread(self.strata if self.is_jackknife else None, float(df), float(patients))
+        return VarianceRule(self.strata if self.is_jackknife else None, float(df), float(patients))
 
 
 @dataclass(frozen=True)
-class Spread:
-    """strata: int (P,) where replicate i left patient i out, None where patients were drawn. df: degrees of freedom of the
-    variance. patients: how many equally large patients would tell as much."""
+class VarianceRule:
+    """The rule that makes a variance of replicates.
+
+    strata: int (P,) where replicate i left patient i out, None where patients were drawn. df: degrees of freedom of the
+    variance. patients: how many equally large patients would tell as much.
+    """
 
     strata: np.ndarray | None
     df: float
     patients: float
 
     def variance(self, replicates: np.ndarray) -> float:
-        """Of a score with these replicates (B,); NaN where there are too few."""
+        """Return the variance of a score with these replicates (B,); NaN where there are too few."""
         if self.strata is None:
             known = replicates[np.isfinite(replicates)]
             return float(known.var(ddof=1)) if len(known) > 1 else float("nan")
         total = 0.0
         for stratum in np.unique(self.strata):
-            some = replicates[self.strata == stratum]
-            some = some[np.isfinite(some)]
-            if len(some) < 2:
+            known = replicates[(self.strata == stratum) & np.isfinite(replicates)]
+            if len(known) < 2:
                 return float("nan")
-            total += (len(some) - 1) * float(some.var())
+            total += (len(known) - 1) * float(known.var())
         return total
 
 
@@ -252,14 +268,14 @@ def estimate_classes(
             sums[name].append((float(score(whole)), score(samples)))
     if with_auroc:
         sums["auroc"] = [(float(auroc(y, s)[0]), auroc_samples(y, s, resamples)) for s in predictions.scores[:AUROC_EPISODES]]
-    found = {}
+    estimates = {}
     for name, parts in sums.items():
         point, replicates = float(np.mean([p for p, _ in parts])), np.mean([r for _, r in parts], axis=0)
         macro = name != "accuracy"
-        spread = resamples.spread(_shares(y, resamples, n_classes, macro=macro))
+        rule = resamples.variance_rule(_shares(y, resamples, n_classes, macro=macro))
         replicates = np.where(resamples.lacking, np.nan, replicates) if macro else replicates
-        found[name] = Estimate(point, replicates, spread, _why(resamples, names) if macro else "")
-    return found
+        estimates[name] = Estimate(point, replicates, rule, _why(resamples, names) if macro else "")
+    return estimates
 
 
 def _shares(y: np.ndarray, resamples: Resamples, n_classes: int, *, macro: bool) -> np.ndarray:
@@ -290,11 +306,11 @@ def estimate_mean(values: np.ndarray, resamples: Resamples) -> Estimate:
     """Mean over rows of values (n,) in [0, 1] with replicates; rows with NaN are left out."""
     known = ~np.isnan(values)
     if not known.any():
-        return Estimate(float("nan"), np.full(len(resamples.weights), np.nan), Spread(None, 1.0, 1.0))
+        return Estimate(float("nan"), np.full(len(resamples.weights), np.nan), VarianceRule(None, 1.0, 1.0))
     clusters = resamples.n_clusters
     rows = np.bincount(resamples.cluster[known], minlength=clusters).astype(np.float64)
     total = resamples.weights @ np.bincount(resamples.cluster[known], values[known], clusters)
     count = resamples.weights @ rows
     replicates = np.divide(total, count, out=np.full(len(resamples.weights), np.nan), where=count > 0)
     why = "the rows of one patient alone count here" if (rows > 0).sum() < 2 < clusters else ""
-    return Estimate(float(values[known].mean()), replicates, resamples.spread(rows / rows.sum()), why)
+    return Estimate(float(values[known].mean()), replicates, resamples.variance_rule(rows / rows.sum()), why)

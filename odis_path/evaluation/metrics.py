@@ -12,14 +12,14 @@ import numpy as np
 def confusion_matrix(y: np.ndarray, pred: np.ndarray, n_classes: int) -> np.ndarray:
     """Counts int64 (C, C), rows the truth, columns the prediction."""
     y, pred = np.asarray(y, dtype=np.int64), np.asarray(pred, dtype=np.int64)
-    return np.bincount(y * n_classes + pred, minlength=n_classes**2).reshape(n_classes, n_classes)
+    return np.asarray(np.bincount(y * n_classes + pred, minlength=n_classes**2).reshape(n_classes, n_classes))
 
 
 def recalls(confusion: np.ndarray) -> np.ndarray:
     """Recall of each class, (..., C, C) -> (..., C); NaN for a class without rows."""
     total = confusion.sum(axis=-1)
     right = np.diagonal(confusion, axis1=-2, axis2=-1)
-    return np.divide(right, total, out=np.full(total.shape, np.nan), where=total > 0)
+    return _ratio(right, total, total > 0)
 
 
 def precisions(confusion: np.ndarray) -> np.ndarray:
@@ -30,8 +30,8 @@ def precisions(confusion: np.ndarray) -> np.ndarray:
 def f1_scores(confusion: np.ndarray) -> np.ndarray:
     """F1 of each class, (..., C, C) -> (..., C); NaN for a class without rows."""
     right = np.diagonal(confusion, axis1=-2, axis2=-1)
-    true, said = confusion.sum(axis=-1), confusion.sum(axis=-2)
-    return np.divide(2.0 * right, true + said, out=np.full(true.shape, np.nan), where=true > 0)
+    true, predicted = confusion.sum(axis=-1), confusion.sum(axis=-2)
+    return _ratio(2.0 * right, true + predicted, true > 0)
 
 
 def balanced_from_confusion(confusion: np.ndarray) -> np.ndarray:
@@ -48,7 +48,7 @@ def accuracy_from_confusion(confusion: np.ndarray) -> np.ndarray:
     """Share of all rows named rightly, (..., C, C) -> (...); NaN for no rows."""
     total = confusion.sum(axis=(-1, -2))
     right = np.trace(confusion, axis1=-2, axis2=-1)
-    return np.divide(right, total, out=np.full(np.shape(total), np.nan), where=total > 0)
+    return _ratio(right, total, total > 0)
 
 
 def balanced_accuracy(y: np.ndarray, pred: np.ndarray, n_classes: int) -> float:
@@ -56,16 +56,11 @@ def balanced_accuracy(y: np.ndarray, pred: np.ndarray, n_classes: int) -> float:
     return float(balanced_from_confusion(confusion_matrix(y, pred, n_classes)))
 
 
-def macro_f1(y: np.ndarray, pred: np.ndarray, n_classes: int) -> float:
-    """F1 averaged over the classes that occur in y."""
-    return float(macro_f1_from_confusion(confusion_matrix(y, pred, n_classes)))
-
-
 def auroc(y: np.ndarray, scores: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
     """Area under the ROC curve, one class against the rest, averaged over classes; ties count half.
 
     weights: (B, n) how often each row counts, one line per bootstrap sample; None: every row once. Returns (B,), NaN
-    where no class has rows on both sides. The order of the rows is found once, not once per sample.
+    where no class has rows on both sides. Rows are sorted once, not once per sample.
     """
     y, scores = np.asarray(y), np.asarray(scores)
     weights = np.ones((1, len(y))) if weights is None else weights
@@ -93,4 +88,9 @@ def _mean_known(values: np.ndarray) -> np.ndarray:
     known = ~np.isnan(values)
     count = known.sum(axis=-1)
     total = np.where(known, values, 0.0).sum(axis=-1)
-    return np.divide(total, count, out=np.full(count.shape, np.nan), where=count > 0)
+    return _ratio(total, count, count > 0)
+
+
+def _ratio(numerator: np.ndarray, denominator: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Divide where known; NaN elsewhere."""
+    return np.asarray(np.divide(numerator, denominator, out=np.full(np.shape(known), np.nan), where=known))

@@ -36,12 +36,12 @@ class PixelBaselines:
 
 
 def rgb_mean(region: np.ndarray) -> np.ndarray:
-    """Mean red, green and blue of uint8 (h, w, 3): float32 (3,) in 0..255."""
-    return region.reshape(-1, 3).mean(axis=0, dtype=np.float64).astype(np.float32)
+    """Average red, green and blue of uint8 (h, w, 3): float32 (3,) in 0..255."""
+    return np.asarray(region.reshape(-1, 3).mean(axis=0, dtype=np.float64), dtype=np.float32)
 
 
 def grey_texture(region: np.ndarray) -> np.ndarray:
-    """Grey texture of uint8 (h, w, 3), sides >= 8: float32 (31,).
+    """Measure the grey texture of uint8 (h, w, 3), sides >= 8: float32 (31,).
 
     Histograms of uniform local binary patterns at radius 1 and 2 (10 bins each; Ojala et al. 2002); contrast,
     homogeneity, energy and correlation of grey-level co-occurrence at distances 1 and 3, mean over four directions
@@ -66,20 +66,20 @@ def grey_texture(region: np.ndarray) -> np.ndarray:
 
 
 def _shrink(image: np.ndarray, step: int) -> np.ndarray:
-    """Mean over step x step blocks; what is left at the right and below is dropped."""
+    """Average blocks of step x step; a rest at the right and below is dropped."""
     h, w = image.shape[0] // step * step, image.shape[1] // step * step
     if step == 1:
         return image
-    return image[:h, :w].reshape(h // step, step, w // step, step).mean(axis=(1, 3))
+    return np.asarray(image[:h, :w].reshape(h // step, step, w // step, step).mean(axis=(1, 3)))
 
 
 def box_size(xyxy: np.ndarray) -> np.ndarray:
-    """Logarithm of width and height of boxes (n, 4): float32 (n, 2)."""
-    return np.log(np.maximum(xyxy[:, 2:] - xyxy[:, :2], 1e-3)).astype(np.float32)
+    """Take the logarithm of width and height of boxes (n, 4): float32 (n, 2)."""
+    return np.asarray(np.log(np.maximum(xyxy[:, 2:] - xyxy[:, :2], 1e-3)), dtype=np.float32)
 
 
 def cut_box(tile: np.ndarray, box: np.ndarray) -> np.ndarray:
-    """The box of a tile (S, S, 3), rounded outward and at least 8 px a side."""
+    """Cut the box out of a tile (S, S, 3), rounded outward and at least 8 px a side."""
     side = tile.shape[0]
     least = min(MIN_SIDE_PX, side)
     start, stop = np.floor(box[:2]).astype(int), np.ceil(box[2:]).astype(int)
@@ -90,7 +90,7 @@ def cut_box(tile: np.ndarray, box: np.ndarray) -> np.ndarray:
 
 
 def pixel_baselines(features: FeatureSet, *, threads: int = 2) -> PixelBaselines:
-    """rgb_mean and texture of every row, from the slide files the embeddings were made of.
+    """Measure rgb_mean and texture of every row, from the slide files the embeddings were made of.
 
     Tiles embedded in a box mode are averaged over the same boxes; slides over at most 64 of their tiles.
     """
@@ -99,29 +99,28 @@ def pixel_baselines(features: FeatureSet, *, threads: int = 2) -> PixelBaselines
     rows_of: dict[str, list[int]] = defaultdict(list)
     for i, slide in enumerate(features.slide_id.tolist()):
         rows_of[slide].append(i)
-    found: dict[str, np.ndarray] = {}
+    features_by_name: dict[str, np.ndarray] = {}
     try:
         for slide, rows in rows_of.items():
             path = features.sources.get(slide)
             if path is None or not path.is_file():
                 raise UserError(f"{path or slide}: the slide file is gone")
             for name, block in _slide_baselines(path, features.take(np.array(rows)), threads).items():
-                whole = found.setdefault(name, np.zeros((len(features), block.shape[1]), dtype=np.float32))
+                whole = features_by_name.setdefault(name, np.zeros((len(features), block.shape[1]), dtype=np.float32))
                 whole[rows] = block
     except (UserError, OSError) as error:
-        reason = one_line(error)
-        return PixelBaselines({}, (f"baselines of mean colour and texture were left out: {reason}",))
-    return PixelBaselines(found)
+        return PixelBaselines({}, (f"baselines of mean colour and texture were left out: {one_line(error)}",))
+    return PixelBaselines(features_by_name)
 
 
 def _slide_baselines(path: Path, features: FeatureSet, threads: int) -> dict[str, np.ndarray]:
-    """The rows of one slide. Pixels are read in this thread and measured in others, some rows at a time."""
+    """Measure the rows of one slide. Pixels are read in this thread and measured in others, some rows at a time."""
     measured: list[dict[str, np.ndarray]] = []
     with SlideFile(path) as file, ThreadPoolExecutor(threads) as pool:
         regions = _regions(file, features)
         while batch := list(islice(regions, _BATCH)):
             measured += pool.map(_measure, batch)
-    return {name: np.stack([one[name] for one in measured]) for name in measured[0]}
+    return {name: np.stack([row[name] for row in measured]) for name in measured[0]}
 
 
 def _measure(regions: list[np.ndarray]) -> dict[str, np.ndarray]:
@@ -132,7 +131,7 @@ def _measure(regions: list[np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _regions(file: SlideFile, features: FeatureSet) -> Iterator[list[np.ndarray]]:
-    """The pixels the encoder saw of each row of one slide: a list of uint8 (h, w, 3)."""
+    """Yield the pixels the encoder saw of each row of one slide: a list of uint8 (h, w, 3)."""
     if features.level == "slide":
         chosen = np.random.default_rng(0).permutation(len(file))[:SLIDE_TILES]
         if not len(chosen):
@@ -143,19 +142,19 @@ def _regions(file: SlideFile, features: FeatureSet) -> Iterator[list[np.ndarray]
     if not fits:
         raise UserError(f"{file.path}: its tiles are not those that were embedded: embed the slide again")
     boxes_of = _tile_boxes(file, features) if features.level == "tile" and features.mode != "full" else None
-    at = -1
+    decoded_tile = -1
     for tile, box in zip(features.tile.tolist(), features.xyxy, strict=True):
-        if tile != at:  # rows of a tile follow each other: it is decoded once
-            pixels, at = file.tile(tile), tile
+        if tile != decoded_tile:  # rows of a tile follow each other: it is decoded once
+            pixels, decoded_tile = file.tile(tile), tile
         if features.level == "object":
             yield [cut_box(pixels, box)] if features.mode != "full" else [pixels]
         else:
             boxes = boxes_of[tile] if boxes_of is not None else []
-            yield [cut_box(pixels, one) for one in boxes] or [pixels]
+            yield [cut_box(pixels, box) for box in boxes] or [pixels]
 
 
 def _tile_boxes(file: SlideFile, features: FeatureSet) -> list[np.ndarray]:
-    """Boxes of each tile that its embedding is the mean of."""
+    """Return the boxes of each tile that its embedding is the mean of."""
     table = file.boxes_table()
     chosen = features.parameters.get("kinds", "all")
     kinds = [kind for kind in Kind if chosen == "all" or kind.word in chosen]

@@ -1,206 +1,265 @@
-"""The files of an evaluation: results.json, predictions.csv, table.csv and the figures."""
+"""The result of an evaluation: the content of results.json, whose keys are the fields of these dataclasses."""
+# ruff: noqa: N815  C is the field's capital
 
 from __future__ import annotations
 
-import csv
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from annotations.errors import UserError
-from odis_path.evaluation.bootstrap import Predictions
-from odis_path.evaluation.task import EvaluationTask
+from odis_path.evaluation.bootstrap import Interval
+from odis_path.evaluation.probes.retrieval import RetrievalTable
+from odis_path.evaluation.seen_patients import PretrainingOverlap
 from tiling.jobs.summary import Result, show_lines
-from tiling.storage.atomic import atomic_path
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
     from rich.console import Console
 
-FIGURES = ("confusion", "roc", "k_curve", "c_curve", "shots")
-_PARTS = ("point", "low", "high")
+FORMAT = "odis-path-results"
 
 
-def refuse_other_results(out: Path, encoder: str) -> None:
-    """UserError where `out` holds the result of another encoder."""
-    path = out / "results.json"
-    try:
-        there = json.loads(path.read_text(encoding="utf-8")).get("encoder")
-    except (OSError, ValueError, AttributeError):
-        return
-    if there is not None and there != encoder:
-        raise UserError(
-            f"{path}: is of another encoder, {there}, not {encoder}: give another --out, or --overwrite to replace it"
-        )
+@dataclass(frozen=True)
+class KnnDetails:
+    """per_k: balanced accuracy on the inner folds. chosen_k: by most outer folds."""
+
+    per_k: dict[str, float]
+    chosen_k: int | None
+    chosen_k_per_round: list[int]
+
+
+@dataclass(frozen=True)
+class LinearDetails:
+    """per_C: balanced accuracy on the inner folds. chosen_C: by most outer folds."""
+
+    per_C: dict[str, float]
+    chosen_C: float | None
+    chosen_C_per_round: list[float]
+
+
+@dataclass(frozen=True)
+class ShotScores:
+    """Balanced accuracy over episodes: mean, standard deviation, and the ends of the middle nine in ten."""
+
+    mean: float
+    sd: float
+    p5: float
+    p95: float
+    episodes: int
+
+    @staticmethod
+    def of(scores: np.ndarray) -> ShotScores:
+        """Summarise the scores of the episodes, float (e,)."""
+        low, high = np.percentile(scores, [5, 95])
+        spread = float(scores.std(ddof=1)) if len(scores) > 1 else 0.0
+        return ShotScores(float(scores.mean()), spread, float(low), float(high), len(scores))
+
+
+@dataclass(frozen=True)
+class PrototypeDetails:
+    """per_shots: of each number of support rows per class."""
+
+    per_shots: dict[str, ShotScores]
+
+
+@dataclass(frozen=True)
+class RetrievalDetails:
+    """retrieval: by rule of which rows may answer. headline_k: of the headline."""
+
+    retrieval: dict[str, RetrievalTable]
+    headline_k: int
+
+
+ProbeDetails = KnnDetails | LinearDetails | PrototypeDetails | RetrievalDetails
+
+
+@dataclass(frozen=True)
+class ClassScores:
+    """Scores of one class; groups: with rows of it; no_interval: why the recall has none."""
+
+    label: str
+    n: int
+    groups: int
+    recall_interval: Interval
+    no_interval: str
+    recall: float | None
+    precision: float | None
+    f1: float | None
+
+
+@dataclass(frozen=True)
+class BaselineScores:
+    """Scores of a baseline, and the paired difference of balanced accuracy, model minus baseline."""
+
+    estimates: dict[str, Interval]
+    standardise: str | None
+    difference: Interval
+    pretraining: PretrainingOverlap | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """The estimates stand beside the other fields; pretraining only where there is an encoder."""
+        content = {**self.estimates, "standardise": self.standardise, "difference": self.difference}
+        encoder = {"pretraining": self.pretraining} if self.pretraining else {}
+        return {name: as_json(value) for name, value in (content | encoder).items()}
+
+
+@dataclass(frozen=True)
+class Standardising:
+    """asked: the option. chosen: by most outer folds. inner_scores: balanced accuracy of each choice on the inner folds."""
+
+    asked: str
+    chosen: str | None
+    per_round: tuple[str, ...]
+    inner_scores: dict[str, float]
+
+
+@dataclass(frozen=True)
+class RecordedSettings:
+    """Options and constants that the numbers depend on, and what resampling came to."""
+
+    k: int | None
+    ks: tuple[int, ...]
+    weights: str
+    temperature: float
+    C_grid: tuple[float, ...]
+    max_iter: int
+    shots: tuple[int, ...]
+    episodes: int
+    seed: int
+    rows_used: int
+    interval: str
+    samples: int
+    samples_lacking_a_class: int
+    features: str
+    labels: str
+    folds: int
+    bootstrap: int
+    max_rows: int
+    split: str | None
+    baselines: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything results.json says, in its order. confusion: rows the truth, averaged over episodes where there are several."""
+
+    probe: str
+    level: str
+    mode: str
+    encoder: str
+    mpp: float | None
+    labels: tuple[str, ...]
+    n: int
+    n_patients: int
+    n_groups: int
+    groups: str
+    split: str
+    headline: dict[str, Interval]
+    confusion: list[list[float]]
+    per_class: list[ClassScores]
+    details: ProbeDetails
+    standardise: Standardising
+    pretraining: PretrainingOverlap
+    settings: RecordedSettings
+    data_sha256: str
+    software: dict[str, str]
+    baselines: dict[str, BaselineScores]
+    warnings: list[str]
+
+    def as_json(self) -> dict[str, Any]:
+        """The details of the probe stand beside the other fields."""
+        content: dict[str, Any] = {"format": FORMAT, "format_version": 1}
+        for name, value in _fields(self).items():
+            content |= value if name == "details" else {name: value}
+        return content
+
+
+def as_json(value: Any) -> Any:
+    """Turn dataclasses, mappings and sequences into what JSON holds; a dataclass may say by `as_json` how."""
+    if hasattr(value, "as_json"):
+        return value.as_json()
+    if is_dataclass(value):
+        return _fields(value)
+    if isinstance(value, Mapping):
+        return {name: as_json(item) for name, item in value.items()}
+    return [as_json(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    return {field.name: as_json(getattr(value, field.name)) for field in fields(value)}
 
 
 class EvaluationResult(Result, Mapping[str, Any]):
-    """The content of results.json, and the folder it lies in."""
+    """The content of results.json by its keys, the same as dataclasses (`results`), and the folder it lies in."""
 
-    def __init__(self, results: Mapping[str, Any], folder: Path) -> None:
-        self._results, self.folder = dict(results), folder
+    def __init__(self, results: Results, folder: Path) -> None:
+        self.results, self.folder = results, folder
+        self._content: dict[str, Any] = as_json(results)
 
     def __getitem__(self, key: str) -> Any:
-        return self._results[key]
+        return self._content[key]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._results)
+        return iter(self._content)
 
     def __len__(self) -> int:
-        return len(self._results)
+        return len(self._content)
 
     def __repr__(self) -> str:
-        return f"EvaluationResult({self.folder}: {self['probe']} probe of {self['encoder']})"
+        return f"EvaluationResult({self.folder}: {self.results.probe} probe of {self.results.encoder})"
 
     def show(self, console: Console) -> None:
         """Headline and baselines as a table, warnings below it, and where the files are."""
+        from rich.markup import escape
         from rich.table import Table
 
-        headline = self["headline"]
-        rest = [name for name in headline if name not in ("balanced_accuracy", "macro_f1")]
-        title = (
-            f"{self['probe']} probe of {self['encoder']}: {self['n']} {self['level']}s, "
-            f"{len(self['labels'])} classes, {self['n_groups']} groups, {self['split']}"
+        results = self.results
+        measures = [name for name in results.headline if name not in ("balanced_accuracy", "macro_f1")]
+        table = Table(
+            title=f"{results.probe} probe of {results.encoder}: {results.n} {results.level}s, "
+            f"{len(results.labels)} classes, {results.n_groups} groups, {results.split}"
         )
-        table = Table(title=title)
         table.add_column("")
         table.add_column("standardised")
-        for name in ("balanced accuracy", "model minus it", "macro F1", *rest):
+        for name in ("balanced accuracy", "model minus it", "macro F1", *measures):
             table.add_column(name, justify="right")
-        for name, standardised, values in self._rows():
-            shown = (values["balanced_accuracy"], values.get("difference"), values["macro_f1"], *map(values.get, rest))
+
+        def add(name: str, standardised: str | None, estimates: Mapping[str, Interval], difference: Interval | None) -> None:
+            shown = (estimates["balanced_accuracy"], difference, estimates["macro_f1"], *map(estimates.get, measures))
             table.add_row(name, standardised or "", *map(estimate_text, shown))
+
+        add("[bold]this model", results.standardise.chosen, results.headline, None)
+        for name, scores in results.baselines.items():
+            add(escape(name), scores.standardise, scores.estimates, scores.difference)
         console.print(table)
-        console.print(f"intervals: {self['settings']['interval']}", style="dim", markup=False, highlight=False)
-        console.print(self["pretraining"]["in_words"], markup=False, highlight=False)
-        for warning in self["warnings"]:
+        console.print(f"intervals: {results.settings.interval}", style="dim", markup=False, highlight=False)
+        console.print(results.pretraining.words(), markup=False, highlight=False)
+        for warning in results.warnings:
             console.print(f"note: {warning}", markup=False, highlight=False)
         show_lines(console, [f"results in {self.folder}: results.json, table.csv, predictions.csv and figures"])
 
-    def _rows(self) -> Iterator[tuple[str, str | None, Mapping[str, Any]]]:
-        """Name, what was done to the features, and the measures: of the model, then of each baseline."""
-        from rich.markup import escape
 
-        yield "[bold]this model", self["standardise"]["chosen"], self["headline"]
-        for name, values in self["baselines"].items():
-            yield escape(name), values["standardise"], values
-
-
-def estimate_text(value: Mapping[str, Any] | None) -> str:
-    """0.812 (0.77 to 0.85), or 0.812 (no interval); empty where there is no estimate."""
-    if value is None or value["point"] is None:
+def estimate_text(value: Interval | None) -> str:
+    """Write 0.812 (0.77 to 0.85), or 0.812 (no interval); empty where there is no estimate."""
+    if value is None or value.point is None:
         return ""
-    if value["low"] is None:
-        return f"{value['point']:.3f}{' (no interval)' if value.get('why') else ''}"
-    return f"{value['point']:.3f} ({value['low']:.2f} to {value['high']:.2f})"
+    if value.low is None or value.high is None:
+        return f"{value.point:.3f}{' (no interval)' if value.why else ''}"
+    return f"{value.point:.3f} ({value.low:.2f} to {value.high:.2f})"
 
 
-def write_all(out: Path, results: dict[str, Any], task: EvaluationTask, predictions: Predictions) -> None:
-    """Write everything into out; results.json last, so that a folder that holds it holds all. What an earlier evaluation
-    left there goes first."""
-    out.mkdir(parents=True, exist_ok=True)
-    for name in ("results.json", *(f"{figure}.png" for figure in FIGURES)):
-        (out / name).unlink(missing_ok=True)
-    scores = class_scores(predictions, task.n_classes)
-    write_csv(out / "predictions.csv", prediction_lines(task, predictions, scores))
-    write_csv(out / "table.csv", table_lines(results))
-    draw_figures(out, results, task.y[task.tested], scores)
-    with atomic_path(out / "results.json") as path:
-        path.write_text(json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def write_csv(path: Path, lines: Iterable[list[Any]]) -> None:
-    """A CSV that is there when it is complete."""
-    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(lines)
-
-
-def class_scores(predictions: Predictions, n_classes: int) -> np.ndarray:
-    """Scores (t, C) of the judged rows: those of the only episode, or the share of episodes that said the class."""
-    if len(predictions.pred) == 1:
-        return predictions.scores[0]
-    return np.stack([(predictions.pred == c).mean(axis=0) for c in range(n_classes)], axis=1)
-
-
-def prediction_lines(task: EvaluationTask, predictions: Predictions, scores: np.ndarray) -> Iterator[list[Any]]:
-    """Each judged row: where it is, truth, prediction (of several episodes the commonest), fold, score of each class."""
-    rows, names = task.tested, task.names
-    features = task.features.take(rows)
-    truth, fold = task.y[rows], task.cv.fold[rows]
-    predicted = predictions.pred[0] if len(predictions.pred) == 1 else scores.argmax(axis=1)
-    yield ["slide_id", "patient_id", "x", "y", "object", "label", "predicted", "fold", *(f"score {name}" for name in names)]
-    for i in range(len(rows)):
-        yield [
-            features.slide_id[i],
-            features.patient_id[i],
-            *features.coords[i].tolist(),
-            int(features.object[i]),
-            names[truth[i]],
-            names[predicted[i]],
-            int(fold[i]),
-            *(f"{score:.6g}" for score in scores[i].tolist()),
-        ]
-
-
-def table_lines(results: dict[str, Any]) -> Iterator[list[Any]]:
-    """Model and baselines, one measure a line; difference: model minus baseline. no_interval: why there is none."""
-    how = results["standardise"]["chosen"]
-    yield ["what", "measure", *_PARTS, *(f"difference_{part}" for part in _PARTS), "standardise", "no_interval"]
-    for name, value in results["headline"].items():
-        yield ["model", name, *_cells(value), "", "", "", how, value.get("why", "")]
-    for row in results["per_class"]:
-        yield [f"model, class {row['label']}", "recall", *_cells(row["recall_interval"]), "", "", "", how, row["no_interval"]]
-    for baseline, values in results["baselines"].items():
-        for name in results["headline"]:
-            if name in values:
-                difference = _cells(values["difference"]) if name == "balanced_accuracy" else ["", "", ""]
-                why = values[name].get("why", "")
-                yield [baseline, name, *_cells(values[name]), *difference, values["standardise"] or "", why]
-    for rule, table in results.get("retrieval", {}).items():
-        for k, row in table["per_k"].items():
-            for name, value in row.items():
-                yield [f"model, {rule}", f"{name}@{k}", *_cells(value), "", "", "", how, value.get("why", "")]
-    for shots, row in results.get("per_shots", {}).items():
-        yield [
-            f"model, {shots} shots",
-            "balanced_accuracy, episodes' mean and 5 to 95 %",
-            row["mean"],
-            row["p5"],
-            row["p95"],
-            *[""] * 3,
-            how,
-            "",
-        ]
-
-
-def _cells(value: dict[str, float | None]) -> list[Any]:
-    return ["" if value[part] is None else value[part] for part in _PARTS]
-
-
-def draw_figures(out: Path, results: dict[str, Any], y: np.ndarray, scores: np.ndarray) -> None:
-    """The figures this probe has, as PNG. y int (t,), scores (t, C)."""
-    from odis_path.figures import scores as figures
-    from odis_path.figures import style
-
-    labels = results["labels"]
-    drawn: dict[str, Figure | None] = {
-        "confusion": figures.draw_confusion(np.array(results["confusion"]), labels),
-        "roc": figures.draw_roc(y, scores, labels),
-    }
-    if results.get("per_k"):
-        points = {float(k): score for k, score in results["per_k"].items()}
-        chosen = results["chosen_k"]
-        drawn["k_curve"] = figures.draw_curve(points, chosen, "neighbours asked (k)", "balanced accuracy, validation folds")
-    if results.get("per_C"):
-        points = {float(c): score for c, score in results["per_C"].items()}
-        label = "C (weaker regularisation to the right)"
-        drawn["c_curve"] = figures.draw_curve(points, results["chosen_C"], label, "balanced accuracy, validation folds")
-    if results.get("per_shots"):
-        drawn["shots"] = figures.draw_shots(results["per_shots"])
-    for name, figure in drawn.items():
-        if figure is not None:
-            with atomic_path(out / f"{name}.png") as path:
-                style.save_png(figure, path)
+def refuse_other_results(out: Path, encoder: str) -> None:
+    """Raise UserError where `out` holds the result of another encoder."""
+    path = out / "results.json"
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8")).get("encoder")
+    except (OSError, ValueError, AttributeError):
+        return
+    if stored is not None and stored != encoder:
+        raise UserError(
+            f"{path}: is of another encoder, {stored}, not {encoder}: give another --out, or --overwrite to replace it"
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from odis_path.tables import alike, spell_alike
 
 @dataclass(frozen=True)
 class FoldOverlap:
-    """fold: its numbers in predictions.csv. tested and seen: how many patients."""
+    """Counts of one outer fold. fold: its numbers in predictions.csv. tested and seen: how many patients."""
 
     fold: tuple[int, ...]
     tested: int
@@ -25,9 +25,12 @@ class FoldOverlap:
 
 @dataclass(frozen=True)
 class PretrainingOverlap:
-    """unit: what is counted, patients, or slides where no patient is known, or both. tested, seen, held_out: how many were
-    judged, how many of them the encoder was trained on, how many the run kept out. folds: the same by outer fold. near: tested
-    patients not seen, beside those seen that may be the same."""
+    """Count of the tested patients that the encoder was pretrained on.
+
+    unit: patients, or slides where no patient is known, or both. tested, seen, held_out: how many were judged, how many of them
+    the encoder was trained on, how many the run kept out. folds: the same by outer fold. near: tested patients not seen, beside
+    those seen that may be the same.
+    """
 
     pretraining: Pretraining
     unit: str
@@ -41,8 +44,8 @@ class PretrainingOverlap:
     def known(self) -> bool:
         return self.pretraining.kind != "unknown"
 
-    def results(self) -> dict[str, Any]:
-        """For results.json; counts are None where they are not known."""
+    def as_json(self) -> dict[str, Any]:
+        """Return the entry of results.json; counts are None where they are not known."""
         p, known = self.pretraining, self.known
         return {
             "known": known,
@@ -59,7 +62,7 @@ class PretrainingOverlap:
         }
 
     def words(self) -> str:
-        """One line, for the table and the report."""
+        """Describe it in a line, for the table and the report."""
         p = self.pretraining
         if p.kind == "unknown":
             return f"whether the encoder was pretrained on the tested {self.unit} is not known: {p.why}"
@@ -69,16 +72,15 @@ class PretrainingOverlap:
         return f"the encoder was pretrained on {self.seen} of the {self.tested} tested {self.unit}{base}"
 
     def warnings(self, *, split_given: bool) -> list[str]:
-        """Warnings where the score may be too high."""
-        if not self.seen or not self.known:
-            told = []
-        else:
+        """Warn where the score may be too high."""
+        warnings = []
+        if self.seen and self.known:
             advice = "" if split_given or not self.held_out else "; --split auto judges those that the run held out"
-            told = [f"{self.words()}: the score may be too high for new ones{advice}"]
+            warnings.append(f"{self.words()}: the score may be too high for new ones{advice}")
         if self.near:
             near = spell_alike([list(group) for group in self.near])
-            told.append(f"tested patients that may be ones of the pretraining, and count as not seen: {near}")
-        return told
+            warnings.append(f"tested patients that may be ones of the pretraining, and count as not seen: {near}")
+        return warnings
 
 
 def pretraining_overlap(cv: CrossValidation, features: FeatureSet, pretraining: Pretraining) -> PretrainingOverlap:
@@ -120,6 +122,8 @@ def split_of_run(pretraining: Pretraining) -> Split:
     if not any(row["split"] == "test" for row in rows):
         raise UserError(f"--split auto: the run of {pretraining.of} held no patient out: give a split, or leave --split out")
     both = sorted({slide.slide_id for slide in pretraining.slides if slide.split == "test" and slide.seen})
-    told = [f"held-out slides that the weights of the run were pretrained on before: {shorten(both)}"] if both else []
     split = split_of_rows(f"the split of {pretraining.of}", "slide_id", rows)
-    return Split(split.where, split.key, split.side, split.patient_of, (*split.warnings, *told))
+    if not both:
+        return split
+    warning = f"held-out slides that the weights of the run were pretrained on before: {shorten(both)}"
+    return replace(split, warnings=(*split.warnings, warning))

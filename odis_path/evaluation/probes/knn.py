@@ -11,21 +11,21 @@ Weights = Literal["temperature", "majority"]
 
 
 def unit_rows(x: np.ndarray) -> np.ndarray:
-    """Rows scaled to length 1, float32 (n, D); a zero row stays zero."""
+    """Scale rows to length 1, float32 (n, D); a zero row stays zero."""
     x = np.asarray(x, dtype=np.float32)
-    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+    return np.asarray(x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12))
 
 
 def nearest(similarity: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k largest of each line of (q, n), largest first: similarities float (q, k) and columns int64 (q, k)."""
+    """Return the k largest of each line of (q, n), largest first: similarities float (q, k) and columns int64 (q, k)."""
     k = min(k, similarity.shape[1])
     if k < similarity.shape[1]:
         columns = np.argpartition(similarity, similarity.shape[1] - k, axis=1)[:, similarity.shape[1] - k :]
     else:
         columns = np.broadcast_to(np.arange(k), similarity.shape)
-    found = np.take_along_axis(similarity, columns, axis=1)
-    order = np.argsort(-found, axis=1, kind="stable")
-    return np.take_along_axis(found, order, axis=1), np.take_along_axis(columns, order, axis=1)
+    largest = np.take_along_axis(similarity, columns, axis=1)
+    order = np.argsort(-largest, axis=1, kind="stable")
+    return np.take_along_axis(largest, order, axis=1), np.take_along_axis(columns, order, axis=1)
 
 
 def votes(
@@ -35,7 +35,7 @@ def votes(
     weights: Weights = "temperature",
     temperature: float = TEMPERATURE,
 ) -> np.ndarray:
-    """Class scores of rows from their neighbours: similarity and labels (q, k) -> float64 (q, C), lines summing to 1.
+    """Return class scores of rows from their neighbours: similarity and labels (q, k) -> float64 (q, C), lines summing to 1.
 
     A neighbour with similarity -inf does not vote. temperature: a vote weighs exp(similarity / temperature). majority:
     a vote is a vote, and of classes with as many votes the one with the larger summed similarity comes first.
@@ -53,7 +53,7 @@ def votes(
         summed = np.bincount(cell.ravel(), np.where(valid, np.clip(similarity, -1, 1), 0.0).ravel(), q * n_classes)
         scores = np.where(scores > 0, scores + 1e-3 * (summed + k) / (2 * k + 1), 0.0)
     scores = scores.reshape(q, n_classes)
-    return scores / np.maximum(scores.sum(axis=1, keepdims=True), 1e-300)
+    return np.asarray(scores / np.maximum(scores.sum(axis=1, keepdims=True), 1e-300))
 
 
 def knn_scores(
@@ -66,7 +66,7 @@ def knn_scores(
     chunk: int = 4096,
     weights: Weights = "temperature",
 ) -> np.ndarray:
-    """Class scores of the test rows from their k nearest training rows by cosine; weights: see `votes`.
+    """Return class scores of the test rows from their k nearest training rows by cosine; weights: see `votes`.
 
     train_x (n, D), train_y int (n,) in 0..C-1, test_x (m, D): float32 (m, C), lines summing to 1. More neighbours than
     training rows: all of them vote. Raises ValueError for no training rows or k < 1.

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from odis_path.evaluation.bootstrap import Predictions, Resamples, estimate_classes, estimate_mean
+from odis_path.evaluation.bootstrap import Interval, Predictions, Resamples, estimate_classes, estimate_mean
 from odis_path.evaluation.probes.knn import nearest, votes
 
 _CHUNK = 512
@@ -27,6 +26,15 @@ class Rule:
     name: str
     apart: tuple[np.ndarray, ...]
     within: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class RetrievalTable:
+    """Measures by k and name. queries_without_relevant: how many have no row of their class among those that may answer."""
+
+    queries: int
+    queries_without_relevant: int
+    per_k: dict[str, dict[str, Interval]]
 
 
 @dataclass(frozen=True)
@@ -68,15 +76,15 @@ def measures(hits: Hits, y: np.ndarray, k: int) -> dict[str, np.ndarray]:
     """precision, hit and map at k of each query, float64 (q,); NaN for queries that have no relevant row."""
     valid = np.isfinite(hits.similarity[:, :k])
     right = (y[hits.index[:, :k]] == y[hits.queries][:, None]) & valid
-    some = hits.relevant > 0
+    answerable = hits.relevant > 0
     places = np.arange(1, right.shape[1] + 1)
     precision_at = np.cumsum(right, axis=1) / places
-    found = {
+    scores = {
         "precision": right.sum(axis=1) / np.maximum(valid.sum(axis=1), 1),
         "hit": right.any(axis=1).astype(np.float64),
         "map": (precision_at * right).sum(axis=1) / np.maximum(np.minimum(k, hits.relevant), 1),
     }
-    return {name: np.where(some, values, np.nan) for name, values in found.items()}
+    return {name: np.where(answerable, values, np.nan) for name, values in scores.items()}
 
 
 def majority_vote(hits: Hits, y: np.ndarray, n_classes: int, k: int) -> np.ndarray:
@@ -86,18 +94,17 @@ def majority_vote(hits: Hits, y: np.ndarray, n_classes: int, k: int) -> np.ndarr
 
 def retrieval_table(
     hits: Hits, y: np.ndarray, names: tuple[str, ...], ks: Sequence[int], resamples: Resamples
-) -> dict[str, Any]:
-    """Every measure at every k with its interval. names: of the classes; draws: of the patients of the queries."""
+) -> RetrievalTable:
+    """Measure everything at every k, with intervals. names: of the classes; resamples: of the patients of the queries."""
     per_k = {}
     truth = y[hits.queries]
     for k in ks:
         row = {name: estimate_mean(values, resamples).interval() for name, values in measures(hits, y, k).items()}
         predictions = predict_by_vote(hits, y, len(names), k)
-        found = estimate_classes(truth, predictions, resamples, len(names), names, with_auroc=False)
-        row["mmv_balanced_accuracy"] = found["balanced_accuracy"].interval()
+        vote_scores = estimate_classes(truth, predictions, resamples, len(names), names, with_auroc=False)
+        row["mmv_balanced_accuracy"] = vote_scores["balanced_accuracy"].interval()
         per_k[str(k)] = row
-    bare = int((hits.relevant == 0).sum())
-    return {"queries": len(hits.queries), "queries_without_relevant": bare, "per_k": per_k}
+    return RetrievalTable(len(hits.queries), int((hits.relevant == 0).sum()), per_k)
 
 
 def predict_by_vote(hits: Hits, y: np.ndarray, n_classes: int, k: int) -> Predictions:

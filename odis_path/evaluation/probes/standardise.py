@@ -24,8 +24,11 @@ WHITEN_SHARE = 0.99
 
 @dataclass(frozen=True)
 class Features:
-    """x: float32 (n, D). metric: how the probes that measure distances compare them, cosine for embeddings, euclidean for
-    hand-made measures. slide: int (n,), code of the slide of each row."""
+    """Features x, float32 (n, D), of rows.
+
+    metric: of the probes that measure distances, cosine for embeddings, euclidean for hand-made measures. slide: int (n,), code
+    of the slide of each row.
+    """
 
     x: np.ndarray
     metric: Metric
@@ -33,47 +36,47 @@ class Features:
 
     @staticmethod
     def of(x: np.ndarray, metric: Metric = "cosine") -> Features:
-        """Features whose slides are not known: each row is one of its own."""
+        """Make features whose slides are not known: each row is one of its own."""
         return Features(x, metric, np.arange(len(x)))
 
-    def standardised(self, how: Standardise, fit: np.ndarray) -> np.ndarray:
-        """All rows, float32 (n, d), by what the rows `fit` say."""
+    def standardised(self, method: Standardise, fit: np.ndarray) -> np.ndarray:
+        """Standardise all rows by statistics of the rows `fit`: float32 (n, d)."""
         x = np.asarray(self.x, dtype=np.float32)
-        if how == "zscore":
+        if method == "zscore":
             return _zscore(x, x[fit])
-        if how == "whiten":
+        if method == "whiten":
             return _whitened(x, x[fit])
-        return centred_by_slide(x, self.slide) if how == "centre-slide" else x
+        return centred_by_slide(x, self.slide) if method == "centre-slide" else x
 
-    def space(self, how: Standardise, fit: np.ndarray) -> np.ndarray:
-        """The same as points whose similarity is 1 - distance**2 / 2; see `in_space`."""
-        return in_space(self.standardised(how, fit), self.metric, fit)
+    def space(self, method: Standardise, fit: np.ndarray) -> np.ndarray:
+        """Standardise them as points whose similarity is 1 - distance**2 / 2; see `in_space`."""
+        return in_space(self.standardised(method, fit), self.metric, fit)
 
 
 def in_space(x: np.ndarray, metric: Metric, fit: np.ndarray | None = None) -> np.ndarray:
-    """Rows such that 1 - distance**2 / 2 is their similarity, float32 (n, D).
+    """Return rows such that 1 - distance**2 / 2 is their similarity, float32 (n, D).
 
     cosine: unit length. euclidean: one factor for all columns, so that distances between the rows `fit` (all, where None)
     are of the size of those between unit vectors.
     """
     if metric == "cosine":
         return unit_rows(x)
-    some = x if fit is None or not len(fit) else x[fit]
-    variance = float(some.var(axis=0, dtype=np.float64).sum())
-    return ((x - some.mean(axis=0)) / np.sqrt(variance if variance > 0 else 1.0)).astype(np.float32)
+    fitted = x if fit is None or not len(fit) else x[fit]
+    variance = float(fitted.var(axis=0, dtype=np.float64).sum())
+    return np.asarray((x - fitted.mean(axis=0)) / np.sqrt(variance if variance > 0 else 1.0), dtype=np.float32)
 
 
 def centred_by_slide(x: np.ndarray, slide: np.ndarray) -> np.ndarray:
-    """Rows minus the mean of their slide's rows, float32 (n, D)."""
+    """Subtract from each row the mean of its slide's rows, float32 (n, D)."""
     codes = np.unique(slide, return_inverse=True)[1]
     sums = np.zeros((codes.max(initial=-1) + 1, x.shape[1]))
     np.add.at(sums, codes, x)
-    return (x - (sums / np.bincount(codes)[:, None])[codes]).astype(np.float32)
+    return np.asarray(x - (sums / np.bincount(codes)[:, None])[codes], dtype=np.float32)
 
 
 def _zscore(x: np.ndarray, fit: np.ndarray) -> np.ndarray:
     mean, spread = fit.mean(axis=0, dtype=np.float64), fit.std(axis=0, dtype=np.float64)
-    return ((x - mean) / np.where(spread > 0, spread, 1)).astype(np.float32)
+    return np.asarray((x - mean) / np.where(spread > 0, spread, 1), dtype=np.float32)
 
 
 def _whitened(x: np.ndarray, fit: np.ndarray) -> np.ndarray:

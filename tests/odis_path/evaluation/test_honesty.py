@@ -23,7 +23,7 @@ from tests.odis_path.evaluation.conftest import Cohort
 @pytest.fixture(autouse=True)
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures take most of the time, and are tested elsewhere."""
-    monkeypatch.setattr("odis_path.evaluation.results.draw_figures", lambda *_: None)
+    monkeypatch.setattr("odis_path.evaluation.write.draw_figures", lambda *_: None)
 
 
 def run(feats: Path, out: Path, **options: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from odis_path.evaluation.bootstrap import estimate_mean, resample_patients
-from odis_path.evaluation.metrics import auroc, balanced_accuracy, confusion_matrix, macro_f1
+from odis_path.evaluation.metrics import auroc, balanced_accuracy, confusion_matrix, macro_f1_from_confusion
 from odis_path.evaluation.pixel_baselines import box_size, cut_box, grey_texture, rgb_mean
 from odis_path.evaluation.probes.classifiers import knn_probe, linear_probe, prototype_probe, prototype_scores
 from odis_path.evaluation.probes.knn import knn_scores
@@ -53,7 +53,7 @@ def test_scores_agree_with_scikit_learn() -> None:
     y, pred = RNG.integers(0, 3, 200), RNG.integers(0, 3, 200)
     scores = RNG.integers(0, 6, (200, 3)).astype(float)  # many ties
     assert balanced_accuracy(y, pred, 3) == pytest.approx(metrics.balanced_accuracy_score(y, pred))
-    assert macro_f1(y, pred, 3) == pytest.approx(metrics.f1_score(y, pred, average="macro"))
+    assert macro_f1_from_confusion(confusion_matrix(y, pred, 3)) == pytest.approx(metrics.f1_score(y, pred, average="macro"))
     areas = [metrics.roc_auc_score(y == c, scores[:, c]) for c in range(3)]
     assert auroc(y, scores)[0] == pytest.approx(np.mean(areas))
     weights = RNG.integers(0, 4, (3, 200))
@@ -74,7 +74,7 @@ def test_bootstrap_interval_of_a_known_case() -> None:
     values, one = (np.arange(400) % 4 == 0).astype(float), np.zeros(3600, int)
     found = estimate_mean(values, resample_patients(one[:400], np.arange(400), 1, 4000, 3)).interval()
     half = 1.96 * np.sqrt(0.25 * 0.75 / 400)
-    assert (found["point"], found["low"], found["high"]) == pytest.approx((0.25, 0.25 - half, 0.25 + half), abs=0.006)
+    assert (found.point, found.low, found.high) == pytest.approx((0.25, 0.25 - half, 0.25 + half), abs=0.006)
     doubled = estimate_mean(np.repeat(values, 9), resample_patients(one, np.repeat(np.arange(400), 9), 1, 4000, 3)).interval()
     assert doubled == pytest.approx(found), "nine rows of a patient tell no more than one"
 

@@ -17,7 +17,9 @@ def test_scores_agree_with_scikit_learn(seed: int) -> None:
     scores = rng.integers(0, 9, (200, 4)) / 8  # with ties
     assert np.array_equal(metrics.confusion_matrix(y, pred, 4), sklearn_confusion(y, pred, labels=range(4)))
     assert metrics.balanced_accuracy(y, pred, 4) == pytest.approx(balanced_accuracy_score(y, pred))
-    assert metrics.macro_f1(y, pred, 4) == pytest.approx(f1_score(y, pred, average="macro"))
+    assert metrics.macro_f1_from_confusion(metrics.confusion_matrix(y, pred, 4)) == pytest.approx(
+        f1_score(y, pred, average="macro")
+    )
     expected = np.mean([roc_auc_score(y == c, scores[:, c]) for c in range(4)])
     assert metrics.auroc(y, scores)[0] == pytest.approx(expected, abs=1e-12)
 
@@ -26,7 +28,7 @@ def test_a_case_counted_by_hand() -> None:
     y, pred = np.array([0, 0, 0, 1]), np.array([0, 0, 1, 1])
     assert metrics.confusion_matrix(y, pred, 2).tolist() == [[2, 1], [0, 1]]
     assert metrics.balanced_accuracy(y, pred, 2) == pytest.approx((2 / 3 + 1) / 2)
-    assert metrics.macro_f1(y, pred, 2) == pytest.approx((4 / 5 + 2 / 3) / 2)
+    assert metrics.macro_f1_from_confusion(metrics.confusion_matrix(y, pred, 2)) == pytest.approx((4 / 5 + 2 / 3) / 2)
     scores = np.array([0.1, 0.6, 0.4, 0.6])  # of class 1: it beats 0.1 and 0.4, ties 0.6
     assert metrics.auroc(y, np.stack([-scores, scores], 1))[0] == pytest.approx(2.5 / 3)
 
@@ -34,7 +36,7 @@ def test_a_case_counted_by_hand() -> None:
 def test_a_class_without_rows_counts_neither_for_nor_against() -> None:
     y, pred = np.array([0, 1]), np.array([0, 2])
     assert metrics.balanced_accuracy(y, pred, 4) == 0.5
-    assert metrics.macro_f1(y, pred, 4) == 0.5
+    assert metrics.macro_f1_from_confusion(metrics.confusion_matrix(y, pred, 4)) == 0.5
     assert np.isnan(metrics.recalls(metrics.confusion_matrix(y, pred, 4))[2:]).all()
     assert np.isnan(metrics.balanced_accuracy(y[:0], pred[:0], 4))
 

@@ -64,11 +64,11 @@ def test_queries_without_a_relevant_row_are_left_out_and_counted() -> None:
     hits = search(in_space(x, "cosine"), y, everyone, everyone, 5, Rule("other patients", (patient,)))
     assert np.isnan(measures(hits, y, 5)["map"]).tolist() == (patient == 4).tolist()
     table = retrieval_table(hits, y, ("a", "b", "c", "d"), [1, 5], resample_patients(y, patient, 4, 200, 0))
-    assert table["queries_without_relevant"] == (patient == 4).sum()
-    precision = table["per_k"]["5"]["precision"]
-    assert precision["point"] == pytest.approx(np.nanmean(measures(hits, y, 5)["precision"]))
-    assert precision["low"] < precision["point"] < precision["high"]
-    assert "class d" in table["per_k"]["5"]["mmv_balanced_accuracy"]["why"]
+    assert table.queries_without_relevant == (patient == 4).sum()
+    precision = table.per_k["5"]["precision"]
+    assert precision.point == pytest.approx(np.nanmean(measures(hits, y, 5)["precision"]))
+    assert precision.low < precision.point < precision.high
+    assert "class d" in table.per_k["5"]["mmv_balanced_accuracy"].why
 
 
 def test_the_vote_takes_the_first_k_and_breaks_ties_by_similarity() -> None:
