@@ -81,8 +81,8 @@ def run_ours(file: Path, stream: bool) -> dict[str, Any]:
     write_slide(slide)
     begin = time.perf_counter()
     processes = 1 if stream else len(os.sched_getaffinity(0))
-    found = annotate_slide((slide, (file,)), AnnotateSettings(), stream=stream, processes=processes)
-    return {"seconds": time.perf_counter() - begin, "boxes": found["boxes"]}
+    result = annotate_slide((slide, (file,)), AnnotateSettings(), stream=stream, processes=processes)
+    return {"seconds": time.perf_counter() - begin, "boxes": result.info["boxes"]}
 
 
 def run_geopandas(file: Path) -> dict[str, Any]:

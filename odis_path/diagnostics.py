@@ -7,8 +7,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from annotations.errors import one_line
 from odis_path.versions import OPTIONAL, PACKAGES, versions
-from tiling.jobs.outcome import Outcome
+from tiling.jobs.outcome import Outcome, notes_of
 from tiling.jobs.summary import Outcomes
 
 if TYPE_CHECKING:
@@ -40,14 +41,14 @@ def doctor(folder: Path | str | None = None, workers: int | None = None) -> Outc
 
         return verify(Path(folder), workers)
     installed = versions()
-    checks = [Outcome("Python", sys.version_info >= (3, 11), message=f"{installed['python']} (3.11 or newer)")]
+    checks = [Outcome("Python", sys.version_info >= (3, 11), notes=notes_of(f"{installed['python']} (3.11 or newer)"))]
     for package in PACKAGES:
         missing = installed[package] == "missing"
         version = "missing: pip install odis-path again" if missing else installed[package]
-        checks.append(Outcome(package, not missing, message=version))
+        checks.append(Outcome(package, not missing, notes=notes_of(version)))
     for package, extra in OPTIONAL.items():
         absent = f"not installed (optional: pip install 'odis-path[{extra}]')"
-        checks.append(Outcome(package, True, message=absent if installed[package] == "missing" else installed[package]))
+        checks.append(Outcome(package, True, notes=notes_of(absent if installed[package] == "missing" else installed[package])))
     for item, check in (
         ("slide readers", _readers),
         ("tile codec", _codec),
@@ -55,10 +56,9 @@ def doctor(folder: Path | str | None = None, workers: int | None = None) -> Outc
         ("masked attention", _attention),
     ):
         try:
-            checks.append(Outcome(item, True, message=check()))
+            checks.append(Outcome(item, True, notes=notes_of(check())))
         except Exception as error:  # whatever is broken, the doctor names it and goes on
-            message = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-            checks.append(Outcome(item, False, message=message))
+            checks.append(Outcome(item, False, error=f"{type(error).__name__}: {one_line(error)[:160]}"))
     return InstallChecks(checks, "odis-path doctor", "")
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from annotations.errors import UserError
-from tiling.jobs.outcome import Outcome
+from tiling.jobs.outcome import ItemResult, Outcome
 from tiling.jobs.run import run_cohort
 from tiling.jobs.summary import Outcomes, show_failures
 
@@ -48,7 +48,7 @@ def verify(folder: Path, workers: int | None = None) -> Verification:
     """Read every slide file, feature file and checkpoint below a folder, all pixels too.
 
     `info` of a file's outcome: `kind`, and `unchecked` where it holds no checksums. A damaged file has failed, and its
-    `message` says what to do. Hidden files and those of other programs are left out. Raises UserError where the folder is
+    `error` says what to do. Hidden files and those of other programs are left out. Raises UserError where the folder is
     missing or holds nothing of ours.
     """
     if not folder.is_dir():
@@ -59,20 +59,21 @@ def verify(folder: Path, workers: int | None = None) -> Verification:
     ]
     outcomes = run_cohort(paths, verify_file, title="doctor", workers=workers, name=lambda path: str(path.relative_to(folder)))
     for outcome in outcomes:
-        outcome.ok = outcome.ok and not outcome.message
+        if damage := outcome.info.pop("damage", ""):
+            outcome.ok, outcome.error = False, damage
     ours = [outcome for outcome in outcomes if outcome.info.get("kind") or not outcome.ok]
     if not ours:
         raise UserError(f"{folder}: holds no slide file, feature file or checkpoint: give the folder of a cohort or of a run")
     return Verification(ours, "odis-path doctor", folder)
 
 
-def verify_file(path: Path) -> dict[str, Any]:
-    """Return `kind` of a file ("" where it is not ours), `unchecked`, and in `message` what is wrong and what to do."""
+def verify_file(path: Path) -> ItemResult:
+    """Check a file; info: its `kind` ("" where it is not ours), `unchecked`, and `damage`: what is wrong and what to do."""
     kind, has_checksums = _kind(path)
     try:
-        return {"kind": kind, "unchecked": not has_checksums(path)}
+        return ItemResult({"kind": kind, "unchecked": not has_checksums(path)})
     except UserError as error:
-        return {"kind": kind, "unchecked": False, "message": str(error)}
+        return ItemResult({"kind": kind, "unchecked": False, "damage": str(error)})
 
 
 def count_kinds(outcomes: Iterable[Outcome]) -> list[KindCounts]:

@@ -32,7 +32,7 @@ from odis_path.features.write import (
     write_slides_parquet,
 )
 from odis_path.model.source import fingerprint, is_checkpoint, settled_source
-from tiling.jobs.outcome import Outcome, describe_error
+from tiling.jobs.outcome import ItemResult, Note, Outcome, describe_error
 from tiling.jobs.run import run_cohort
 from tiling.jobs.summary import Outcomes
 from tiling.slide_file.read import SlideFile, list_slide_files
@@ -180,19 +180,19 @@ def feature_file(out: Path, path: Path) -> Path:
     return out / path.name
 
 
-def embed_slide(job: EmbedJob, path: Path) -> dict[str, Any]:
-    """Embed one slide file; returns counts for the summary table."""
+def embed_slide(job: EmbedJob, path: Path) -> ItemResult:
+    """Embed one slide file; info: the number of its embeddings."""
     target = feature_file(job.out, path)
     with lock_file(target):
         return _embedded(job, path, target)
 
 
-def _embedded(job: EmbedJob, path: Path, target: Path) -> dict[str, Any]:
+def _embedded(job: EmbedJob, path: Path, target: Path) -> ItemResult:
     level = "tile" if job.level == "slide" else job.level
     damaged = target.exists() and is_damaged(target)
     counted, had = f"{level}s", None if damaged else _rows_in(target, level)
     if not damaged and embedded_already(target, level, path, job.parameters()):
-        return {"skipped": True, counted: had}
+        return ItemResult({counted: had}, skipped=True)
     check_writable(target)
     encoder = shared_encoder(job.checkpoint, job.stamp, job.device, job.random_weights, job.pool, job.resize)
     file = TornSlideFile(path)
@@ -211,8 +211,11 @@ def _embedded(job: EmbedJob, path: Path, target: Path) -> dict[str, Any]:
             pretraining=job.pretraining, overwrite=job.overwrite,
         )  # fmt: skip
     redone = "the tiles, their boxes or what is asked changed" if had is not None else DAMAGED if damaged else ""
-    torn = f"{len(file.torn)} tiles cannot be read from its slide (the first, row {min(file.torn)}): black" if file.torn else ""
-    return {counted: len(features), "redone": redone, "message": torn}
+    notes = []
+    if file.torn:
+        text = f"tiles cannot be read from its slide (the first, row {min(file.torn)}): black"
+        notes.append(Note(text, len(file.torn)))
+    return ItemResult({counted: len(features)}, notes, redone)
 
 
 def seen_as(encoder: FrozenEncoder, tile_px: int) -> dict[str, Any]:
@@ -353,7 +356,7 @@ def write_slide_rows(out: Path, files: list[Path], outcomes: list[Outcome], pret
         try:
             one = read_features(feature_file(out, path), "tile")
         except UserError as error:
-            outcome.ok, outcome.skipped, outcome.message = False, False, describe_error(error)
+            outcome.ok, outcome.skipped, outcome.error = False, False, describe_error(error)
             continue
         if len(one.x):
             rows.append({

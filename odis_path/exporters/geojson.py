@@ -13,6 +13,7 @@ import numpy as np
 
 from annotations.errors import UserError
 from odis_path.features.read import source_of
+from tiling.jobs.outcome import ItemResult, notes_of
 from tiling.jobs.run import run_cohort
 from tiling.jobs.summary import Outcomes
 from tiling.slide_file.read import SlideFile, h5_files, list_slide_files
@@ -76,8 +77,8 @@ def export_geojson(
     return Outcomes(outcomes, "export", out, PARTS if what is None else parts, perf_counter() - begun)
 
 
-def export_slide(item: tuple[Path, Predicted | None], out: Path, parts: Sequence[str], origin: str) -> dict[str, Any]:
-    """Write the GeoJSON of one slide file; returns the number of features of each part."""
+def export_slide(item: tuple[Path, Predicted | None], out: Path, parts: Sequence[str], origin: str) -> ItemResult:
+    """Write the GeoJSON of one slide file; info: the number of features of each part."""
     from annotations.geojson_writer import encode_geojson
 
     path, predicted = item
@@ -96,7 +97,7 @@ def export_slide(item: tuple[Path, Predicted | None], out: Path, parts: Sequence
             notes.append(f"counts from the scanned area's corner {file.bounds_xy}, as QuPath does")
         with atomic_path(out / f"{file.slide_id}.geojson") as temporary:
             temporary.write_bytes(encode_geojson({"type": "FeatureCollection", "features": features}))
-    return {**counts, "message": "; ".join(notes)}
+    return ItemResult(counts, notes_of(*notes))
 
 
 def tissue_features(file: SlideFile, shift: np.ndarray) -> list[dict[str, Any]]:

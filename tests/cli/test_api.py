@@ -195,7 +195,7 @@ def test_the_result_of_a_verb_is_a_sequence_with_what_failed_and_a_summary(
 
 
 def test_markup_in_a_message_is_shown_as_it_is() -> None:
-    outcomes = Outcomes([Outcome("[red]a", ok=False, message="<b>[bold]x</b>")], "tile", "out")
+    outcomes = Outcomes([Outcome("[red]a", ok=False, error="<b>[bold]x</b>")], "tile", "out")
     assert "[red]a" in outcomes.summary()
     assert "&lt;b&gt;[bold]x&lt;/b&gt;" in outcomes._repr_html_()
 

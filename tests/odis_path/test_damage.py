@@ -166,7 +166,7 @@ def test_embed_has_a_row_for_a_damaged_slide_and_makes_damaged_features_anew(
     with pytest.raises(UserError, match=r"S2\.h5: damaged \(/features does not .*: run odis-path embed again"):
         read_features(out)
     outcomes = {outcome.item: outcome for outcome in embed(tmp_path / "tiles", str(checkpoint), out)}
-    assert outcomes["S2"].info["redone"] == "the file was damaged"
+    assert outcomes["S2"].redone == "the file was damaged"
     assert all(outcome.skipped for name, outcome in outcomes.items() if name != "S2")
     assert np.array_equal(read_features(out).x, before)
     slide = tmp_path / "tiles" / "S3.h5"

@@ -6,12 +6,13 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast, get_args
 
 from annotations.errors import UserError
 
 if TYPE_CHECKING:
     from annotations.class_map import ClassMap
+
 POINT_SIZE = re.compile(r"^\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*(um|µm|μm|px|)\s*$")
 
 Origin = Literal["auto", "level0", "bounds"]
@@ -22,9 +23,9 @@ Kind = Literal["auto", "tissue", "cell"]
 class AnnotateSettings:
     """point_size: side of the square a point becomes, in point_unit ("um", or "px" of level 0); None skips points.
 
-    polygons: store the clipped outlines too, as /boxes/polygon. classes: what classes are called here; None: as they are.
+    polygons: store the clipped outlines too, as /boxes/polygon. classes: names of classes; None: those of the files.
     annotation_mpp: micrometres per unit of the annotations' coordinates; None: what their dialect says, level 0 for most.
-    nuclei: take the nucleus of a QuPath cell for it. split_values: a piece of a value of a mask is an object, not the value.
+    nuclei: take the nucleus of a QuPath cell for it. split_values: each connected piece of a value of a mask is an object.
     """
 
     origin: Origin = "auto"
@@ -51,6 +52,15 @@ class Reading:
     settings: AnnotateSettings
     stream: bool = False
     processes: int = 1
+
+
+def checked_choices(origin: str, kind: str) -> tuple[Origin, Kind]:
+    """The two options, known to be among their choices."""
+    if origin not in get_args(Origin):
+        raise UserError(f"--origin {origin}: is one of {', '.join(get_args(Origin))}")
+    if kind not in get_args(Kind):
+        raise UserError(f"--kind {kind}: is one of {', '.join(get_args(Kind))}")
+    return cast("Origin", origin), cast("Kind", kind)
 
 
 def named_classes(path: Path | str | None, strict: bool) -> ClassMap | None:

@@ -24,7 +24,7 @@ from tiling.cohort.manifest import (
     report_kept_rows,
 )
 from tiling.grid import FINEST_SHARE
-from tiling.jobs.outcome import Outcome
+from tiling.jobs.outcome import ItemResult, Outcome, joined, notes_of
 from tiling.jobs.run import run_cohort
 from tiling.jobs.summary import Outcomes
 from tiling.storage.atomic import atomic_path, check_writable
@@ -83,18 +83,20 @@ def scan(
 
 
 def _row(out: Path, previous: PreviousManifest, item: SlideItem, outcome: Outcome) -> dict[str, Any]:
-    """The row of a slide: what was there in columns that are not scan's, then what scan found out."""
-    there = previous.rows.get(place(item.path), {})
-    row = {name: there.get(name, "") if name not in COLUMNS else "" for name in (*COLUMNS, *previous.columns)}
+    """The row of a slide: the user's columns of the previous manifest, and those of scan."""
+    old = previous.rows.get(place(item.path), {})
+    row: dict[str, Any] = {name: "" if name in COLUMNS else old.get(name, "") for name in (*COLUMNS, *previous.columns)}
     row |= {"slide_id": item.slide_id, "path": path_from(out, item.path), "patient_id": item.patient_id}
     if outcome.ok:
-        return row | {"readable": "true"} | outcome.info.get("row", {})
-    mpp = {name: there.get(name, "") for name in ("mpp", "mpp_source", "mpp_headers")}
-    return row | mpp | {"readable": "false", "problem": outcome.message}
+        row |= {"readable": "true", **outcome.info.get("row", {})}
+    else:
+        row |= {name: old.get(name, "") for name in ("mpp", "mpp_source", "mpp_headers")}
+        row |= {"readable": "false", "problem": outcome.error}
+    return row
 
 
-def header_row(item: SlideItem, mpp: float | None = None, assume_mpp: float | None = None) -> dict[str, Any]:
-    """The header facts of a slide as columns of the manifest (under the key `row`), and `will_fail`, 0 or 1."""
+def header_row(item: SlideItem, mpp: float | None = None, assume_mpp: float | None = None) -> ItemResult:
+    """Read the headers of a slide; info: `row`, columns of the manifest, and `no_mpp` and `will_fail`, 0 or 1."""
     if item.path.is_symlink() and not item.path.exists():
         raise UserError(f"{item.path}: is a link to {printable(os.readlink(item.path))}, which leads to no file: mend the link")
     with Slide.open(item.path) as slide:
@@ -102,32 +104,31 @@ def header_row(item: SlideItem, mpp: float | None = None, assume_mpp: float | No
         levels = describe_placements(slide, odd=True)
     if cut := cut_off(item.path):
         raise UserError(f"{item.path}: {cut}: copy it again")
-    given = is_user_value(item.mpp, info.mpp)
-    known = item.mpp if given else info.mpp
+    users = is_user_value(item.mpp, info.mpp)
+    known = item.mpp if users else info.mpp
     own = known if known is not None else assume_mpp
-    doubt = info.mpp_note
-    if given:
-        doubt = "" if info.mpp is None else f"mpp {item.mpp:g} is the manifest's: the slide itself says {info.mpp:g}"
-    problem, will_fail = "; ".join(note for note in (doubt, info.note, levels) if note), True
+    mpp_note = info.mpp_note
+    if users:
+        mpp_note = "" if info.mpp is None else f"mpp {item.mpp:g} is the manifest's: the slide itself says {info.mpp:g}"
+    refusal = ""
     if own is None:
-        problem = missing_mpp(info.stated_mpp)
+        refusal = missing_mpp(info.stated_mpp)
     elif mpp is not None and mpp < own * FINEST_SHARE:
-        problem = f"--mpp {mpp:g} is finer than the slide's {own:g}: tile will refuse it"
-    else:
-        will_fail = False
+        refusal = f"--mpp {mpp:g} is finer than the slide's {own:g}: tile will refuse it"
+    notes = notes_of(refusal) or notes_of(mpp_note, info.note, levels)
     row = {
         "width_l0": info.width_l0,
         "height_l0": info.height_l0,
         "levels": len(info.level_downsamples),
         "mpp": "" if known is None else repr(known),
-        "mpp_source": "manifest" if given else info.mpp_source,
+        "mpp_source": "manifest" if users else info.mpp_source,
         "mpp_headers": "" if info.mpp is None else repr(info.mpp),
         "vendor": info.vendor,
         "reader": info.reader,
         "why": info.reader_why,
-        "problem": problem,
+        "problem": joined(notes),
     }
-    return {"row": row, "message": problem, "no_mpp": int(known is None), "will_fail": int(will_fail)}
+    return ItemResult({"row": row, "no_mpp": int(known is None), "will_fail": int(bool(refusal))}, notes)
 
 
 def cut_off(path: Path) -> str:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -13,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from annotations.errors import UserError
-from tiling.boxes.summary import RESULT_ATTR, by_label, changed_lines, left_out
+from tiling.boxes.result import RESULT_ATTR, BoxResult, ClassCounts, reading_facts
 from tiling.images.listing import ImageItem, box_file, match_names
+from tiling.jobs.outcome import ItemResult, Note, notes_of
 from tiling.slide_file.read import SlideFile
 from tiling.storage.paths import from_home
 from tiling.wsi.backends.tiff_pages import ORIENTATION
@@ -43,11 +43,30 @@ class ImageObjects:
 
 
 @dataclass
-class BoxReport:
-    """The outcome of the boxes of an import. results: as `annotate` stores them; notes: lines on boxes of no image here."""
+class ImportResult(BoxResult):
+    """The outcome of the boxes of an image. message: the notes as one text, in slide files of earlier versions."""
 
-    results: list[dict[str, Any]] = field(default_factory=list)
+    message: str = ""
+
+    def image_notes(self) -> list[Note]:
+        return notes_of(self.message, *self.notes, *self.left_out_notes(), *self.changed_notes())
+
+
+@dataclass
+class BoxReport:
+    """The outcome of the boxes of an import. results: of slide files and of boxes of no image; notes: lines on the latter."""
+
+    results: list[BoxResult] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    def add_left_out(self, coco: Path, skipped: Mapping[tuple[str, str], int], ids: Mapping[str, Sequence[str]]) -> None:
+        """Add the annotations of a COCO file that belong to no image here. skipped: (class, reason) -> their number."""
+        result = BoxResult(ids={reason: list(names) for reason, names in ids.items()})
+        for (name, reason), n in skipped.items():
+            result.labels.setdefault(name, ClassCounts()).skipped[reason] = n
+        if skipped:
+            self.results.append(result)
+            self.notes += [f"{coco}: {note}" for note in result.left_out_notes()]
 
 
 def coco_boxes(items: Sequence[ImageItem], coco: Path, report: BoxReport) -> tuple[dict[Path, ImageObjects], str]:
@@ -68,9 +87,7 @@ def coco_boxes(items: Sequence[ImageItem], coco: Path, report: BoxReport) -> tup
         raise UserError(f"{coco}: names none of the images (first: {first}): are they its images?")
     missing = listed.tables.keys() - set(names.values())
     _report_missing({name: listed.tables[name] for name in listed.tables if name in missing}, len(listed.tables), coco, report)
-    if skipped := listed.unlisted.skipped:
-        report.results.append({"labels": _labels_of(skipped)})
-        report.notes += [f"{coco}: {line}" for line in left_out(skipped, listed.unlisted.ids)]
+    report.add_left_out(coco, listed.unlisted.skipped, listed.unlisted.ids)
     digest = hashlib.sha256(b"%d" % METHOD_VERSION)
     digest.update(data)
     return {
@@ -95,21 +112,11 @@ def _report_missing(tables: dict[str, ObjectTable], total: int, coco: Path, repo
             ids += [*table.id.tolist(), *(id for reason in _reasons(table) for id in table.log.ids.get(reason, ()))]
     shown = ", ".join(list(tables)[:SHOWN_IMAGES]) + (", ..." if len(tables) > SHOWN_IMAGES else "")
     report.notes.append(f"{coco}: {len(tables)} of the {total} images it lists are not here ({shown})")
-    if skipped:
-        report.results.append({"labels": _labels_of(skipped)})
-        report.notes += [f"{coco}: {line}" for line in left_out(skipped, {"no_image": tuple(ids)})]
+    report.add_left_out(coco, skipped, {"no_image": ids})
 
 
 def _reasons(table: ObjectTable) -> set[str]:
     return {reason for _, reason in table.log.skipped}
-
-
-def _labels_of(skipped: dict[tuple[str, str], int]) -> dict[str, dict[str, Any]]:
-    """Objects left out, by class, as annotate_report.by_label tells them."""
-    labels: dict[str, dict[str, Any]] = {}
-    for (name, reason), n in skipped.items():
-        labels.setdefault(name, {"objects": 0, "boxes": 0, "repaired": 0, "skipped": {}})["skipped"][reason] = n
-    return labels
 
 
 def box_folder(items: Sequence[ImageItem], folder: Path) -> Path:
@@ -217,33 +224,31 @@ def joined(objects: Sequence[tuple[ObjectTable, TileBoxes] | None]) -> tuple[Obj
 
 
 def box_groups(
-    table: ObjectTable, boxes: TileBoxes, mpp: float, remark: str
-) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
-    """Groups /objects and /boxes; counts of objects, boxes and objects outside every tile, and `result`, what became of them
-    by class; and remarks, the given one and those on what was left out.
+    table: ObjectTable, boxes: TileBoxes, mpp: float, remark: str = "", scaled_images: int = 0
+) -> tuple[dict[str, Any], dict[str, Any], list[Note]]:
+    """Return the groups /objects and /boxes; numbers of objects, boxes and objects outside every tile, and `result`; notes.
 
-    The group /objects says what became of them by class, for a later run that finds its work done.
+    remark: a note on the image. scaled_images: images whose boxes were scaled. /objects keeps the result, for a later run that
+    finds its work done.
     """
     from annotations.objects import SHOWN_IDS
     from annotations.slide_groups import annotation_groups
 
     groups: dict[str, Any] = dict(annotation_groups(table, boxes, mpp))
-    if boxes.polygons is not None:
-        groups["boxes"]["polygon"] = boxes.polygons.arrays()
-    counts: dict[str, Any] = {"objects": len(table), "boxes": len(boxes.object), "outside": boxes.counts.get("outside", 0)}
-    away = np.setdiff1d(np.arange(len(table)), boxes.object)
-    skipped = {**table.log.skipped, ("", "outside"): len(away)}
-    ids = {**table.log.ids, "outside": tuple(table.id[away[:SHOWN_IDS]])}
-    remarks = [*([remark] if remark else ()), *left_out(skipped, ids), *changed_lines(table.counts, ids)]
-    result = {"labels": by_label(table, boxes), "message": "; ".join(remarks)}
-    groups["objects"]["attrs"][RESULT_ATTR] = json.dumps(result, sort_keys=True)
-    return groups, {**counts, "result": result}, remarks
+    info: dict[str, Any] = {"objects": len(table), "boxes": len(boxes.object), "outside": boxes.counts.get("outside", 0)}
+    result = ImportResult(**reading_facts(table, boxes))
+    result.notes = [remark] if remark else []
+    result.ids["outside"] = table.id[np.setdiff1d(np.arange(len(table)), boxes.object)[:SHOWN_IDS]].tolist()
+    if scaled_images:
+        result.changed["scaled_images"] = scaled_images
+    groups["objects"]["attrs"][RESULT_ATTR] = result.to_json()
+    return groups, {**info, "result": result}, result.image_notes()
 
 
-def stored_result(file: SlideFile) -> dict[str, Any]:
-    """The `result` and `message` that an earlier import stored with the boxes of a slide file; empty where there is none."""
-    text = file.group_attrs("objects").get(RESULT_ATTR)
-    if text is None:
-        return {}
-    result = json.loads(text)
-    return {"result": result, "message": result.get("message", "")}
+def stored_result(file: SlideFile) -> ItemResult:
+    """The result of an import that is done: info has tiles, boxes and, where there are any, the `result` of the boxes."""
+    done = ItemResult({"tiles": len(file), "boxes": len(file.boxes_table()["object"])}, skipped=True)
+    if (text := file.group_attrs("objects").get(RESULT_ATTR)) is not None:
+        done.info["result"] = ImportResult.from_json(text)
+        done.notes = done.info["result"].image_notes()
+    return done

@@ -32,7 +32,7 @@ from tiling.images.boxes import (
 from tiling.images.fit import FITS, QUALITY, plain_jpeg
 from tiling.images.listing import TIFF_EXTENSIONS, ImageItem, apply_manifest, box_file, find_images
 from tiling.images.shards import NOMINAL_MPP, ShardSettings, import_shards
-from tiling.jobs.outcome import Outcome, describe_error
+from tiling.jobs.outcome import ItemResult, Note, Outcome, describe_error, notes_of
 from tiling.jobs.run import available_cpus, run_cohort
 from tiling.slide_file.read import SlideFile
 from tiling.slide_file.write import (
@@ -120,8 +120,8 @@ def import_images(
     _check_options(mpp, size, fit, coco, boxes, no_mpp, shard, polygons)
     items = [replace(item, path=item.path.absolute()) for item in find_images(images)]  # workers may run elsewhere
     items = items if manifest is None else apply_manifest(items, Path(manifest))
-    told = BoxReport()
-    drawn, digest = coco_boxes(items, Path(coco), told) if coco is not None else ({}, "")
+    report = BoxReport()
+    drawn, digest = coco_boxes(items, Path(coco), report) if coco is not None else ({}, "")
     folder = box_folder(items, Path(boxes)) if boxes is not None else None
     workers = workers or (1 if len(items) < POOL_FROM else available_cpus())
     settings: ImportSettings | ShardSettings
@@ -143,8 +143,8 @@ def import_images(
             outcomes, rows = import_shards(items, drawn, made, settings, shard or DEFAULT_SHARD, how)
         if labelled:
             _write_labels(made / "labels.csv", rows)
-    told.results += [outcome.info.pop("result") for outcome in outcomes if "result" in outcome.info]
-    return BoxOutcomes(outcomes, "import", out, COUNTED, perf_counter() - begun, stored=told.results, notes=told.notes)
+    report.results += [outcome.info.pop("result") for outcome in outcomes if "result" in outcome.info]
+    return BoxOutcomes(outcomes, "import", out, COUNTED, perf_counter() - begun, stored=report.results, notes=report.notes)
 
 
 def _check_options(
@@ -187,25 +187,25 @@ def _import_each(
     return outcomes, rows
 
 
-def import_image(pair: Work, out: Path, settings: ImportSettings) -> dict[str, Any]:
-    """Import one image; returns tiles, boxes, coords (of an image with a class), result, `message`, `skipped`."""
+def import_image(pair: Work, out: Path, settings: ImportSettings) -> ItemResult:
+    """Import one image; info: tiles, boxes, coords (of an image with a class), result (of one with boxes)."""
     path = _file_of(pair, out)
     with lock_file(path):
         return _imported(*pair, path, settings)
 
 
-def _imported(item: ImageItem, drawn: ImageObjects | None, path: Path, settings: ImportSettings) -> dict[str, Any]:
+def _imported(item: ImageItem, drawn: ImageObjects | None, path: Path, settings: ImportSettings) -> ItemResult:
     xml = box_file(settings.boxes, item) if settings.boxes is not None else None
     stamp = source_stamp(item.path)  # before the image is opened: it may be replaced meanwhile
     found = _known_mpp(item, settings)
     if found is not None and (done := _done(path, _parameters(settings, found.value, xml), item)) is not None:
-        return {"skipped": True, **done}  # found out without decoding the image
+        return done  # without decoding the image
     with _open_image(item.path) as slide:
         mpp = (found or _own_mpp(item.path, slide.info.stated_mpp)).value
         assert mpp is not None
         parameters = _parameters(settings, mpp, xml)
         if found is None and (done := _done(path, parameters, item)) is not None:
-            return {"skipped": True, **done}
+            return done
         info = slide.info
         if min(info.width_l0, info.height_l0) < settings.size_px:
             size = f"{info.width_l0} x {info.height_l0} pixels"
@@ -214,13 +214,13 @@ def _imported(item: ImageItem, drawn: ImageObjects | None, path: Path, settings:
         thumb = slide.thumbnail(THUMBNAIL_SIDE_PX)
         groups: dict[str, GroupContent] = {"thumbnail": _overview(thumb, None, info.width_l0 / thumb.shape[1])}
         counts: dict[str, Any] = {"boxes": 0}
-        told: list[str] = []
+        box_notes: list[Note] = []
         drawn = xml_boxes(xml) if xml is not None else drawn
         if drawn is not None:
             table, scaled = placed(drawn, item.path, (info.width_l0, info.height_l0))
             boxes = clipped(table, plan.coords, settings.size_px, settings.polygons)
-            more, counts, told = box_groups(table, boxes, mpp, scaled)
-            groups |= more
+            added, counts, box_notes = box_groups(table, boxes, mpp, scaled)
+            groups |= added
         had_boxes = has_boxes(path)
         meta = SlideMeta(
             slide_id=item.slide_id,
@@ -235,13 +235,17 @@ def _imported(item: ImageItem, drawn: ImageObjects | None, path: Path, settings:
             stamp=stamp,
         )
         write_slide_file(path, meta=meta, coords=plan.coords, pixels=_encoded(slide, plan.coords, settings), groups=groups)
-    remarks = ["" if item.listed else "not in the manifest", slide.info.mpp_note if found is None else "", slide.info.note]
-    remarks.append("not in the COCO file: no boxes" if settings.coco and drawn is None else "")
-    remarks.append("no box file" if settings.boxes is not None and drawn is None else "")
-    remarks.append("its boxes are gone with the old tiles: run annotate again" if had_boxes and drawn is None else "")
-    message = "; ".join(remark for remark in (*remarks, *told) if remark)
+    notes = notes_of(
+        "" if item.listed else "not in the manifest",
+        slide.info.mpp_note if found is None else "",
+        slide.info.note,
+        "not in the COCO file: no boxes" if settings.coco and drawn is None else "",
+        "no box file" if settings.boxes is not None and drawn is None else "",
+        "its boxes are gone with the old tiles: run annotate again" if had_boxes and drawn is None else "",
+        *box_notes,
+    )
     coords = {"coords": plan.coords.tolist()} if item.label else {}
-    return {"tiles": len(plan.coords), **counts, **coords, "message": message}
+    return ItemResult({"tiles": len(plan.coords), **counts, **coords}, notes)
 
 
 def default_size_px(paths: Sequence[Path]) -> int:
@@ -318,8 +322,8 @@ def _parameters(settings: ImportSettings, mpp: float | None, xml: Path | None) -
     }
 
 
-def _done(path: Path, parameters: dict[str, Any], item: ImageItem) -> dict[str, Any] | None:
-    """The counts of an up-to-date file (its patient_id is brought up to date), None where it must be made.
+def _done(path: Path, parameters: dict[str, Any], item: ImageItem) -> ItemResult | None:
+    """The result of an up-to-date file (its patient_id is brought up to date), None where it must be made.
 
     Raises UserError where it is no slide file, or another image's that is still there, and is not to be replaced.
     """
@@ -330,9 +334,9 @@ def _done(path: Path, parameters: dict[str, Any], item: ImageItem) -> dict[str, 
             if was_touched(path):
                 file.check()
             attrs, patient_id, source = file.attrs, file.patient_id, file.source
-            done: dict[str, Any] = {"tiles": len(file), "boxes": len(file.boxes_table()["object"]), **stored_result(file)}
+            done = stored_result(file)
             if item.label:
-                done["coords"] = file.coords.tolist()
+                done.info["coords"] = file.coords.tolist()
         stamp = (int(attrs["source_size"]), int(attrs["source_mtime_ns"]))
         same = attrs["parameters_sha256"] == parameters_hash(parameters)[1]
     except (UserError, OSError, KeyError, RuntimeError):

@@ -24,7 +24,7 @@ from annotations.errors import UserError
 from tiling.images.boxes import ImageObjects, box_groups, clipped, joined, moved, placed, stored_result, xml_boxes
 from tiling.images.fit import QUALITY, FitMap, FittedImage, fit_map, probe_image, read_as_tile
 from tiling.images.listing import ImageItem, box_file
-from tiling.jobs.outcome import Outcome, describe_error
+from tiling.jobs.outcome import ItemResult, Note, Outcome, describe_error, notes_of
 from tiling.jobs.run import run_cohort
 from tiling.slide_file.read import SlideFile
 from tiling.slide_file.write import FORMAT_VERSION, GroupContent, SlideMeta, parameters_hash, source_stamp, write_slide_file
@@ -138,13 +138,17 @@ def plan_shards(
     return shards
 
 
+class NoMppError(UserError):
+    """An image states no resolution."""
+
+
 def fitted_mpps(items: Sequence[ImageItem], settings: ShardSettings) -> tuple[dict[Path, float], list[Outcome]]:
     """mpp of the tile of each image: the image's (given, the manifest's, its tags') times the factor it is resized by.
 
     Images without one are failed outcomes. Raises UserError where no image has any.
     """
     mpps: dict[Path, float] = {}
-    failed = []
+    errors: list[tuple[str, UserError]] = []
     for item in items:
         try:
             (width, height), found = probe_image(item.path)
@@ -152,16 +156,16 @@ def fitted_mpps(items: Sequence[ImageItem], settings: ShardSettings) -> tuple[di
             if mpp is None:
                 because = f" ({found.note})" if found.note else ""
                 ways = "give --mpp, column mpp in a --manifest, or --no-mpp for photographs"
-                raise UserError(f"{item.path}: no mpp in its tags{because}: {ways}")
+                raise NoMppError(f"{item.path}: no mpp in its tags{because}: {ways}")
             if settings.fit == "squash" and width != height:
                 raise UserError(f"{item.path}: {width} x {height} squashed has two mpp: take --fit crop, or --no-mpp")
             mpps[item.path] = mpp * min(width, height) / settings.size_px
         except UserError as error:
-            failed.append(Outcome(item.key, ok=False, message=str(error)))
+            errors.append((item.key, error))
     if not mpps:
-        first = next((each for each in failed if "no mpp" in each.message), failed[0])
-        raise UserError(f"none of the {len(items)} images can be imported with a scale; for instance {first.message}")
-    return mpps, failed
+        first = min((error for _, error in errors), key=lambda error: not isinstance(error, NoMppError))
+        raise UserError(f"none of the {len(items)} images can be imported with a scale; for instance {first}")
+    return mpps, [Outcome(key, ok=False, error=str(error)) for key, error in errors]
 
 
 def refuse_leftovers(out: Path, shards: Sequence[Shard]) -> None:
@@ -176,9 +180,8 @@ def refuse_leftovers(out: Path, shards: Sequence[Shard]) -> None:
             )
 
 
-def import_shard(shard: Shard, out: Path, settings: ShardSettings) -> dict[str, Any]:
-    """Write one slide file; returns tiles, objects, boxes, outside, result, present (rows of its images), bad (image, why),
-    `message`.
+def import_shard(shard: Shard, out: Path, settings: ShardSettings) -> ItemResult:
+    """Write one slide file; info: tiles, objects, boxes, outside, result, present (rows of its images), bad (image, error).
 
     A shard is done when its file has the same parameters, images and boxes (by size and time) and no image failed.
     """
@@ -191,10 +194,11 @@ def _file_of(shard: Shard, out: Path) -> Path:
     return out / f"{shard.slide_id}.h5"
 
 
-def _imported(shard: Shard, path: Path, settings: ShardSettings) -> dict[str, Any]:
+def _imported(shard: Shard, path: Path, settings: ShardSettings) -> ItemResult:
     parameters = _parameters(shard, settings)
     if (done := _done(path, parameters)) is not None:
-        return {"skipped": True, **done, "present": list(range(len(shard.items)))}
+        done.info["present"] = list(range(len(shard.items)))
+        return done
     tiles: list[FittedImage] = []
     objects: list[tuple[ObjectTable, TileBoxes] | None] = []
     present, bad, scaled = [], [], 0
@@ -211,21 +215,20 @@ def _imported(shard: Shard, path: Path, settings: ShardSettings) -> dict[str, An
         tiles.append(tile)
         present.append(i)
     counts: dict[str, Any] = {"tiles": len(tiles), "boxes": 0, "objects": 0, "outside": 0}
-    remarks = [*_remarks(shard, settings, objects), *_left_out(tiles)]
+    notes = [*_notes(shard, settings, objects), *notes_of(*_left_out(tiles))]
     if not settings.boxed and has_boxes(path):
-        remarks.append("its boxes are gone with the old tiles: run annotate or propose again")
+        notes.append(Note("its boxes are gone with the old tiles: run annotate or propose again"))
     if tiles:
-        resized = f"{scaled} images are of another size than their boxes were drawn on, which were scaled" if scaled else ""
-        more, told = _write(path, shard, settings, parameters, present, tiles, objects, len(bad), resized)
-        counts |= more
-        remarks += told
-    return {**counts, "present": present, "bad": bad, "message": "; ".join(remarks)}
+        box_counts, box_notes = _write(path, shard, settings, parameters, present, tiles, objects, len(bad), scaled)
+        counts |= box_counts
+        notes += box_notes
+    return ItemResult({**counts, "present": present, "bad": bad}, notes)
 
 
 def failed_images(outcomes: Sequence[Outcome]) -> list[Outcome]:
     """A failed outcome for each image that a shard left out."""
     bad = [pair for outcome in outcomes for pair in outcome.info.pop("bad", ())]
-    return [Outcome(key, ok=False, message=why) for key, why in bad]
+    return [Outcome(key, ok=False, error=error) for key, error in bad]
 
 
 def _parameters(shard: Shard, settings: ShardSettings) -> dict[str, Any]:
@@ -251,7 +254,7 @@ def _parameters(shard: Shard, settings: ShardSettings) -> dict[str, Any]:
     }
 
 
-def _done(path: Path, parameters: dict[str, Any]) -> dict[str, Any] | None:
+def _done(path: Path, parameters: dict[str, Any]) -> ItemResult | None:
     if not path.exists():
         return None
     try:
@@ -260,7 +263,7 @@ def _done(path: Path, parameters: dict[str, Any]) -> dict[str, Any] | None:
                 file.check()
             if file.attrs["parameters_sha256"] != parameters_hash(parameters)[1] or int(file.group_attrs("images")["failed"]):
                 return None
-            return {"tiles": len(file), "boxes": len(file.boxes_table()["object"]), **stored_result(file)}
+            return stored_result(file)
     except (UserError, OSError, KeyError, RuntimeError):
         return None  # damaged, or not ours: made anew
 
@@ -289,9 +292,9 @@ def _write(
     tiles: list[FittedImage],
     objects: list[tuple[ObjectTable, TileBoxes] | None],
     failed: int,
-    resized: str,
-) -> tuple[dict[str, Any], list[str]]:
-    """The slide file; returns what box_groups tells of its boxes: counts, result, remarks."""
+    scaled: int,
+) -> tuple[dict[str, Any], list[Note]]:
+    """Write the slide file; return the numbers and notes of `box_groups`."""
     size, mpp = settings.size_px, float(parameters["mpp"])
     groups: dict[str, GroupContent] = {
         "thumbnail": _mosaic(shard, settings, present, tiles),
@@ -302,9 +305,9 @@ def _write(
         },
     }
     counts: dict[str, Any] = {}
-    remarks: list[str] = []
+    notes: list[Note] = []
     if settings.boxed:
-        boxes, counts, remarks = box_groups(*joined(objects), mpp, resized)
+        boxes, counts, notes = box_groups(*joined(objects), mpp, scaled_images=scaled)
         groups |= boxes
     meta = SlideMeta(
         slide_id=shard.slide_id,
@@ -318,7 +321,7 @@ def _write(
         parameters=parameters,
     )
     write_slide_file(path, meta=meta, coords=shard.coords(size)[present], pixels=(tile.jpeg for tile in tiles), groups=groups)
-    return counts, remarks
+    return counts, notes
 
 
 def _mosaic(shard: Shard, settings: ShardSettings, present: list[int], tiles: list[FittedImage]) -> dict[str, GroupContent]:
@@ -342,10 +345,10 @@ def _left_out(tiles: Sequence[FittedImage]) -> list[str]:
     return [f"{note} ({count} images)" if count > 1 else note for note, count in notes.items()]
 
 
-def _remarks(shard: Shard, settings: ShardSettings, objects: Sequence[object]) -> list[str]:
-    remarks = []
+def _notes(shard: Shard, settings: ShardSettings, objects: Sequence[object]) -> list[Note]:
+    notes = []
     if unlisted := sum(not item.listed for item in shard.items):
-        remarks.append(f"{unlisted} images are not in the manifest")
-    if settings.boxed and (without := sum(each is None for each in objects)):
-        remarks.append(f"{without} images have no {'boxes in the COCO file' if settings.coco else 'box file'}")
-    return remarks
+        notes.append(Note("images are not in the manifest", unlisted))
+    if settings.boxed and (without := sum(boxes is None for boxes in objects)):
+        notes.append(Note(f"images have no {'boxes in the COCO file' if settings.coco else 'box file'}", without))
+    return notes

@@ -1,4 +1,4 @@
-"""Work on a Dask cluster, through the same kind of executor."""
+"""Work on a Dask cluster, and the check that this machine sees the files its workers write."""
 
 from __future__ import annotations
 
@@ -17,18 +17,21 @@ from pathlib import Path
 from typing import Any
 
 from annotations.errors import UserError
-from tiling.jobs.outcome import DIED, STOPS, Job, Outcome, describe_error, guarded, timed_out
+from tiling.jobs.outcome import DIED, Job, Outcome, Work, describe_error, guarded, timed_out
 
 ANSWER_S = 10.0  # how long a scheduler may take to answer
-WINDOW = 2000  # items the scheduler knows of at a time: more than a cluster has threads, and never a whole large cohort
+MAX_SUBMITTED = 2000  # items the scheduler knows of at a time: more than a cluster has threads, less than a large cohort
+PATIENCE_S = 10.0  # how long a network mount may take to show a file of another machine
+MTIME_TOLERANCE_NS = 2 * 10**9  # file systems keep times with different precision
+UNSEEN = "the worker wrote it where this machine does not see it: is --out on a shared disk?"
 
 
 def run_dask(job: Job, scheduler: str, stopped: Callable[[], bool] = lambda: False) -> None:
     """Work off `job.todo` on the cluster of a scheduler (its address, or its scheduler file), until `stopped`.
 
-    What a worker was at when it died is given to another by the scheduler, a few times. What is still with the scheduler when
-    the work is stopped is taken back, and nothing is said of it. Raises UserError where the
-    scheduler cannot be reached; where it goes away in mid-run, the items left fail with a line that says so.
+    The scheduler gives an item whose worker died to another one, a few times. Items that are with the scheduler when the work
+    is stopped are taken back without an outcome. Raises UserError where the scheduler cannot be reached; where it goes away
+    in mid-run, the items left fail with a line that says so.
     """
     try:
         from distributed import Client
@@ -40,24 +43,22 @@ def run_dask(job: Job, scheduler: str, stopped: Callable[[], bool] = lambda: Fal
         client = Client(address, timeout=ANSWER_S)
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"--scheduler {scheduler}: no Dask scheduler answers there ({describe_error(error)})") from None
-    logging.getLogger("distributed.client").setLevel(logging.CRITICAL)  # what it says in tracebacks, we say in a line
+    logging.getLogger("distributed.client").setLevel(logging.CRITICAL)  # its tracebacks are our one-line errors
     with client:
         if not client.nthreads():
             print(f"--scheduler {scheduler}: no worker has joined it yet: waiting for one", file=sys.stderr, flush=True)
         executor = client.get_executor(pure=False, retries=0)
         try:
-            died = _feed(executor, job, scheduler, stopped)
-            # Items that only waited on workers that others brought down are blamed with them: on its own each is told apart.
+            died = _submit(executor, job, scheduler, stopped)
+            if len(died) > 1:  # some only shared a worker with the item it died of: each is tried alone
+                died = [i for index in died for i in _submit(executor, replace(job, todo=deque([index])), scheduler, stopped)]
             for index in died:
-                one = replace(job, todo=deque([index]))
-                alone = _feed(executor, one, scheduler, stopped) if len(died) > 1 else [index]
-                for _ in alone:
-                    job.fail(index, DIED)
+                job.fail(index, DIED)
         finally:
             if client.status == "running":
-                executor.shutdown(wait=False)  # takes back what has not come
+                executor.shutdown(wait=False)  # cancels the items that are still there
             else:
-                client.close(timeout=1)  # the scheduler is gone: no answer is waited for
+                client.close(timeout=1)  # the scheduler is gone and will not answer
 
 
 def _address_in(scheduler_file: str) -> str:
@@ -74,18 +75,19 @@ def _address_in(scheduler_file: str) -> str:
     return address
 
 
-def _feed(executor: Executor, job: Job, scheduler: str, stopped: Callable[[], bool]) -> list[int]:
-    """Submit `job.todo`, a window of it at a time; returns the items whose workers died again and again."""
-    running: dict[Future, int] = {}
+def _submit(executor: Executor, job: Job, scheduler: str, stopped: Callable[[], bool]) -> list[int]:
+    """Work off `job.todo`, MAX_SUBMITTED items at a time; return the indexes of those whose workers died again and again."""
+    running: dict[Future[Outcome], int] = {}
     died: list[int] = []
     gone = f"--scheduler {scheduler}: the scheduler went away: start it and run the same command again"
     while (job.todo or running) and not stopped():
-        while job.todo and len(running) < WINDOW:
+        while job.todo and len(running) < MAX_SUBMITTED:
             index = job.todo.popleft()
+            item, name = job.items[index], job.names[index]
             try:
-                running[executor.submit(guarded_within, job.timeout, job.work, job.items[index], job.names[index])] = index
+                running[executor.submit(work_within, job.timeout, job.work, item, name, job.wrote)] = index
             except Exception:  # the client's connection is closed
-                job.done(index, Outcome(job.names[index], ok=False, message=gone, info={STOPS: True}))
+                job.done(index, Outcome(name, ok=False, error=gone, ends_run=True))
                 return died
         finished, _ = wait(running, return_when=FIRST_COMPLETED)
         for future in finished:
@@ -93,71 +95,62 @@ def _feed(executor: Executor, job: Job, scheduler: str, stopped: Callable[[], bo
             try:
                 outcome = future.result()
             except CancelledError:
-                job.done(index, Outcome(job.names[index], ok=False, message=gone, info={STOPS: True}))
+                job.done(index, Outcome(job.names[index], ok=False, error=gone, ends_run=True))
                 return died
             except Exception as error:
                 if type(error).__name__ == "KilledWorker":
                     died.append(index)
                     continue
-                outcome = Outcome(job.names[index], ok=False, message=describe_error(error))
+                outcome = Outcome(job.names[index], ok=False, error=describe_error(error))
             job.done(index, outcome)
     return died
 
 
-def guarded_within(timeout: float | None, work: Callable[[Any], dict | None], item: Any, name: str) -> Outcome:
-    """`guarded`, given up after `timeout` seconds: the cluster's worker goes on, its thread is left to itself."""
+def work_within(timeout: float | None, work: Work, item: Any, name: str, wrote: Callable[[Any], Path] | None = None) -> Outcome:
+    """Run `work` on one item in a cluster's worker, given up after `timeout` seconds: its thread is left to itself.
+
+    wrote: the file of an item that is done, whose time becomes `Outcome.written`.
+    """
+
+    def outcome() -> Outcome:
+        outcome = guarded(work, item, name)
+        if outcome.ok and wrote is not None:
+            path = wrote(item)
+            outcome.written = path, _mtime_ns(path)
+        return outcome
+
     if timeout is None:
-        return guarded(work, item, name)
+        return outcome()
     answer: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
-    threading.Thread(target=lambda: answer.put(guarded(work, item, name)), daemon=True).start()
+    threading.Thread(target=lambda: answer.put(outcome()), daemon=True).start()
     try:
         return answer.get(timeout=timeout)
     except queue.Empty:
-        return Outcome(name, ok=False, message=timed_out(timeout), seconds=timeout)
-
-
-WRITTEN = "written"  # key of Outcome.info: path and time (mtime, ns) of the file an item is in, as its worker sees it
-
-
-PATIENCE_S = 10.0  # what a network mount may take to show a file of another machine
-
-
-SLACK_NS = 2 * 10**9  # file systems keep times more or less finely
-
-
-UNSEEN = "the worker wrote it where this machine does not see it: is --out on a shared disk?"
-
-
-def work_and_stat(item: Any, work: Callable[[Any], dict | None], wrote: Callable[[Any], Path]) -> dict[str, Any]:
-    """`work` on an item, and what its worker sees of the file it wrote or found done (runs in the worker)."""
-    info = dict(work(item) or {})
-    path = wrote(item)
-    return {**info, WRITTEN: (str(path), _time_ns(path))}
+        return Outcome(name, ok=False, error=timed_out(timeout), seconds=timeout)
 
 
 class SharedStorageCheck:
-    """Looks for the files of items that are done; waits for one that is not there, and after one that never came no longer."""
+    """Looks for the files that a cluster's workers wrote. One that comes late is waited for, unless one before never came."""
 
     def __init__(self) -> None:
-        self.until: float | None = None
+        self.deadline: float | None = None
 
     def check(self, outcome: Outcome) -> Outcome:
-        """The outcome, a failure where the file its worker wrote is not seen from here. Others stay as they are."""
-        written = outcome.info.pop(WRITTEN, None)
-        if written is None or not outcome.ok:
+        """The outcome; a failure where the file its worker wrote is not seen from here."""
+        if outcome.written is None:
             return outcome
-        path, time_ns = Path(written[0]), written[1]
-        while _time_ns(path) < max(0, time_ns - SLACK_NS):  # an old one of that name is not what was written
-            self.until = self.until or time.monotonic() + PATIENCE_S
-            if time.monotonic() > self.until:
-                return replace(outcome, ok=False, skipped=False, message=f"{path}: {UNSEEN}")
+        path, mtime_ns = outcome.written
+        while _mtime_ns(path) < max(0, mtime_ns - MTIME_TOLERANCE_NS):  # an older file of that name is not the one
+            self.deadline = self.deadline or time.monotonic() + PATIENCE_S
+            if time.monotonic() > self.deadline:
+                return Outcome(outcome.item, ok=False, error=f"{path}: {UNSEEN}", seconds=outcome.seconds, info=outcome.info)
             time.sleep(0.2)
-        self.until = None
-        return outcome
+        self.deadline = None
+        return replace(outcome, written=None)
 
 
-def _time_ns(path: Path) -> int:
-    """mtime in ns, asked of an open file, which network mounts do not answer from memory; -1 where there is none."""
+def _mtime_ns(path: Path) -> int:
+    """mtime in ns of the opened file, which network mounts do not answer from memory; -1 where there is none."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError:

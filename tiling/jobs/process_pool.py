@@ -19,7 +19,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 
 from annotations.errors import UserError
-from tiling.jobs.outcome import DIED, Job, describe_error, guarded, timed_out
+from tiling.jobs.outcome import DIED, Job, Outcome, describe_error, guarded, timed_out
 
 TIMEOUT_CHECK_S = 0.5  # how often the time of running items is checked
 KILL_WAIT_S = 5.0  # how long a killed process may take to end
@@ -40,7 +40,7 @@ class Worker:
     def ready(self) -> bool:
         return self.pid.done() and self.pid.exception() is None
 
-    def start(self, job: Job, index: int) -> Future:
+    def start(self, job: Job, index: int) -> Future[Outcome]:
         """Submit an item. Raises BrokenProcessPool where the worker died while it was idle."""
         self.index, self.begun = index, None
         return self.executor.submit(guarded, job.work, job.items[index], job.names[index])
@@ -75,7 +75,7 @@ class WorkerPool:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.idle: list[Worker] = []
-        self.busy: dict[Future, Worker] = {}
+        self.busy: dict[Future[Outcome], Worker] = {}
         self.died: list[int] = []
         self.false_starts = 0
 
@@ -108,7 +108,7 @@ class WorkerPool:
             self.job.todo.popleft()
         return bool(self.busy)
 
-    def _take(self, future: Future, worker: Worker) -> None:
+    def _take(self, future: Future[Outcome], worker: Worker) -> None:
         try:
             outcome = future.result()
         except BrokenProcessPool:
@@ -125,7 +125,7 @@ class WorkerPool:
             self.job.done(worker.index, outcome)
         self.idle.append(worker)
 
-    def _kill_overdue(self, overdue: Iterable[Future]) -> None:
+    def _kill_overdue(self, overdue: Iterable[Future[Outcome]]) -> None:
         for future in overdue:
             worker = self.busy.pop(future)
             assert self.job.timeout is not None

@@ -1,4 +1,4 @@
-"""Show a cohort's work: the progress bar, the results of a command as an object, the table of failures."""
+"""The progress bar of a run, and the result of a command: notes, sums, a table of failures."""
 
 from __future__ import annotations
 
@@ -10,37 +10,38 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-from tiling.jobs.outcome import Outcome
+from tiling.jobs.outcome import Note, Outcome, joined
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 PLAIN_LINE_EVERY_S = 30.0
-SUMMARY_WIDTH = 160  # columns of what is written elsewhere than to a terminal
+SUMMARY_WIDTH = 160  # columns where the output is no terminal
+MANY_ITEMS = 3  # a note on more items than this has a line of its own
 NOT_TRIED = "not tried: stopped before it"
 
 
-class _Progress:
+class ProgressBar:
     """One bar with an ETA on a terminal, a line now and then elsewhere; both on stderr."""
 
     def __init__(self, title: str, total: int) -> None:
         self.title, self.total = title, total
         self.count = self.failed = 0
-        self.worked, self.worked_s, self.seconds = 0, 0.0, 0.0  # items that were not skipped, and their time; that of all
+        self.worked, self.worked_s, self.seconds = 0, 0.0, 0.0  # items that were not skipped; their seconds; those of all
         self.last_failed = ""
         self.bar: Any = None
         self.task: Any = None
         self.started = self.last_line = time.monotonic()
 
-    def __enter__(self) -> _Progress:
+    def __enter__(self) -> ProgressBar:
         if self.total and sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
             from rich.progress import TimeRemainingColumn as Remaining
 
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-            more = (TextColumn("ETA"), Remaining(), TextColumn("{task.fields[remark]}"))
-            self.bar = Progress(*columns, *more, console=Console(stderr=True))
+            tail = (TextColumn("ETA"), Remaining(), TextColumn("{task.fields[remark]}"))
+            self.bar = Progress(*columns, *tail, console=Console(stderr=True))
             self.task = self.bar.add_task(self.title, total=self.total, remark="")
             self.bar.start()
         return self
@@ -70,8 +71,8 @@ class _Progress:
         if not self.worked:
             return ""
         share = self.worked_s / self.seconds if self.seconds else 1.0
-        each = (time.monotonic() - self.started) * share / self.worked
-        return f"ETA {each * (self.total - self.count):.0f} s"
+        seconds_per_item = (time.monotonic() - self.started) * share / self.worked
+        return f"ETA {seconds_per_item * (self.total - self.count):.0f} s"
 
 
 class Result(ABC):
@@ -106,17 +107,17 @@ class Result(ABC):
     def _recorded(self) -> Console:
         from rich.console import Console
 
-        # In a notebook, a console that may know of it shows all that is written to it, whatever its file.
+        # force_jupyter: a console in a notebook would show what is written to it, whatever its file.
         console = Console(file=io.StringIO(), record=True, width=self.width() or SUMMARY_WIDTH, force_jupyter=False)
         self.show(console)
         return console
 
 
 class Outcomes(Result, Sequence[Outcome]):
-    """The outcomes of a command's items in their order, and how they are told.
+    """The outcomes of a command's items in their order, and their summary.
 
     title: the command. out: where the output is. columns: keys of `Outcome.info`, numbers to be summed over the items.
-    wall_s: seconds by the clock on the wall, which several workers share; theirs are summed in a column of their own.
+    wall_s: seconds the command took; those of its workers are summed in a column of their own.
     """
 
     def __init__(
@@ -151,16 +152,15 @@ class Outcomes(Result, Sequence[Outcome]):
     def counts(self) -> dict[str, int]:
         """The numbers of items done, skipped, failed and (only where there are any) not tried."""
         skipped = sum(outcome.skipped for outcome in self)
-        untried = sum(outcome.message == NOT_TRIED for outcome in self)
+        untried = sum(outcome.error == NOT_TRIED for outcome in self)
         failed = len(self.failed) - untried
         counts = {"done": len(self) - skipped - failed - untried, "skipped": skipped, "failed": failed}
         return counts | ({"not tried": untried} if untried else {})
 
     def width(self) -> int | None:
         """As many columns as keep each failure on one line."""
-        failures = [outcome for outcome in self.failed if outcome.message != NOT_TRIED]
-        names, messages = ([outcome.item for outcome in failures], [outcome.message for outcome in failures])
-        return max(SUMMARY_WIDTH, sum(max(map(len, texts), default=0) for texts in (names, messages)) + 20)
+        rows = [(outcome.item, outcome.message) for outcome in self.failed if outcome.error != NOT_TRIED]
+        return max(SUMMARY_WIDTH, sum(max(map(len, texts)) for texts in zip(*rows, strict=True)) + 20)
 
     def show(self, console: Console) -> None:
         """Notes, the sums, a table of failures, and where the output is."""
@@ -174,10 +174,10 @@ class Outcomes(Result, Sequence[Outcome]):
         for head in values:
             table.add_column(head, justify="right")
         table.add_row(*(f"{value:,}" if isinstance(value, int) else f"{value:,.1f}" for value in values.values()))
-        show_lines(console, _notes(self))  # before the rest: there may be thousands
+        show_lines(console, summarise(self))  # first: there may be thousands
         console.print(table)
-        untried = [outcome for outcome in self.failed if outcome.message == NOT_TRIED]
-        show_failures(console, [outcome for outcome in self.failed if outcome.message != NOT_TRIED])
+        untried = [outcome for outcome in self.failed if outcome.error == NOT_TRIED]
+        show_failures(console, [outcome for outcome in self.failed if outcome.error != NOT_TRIED])
         if untried:
             again = "put right what stopped the run, then run it again"
             show_lines(console, [f"not tried: {len(untried)}, from {untried[0].item} on: {again}"])
@@ -202,18 +202,35 @@ def show_lines(console: Console, lines: Iterable[str]) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _notes(outcomes: Sequence[Outcome]) -> list[str]:
-    """Reasons why items were made anew, and remarks on them: one line each, however many items have it."""
-    fine = [outcome for outcome in outcomes if outcome.ok]
-    anew = _grouped((outcome.item, str(outcome.info.get("redone") or "")) for outcome in fine)
-    remarks = _grouped((outcome.item, outcome.message) for outcome in fine)
-    return [f"note: made anew: {line}" for line in anew] + [f"note: {line}" for line in remarks]
+def summarise(outcomes: Iterable[Outcome]) -> list[str]:
+    """The notes on items that went well, and why items were made anew, as lines.
+
+    A note on more than MANY_ITEMS items is one line, its numbers summed; the other notes of an item are one line together,
+    once for all items that have the same.
+    """
+    done = [outcome for outcome in outcomes if outcome.ok]
+    uses: dict[str, dict[str, list[Note]]] = {}  # text -> item -> its notes
+    for outcome in done:
+        for note in outcome.notes:
+            uses.setdefault(note.text, {}).setdefault(outcome.item, []).append(note)
+    common = {text: items for text, items in uses.items() if len(items) > MANY_ITEMS}
+    lines = [f"made anew: {line}" for line in _by_text((outcome.item, outcome.redone) for outcome in done)]
+    for text, items in common.items():
+        notes = [note for group in items.values() for note in group]
+        ids = tuple(name for note in notes for name in note.ids)
+        lines.append(f"{_and_more(list(items))}: {Note(text, sum(note.count for note in notes), ids)}")
+    rest = ((outcome.item, joined(note for note in outcome.notes if note.text not in common)) for outcome in done)
+    return [f"note: {line}" for line in lines + _by_text(rest)]
 
 
-def _grouped(said: Iterable[tuple[str, str]]) -> list[str]:
+def _by_text(texts: Iterable[tuple[str, str]]) -> list[str]:
     """(item, text) -> lines "item and 3 more: text", in the order of the first items; empty texts are left out."""
     items: dict[str, list[str]] = {}
-    for item, text in said:
+    for item, text in texts:
         if text:
             items.setdefault(text, []).append(item)
-    return [f"{who[0]}{f' and {len(who) - 1} more' if len(who) > 1 else ''}: {text}" for text, who in items.items()]
+    return [f"{_and_more(names)}: {text}" for text, names in items.items()]
+
+
+def _and_more(items: Sequence[str]) -> str:
+    return f"{items[0]} and {len(items) - 1} more" if len(items) > 1 else items[0]

@@ -10,6 +10,7 @@ import numpy as np
 
 from annotations.errors import UserError
 from tiling.boxes.run import HASH_ATTR as ANNOTATED_ATTR
+from tiling.jobs.outcome import ItemResult
 from tiling.slide_file.merge import drop_objects, merge_groups, read_groups
 from tiling.slide_file.read import SlideFile
 from tiling.slide_file.write import parameters_hash, replace_groups
@@ -24,10 +25,10 @@ METHOD_VERSION = 1  # raise it when the method changes, so that old groups are m
 CLUSTERS_ATTR = "gathered_sha256"
 
 
-def propose_from_annotations(path: Path, how: ClusterSettings | None = None) -> dict[str, Any]:
+def propose_from_annotations(path: Path, how: ClusterSettings | None = None) -> ItemResult:
     """Add clusters of cells and parts of tissue to the boxes of one slide file; earlier ones are replaced.
 
-    Returns counts of clusters and parts, and `skipped`. Raises UserError where the file holds no annotated objects.
+    info: the numbers of clusters and parts. Raises UserError where the file holds no annotated objects.
     """
     from annotations.geometry.clip import clip_to_tiles
     from annotations.geometry.clusters import CLUSTER_LABEL, PART_LABEL, ClusterSettings, cluster_objects
@@ -45,17 +46,15 @@ def propose_from_annotations(path: Path, how: ClusterSettings | None = None) -> 
             stamp = [METHOD_VERSION, asdict(how), str(attrs.get(ANNOTATED_ATTR)), int(annotated.sum()), file.has_polygons]
             digest = parameters_hash({"gathered": stamp})[1]
             if attrs.get(CLUSTERS_ATTR) == digest:
-                return {"skipped": True, **_counts(objects["label"], objects["labels"])}
+                return ItemResult(_counts(objects["label"], objects["labels"]), skipped=True)
             table = cluster_objects(table_of_boxes(file), file.mpp_level0, how)
             boxes = clip_to_tiles(table.geometry, file.coords, file.size_l0, file.patch_size, polygons=file.has_polygons)
             new = annotation_groups(table, boxes, file.mpp_level0)
-            if boxes.polygons is not None:
-                new["boxes"]["polygon"] = boxes.polygons.arrays()
         old = drop_objects(read_groups(path), (CLUSTER_LABEL, PART_LABEL))
         groups = merge_groups(path, old, new)
         groups["objects"]["attrs"][CLUSTERS_ATTR] = digest
         replace_groups(path, groups)
-    return _counts(groups["objects"]["label"], groups["objects"]["attrs"]["labels"])
+    return ItemResult(_counts(groups["objects"]["label"], groups["objects"]["attrs"]["labels"]))
 
 
 def table_of_boxes(file: SlideFile) -> ObjectTable:

@@ -13,6 +13,7 @@ import numpy as np
 
 from annotations.errors import UserError
 from annotations.objects import Kind
+from tiling.jobs.outcome import ItemResult
 from tiling.jobs.run import run_cohort
 from tiling.jobs.summary import Outcomes
 from tiling.proposals.from_annotations import propose_from_annotations
@@ -58,13 +59,13 @@ def propose(
     return Outcomes(outcomes, "propose", folder, COUNTED_FROM_CELLS if from_cells else COUNTED, perf_counter() - begun)
 
 
-def propose_slide(path: Path, replace: bool = False, settings: ProposalSettings | None = None) -> dict[str, Any]:
-    """Propose boxes for one slide file; returns counts as in COUNTED, and `skipped`."""
+def propose_slide(path: Path, replace: bool = False, settings: ProposalSettings | None = None) -> ItemResult:
+    """Propose boxes for one slide file; info: the counts in COUNTED."""
     with lock_file(path):
         return _proposed(path, replace, settings or ProposalSettings())
 
 
-def _proposed(path: Path, replace: bool, settings: ProposalSettings) -> dict[str, Any]:
+def _proposed(path: Path, replace: bool, settings: ProposalSettings) -> ItemResult:
     with SlideFile(path) as file:
         parameters = {"method_version": METHOD_VERSION, **asdict(settings)}
         digest = parameters_hash({**parameters, "tiles": file.attrs["parameters_sha256"]})[1]
@@ -74,7 +75,7 @@ def _proposed(path: Path, replace: bool, settings: ProposalSettings) -> dict[str
         if file.has_boxes and not damaged:
             objects = file.objects_table()
             if file.group_attrs("objects").get(HASH_ATTR) == digest:
-                return {"skipped": True, **_counts(objects["label"])}
+                return ItemResult(_counts(objects["label"]), skipped=True)
             if not replace and (objects["kind"] != Kind.PROPOSAL).any():
                 raise UserError(f"{path}: holds boxes from annotations: left as they are; --replace overwrites them")
         sample = np.unique(np.linspace(0, len(file) - 1, LEVEL_TILES).astype(int)) if len(file) else np.zeros(0, int)
@@ -83,8 +84,8 @@ def _proposed(path: Path, replace: bool, settings: ProposalSettings) -> dict[str
         groups = proposal_groups(found, file.mpp)
     groups["objects"]["attrs"][HASH_ATTR] = digest  # on the group, so that it goes when annotate replaces the group
     replace_groups(path, groups)
-    redone = {"redone": DAMAGED if damaged else "the tiles or the method changed"} if was_proposed else {}
-    return {**_counts(groups["objects"]["label"]), **redone}
+    redone = "" if not was_proposed else DAMAGED if damaged else "the tiles or the method changed"
+    return ItemResult(_counts(groups["objects"]["label"]), redone=redone)
 
 
 def _counts(label: np.ndarray) -> dict[str, int]:

@@ -16,6 +16,7 @@ from annotations.errors import UserError
 from tiling.cohort.manifest import SlideItem
 from tiling.cohort.scan import slide_items
 from tiling.grid import GridPlan, plan_grid
+from tiling.jobs.outcome import ItemResult, Note, notes_of
 from tiling.jobs.run import available_cpus, run_cohort
 from tiling.jobs.summary import Outcomes
 from tiling.slide_file.read import SlideFile
@@ -147,8 +148,8 @@ class Task:
         return _parameters(self.settings, mpp_level0, self.outlines, self.exclude)
 
 
-def tile_slide(item: SlideItem, out: Path, settings: TileSettings, threads: int = 1) -> dict[str, Any]:
-    """Tile one slide into `<out>/<slide_id>.h5`; returns tiles, bad_tiles, megapixels (of level 0), reader, `message`.
+def tile_slide(item: SlideItem, out: Path, settings: TileSettings, threads: int = 1) -> ItemResult:
+    """Tile one slide into `<out>/<slide_id>.h5`; info: tiles, bad_tiles, megapixels (of level 0), reader, mpp_source.
 
     The rows of tiles that could not be decoded whole are listed in `/bad_tiles`, int64 (K,); there is none without them.
     """
@@ -165,7 +166,7 @@ def tile_slide(item: SlideItem, out: Path, settings: TileSettings, threads: int 
         write_tissue(settings.tissue_out, path, again=False)
     assert task.existing is not None
     counts = {"tiles": task.existing.tiles, "bad_tiles": task.existing.bad_tiles, "megapixels": 0.0}
-    return {"skipped": True, **counts, "message": _unreadable(task.existing.unreadable)}
+    return ItemResult(counts, notes_of(_unreadable(task.existing.unreadable)), skipped=True)
 
 
 def _task(item: SlideItem, path: Path, settings: TileSettings) -> tuple[Task, Stamp]:
@@ -182,7 +183,7 @@ def _task(item: SlideItem, path: Path, settings: TileSettings) -> tuple[Task, St
     return Task(item, path, settings, outlines, exclude, None if is_url else now, there, damaged), now
 
 
-def _tiled(slide: Slide, task: Task, threads: int, mpp: Mpp, now: Stamp) -> dict[str, Any]:
+def _tiled(slide: Slide, task: Task, threads: int, mpp: Mpp, now: Stamp) -> ItemResult:
     """Look, plan, read, write; returns what `tile_slide` does."""
     item, path, settings, info, mpp_l0 = task.item, task.path, task.settings, slide.info, mpp.value
     assert mpp_l0 is not None
@@ -207,7 +208,7 @@ def _tiled(slide: Slide, task: Task, threads: int, mpp: Mpp, now: Stamp) -> dict
         out.add_group("quality", {"pen": pen_shares(overview, plan)} | blur)
     write_tissue(settings.tissue_out, path, again=True)
     had_boxes = task.existing is not None and task.existing.has_boxes
-    said = [
+    notes = notes_of(
         mpp.note if mpp.source != "--assume-mpp" else "",
         _why_empty(plan, info, overview),
         *remarks(overview, plan, ink_dropped=settings.tissue == "auto" and settings.pen == "drop"),
@@ -215,12 +216,11 @@ def _tiled(slide: Slide, task: Task, threads: int, mpp: Mpp, now: Stamp) -> dict
         twin,
         "its boxes are gone with the old tiles: run annotate again" if had_boxes else "",
         f"nothing of it in --exclude {settings.exclude}" if settings.exclude and task.exclude is None else "",
-    ]
-    message = "; ".join(remark for remark in said if remark)
+    )
     megapixels = len(plan.coords) * plan.size_l0**2 / 1e6 if settings.stores_pixels else 0.0
-    counts = {"tiles": len(plan.coords), "bad_tiles": len(out.problems), "megapixels": megapixels, "reader": info.reader}
-    anew = reason_to_redo(task.existing, parameters, now) if task.existing is not None else DAMAGED if task.damaged else ""
-    return {**counts, "mpp_source": mpp.source, "message": message, "redone": anew}
+    counts = {"tiles": len(plan.coords), "bad_tiles": len(out.problems), "megapixels": megapixels}
+    redone = reason_to_redo(task.existing, parameters, now) if task.existing is not None else DAMAGED if task.damaged else ""
+    return ItemResult({**counts, "reader": info.reader, "mpp_source": mpp.source}, notes, redone)
 
 
 def _regions(settings: TileSettings, item: SlideItem) -> tuple[Path | None, Path | None]:
@@ -329,21 +329,22 @@ def _why_empty(plan: GridPlan, info: SlideInfo, overview: Overview) -> str:
 
 def _about_pixels(
     slide: Slide, overview: Overview, plan: GridPlan, settings: TileSettings, problems: dict[int, str]
-) -> list[str]:
-    """Remarks on the pixels."""
-    said = [slide.info.note, describe_placements(slide)]
+) -> list[Note | str]:
+    """Notes on the pixels."""
+    notes: list[Note | str] = [slide.info.note, describe_placements(slide)]
     if problems:
         row, problem = next(iter(problems.items()))
-        said.append(f"{len(problems)} tiles cannot be decoded and are marked in /bad_tiles (the first, row {row}: {problem})")
-    said.append(_unreadable(overview.unreadable.mean()))
+        text = f"tiles cannot be decoded and are marked in /bad_tiles (the first, row {row}: {problem})"
+        notes.append(Note(text, len(problems)))
+    notes.append(_unreadable(overview.unreadable.mean()))
     if count := count_missing_tiles(slide, plan):
-        said.append(f"{count} tiles reach into what was not scanned: background colour there")
+        notes.append(Note("tiles reach into what was not scanned: background colour there", count))
     if slide.skipped_levels:
         sizes = ", ".join(f"1/{slide.downsample(level):.0f}" for level in sorted(slide.skipped_levels))
-        said.append(f"its level of {sizes} is no average of level 0, so a finer one is read")
+        notes.append(f"its level of {sizes} is no average of level 0, so a finer one is read")
     if settings.pixels == "copy" and len(plan.coords) and stored_level(slide, plan) is None:
-        said.append(f"recoded at quality {settings.quality}: its stored tiles are not the tiles wanted")
-    return said
+        notes.append(f"recoded at quality {settings.quality}: its stored tiles are not the tiles wanted")
+    return notes
 
 
 def _unreadable(share: float) -> str:

@@ -15,8 +15,9 @@ from annotations.errors import UserError
 from odis_path.cli.app import app
 from odis_path.exporters.geojson import export_geojson
 from tiling import SlideFile, SlideMeta, write_slide_file
+from tiling.boxes.result import class_rows
 from tiling.boxes.run import annotate
-from tiling.boxes.summary import label_rows, results_of
+from tiling.boxes.summary import read_results
 
 RING = [[0, 0], [20, 0], [20, 20], [0, 20], [0, 0]]
 BOW = [[0, 0], [20, 20], [20, 0], [0, 20], [0, 0]]
@@ -68,14 +69,14 @@ def test_classes_are_mapped_and_told(tmp_path: Path) -> None:
         table = file.objects_table()
         assert table["labels"] == ["Tumour", "Stroma", "fat"]
         assert table["label"].tolist() == [0, 0, 1, 2, 2, -1]
-    results = results_of(tmp_path / "s", [outcome])
-    assert label_rows(results.values()) == [
+    results = read_results(tmp_path / "s", [outcome])
+    assert class_rows(results.values()) == [
         ("Tumour", 2, 2, 1, 1, "1 points without --point-size"),
         ("fat", 2, 0, 0, 2, "2 on no tile"),
         ("(unclassified)", 1, 1, 0, 0, ""),
         ("Stroma", 1, 2, 0, 0, ""),
     ]
-    assert results["a"]["repairs"] == ["bow: Self-intersection[40 10]"]
+    assert results["a"].repairs == ["bow: Self-intersection[40 10]"]
     assert annotate(tmp_path / "s", source, classes=classes)[0].skipped
     (outcome,) = annotate(tmp_path / "s", source, classes=classes, strict_classes=True)
     assert not outcome.ok
@@ -188,7 +189,7 @@ def test_coco_outlines_left_out_are_told_by_class(tmp_path: Path) -> None:
         "annotations": [{"image_id": 1, "category_id": 1, **shape} for shape in shapes],
     }
     outcomes = annotate(tmp_path / "s", save(tmp_path / "a.json", document))
-    (row,) = label_rows(results_of(tmp_path / "s", outcomes).values())
+    (row,) = class_rows(read_results(tmp_path / "s", outcomes).values())
     assert row == ("gland", 1, 1, 1, 3, "1 no geometry, 1 fewer than 3 corners, 1 no area")
 
 

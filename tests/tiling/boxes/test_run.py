@@ -160,7 +160,7 @@ def test_a_mask_of_one_value_is_told_and_split_where_that_is_asked_for(tmp_path:
     assert "value 255 lies in 3 pieces and is one object: --split-values makes each piece one" in whole.message
     assert annotate(tmp_path / "s", tmp_path / "g")[0].skipped
     (split,) = annotate(tmp_path / "s", tmp_path / "g", split_values=True)
-    assert (split.skipped, split.info["objects"], split.info["redone"]) == (False, 3, "split_values False, now True")
+    assert (split.skipped, split.info["objects"], split.redone) == (False, 3, "split_values False, now True")
     with SlideFile(path) as file:
         assert file.objects_table()["id"].tolist() == ["255/0", "255/1", "255/2"]
         assert file.boxes(0)[0].tolist() == [20, 20, 80, 80]

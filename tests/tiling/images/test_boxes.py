@@ -122,10 +122,10 @@ def test_every_annotation_is_a_box_or_counted_by_reason_and_named(tmp_path: Path
         "1 left out, of an image that the file does not list (annotation 106)",
     ):
         assert line in text, line
-    rows = [row for result in outcomes.results for row in result["labels"].values()]
-    lost = sum(sum(row["skipped"].values()) for row in rows)
-    assert sum(row["objects"] for row in rows) == 3  # one of them on no tile
-    assert sum(row["boxes"] for row in rows) == 2
+    rows = [row for result in outcomes.results for row in result.labels.values()]
+    lost = sum(sum(row.skipped.values()) for row in rows)
+    assert sum(row.objects for row in rows) == 3  # one of them on no tile
+    assert sum(row.boxes for row in rows) == 2
     assert lost == 6
     again = run(tmp_path, fit)
     assert all(outcome.skipped for outcome in again)
@@ -256,4 +256,4 @@ def test_box_files_tell_what_they_lose_too(tmp_path: Path) -> None:
     outcomes = run(tmp_path, "tiles", coco=None, boxes=tmp_path / "xml")
     for line in ("no area (annotation a:1)", "on no tile (annotation a:2)", "no geometry (annotation a:3)"):
         assert line in outcomes[0].message
-    assert outcomes.results[0]["labels"]["Tumor"]["skipped"] == {"zero_area": 1, "outside": 1, "empty": 1}
+    assert outcomes.results[0].labels["Tumor"].skipped == {"zero_area": 1, "outside": 1, "empty": 1}

@@ -176,7 +176,7 @@ def test_relative_paths_are_those_of_the_command_not_of_the_worker(
     assert contents(tmp_path / "here" / "S.h5") == contents(tmp_path / "there" / "S.h5")
 
 
-def work(item: str) -> dict:
+def work(item: str) -> None:
     """What the item's name asks for (runs in workers)."""
     if item == "hangs":
         time.sleep(600)
@@ -184,7 +184,6 @@ def work(item: str) -> dict:
         os.kill(os.getpid(), signal.SIGKILL)
     if item.startswith("slow"):
         time.sleep(0.5)
-    return {}
 
 
 def test_what_hangs_or_kills_on_a_cluster_is_named_and_the_rest_goes_on(cluster: Cluster) -> None:

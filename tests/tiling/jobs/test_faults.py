@@ -336,7 +336,7 @@ def test_a_write_that_fails_is_told_and_tears_nothing(
         try:
             failed = [outcome for outcome in getattr(stage, command)(out) if not outcome.ok]
         except UserError as error:  # slides.parquet without one slide
-            failed = [Outcome("", ok=False, message=str(error))]
+            failed = [Outcome("", ok=False, error=str(error))]
     assert failed
     assert all("Input/output error" in outcome.message or command == "embed" for outcome in failed)
     for path in out.iterdir():

@@ -19,17 +19,17 @@ import pytest
 from annotations.errors import UserError
 from tiling.cohort.manifest import read_manifest
 from tiling.cohort.scan import scan
-from tiling.jobs.outcome import DIED, Outcome
+from tiling.jobs.outcome import DIED, ItemResult, Note, Outcome, notes_of
 from tiling.jobs.run import run_cohort
-from tiling.jobs.summary import NOT_TRIED, Outcomes
+from tiling.jobs.summary import NOT_TRIED, Outcomes, summarise
 from tiling.storage.atomic import DiskFullError
 from tiling.storage.locks import is_locked, lock_file, lock_path
 
 ROOT = Path(__file__).parents[3]
 
 
-def work(item: str) -> dict:
-    """What the item's name asks for (runs in workers)."""
+def work(item: str) -> ItemResult:
+    """Do what the item's name asks for (runs in workers)."""
     if item == "bad":
         raise UserError("bad.svs: broken: copy it again")
     if item == "bug":
@@ -44,7 +44,7 @@ def work(item: str) -> dict:
         raise DiskFullError("full.h5: cannot be written: No space left on device: make room")
     if item == "slow":
         time.sleep(1)
-    return {"skipped": item == "old", "tiles": len(item), "message": "noted" if item == "odd" else ""}
+    return ItemResult({"tiles": len(item)}, [Note("noted")] if item == "odd" else [], skipped=item == "old")
 
 
 def summary(outcomes: list[Outcome]) -> list[tuple[str, bool, bool, str]]:
@@ -113,12 +113,11 @@ def test_a_reader_that_hangs_is_given_up_and_the_run_goes_on(workers: int, tmp_p
         run_cohort(["one"], work, title="t", timeout=0)
 
 
-def hold_and_hang(path: Path) -> dict:
+def hold_and_hang(path: Path) -> None:
     with lock_file(path):
         if path.name == "b":
             time.sleep(600)
         path.touch()
-    return {}
 
 
 def test_what_was_given_up_is_free_for_the_next_run(tmp_path: Path) -> None:
@@ -162,10 +161,10 @@ def test_ten_thousand_slides_start_at_once_and_stay_small(tmp_path: Path) -> Non
     items = read_manifest(manifest)
     first: list[float] = []
 
-    def stub(item: object) -> dict:
+    def stub(item: object) -> ItemResult:
         if not first:
             first.append(time.monotonic() - begin)
-        return {"tiles": 1000, "megapixels": 50.0, "message": ""}
+        return ItemResult({"tiles": 1000, "megapixels": 50.0})
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     outcomes = run_cohort(items, stub, title="t", workers=1, name=str, folder=tmp_path)
@@ -218,17 +217,38 @@ def test_seconds_are_those_of_the_run_and_those_of_workers_are_summed_beside(cap
 
 
 def test_a_failure_stays_on_one_line_however_long(capsys: pytest.CaptureFixture[str]) -> None:
-    long = [Outcome("a slide of a very long name" * 3, ok=False, message="short"), Outcome("b", ok=False, message="why " * 99)]
+    long = [Outcome("a slide of a very long name" * 3, ok=False, error="short"), Outcome("b", ok=False, error="why " * 99)]
     Outcomes(long, "tile", Path("out")).print()
     assert sum("why" in line for line in capsys.readouterr().out.splitlines()) == 1
 
 
 def test_a_remark_on_many_items_is_one_line_and_stands_before_the_sums(capsys: pytest.CaptureFixture[str]) -> None:
-    outcomes = [Outcome(f"S{i}", ok=True, message="no mpp" if i % 2 else "", info={"redone": "it changed"}) for i in range(9)]
+    outcomes = [Outcome(f"S{i}", ok=True, notes=notes_of("no mpp" if i % 2 else ""), redone="it changed") for i in range(9)]
     Outcomes(outcomes, "tile", Path("out")).print()
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == ["note: made anew: S0 and 8 more: it changed", "note: S1 and 3 more: no mpp"]
     assert lines[2].strip() == "tile"
+
+
+def test_a_note_on_many_items_is_one_line_with_its_numbers_summed_and_the_first_ids() -> None:
+    lost = [Note("left out, no area", 2, (f"{i}a", f"{i}b")) for i in range(4)]
+    outcomes = [
+        Outcome(f"S{i}", ok=True, notes=[lost[i], Note("of its own; with 3 words") if i else Note("x", 1)]) for i in range(4)
+    ]
+    outcomes.append(Outcome("bad", ok=False, error="why", notes=[Note("left out, no area", 100)]))
+    assert summarise(outcomes) == [
+        "note: S0 and 3 more: 8 left out, no area (annotation 0a, 0b, 1a, 1b, 2a, ...)",
+        "note: S0: 1 x",
+        "note: S1 and 2 more: of its own; with 3 words",
+    ]
+    assert outcomes[0].message == "2 left out, no area (annotation 0a, 0b); 1 x", "what is shown does not change the outcomes"
+    assert outcomes[-1].message == "why; 100 left out, no area"
+
+
+def test_notes_on_few_items_stay_together() -> None:
+    notes = [Note("tiles cannot be decoded", 3), Note("no mpp")]
+    outcomes = [Outcome(name, ok=True, notes=list(notes)) for name in "abc"]
+    assert summarise(outcomes) == ["note: a and 2 more: 3 tiles cannot be decoded; no mpp"]
 
 
 def test_an_empty_cohort_is_no_failure() -> None:

@@ -24,8 +24,8 @@ import tiling.tiles.run
 from annotations.errors import UserError
 from tiling.boxes.run import annotate
 from tiling.images.run import import_images
-from tiling.jobs.dask import WRITTEN, SharedStorageCheck
-from tiling.jobs.outcome import Outcome
+from tiling.jobs.dask import SharedStorageCheck
+from tiling.jobs.outcome import ItemResult, Outcome
 from tiling.jobs.run import run_cohort
 from tiling.slide_file.read import SlideFile
 from tiling.storage.locks import FileLockedError, lock_file, lock_path, lock_settings
@@ -133,8 +133,8 @@ def test_a_slide_that_was_moved_linked_or_copied_is_done(make_slide: MakeSlide, 
     shutil.copy2(first, copy)
     assert tiled(copy, out).skipped
     os.utime(copy)  # as a copy that has a time of its own
-    assert tiled(copy, out).info["redone"] == "the slide file changed"
-    assert tiled(first, out).info["redone"] == "the slide file changed"
+    assert tiled(copy, out).redone == "the slide file changed"
+    assert tiled(first, out).redone == "the slide file changed"
     shutil.move(first, there)
     assert tiled(there, out).skipped
     first.touch()  # as archives leave stubs behind
@@ -229,7 +229,7 @@ def test_a_file_that_only_the_worker_sees_is_a_failure(tmp_path: Path, monkeypat
     shared_storage = SharedStorageCheck()
 
     def check(name: str, at: int) -> Outcome:
-        return shared_storage.check(Outcome(name, ok=True, info={WRITTEN: (str(tmp_path / name), at)}))
+        return shared_storage.check(Outcome(name, ok=True, written=(tmp_path / name, at)))
 
     assert check("old.h5", now) == Outcome("old.h5", ok=True)
     begin = time.monotonic()
@@ -253,7 +253,7 @@ def test_each_file_that_comes_late_is_waited_for(tmp_path: Path, monkeypatch: py
     shared_storage = SharedStorageCheck()
     for i in range(3):
         clock[0] = 10.0 * i
-        assert shared_storage.check(Outcome("a", ok=True, info={WRITTEN: (str(tmp_path / f"{i}.h5"), 0)})).ok
+        assert shared_storage.check(Outcome("a", ok=True, written=(tmp_path / f"{i}.h5", 0))).ok
 
 
 # --- slides that change, and torn ones
@@ -334,10 +334,10 @@ def test_the_time_left_is_told_by_what_was_not_skipped(
 ) -> None:
     monkeypatch.setattr(tiling.jobs.summary, "PLAIN_LINE_EVERY_S", 0.15)
 
-    def work(i: int) -> dict[str, Any]:
+    def work(i: int) -> ItemResult:
         if i >= 300:
             time.sleep(0.2)
-        return {"skipped": i < 300}
+        return ItemResult(skipped=i < 300)
 
     run_cohort(range(310), work, title="t", workers=1)
     lines = re.findall(r"t: (\d+)/310 .*?(?:ETA (\d+) s)?\n", capsys.readouterr().err)

@@ -56,7 +56,7 @@ def test_a_worker_that_does_not_see_the_folder(
     assert list(blind.iterdir()) == []
 
 
-def fills_the_disk(item: int) -> dict:
+def fills_the_disk(item: int) -> None:
     """Runs in workers."""
     time.sleep(0.05)
     raise DiskFullError("full.h5: cannot be written: No space left on device: make room")

@@ -83,7 +83,7 @@ def test_groups_are_made_anew_and_not_twice(folder: Path, polygons: bool) -> Non
     path = folder / "a.h5"
     first = propose_from_annotations(path)
     none = propose_from_annotations(path, ClusterSettings(members=9))
-    assert none["clusters"] == 0
+    assert none.info["clusters"] == 0
     assert shown(path, CLUSTER_LABEL) == [[], []]
     assert propose_from_annotations(path) == first
     with SlideFile(path) as file:

@@ -117,7 +117,7 @@ def test_a_damaged_slide_file_is_made_anew_by_tile(what: str, slide: Path, tmp_p
     assert tiled(slide, tmp_path).skipped
     DAMAGES[what](tmp_path / "S.h5")
     again = tiled(slide, tmp_path)
-    assert (again.ok, again.skipped, again.info["redone"]) == (True, False, "the file was damaged")
+    assert (again.ok, again.skipped, again.redone) == (True, False, "the file was damaged")
     assert contents(tmp_path / "S.h5") == before
     assert tiled(slide, tmp_path).skipped
 
@@ -129,7 +129,7 @@ def test_a_value_changed_by_another_hdf5_program_is_damage_too(slide: Path, tmp_
             file[name][rows] = 0
         with SlideFile(tmp_path / "S.h5") as file, pytest.raises(DamagedError, match="does not match its checksum"):
             file.check()
-        assert tiled(slide, tmp_path).info["redone"] == "the file was damaged"
+        assert tiled(slide, tmp_path).redone == "the file was damaged"
 
 
 def test_a_damaged_tile_is_told_with_its_number_and_what_to_do(slide: Path, tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_damage_that_changed_no_time_is_seen_when_it_is_met_and_then_made_anew(s
     assert tiled(slide, tmp_path).skipped, "not all pixels of a cohort are read to see that it is done"
     with SlideFile(path) as file, pytest.raises(DamagedError):
         file.tile(0)
-    assert tiled(slide, tmp_path).info["redone"] == "the file was damaged"
+    assert tiled(slide, tmp_path).redone == "the file was damaged"
 
 
 @pytest.mark.parametrize("name", ["boxes/xyxy", "boxes/object", "boxes/visible", "objects/label", "objects/area_um2"])
@@ -171,7 +171,7 @@ def test_damaged_boxes_are_told_and_made_anew_by_annotate(name: str, annotated: 
     with SlideFile(path) as file, pytest.raises(DamagedError, match=rf"/{name} .*run odis-path annotate \(or propose\) again"):
         file.check()
     (outcome,) = annotate(tmp_path, annotated.parent / "S.geojson", polygons=True)
-    assert outcome.info["redone"] == "the file was damaged"
+    assert outcome.redone == "the file was damaged"
     assert contents(path) == before
 
 
@@ -189,7 +189,7 @@ def test_damaged_proposals_are_made_anew_by_propose(slide: Path, tmp_path: Path)
     before = contents(tmp_path / "S.h5")
     flip(tmp_path / "S.h5", place(tmp_path / "S.h5", "boxes/xyxy") + 2)
     (outcome,) = propose(tmp_path)
-    assert outcome.info["redone"] == "the file was damaged"
+    assert outcome.redone == "the file was damaged"
     assert contents(tmp_path / "S.h5") == before
 
 

@@ -107,10 +107,10 @@ def test_a_slide_that_changed_on_the_server_is_done_again(served: tuple[str, Pat
     os.utime(folder / "a" / "S.svs", (1, 1))  # same size, other Last-Modified
     (third,) = tile([url], tmp_path / "out", **OPTIONS)
     assert (first.ok, second.skipped, third.ok, third.skipped) == (True, True, True, False)
-    assert third.info["redone"] == "the slide file changed"
+    assert third.redone == "the slide file changed"
     (other,) = tile([f"{server}/b/S.svs"], tmp_path / "out", **OPTIONS)  # equal size, another slide
     assert other.ok
-    assert "changed" in other.info["redone"]
+    assert "changed" in other.redone
 
 
 def test_a_folder_and_a_pattern_on_a_server_are_listed(served: tuple[str, Path]) -> None:

@@ -317,5 +317,5 @@ def test_scan_tells_of_levels_that_are_padded_and_of_no_others(
 ) -> None:
     write(tmp_path / "padded.tif", padded_levels)
     write(tmp_path / "plain.tif", [picture, shrunk(picture, 2), shrunk(picture, 4, up=True)])
-    problems = [header_row(SlideItem(tmp_path / f"{name}.tif", name))["row"]["problem"] for name in ("padded", "plain")]
+    problems = [header_row(SlideItem(tmp_path / f"{name}.tif", name)).info["row"]["problem"] for name in ("padded", "plain")]
     assert problems == ["size and content of levels 1 to 3 disagree, as of padded ones: read as 1/2, 1/4, 1/8 of level 0", ""]
