@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tiling.proposals.outlines import Outlines, candidate_outlines, filled, opened, quality
+from tiling.proposals.outlines import Outlines, candidate_outlines, fill_holes, open_mask, quality
 from tiling.proposals.regions import REGION_LABELS, boxes_of, find_regions, segment_clusters
 from tiling.proposals.stain import ProposalSettings, SlideLevels, nucleus_score, slide_levels, stain_of
 
@@ -39,7 +39,7 @@ class Proposals:
 def segment_nuclei(
     rgb: np.ndarray, mpp: float, settings: ProposalSettings | None = None, levels: SlideLevels | None = None
 ) -> np.ndarray:
-    """Instance labels int32 (h, w), 0 for background, of nuclei on an uint8 (h, w, 3) tile of `mpp` um per pixel.
+    """Label the nuclei of a tile, uint8 (h, w, 3) of `mpp` um per pixel: int32 (h, w), 0 for background.
 
     levels: of the whole slide; without them the tile speaks for itself. Outlines at several thresholds, clumps parted at
     their necks (`tiling.proposals.outlines`); of those that overlap the one most like a nucleus is kept.
@@ -50,7 +50,7 @@ def segment_nuclei(
 
 
 def nucleus_outlines(rgb: np.ndarray, mpp: float, settings: ProposalSettings, levels: SlideLevels | None = None) -> Outlines:
-    """The outlines among which `segment_nuclei` chooses, with the same arguments."""
+    """Collect the outlines among which `segment_nuclei` chooses, with the same arguments."""
     from scipy import ndimage
 
     levels = levels or SlideLevels(stain_of([rgb]))
@@ -59,7 +59,7 @@ def nucleus_outlines(rgb: np.ndarray, mpp: float, settings: ProposalSettings, le
 
 
 def _best(outlines: Outlines, value: np.ndarray, shape: tuple[int, ...], settings: ProposalSettings) -> np.ndarray:
-    """Outlines in the order of their quality, each where the better ones have left nearly all of it free."""
+    """Draw outlines in the order of their quality, each where better ones have left nearly all of it free."""
     taken = np.zeros(shape, np.int32)
     count = 0
     for i in np.argsort(-value, kind="stable"):
@@ -78,7 +78,7 @@ def _best(outlines: Outlines, value: np.ndarray, shape: tuple[int, ...], setting
 def propose_tile(
     rgb: np.ndarray, mpp: float, settings: ProposalSettings | None = None, levels: SlideLevels | None = None
 ) -> Proposals:
-    """Nuclei and what they form (labels as in LABELS) on one tile, nuclei first. See `segment_nuclei` for the arguments."""
+    """Propose nuclei and what they form (labels as in LABELS) on one tile, nuclei first. Arguments: see `segment_nuclei`."""
     from scipy import ndimage
 
     settings, levels = settings or ProposalSettings(), levels or SlideLevels(stain_of([rgb]))
@@ -94,11 +94,11 @@ def propose_tile(
 
 
 def _stained(score: np.ndarray, settings: ProposalSettings, floor: float) -> np.ndarray:
-    """Pixels int32 (h, w), 0 or 1, above Otsu's threshold of the tile."""
+    """Mark the pixels above Otsu's threshold of the tile: int32 (h, w), 0 or 1."""
     from skimage.filters import threshold_otsu
 
     background = float(np.percentile(score, 5))
     if float(np.ptp(score)) < settings.contrast:
         return np.zeros(score.shape, np.int32)
     threshold = max(0.9 * (float(threshold_otsu(score)) - background), settings.contrast) + background
-    return filled(opened(score > max(threshold, floor))).astype(np.int32)
+    return fill_holes(open_mask(score > max(threshold, floor))).astype(np.int32)

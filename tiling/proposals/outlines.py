@@ -16,17 +16,7 @@ RING_UM = 0.7  # width of the surroundings that an outline is compared with
 TOP_PERCENT = 95  # of the stained pixels lie below the last threshold
 DETAIL = 0.05  # density that keeps the ratios below finite
 FEATURES = (
-    "fit",
-    "log_area",
-    "edge",
-    "edge_spread",
-    "contrast",
-    "texture",
-    "elongation",
-    "free_rim",
-    "level",
-    "depth",
-    "compact",
+    *("fit", "log_area", "edge", "edge_spread", "contrast", "texture", "elongation", "free_rim", "level", "depth", "compact"),
 )
 
 
@@ -48,6 +38,16 @@ class Outlines:
 
 
 @dataclass(frozen=True)
+class _Layer:
+    """The outlines in one label image: columns as of `Outlines`."""
+
+    labels: np.ndarray
+    number: np.ndarray
+    box: np.ndarray
+    features: np.ndarray
+
+
+@dataclass(frozen=True)
 class _Picture:
     """A score map float32 (h, w), its slope per um, its background and its range, and the coordinates of its pixels."""
 
@@ -61,23 +61,25 @@ class _Picture:
 
 
 def candidate_outlines(score: np.ndarray, mpp: float, settings: ProposalSettings, floor: float) -> Outlines:
-    """All outlines of nuclear size on a smoothed score map float32 (h, w), at thresholds above `floor`."""
+    """Collect all outlines of nuclear size on a smoothed score map float32 (h, w), at thresholds above `floor`."""
     background = float(np.percentile(score[::2, ::2], 5))
     lowest = background + settings.contrast
     stained = score[score > lowest]  # of these and not of the tile, or a single nucleus would stand above all thresholds
     top = float(np.percentile(stained, TOP_PERCENT)) if stained.size else lowest
-    maps: list[np.ndarray] = []
-    parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    layers: list[_Layer] = []
     if top > lowest:
         picture = _picture(score, background, top, mpp)
         steps = (np.arange(settings.levels) / settings.levels) ** settings.level_power
         for level in lowest + (top - lowest) * steps:
             if level > floor:
-                _add_level(maps, parts, picture, float(level), settings)
-    counts = [len(numbers) for numbers, _, _ in parts]
-    empty = (np.zeros(0, np.int64), np.zeros((0, 4), np.int64), np.zeros((0, len(FEATURES))))
-    number, box, features = (np.concatenate([none, *some]) for none, *some in zip(empty, *parts, strict=True))
-    return Outlines(maps, np.repeat(np.arange(len(maps)), counts), number, box, features)
+                layers += _layers_at(picture, float(level), settings)
+    return Outlines(
+        maps=[layer.labels for layer in layers],
+        at=np.repeat(np.arange(len(layers)), [len(layer.number) for layer in layers]),
+        number=np.concatenate([np.zeros(0, np.int64), *(layer.number for layer in layers)]),
+        box=np.concatenate([np.zeros((0, 4), np.int64), *(layer.box for layer in layers)]),
+        features=np.concatenate([np.zeros((0, len(FEATURES))), *(layer.features for layer in layers)]),
+    )
 
 
 def _picture(score: np.ndarray, background: float, top: float, mpp: float) -> _Picture:
@@ -88,54 +90,40 @@ def _picture(score: np.ndarray, background: float, top: float, mpp: float) -> _P
     return _Picture(score, np.hypot(down, right) / (2 * mpp), background, top - background, x, y, mpp)
 
 
-def _add_level(
-    maps: list[np.ndarray],
-    parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]],
-    picture: _Picture,
-    level: float,
-    settings: ProposalSettings,
-) -> None:
-    """The connected pieces above one threshold, and what the dented ones among them fall into."""
+def _layers_at(picture: _Picture, level: float, settings: ProposalSettings) -> list[_Layer]:
+    """Take the connected pieces above one threshold, and what the dented ones among them fall into."""
     from scipy import ndimage
 
-    labels, count = ndimage.label(filled(opened(picture.score > level)))
+    labels, count = ndimage.label(fill_holes(open_mask(picture.score > level)))
     if not count:
-        return
+        return []
     area, features = _features(labels, count, picture, level)
     low, high = (limit / picture.mpp**2 for limit in settings.nucleus_um2)
-    keep = (area >= low) & (area <= high)
-    _keep(maps, parts, labels, keep, features)
+    layers = [_layer(labels, (area >= low) & (area <= high), features)]
     dented = (features[:, 0] < settings.dent) & (area >= 2 * low)
     dented[0] = False
     if not dented.any():
-        return
-    pieces, of = parted(np.where(dented[labels], labels, 0), picture.mpp, settings)
-    if len(of) == 1:
-        return
-    area, features = _features(pieces, len(of) - 1, picture, level)
-    several = np.bincount(of, minlength=count + 1)[of] > 1
-    _keep(maps, parts, pieces, (area >= low) & (area <= high) & several, features)
+        return layers
+    pieces, whole = split_at_necks(np.where(dented[labels], labels, 0), picture.mpp, settings)
+    if len(whole) == 1:
+        return layers
+    area, features = _features(pieces, len(whole) - 1, picture, level)
+    several = np.bincount(whole, minlength=count + 1)[whole] > 1
+    return [*layers, _layer(pieces, (area >= low) & (area <= high) & several, features)]
 
 
-def _keep(
-    maps: list[np.ndarray],
-    parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]],
-    labels: np.ndarray,
-    keep: np.ndarray,
-    features: np.ndarray,
-) -> None:
-    """Add the outlines `keep` (index 0 is the background) of a label image."""
+def _layer(labels: np.ndarray, keep: np.ndarray, features: np.ndarray) -> _Layer:
+    """Select the outlines `keep`, bool (count + 1,) with the background first, of a label image."""
     from scipy import ndimage
 
-    numbers = np.flatnonzero(keep[1:]) + 1
+    number = np.flatnonzero(keep[1:]) + 1
     slices = ndimage.find_objects(labels)
-    box = [(slices[i - 1][1].start, slices[i - 1][0].start, slices[i - 1][1].stop, slices[i - 1][0].stop) for i in numbers]
-    maps.append(labels)
-    parts.append((numbers, np.array(box, np.int64).reshape(-1, 4), features[numbers]))
+    box = [(slices[i - 1][1].start, slices[i - 1][0].start, slices[i - 1][1].stop, slices[i - 1][0].stop) for i in number]
+    return _Layer(labels, number, np.array(box, np.int64).reshape(-1, 4), features[number])
 
 
 def _features(labels: np.ndarray, count: int, picture: _Picture, level: float) -> tuple[np.ndarray, np.ndarray]:
-    """Area in pixels float64 (count + 1,) of each label, and its features (count + 1, 11), columns as in FEATURES.
+    """Measure each label: its area in pixels float64 (count + 1,), its features (count + 1, 11), columns as in FEATURES.
 
     All but the area are ratios, so that they mean the same on pale and on dark slides.
     """
@@ -146,7 +134,7 @@ def _features(labels: np.ndarray, count: int, picture: _Picture, level: float) -
     owner, x, y, score = flat[inside], picture.x[inside], picture.y[inside], picture.score.ravel()[inside]
     area = np.bincount(owner, minlength=size).astype(float)
     pixels = np.maximum(area, 1)
-    mean_x, mean_y, mean = (np.bincount(owner, of, size) / pixels for of in (x, y, score))
+    mean_x, mean_y, mean = (np.bincount(owner, values, size) / pixels for values in (x, y, score))
     var_x = np.bincount(owner, x * x, size) / pixels - mean_x**2 + 1 / 12  # a pixel has a variance of 1/12 of its own
     var_y = np.bincount(owner, y * y, size) / pixels - mean_y**2 + 1 / 12
     covariance = np.bincount(owner, x * y, size) / pixels - mean_x * mean_y
@@ -183,8 +171,8 @@ def _features(labels: np.ndarray, count: int, picture: _Picture, level: float) -
     return area, np.stack(columns, axis=1)
 
 
-def parted(labels: np.ndarray, mpp: float, settings: ProposalSettings) -> tuple[np.ndarray, np.ndarray]:
-    """Part each label at its necks: watershed on the distance to the edge, parts joined again where the neck is wide.
+def split_at_necks(labels: np.ndarray, mpp: float, settings: ProposalSettings) -> tuple[np.ndarray, np.ndarray]:
+    """Split each label at its necks: watershed on the distance to the edge, parts joined again where the neck is wide.
 
     labels: int32 (h, w). Returns the parts int32 (h, w), numbered from 1, and the label that each part lies in,
     int64 (parts + 1,), 0 for the background.
@@ -204,22 +192,22 @@ def parted(labels: np.ndarray, mpp: float, settings: ProposalSettings) -> tuple[
     pieces = watershed(-distance, markers, mask=mask)
     height = np.zeros(count + 1)
     height[markers[peaks]] = distance[peaks]
-    root = _joined(pieces, distance, height, settings.neck)
+    root = _merge_over_wide_necks(pieces, distance, height, settings.neck)
     names, number = np.unique(root, return_inverse=True)  # the background is its own root, so it stays 0
     pieces = number.astype(np.int32)[pieces]
-    of = np.zeros(len(names), np.int64)
-    of[pieces.ravel()] = labels.ravel()
-    return pieces, of
+    whole = np.zeros(len(names), np.int64)
+    whole[pieces.ravel()] = labels.ravel()
+    return pieces, whole
 
 
-def _joined(pieces: np.ndarray, distance: np.ndarray, height: np.ndarray, neck: float) -> np.ndarray:
-    """The piece that each piece, of which `height` is the peak, becomes a part of where necks are wide; int64 (pieces + 1,)."""
+def _merge_over_wide_necks(pieces: np.ndarray, distance: np.ndarray, height: np.ndarray, neck: float) -> np.ndarray:
+    """Number the piece that each piece joins where necks are wide: int64 (pieces + 1,). height: the peak of each piece."""
     count = len(height)
     keys, saddles = [], []
     for a, b in ((np.s_[1:], np.s_[:-1]), (np.s_[:, 1:], np.s_[:, :-1])):
         meet = (pieces[a] != pieces[b]) & (pieces[a] > 0) & (pieces[b] > 0)
-        one, other = pieces[a][meet].astype(np.int64), pieces[b][meet].astype(np.int64)
-        keys.append(np.minimum(one, other) * count + np.maximum(one, other))
+        first, second = pieces[a][meet].astype(np.int64), pieces[b][meet].astype(np.int64)
+        keys.append(np.minimum(first, second) * count + np.maximum(first, second))
         saddles.append(np.minimum(distance[a][meet], distance[b][meet]))
     pairs, place = np.unique(np.concatenate(keys), return_inverse=True)
     saddle = np.zeros(len(pairs))
@@ -238,15 +226,15 @@ def _joined(pieces: np.ndarray, distance: np.ndarray, height: np.ndarray, neck: 
     return np.array([top(i) for i in range(count)])
 
 
-def opened(mask: np.ndarray) -> np.ndarray:
-    """A mask bool (h, w) opened by a cross of five pixels; it goes on beyond the border."""
+def open_mask(mask: np.ndarray) -> np.ndarray:
+    """Open a mask, bool (h, w), by a cross of five pixels, as if it went on beyond the border."""
     wide = np.pad(mask, 2, mode="edge")
     core = wide[1:-1, 1:-1] & wide[:-2, 1:-1] & wide[2:, 1:-1] & wide[1:-1, :-2] & wide[1:-1, 2:]
     return np.asarray(core[1:-1, 1:-1] | core[:-2, 1:-1] | core[2:, 1:-1] | core[1:-1, :-2] | core[1:-1, 2:])
 
 
-def filled(mask: np.ndarray) -> np.ndarray:
-    """A mask bool (h, w) without holes; what touches the border of the picture is no hole."""
+def fill_holes(mask: np.ndarray) -> np.ndarray:
+    """Fill the holes of a mask, bool (h, w); what touches the border of the picture is no hole."""
     from scipy import ndimage
 
     holes, count = ndimage.label(~mask)
@@ -258,7 +246,7 @@ def filled(mask: np.ndarray) -> np.ndarray:
 
 
 def _edges(labels: np.ndarray) -> np.ndarray:
-    """Pixels bool (h, w) of a label that meet another label or the background."""
+    """Mark the pixels, bool (h, w), of a label that meet another label or the background."""
     edge = np.zeros(labels.shape, bool)
     down, right = labels[1:] != labels[:-1], labels[:, 1:] != labels[:, :-1]
     edge[1:] |= down
@@ -268,132 +256,33 @@ def _edges(labels: np.ndarray) -> np.ndarray:
     return edge & (labels > 0)
 
 
-MEAN = np.array(
-    [
-        0.9109,
-        0.2307,
-        0.4167,
-        0.3433,
-        0.5537,
-        0.2629,
-        0.4508,
-        2.7793,
-        0.5367,
-        0.3612,
-        0.3008,
-    ]
+MEAN = np.array([0.9109, 0.2307, 0.4167, 0.3433, 0.5537, 0.2629, 0.4508, 2.7793, 0.5367, 0.3612, 0.3008])
+SCALE = np.array([0.0861, 0.9959, 0.1706, 0.1389, 0.2077, 0.176, 0.2304, 0.3513, 0.2255, 0.1789, 0.0669])
+WEIGHT_ROWS = (
+    # Of 1, each scaled feature, and each product of two: see `products`.
+    [0.4896, 0.1268, 0.0707, -0.0542, -0.0273, 0.4224, -0.1837, -0.0178, 0.0556, 0.1602, -0.0289, 0.0446],
+    [0.023, 0.0405, 0.0283, -0.0194, -0.0264, -0.0076, 0.0168, -0.0008, -0.03, 0.0202, 0.0092],
+    [-0.0237, 0.0615, 0.0478, -0.0639, 0.0441, -0.024, 0.0126, 0.0802, -0.0217, -0.0051],
+    [0.0214, 0.0093, -0.0244, 0.0657, 0.0121, 0.0047, 0.077, 0.0128, -0.0152],
+    [-0.0001, -0.06, 0.0091, -0.0025, -0.0013, -0.014, -0.0086, 0.0081],
+    [0.1992, -0.093, -0.055, 0.0279, 0.2096, -0.2067, 0.1034],
+    [0.0137, 0.0528, 0.0013, -0.0216, 0.0711, -0.0435],
+    [0.0081, 0.0118, -0, 0.0088, -0.0089],
+    [0.0056, 0.0393, 0.0007, -0.0033],
+    [0.0582, -0.142, 0.0689],
+    [0.0177, -0.0092],
+    [-0.0031],
 )
-
-
-SCALE = np.array(
-    [
-        0.0861,
-        0.9959,
-        0.1706,
-        0.1389,
-        0.2077,
-        0.176,
-        0.2304,
-        0.3513,
-        0.2255,
-        0.1789,
-        0.0669,
-    ]
-)
-
-
-# Of 1, each scaled feature, and each product of two: see `products`.
-WEIGHTS = np.array(
-    [
-        0.4896,
-        0.1268,
-        0.0707,
-        -0.0542,
-        -0.0273,
-        0.4224,
-        -0.1837,
-        -0.0178,
-        0.0556,
-        0.1602,
-        -0.0289,
-        0.0446,
-        0.023,
-        0.0405,
-        0.0283,
-        -0.0194,
-        -0.0264,
-        -0.0076,
-        0.0168,
-        -0.0008,
-        -0.03,
-        0.0202,
-        0.0092,
-        -0.0237,
-        0.0615,
-        0.0478,
-        -0.0639,
-        0.0441,
-        -0.024,
-        0.0126,
-        0.0802,
-        -0.0217,
-        -0.0051,
-        0.0214,
-        0.0093,
-        -0.0244,
-        0.0657,
-        0.0121,
-        0.0047,
-        0.077,
-        0.0128,
-        -0.0152,
-        -0.0001,
-        -0.06,
-        0.0091,
-        -0.0025,
-        -0.0013,
-        -0.014,
-        -0.0086,
-        0.0081,
-        0.1992,
-        -0.093,
-        -0.055,
-        0.0279,
-        0.2096,
-        -0.2067,
-        0.1034,
-        0.0137,
-        0.0528,
-        0.0013,
-        -0.0216,
-        0.0711,
-        -0.0435,
-        0.0081,
-        0.0118,
-        -0,
-        0.0088,
-        -0.0089,
-        0.0056,
-        0.0393,
-        0.0007,
-        -0.0033,
-        0.0582,
-        -0.142,
-        0.0689,
-        0.0177,
-        -0.0092,
-        -0.0031,
-    ]
-)
+WEIGHTS = np.concatenate(WEIGHT_ROWS)
 
 
 def quality(features: np.ndarray) -> np.ndarray:
-    """Features (k, 11) as FEATURES names them -> float64 (k,), about 0 for a scrap, 1 for a nucleus."""
+    """Score features (k, 11) as FEATURES names them: float64 (k,), about 0 for a scrap, 1 for a nucleus."""
     return np.asarray(products((features - MEAN) / SCALE) @ WEIGHTS)
 
 
 def products(scaled: np.ndarray) -> np.ndarray:
-    """(k, n) -> (k, (n + 1) (n + 2) / 2): 1, each column, and each product of two, row by row of the upper triangle."""
+    """Expand (k, n) to (k, (n + 1) (n + 2) / 2): 1, each column, each product of two, row by row of the upper triangle."""
     wide = np.concatenate([np.ones((len(scaled), 1)), scaled], axis=1)
     first, second = np.triu_indices(wide.shape[1])
     return np.asarray(wide[:, first] * wide[:, second])

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tiling.proposals.outlines import filled
+from tiling.proposals.outlines import fill_holes
 from tiling.proposals.stain import STAINED_DENSITY, ProposalSettings, SlideLevels, nucleus_score, optical_density
 
 REGION_LABELS = ("cluster", "gland", "vessel", "nest")
@@ -37,21 +37,21 @@ class Regions:
 
 
 def find_regions(rgb: np.ndarray, nuclei: np.ndarray, mpp: float, settings: ProposalSettings, levels: SlideLevels) -> Regions:
-    """All regions of a tile uint8 (h, w, 3) whose nuclei (instance labels or a mask) are int32 (h, w).
+    """Find all regions of a tile uint8 (h, w, 3) whose nuclei (instance labels or a mask) are int32 (h, w).
 
     Found on a picture of about 1 um per pixel: finer says nothing about objects of this size, and costs time.
     """
     step = max(1, int(GRID_UM / mpp + 0.5))
     small, small_mpp = _shrunk(rgb, step), mpp * step
     coarse = _shrunk((nuclei > 0).astype(np.uint8) * 255, step) >= 128
-    found = {"cluster": segment_clusters(coarse, small_mpp, settings)}
+    masks = {"cluster": segment_clusters(coarse, small_mpp, settings)}
     if levels.stain != "dark":
-        found["gland"], found["vessel"] = segment_lumina(small, coarse, small_mpp, settings, levels)
-    found["nest"] = segment_nests(small, coarse, small_mpp, settings, levels)
+        masks["gland"], masks["vessel"] = segment_lumina(small, coarse, small_mpp, settings, levels)
+    masks["nest"] = segment_nests(small, coarse, small_mpp, settings, levels)
     boxes, areas, labels = [np.zeros((0, 4), np.float32)], [np.zeros(0, np.float32)], [np.zeros(0, np.int16)]
     for name in ("gland", "vessel", "cluster", "nest"):
-        if name in found:
-            box, area = boxes_of(found[name])
+        if name in masks:
+            box, area = boxes_of(masks[name])
             new = _best_iou(box, np.concatenate(boxes)) < SAME_IOU
             boxes.append(box[new])
             areas.append(area[new])
@@ -62,7 +62,7 @@ def find_regions(rgb: np.ndarray, nuclei: np.ndarray, mpp: float, settings: Prop
 
 
 def segment_clusters(nuclei: np.ndarray, mpp: float, settings: ProposalSettings | None = None) -> np.ndarray:
-    """Instance labels int32 (h, w) of nuclei that lie close together, with what they enclose.
+    """Label nuclei that lie close together, with what they enclose: instance labels int32 (h, w).
 
     nuclei: instance labels or mask (h, w). Kept are those whose longer side is in `cluster_um` and that leave some of
     the tile free.
@@ -87,7 +87,7 @@ def segment_clusters(nuclei: np.ndarray, mpp: float, settings: ProposalSettings 
 def segment_lumina(
     rgb: np.ndarray, nuclei: np.ndarray, mpp: float, settings: ProposalSettings, levels: SlideLevels
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Instance labels int32 (h, w) of glands and of vessels on an uint8 (h, w, 3) picture with nuclei bool (h, w).
+    """Label glands and vessels: instance labels int32 (h, w) of each, on an uint8 (h, w, 3) picture with nuclei bool (h, w).
 
     A gland is a lumen, empty or pale, with nuclei or other dense stain around it in `gland_share` of all directions, and that
     wall. An empty lumen with less, shut in by tissue, is a vessel (or a gap); so is, where there is eosin, a pool of red cells.
@@ -99,7 +99,7 @@ def segment_lumina(
     total = density.sum(axis=2)
     tissue = total[total > STAINED_DENSITY]
     usual = float(np.percentile(tissue, 75)) if tissue.size else 0.0
-    empty, pale = (total < min(most, share * usual) for most, share in (EMPTY, PALE))
+    empty, pale = (total < min(limit, share * usual) for limit, share in (EMPTY, PALE))
     score = ndimage.gaussian_filter(nucleus_score(rgb, levels.stain), 1.0 / mpp)
     wall = nuclei | (score > threshold_otsu(score)) if float(np.ptp(score)) > settings.contrast else nuclei
     lumen, lumina = _lumina(pale, mpp, settings, CUT)
@@ -129,28 +129,28 @@ def segment_nests(
     if float(np.ptp(score)) < settings.contrast or float(density.max()) < 0.15:
         return np.zeros(nuclei.shape, np.int32)
     region = (score > threshold_otsu(score)) & (density > 0.1)
-    return _of_size(ndimage.label(filled(region))[0], mpp, settings)
+    return _of_size(ndimage.label(fill_holes(region))[0], mpp, settings)
 
 
 def boxes_of(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Instance labels (h, w) -> boxes float32 (k, 4) x0, y0, x1, y1 (far edges exclusive) and areas float32 (k,)."""
+    """Box instance labels (h, w): boxes float32 (k, 4) x0, y0, x1, y1 (far edges exclusive) and areas float32 (k,)."""
     from scipy import ndimage
 
-    slices = [found for found in ndimage.find_objects(labels) if found is not None]
+    slices = [part for part in ndimage.find_objects(labels) if part is not None]
     boxes = [(column.start, row.start, column.stop, row.stop) for row, column in slices]
     area = np.bincount(labels.ravel())[1:]
     return np.array(boxes, np.float32).reshape(-1, 4), area[area > 0].astype(np.float32)
 
 
 def _lumina(mask: np.ndarray, mpp: float, settings: ProposalSettings, cut: float = 0.0) -> tuple[np.ndarray, int]:
-    """Connected parts int32 (h, w) of a mask, of the size of lumina and solid, and their number.
+    """Label the connected parts of a mask that are solid and of the size of lumina: int32 (h, w), and their number.
 
     cut: the most that may lie on the tile's border, to the root of the area: 0 for a part that is whole.
     """
     from scipy import ndimage
 
     reach = max(1, round(NECK_UM / mpp))
-    core = ndimage.distance_transform_edt(np.pad(filled(mask), 1, mode="edge"))[1:-1, 1:-1] > reach
+    core = ndimage.distance_transform_edt(np.pad(fill_holes(mask), 1, mode="edge"))[1:-1, 1:-1] > reach
     if not core.any():
         return np.zeros(mask.shape, np.int32), 0
     labels, _ = ndimage.label(ndimage.distance_transform_edt(~core) <= reach)
@@ -167,7 +167,7 @@ def _lumina(mask: np.ndarray, mpp: float, settings: ProposalSettings, cut: float
 
 
 def _wall_around(lumen: np.ndarray, count: int, wall: np.ndarray, mpp: float, reach_um: float) -> np.ndarray:
-    """Share float (count + 1,) of directions from each lumen's centre in which there is wall bool (h, w) near its edge."""
+    """Measure the share of directions from each lumen's centre in which wall, bool (h, w), is near its edge: (count + 1,)."""
     from scipy import ndimage
 
     share = np.zeros(count + 1)
@@ -185,7 +185,7 @@ def _wall_around(lumen: np.ndarray, count: int, wall: np.ndarray, mpp: float, re
 
 
 def _with_wall(lumen: np.ndarray, wall: np.ndarray, mpp: float, reach_um: float) -> np.ndarray:
-    """Each lumen with the wall bool (h, w) near it, int32 (h, w); lumina that share a wall stay apart."""
+    """Add to each lumen the wall, bool (h, w), near it: int32 (h, w); lumina that share a wall stay apart."""
     from scipy import ndimage
 
     if not lumen.any():
@@ -196,7 +196,7 @@ def _with_wall(lumen: np.ndarray, wall: np.ndarray, mpp: float, reach_um: float)
 
 
 def _of_size(labels: np.ndarray, mpp: float, settings: ProposalSettings) -> np.ndarray:
-    """The labels int32 (h, w) whose longer side is in `cluster_um` and that leave some of the tile free."""
+    """Keep the labels int32 (h, w) whose longer side is in `cluster_um` and that leave some of the tile free."""
     if not labels.any():
         return np.zeros(labels.shape, np.int32)
     from scipy import ndimage
@@ -204,15 +204,15 @@ def _of_size(labels: np.ndarray, mpp: float, settings: ProposalSettings) -> np.n
     low, high = settings.cluster_um
     keep = np.zeros(int(labels.max()) + 1, bool)
     area = np.bincount(labels.ravel())
-    for number, found in enumerate(ndimage.find_objects(labels), 1):
-        if found is not None:
-            side_um = mpp * max(part.stop - part.start for part in found)
+    for number, place in enumerate(ndimage.find_objects(labels), 1):
+        if place is not None:
+            side_um = mpp * max(side.stop - side.start for side in place)
             keep[number] = low <= side_um <= high and area[number] < FULL_SHARE * labels.size
     return np.where(keep[labels], labels, 0).astype(np.int32)
 
 
 def _shrunk(picture: np.ndarray, step: int) -> np.ndarray:
-    """Means uint8 of blocks of step x step pixels, the last ones repeated where the sides do not divide."""
+    """Average blocks of step x step pixels, uint8; the last row and column are repeated where the sides do not divide."""
     if step == 1:
         return picture
     height, width = picture.shape[:2]
@@ -222,11 +222,11 @@ def _shrunk(picture: np.ndarray, step: int) -> np.ndarray:
     return np.asarray(blocks.mean(axis=(1, 3), dtype=np.float32).astype(np.uint8))
 
 
-def _best_iou(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Of each box (k, 4) its largest IoU with the others (m, 4), float (k,)."""
-    if not len(others) or not len(boxes):
+def _best_iou(boxes: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """Compute the largest IoU of each box (k, 4) with the kept ones (m, 4): float (k,)."""
+    if not len(kept) or not len(boxes):
         return np.zeros(len(boxes))
-    low, high = np.maximum(boxes[:, None, :2], others[None, :, :2]), np.minimum(boxes[:, None, 2:], others[None, :, 2:])
+    low, high = np.maximum(boxes[:, None, :2], kept[None, :, :2]), np.minimum(boxes[:, None, 2:], kept[None, :, 2:])
     shared = np.clip(high - low, 0, None).prod(axis=2)
-    area, other = ((each[:, 2:] - each[:, :2]).prod(axis=1) for each in (boxes, others))
-    return np.asarray((shared / (area[:, None] + other[None] - shared)).max(axis=1))
+    area, kept_area = ((xyxy[:, 2:] - xyxy[:, :2]).prod(axis=1) for xyxy in (boxes, kept))
+    return np.asarray((shared / (area[:, None] + kept_area[None] - shared)).max(axis=1))

@@ -68,7 +68,7 @@ PURPLE_WEIGHT = {"eosin": -0.3, "plain": 1.0}  # of green above blue, beside red
 
 
 def slide_levels(tiles: list[np.ndarray], mpp: float, settings: ProposalSettings | None = None) -> SlideLevels:
-    """Levels of a slide from a sample of its tiles, each uint8 (h, w, 3)."""
+    """Estimate the levels of a slide from a sample of its tiles, each uint8 (h, w, 3)."""
     from scipy import ndimage
     from skimage.filters import threshold_otsu
 
@@ -87,7 +87,7 @@ def slide_levels(tiles: list[np.ndarray], mpp: float, settings: ProposalSettings
 
 
 def stain_of(tiles: list[np.ndarray]) -> Stain:
-    """Which kind of picture these tiles (each uint8 (h, w, 3)) are: see `SlideLevels`."""
+    """Tell which kind of picture tiles, each uint8 (h, w, 3), are: see `SlideLevels`."""
     colours = np.concatenate([rgb[::3, ::3].reshape(-1, 3) for rgb in tiles]).astype(np.float32)
     if float(np.median(colours.max(axis=1))) < DARK_BACKGROUND:
         return "dark"
@@ -98,7 +98,7 @@ def stain_of(tiles: list[np.ndarray]) -> Stain:
 
 
 def nucleus_score(rgb: np.ndarray, stain: Stain) -> np.ndarray:
-    """uint8 (h, w, 3) -> float32 (h, w), high on nuclei: an optical density, or the root of the intensity on dark slides.
+    """Score pixels, uint8 (h, w, 3): float32 (h, w), high on nuclei; an optical density, on dark slides a root of intensity.
 
     Red light is what haematoxylin takes and eosin lets pass. Green above blue tells purple from grey (red blood cells,
     pigment), which pale nuclei need where nothing else is coloured; where there is eosin it counts against a pixel.
@@ -113,7 +113,7 @@ _DENSITY = -np.log((np.arange(256, dtype=np.float32) + 1) / 256)
 
 
 def optical_density(rgb: np.ndarray) -> np.ndarray:
-    """Values 0..255 of any shape -> float32 densities, 0 for white."""
+    """Turn values 0..255 of any shape into float32 optical densities, 0 for white."""
     if rgb.dtype == np.uint8:
         return np.asarray(_DENSITY[rgb])
     return np.asarray(-np.log((rgb.astype(np.float32) + 1) / 256))

@@ -169,7 +169,6 @@ def _bright_parts(brightest: np.ndarray) -> np.ndarray:
 
 def otsu(values: np.ndarray) -> float:
     """Compute Otsu's threshold; 0 for a flat or empty input."""
-
     from skimage.filters import threshold_otsu
 
     if values.size == 0 or float(np.ptp(values)) < 1e-6:

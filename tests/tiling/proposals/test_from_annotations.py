@@ -47,7 +47,7 @@ def shown(path: Path, label: str) -> list[list[list[float]]]:
         objects, boxes = file.objects_table(), file.boxes_table()
         is_label = objects["label"][boxes["object"]] == objects["labels"].index(label)
         rows = [range(*boxes["offsets"][i : i + 2]) for i in range(len(file))]
-        return [[boxes["xyxy"][row].round(1).tolist() for row in some if is_label[row]] for some in rows]
+        return [[boxes["xyxy"][row].round(1).tolist() for row in rows if is_label[row]] for rows in rows]
 
 
 @pytest.mark.parametrize("polygons", [False, True])

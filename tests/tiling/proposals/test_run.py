@@ -79,13 +79,13 @@ def test_nuclei_in_a_ring_are_one_cluster_with_their_lumen() -> None:
 
 
 def test_boxes_lie_in_the_tile_and_say_what_they_are() -> None:
-    found = propose_tile(GLASS, MPP)
-    assert found.xyxy.dtype == np.float32
-    assert found.xyxy.min() >= 0
-    assert found.xyxy.max() <= 224
-    assert (found.xyxy[:, 2:] > found.xyxy[:, :2]).all()
-    assert set(found.label) <= set(range(len(LABELS)))
-    assert (found.label == 0).sum() == len(CENTRES)
+    proposals = propose_tile(GLASS, MPP)
+    assert proposals.xyxy.dtype == np.float32
+    assert proposals.xyxy.min() >= 0
+    assert proposals.xyxy.max() <= 224
+    assert (proposals.xyxy[:, 2:] > proposals.xyxy[:, :2]).all()
+    assert set(proposals.label) <= set(range(len(LABELS)))
+    assert (proposals.label == 0).sum() == len(CENTRES)
     assert (propose_tile(GLASS, 4.0).label != 0).all()  # at 4 um per pixel a nucleus is two pixels: none is claimed
 
 
@@ -169,7 +169,7 @@ def test_a_folder_without_slide_files_is_named(tmp_path: Path) -> None:
 
 def test_proposals_find_most_nuclei_of_real_tissue(test_data: Path) -> None:
     folder = test_data / "brca_m2c"
-    right = found = truth = 0
+    right = proposed = truth = 0
     for image in sorted((folder / "images").iterdir())[::30]:
         outline = next((folder / "geojson").glob(f"{image.stem}*"))
         features = json.loads(outline.read_text())
@@ -177,6 +177,6 @@ def test_proposals_find_most_nuclei_of_real_tissue(test_data: Path) -> None:
         points = np.array([p for f in features for p in np.reshape(f["geometry"]["coordinates"], (-1, 2))])
         boxes, _ = boxes_of(segment_nuclei(np.asarray(Image.open(image).convert("RGB")), 0.5))
         inside = ((points[:, None] >= boxes[:, :2] - 1) & (points[:, None] <= boxes[:, 2:] + 1)).all(axis=2)
-        right, found, truth = right + inside.any(axis=0).sum(), found + len(boxes), truth + len(points)
+        right, proposed, truth = right + inside.any(axis=0).sum(), proposed + len(boxes), truth + len(points)
         assert inside.any(axis=1).mean() > 0.6
-    assert right / found > 0.6
+    assert right / proposed > 0.6

@@ -159,7 +159,7 @@ def test_a_slide_that_is_done_is_not_opened_again(cohort: Path, tmp_path: Path, 
     manifest.write_text(f"path,mpp\n{cohort / 'TCGA-AA-1234-01Z.svs'},0.5\n")
     (first,) = tile([manifest], out, 1.0, 64, workers=1)
     opened: list[Path] = []
-    monkeypatch.setattr(Slide, "open", lambda path, **how: opened.append(path))
+    monkeypatch.setattr(Slide, "open", lambda path, **options: opened.append(path))
     (again,) = tile([manifest], out, 1.0, 64, workers=1)
     assert (first.ok, again.ok, again.skipped, again.info["tiles"]) == (True, True, True, first.info["tiles"])
     assert opened == []

@@ -37,8 +37,8 @@ def slide(glass: float, fall: tuple, noise: float = 2.0, share: float = 0.3, see
     return (picture + rng.normal(0, noise, picture.shape)).clip(0, 255).astype(np.uint8), truth
 
 
-def agreement(found: np.ndarray, truth: np.ndarray) -> float:
-    return float((found & truth).sum() / (found | truth).sum())
+def agreement(mask: np.ndarray, truth: np.ndarray) -> float:
+    return float((mask & truth).sum() / (mask | truth).sum())
 
 
 PINK, PURPLE, BROWN = np.array([0.25, 1.0, 0.5]), np.array([0.7, 1.0, 0.35]), np.array([0.5, 0.8, 1.0])
@@ -134,9 +134,9 @@ def tiled(slide: Path, out: Path, **options: Any) -> Outcome:
 
 def test_outlines_are_what_qupath_reads_and_give_the_same_tiles_back(slide_path: Path, tmp_path: Path) -> None:
     tiled(slide_path, tmp_path / "a", tissue_out=tmp_path / "outlines")
-    found = json.loads((tmp_path / "outlines" / "painted.geojson").read_text())
-    assert found["type"] == "FeatureCollection"
-    (feature,) = found["features"]
+    collection = json.loads((tmp_path / "outlines" / "painted.geojson").read_text())
+    assert collection["type"] == "FeatureCollection"
+    (feature,) = collection["features"]
     assert feature["properties"]["objectType"] == "annotation"
     assert feature["properties"]["classification"]["name"] == "Tissue"
     assert feature["geometry"]["type"] == "Polygon"
@@ -354,9 +354,9 @@ def test_a_slide_of_one_level_needs_no_more_memory_than_a_band(make_slide: Calla
 @pytest.mark.parametrize(("name", "pieces"), [("CMU-1-Small-Region.svs", 1), ("test3-DAPI.ndpi", 3), ("camelyon_jp2k.dcm", 2)])
 def test_real_slides_have_no_ink_in_their_tissue(test_data: Path, name: str, pieces: int) -> None:
     with Slide.open(test_data / "slides" / name) as slide:
-        seen = read_overview(slide, slide.info.mpp or 0.5, None, None, find=True, keep_pen=False)
-    assert seen.tissue is not None
-    assert seen.pen.mean() < 1e-3
-    large = [each for each in tissue_outlines(seen.tissue, 1.0) if each.area > 0.02 * seen.tissue.size]
+        overview = read_overview(slide, slide.info.mpp or 0.5, None, None, find=True, keep_pen=False)
+    assert overview.tissue is not None
+    assert overview.pen.mean() < 1e-3
+    large = [piece for piece in tissue_outlines(overview.tissue, 1.0) if piece.area > 0.02 * overview.tissue.size]
     assert 1 <= len(large) <= pieces + 2
-    assert 0.3 < seen.tissue.mean() < 0.7
+    assert 0.3 < overview.tissue.mean() < 0.7

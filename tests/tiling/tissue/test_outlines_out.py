@@ -15,7 +15,7 @@ from annotations.geojson_writer import write_geojson
 from tiling.jobs.outcome import Outcome
 from tiling.storage.atomic import machine
 from tiling.tiles.run import tile
-from tiling.tissue import outlines_out as tissueout
+from tiling.tissue import outlines_out
 
 
 def tiled(slides: list[Path], out: Path, outlines: Path) -> list[Outcome]:
@@ -28,7 +28,7 @@ def test_temporary_files_of_killed_runs_are_swept(slide_path: Path, tmp_path: Pa
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
     (outlines / f".x.geojson.{machine()}-{child.pid}-0.tmp").touch()
-    tissueout._sweep_once.cache_clear()
+    outlines_out._sweep_once.cache_clear()
     assert tiled([slide_path], tmp_path / "out", outlines)[0].ok
     assert [path.name for path in outlines.iterdir()] == ["painted.geojson"]
 

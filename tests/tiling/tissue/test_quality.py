@@ -90,14 +90,14 @@ def reference_blur(tile: np.ndarray, width: int = 9) -> float:
 
 
 def test_blur_is_the_measure_of_the_paper_and_grows_with_the_blur() -> None:
-    found = []
+    scores = []
     for radius in (0, 1, 2, 4):
         tile = np.asarray(Image.fromarray(textured()).filter(ImageFilter.GaussianBlur(radius)))
-        found.append(blur_score(tile))
+        scores.append(blur_score(tile))
         # A few rows and columns stand for all of them.
-        assert found[-1] == pytest.approx(reference_blur(tile), abs=0.03)
-    assert found == sorted(found)
-    assert found[-1] > found[0] + 0.3
+        assert scores[-1] == pytest.approx(reference_blur(tile), abs=0.03)
+    assert scores == sorted(scores)
+    assert scores[-1] > scores[0] + 0.3
 
 
 def test_blur_in_one_direction_counts() -> None:
