@@ -7,7 +7,7 @@ from pathlib import Path
 
 from annotations.errors import UserError
 from tiling.grid import plan_grid
-from tiling.wsi.backends.registry import ORDER
+from tiling.wsi.backends.registry import READERS
 from tiling.wsi.mpp import check_mpp
 from tiling.wsi.slide import RESAMPLE
 
@@ -64,8 +64,8 @@ class TileSettings:
                 raise UserError(f"--tissue-out {self.tissue_out}: is the folder of {option}, whose outlines stay: give another")
         if self.pen not in ("drop", "keep"):
             raise UserError(f"--pen {self.pen}: is drop (ink is no tissue) or keep")
-        if self.reader not in ("auto", *ORDER):
-            raise UserError(f"--reader {self.reader}: choose among auto, {', '.join(ORDER)}")
+        if self.reader not in ("auto", *READERS):
+            raise UserError(f"--reader {self.reader}: choose among auto, {', '.join(READERS)}")
         if self.resample not in RESAMPLE:
             raise UserError(f"--resample {self.resample}: choose among {', '.join(RESAMPLE)}")
         plan_grid(self.size, self.size, self.mpp, self.mpp, self.size, self.overlap)

@@ -12,7 +12,6 @@ from tiling.wsi.backends.tiff_pages import SparseTiles
 PROBES = (0.5, 0.0, 0.3, 0.8)  # of a slide's width and height
 MAX_IMAGE_PIXELS = 1_000_000_000
 DEPTHS_READ = "8 and 16 bits unsigned are read, so convert it to 8 bits"
-GREY = ("MINISBLACK", "MINISWHITE")
 
 
 class Reader(Protocol):

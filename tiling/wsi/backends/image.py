@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from tiling.wsi.backends.base import DEPTHS_READ, MAX_IMAGE_PIXELS, as_rgb
+from tiling.wsi.backends.base import MAX_IMAGE_PIXELS, as_rgb
 from tiling.wsi.backends.tiff_pages import SparseTiles, main_page, not_shown, pages_of
+from tiling.wsi.backends.tiff_rules import pillow_refusal
 from tiling.wsi.backends.upright import TURNS, exif_orientation
 
 PHOTOMETRIC, MINISWHITE = 262, 0  # a TIFF tag and a value of it
-BITS, COMPRESSION, PLANES = 258, 259, 284
 
 
 class ImageReader:
@@ -30,19 +30,18 @@ class ImageReader:
         Image.MAX_IMAGE_PIXELS = MAX_IMAGE_PIXELS
         self.properties: Mapping[str, Any] = {}
         with Image.open(path) as image:
-            _seek_main(image, path)
+            page = main_page(pages_of(path)) if image.format == "TIFF" else None
+            _seek(image, page)
+            if refusal := pillow_refusal(image, page):
+                raise ValueError(refusal)
             self.vendor = str(image.format or "image").lower()
             resolution = image.info.get("dpi")
             if resolution:
                 x, y = resolution
                 self.properties = {"tiff.ResolutionUnit": "inch", "tiff.XResolution": x, "tiff.YResolution": y}
-            tags = getattr(image, "tag_v2", {}) if image.format == "TIFF" else {}
-            if tags.get(PLANES, 1) == 2 and tags.get(COMPRESSION) == 1 and max(tags.get(BITS, (8,))) > 8:
-                raise ValueError(f"Pillow mixes up channels of 16 bits stored apart and not compressed: {DEPTHS_READ}")
-            photometric = tags.get(PHOTOMETRIC)
-            turn = TURNS[exif_orientation(image)]
-            pixels = turn.array(np.asarray(_flattened(image)))
-            self._rgb = as_rgb(65535 - pixels if photometric == MINISWHITE and pixels.dtype.itemsize == 2 else pixels)
+            is_inverted = image.format == "TIFF" and getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == MINISWHITE
+            pixels = TURNS[exif_orientation(image)].array(np.asarray(_flattened(image)))
+            self._rgb = as_rgb(65535 - pixels if is_inverted and pixels.dtype.itemsize == 2 else pixels)
         self.tags_only = True  # of the dpi an image editor may have written
         self.level_dimensions: tuple[tuple[int, int], ...] = ((self._rgb.shape[1], self._rgb.shape[0]),)
         self.note = not_shown(path, self.level_dimensions)
@@ -63,26 +62,19 @@ class ImageReader:
         self._rgb = np.zeros((0, 0, 3), np.uint8)
 
 
-def _seek_main(image: Any, path: Path) -> None:
-    """Go to the largest page of an image of Pillow's that is a TIFF. Raises ValueError where that lies beneath another."""
-    if image.format != "TIFF":
-        return
-    page = main_page(pages_of(path))
-    if page is not None and len(page.treeindex) > 1:
-        raise ValueError("its largest page lies beneath another, and Pillow does not read those")
-    if page is not None and page.index:
+def _seek(image: Any, page: Any | None) -> None:
+    """Go to a page of an image of Pillow's that is a TIFF; nothing of one that lies beneath another, or of other images."""
+    if page is not None and page.index and len(page.treeindex) == 1:
         image.info.pop("dpi", None)  # of the page before
         image.seek(page.index)
-    image.info.pop("xmp", None)  # an orientation in it would turn the picture for this reader alone
+    if image.format == "TIFF":
+        image.info.pop("xmp", None)  # an orientation in it would turn the picture for this reader alone
 
 
 def _flattened(image: Any) -> Any:
-    """An image without transparency (composited on white) and without a palette. Raises ValueError for more than 16 bits."""
+    """An image without transparency (composited on white) and without a palette."""
     from PIL import Image
 
-    if image.mode in ("I", "F"):  # Pillow would cut them off at 255
-        held = "signed or 32-bit integers" if image.mode == "I" else "floating-point numbers"
-        raise ValueError(f"its pixels are {held}: {DEPTHS_READ}")
     if image.mode in ("I;16", "I;16B", "I;16L", "L", "RGB"):
         return image
     if image.mode == "La":

@@ -14,14 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from tiling.wsi.codec import decode_jpeg
+from tiling.wsi.jpeg_markers import DRI, EOI, RESTARTS, SEQUENTIAL_FRAMES, SOI, SOS, TABLES_AND_NOTES, segments
 
-SOI, EOI, DRI = b"\xff\xd8", b"\xff\xd9", b"\xff\xdd\x00\x04"
-RESTARTS = [bytes([0xFF, 0xD0 + i]) for i in range(8)]
-FRAMES = (0xC0, 0xC1)  # baseline and extended sequential, Huffman coded
-SCAN = 0xDA
-PASSED_OVER = {*range(0xE0, 0xF0), 0xFE, 0xDB, 0xC4}  # applications' segments, comments, tables
-TALLEST_PX = 65500  # of libjpeg
-MOST_UNITS = 65535  # between restart markers
+MAX_HEIGHT_PX = 65500  # of libjpeg
+MAX_UNITS = 65535  # between restart markers
 
 
 @dataclass(frozen=True)
@@ -58,7 +54,7 @@ class JpegHeader:
         stream with a few bytes too many behind its last pixels may pass here, with its pixels, though alone it is refused.
         """
         count, height, width = len(streams), self.height // scale, self.width // scale
-        if self.seams == "all" or (self.seams == "full" and scale == 1) or self.height * count > TALLEST_PX:
+        if self.seams == "all" or (self.seams == "full" and scale == 1) or self.height * count > MAX_HEIGHT_PX:
             return None
         if self.height % scale or self.width % scale or (data := self.stack(streams)) is None:
             return None
@@ -69,37 +65,37 @@ class JpegHeader:
 
 
 def parse_jpeg_header(stream: bytes, extra: bytes = b"", skip: int = 2) -> JpegHeader | None:
-    """The head of a JPEG stream that can be stacked: one scan, sequential, Huffman coded, without restarts of its own.
+    """The header of a JPEG stream that can be stacked: one scan, sequential, Huffman coded, without restarts of its own.
 
     extra: segments that are stored elsewhere and go in place of the stream's bytes up to `skip`.
     """
-    data, at, frame = SOI + extra + stream[skip:], 2, 0
-    while data[at : at + 1] == b"\xff" and at + 4 <= len(data):
-        kind, end = data[at + 1], at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-        if kind in FRAMES and not frame:
-            frame = at
-        elif kind == SCAN:
-            return _head(stream[: end - 2 - len(extra) + skip], data[:end], frame, at) if frame else None
-        elif kind not in PASSED_OVER:
+    data = SOI + extra + stream[skip:]
+    frame = 0
+    for marker, start, end in segments(data):
+        if marker in SEQUENTIAL_FRAMES and not frame:
+            frame = start
+        elif marker == SOS:
+            return _header(stream[: end - 2 - len(extra) + skip], data[:end], frame, start) if frame else None
+        elif marker not in TABLES_AND_NOTES:
             return None
-        at = end
     return None
 
 
-def _head(own: bytes, data: bytes, frame: int, scan: int) -> JpegHeader | None:
+def _header(own: bytes, data: bytes, frame: int, scan: int) -> JpegHeader | None:
+    """Read a header from its bytes; frame, scan: where these segments begin in it. None of one that cannot be stacked."""
     depth, components = data[frame + 4], data[frame + 9]
     height, width = (int.from_bytes(data[frame + at : frame + at + 2], "big") for at in (5, 7))
     sampling = [(data[at] >> 4, data[at] & 15) for at in range(frame + 11, frame + 11 + 3 * components, 3)]
     if depth != 8 or data[scan + 4] != components:
         return None
     if components == 1:
-        sampling = [(1, 1)]  # whatever it says: alone, a component is coded block by block
-    wide, high = (max(factors) for factors in zip(*sampling, strict=True))
-    if not height or height % (8 * high):
+        sampling = [(1, 1)]  # whatever it says: a single component is coded block by block
+    unit_w, unit_h = (8 * max(factors) for factors in zip(*sampling, strict=True))
+    if not height or height % unit_h:
         return None
-    units = -(-width // (8 * wide)) * (height // (8 * high))
-    if units > MOST_UNITS:
+    units = -(-width // unit_w) * (height // unit_h)
+    if units > MAX_UNITS:
         return None
-    seams = "none" if high == 1 else "full" if sampling == [(2, 2), (1, 1), (1, 1)] else "all"
-    before = SOI + DRI + units.to_bytes(2, "big") + data[2 : frame + 5]
-    return JpegHeader(own, before, data[frame + 7 :], height, width, seams)
+    seams = "none" if unit_h == 8 else "full" if sampling == [(2, 2), (1, 1), (1, 1)] else "all"
+    head = SOI + DRI + units.to_bytes(2, "big") + data[2 : frame + 5]
+    return JpegHeader(own, head, data[frame + 7 :], height, width, seams)

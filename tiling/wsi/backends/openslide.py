@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tiling.wsi.backends.base import GREY, background_of, probed
-from tiling.wsi.backends.tiff_pages import (
-    UNSPECIFIED,
-    SparseTiles,
-    colours_of,
-    extras_of,
-    main_page,
-    not_shown,
-    orientation_of,
-    pages_of,
-    size_of,
-    sparse_tiles_of,
-)
+from tiling.wsi.backends.base import background_of, probed
+from tiling.wsi.backends.tiff_pages import SparseTiles, not_shown, pages_of, size_of, sparse_tiles_of
+from tiling.wsi.backends.tiff_rules import openslide_refusal
 
 CACHE_BYTES = 192 << 20  # decoded tiles OpenSlide keeps: some tile rows of a wide slide, so that none is decoded twice
 
@@ -45,9 +35,9 @@ class OpenSlideReader:
         self.level_dimensions: tuple[tuple[int, int], ...] = tuple(self._slide.level_dimensions)
         self.level_downsamples: tuple[float, ...] = tuple(float(value) for value in self._slide.level_downsamples)
         self.note = not_shown(path, self.level_dimensions) if self.tags_only else ""
-        if mistake := _mistake(pages_of(path), self.level_dimensions, is_plain=self.tags_only):
+        if refusal := openslide_refusal(pages_of(path), self.level_dimensions, is_plain=self.tags_only):
             self._slide.close()
-            raise ValueError(mistake)
+            raise ValueError(refusal)
         self.background = np.array(background_of(self.properties), np.uint8)
 
     def expect_strips(self) -> None:
@@ -84,24 +74,3 @@ def _common_cache() -> Any:
     import openslide
 
     return openslide.OpenSlideCache(CACHE_BYTES // 4)
-
-
-def _mistake(pages: Sequence[Any], sizes: Sequence[tuple[int, int]], *, is_plain: bool) -> str:
-    """Describe what OpenSlide (libtiff in it) would show wrongly of a TIFF's pages; empty where nothing.
-
-    sizes: of its levels. is_plain: the TIFF is of no scanner's own format.
-    """
-    if is_plain and pages and pages[0] is not main_page(pages):
-        return "it would show another page than the largest, or take the resolution of another"
-    levels = [page for page in pages if size_of(page) in sizes]
-    if turned := [orientation for page in levels if (orientation := orientation_of(page)) != 1]:
-        return f"it would leave pages of orientation {turned[0]} as they are stored, or turn each of their tiles in itself"
-    for page in (page for page in levels if page.is_tiled):
-        colours, samples, extras = colours_of(page), page.samplesperpixel, extras_of(page)
-        is_apart = samples > 1 and int(page.planarconfig) != 1
-        bits = page.bitspersample * samples
-        if colours in GREY and bits > 8 and not is_apart and page.imagewidth % page.tilewidth:
-            return f"it would mix up the last column of tiles, as of all grey in pixels of {bits} bits"
-        if samples > 3 and extras[:1] == (UNSPECIFIED,) and (colours == "RGB" or (colours in GREY and is_apart)):
-            return f"it would take one of {samples} channels for transparency, though the file says nothing of it"
-    return ""

@@ -19,18 +19,18 @@ from typing import Any
 
 import numpy as np
 
+from annotations.errors import one_line
+from tiling.wsi.backends.base import Reader, as_rgb, background_of
 from tiling.wsi.backends.jpeg_stack import JpegHeader, parse_jpeg_header
-from tiling.wsi.backends.tiff_pages import APP0, APP14, SparseTiles, tiff_pages
+from tiling.wsi.backends.openslide import OpenSlideReader
+from tiling.wsi.backends.tiff_pages import SparseTiles, colours_of, tiff_pages
+from tiling.wsi.backends.tiff_rules import JPEG_2000, direct_refusal
+from tiling.wsi.backends.tiffslide import TiffSlideReader
 from tiling.wsi.codec import decode_jpeg
+from tiling.wsi.jpeg_markers import ADOBE_RGB, ADOBE_YCBCR, EOI, SOI, without_colour_markers
 
 SCALES = (1, 2, 4, 8)
 VENDORS = ("aperio", "generic-tiff", "")  # stored tiles lie edge to edge; others overlap, turn or hide some
-JPEG = 7
-JPEG_2000 = {33003: "jpeg2000 ycc", 33005: "jpeg2000", 34712: "jpeg2000"}  # Aperio's two, and the one of other writers
-RGB, YCBCR, GREY = 2, 6, 1
-SOI, EOI = b"\xff\xd8", b"\xff\xd9"
-AS_STORED = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00"  # tells a decoder: no colour transform
-AS_YCBCR = AS_STORED[:-1] + b"\x01"
 PARTS_CHECKED = (0.5, 0.3, 0.7, 0.15, 0.85)  # where in a level stored tiles are looked at
 MOST_CHECKED_PX = 1024  # of a side of such a tile
 MOST_DIFFERENT = 1.5  # grey levels, mean over a stored tile, between this decoder and the slide library's
@@ -73,10 +73,6 @@ class DirectReader:
     _fd = -1
 
     def __init__(self, path: Path) -> None:
-        from tiling.wsi.backends.base import Reader, background_of
-        from tiling.wsi.backends.openslide import OpenSlideReader
-        from tiling.wsi.backends.tiffslide import TiffSlideReader
-
         stat = path.stat()
         pages = stored_pages(path, stat.st_size, stat.st_mtime_ns)
         header: Reader
@@ -199,7 +195,7 @@ class DirectReader:
             with contextlib.suppress(ValueError, OSError):
                 data = os.pread(self._fd, int(page.counts[row, column]), int(page.offsets[row, column]))
                 if page.codec == "jpeg" and page.counts[row, column]:
-                    header = parse_jpeg_header(data, page.head[2:], len(data) - len(_body(data)))
+                    header = parse_jpeg_header(data, page.head[2:], len(data) - len(without_colour_markers(data)))
             size = (page.tile_h, page.tile_w)
             self._headers[level] = header if header is not None and (header.height, header.width) == size else None
         return self._headers[level]
@@ -233,7 +229,7 @@ class DirectReader:
         data = os.pread(self._fd, count, offset)
         if len(data) < count:
             raise ValueError("the file ends before it")
-        return page.head + _body(data) if page.codec == "jpeg" else data
+        return page.head + without_colour_markers(data) if page.codec == "jpeg" else data
 
     def _from_finer(self, level: int, scale: int, row: int, column: int) -> np.ndarray | None:
         """Aperio leaves out single tiles of coarser levels by mistake: they are made from the level below, if it has them."""
@@ -288,8 +284,6 @@ def _decoded(data: bytes, codec: str, height: int, width: int) -> np.ndarray:
         return decode_jpeg(data, height, width)
     import imagecodecs
 
-    from tiling.wsi.backends.base import as_rgb
-
     if not data.rstrip(b"\0").endswith(EOI):  # zeroes are decoded, to noise
         raise ValueError("the JPEG 2000 stream has no end")
     try:
@@ -321,16 +315,6 @@ def _repeat_edge(tile: np.ndarray, page: Page, scale: int, row: int, column: int
         tile[spare_h // scale] = tile[spare_h // scale - 1]
 
 
-def _body(stream: bytes) -> bytes:
-    """A JPEG stream without its start and without the markers from which a decoder would guess its colours."""
-    if stream[:2] != SOI:
-        raise ValueError("is no JPEG stream")
-    at = 2
-    while at + 4 <= len(stream) and stream[at] == 0xFF and stream[at + 1] in (APP0, APP14):
-        at += 2 + int.from_bytes(stream[at + 2 : at + 4], "big")
-    return stream[at:]
-
-
 @lru_cache(maxsize=8)
 def stored_pages(path: Path, size: int, mtime_ns: int) -> tuple[Page, ...]:
     """The pages of a TIFF in tiles of JPEG or JPEG 2000, parsed once per process and file.
@@ -340,35 +324,20 @@ def stored_pages(path: Path, size: int, mtime_ns: int) -> tuple[Page, ...]:
     Raises NotDirectError where it is no TIFF or has none.
     """
     try:
-        found = tiff_pages(path, size, mtime_ns)
-        pages = [_page(page) for page in found if _why_not(page) == ""]
-        reason = next((_why_not(page) for page in found if _why_not(page)), "holds no image")
+        refusals = [(page, direct_refusal(page)) for page in tiff_pages(path, size, mtime_ns)]
+        pages = [_page(page) for page, refusal in refusals if not refusal]
+        reason = next((refusal for _, refusal in refusals if refusal), "holds no image")
     except NotDirectError:
         raise
     except Exception as error:  # tifffile has many errors of its own
-        raise NotDirectError(f"no TIFF that tifffile parses: {' '.join(str(error).split())[:80]}") from None
+        raise NotDirectError(f"no TIFF that tifffile parses: {one_line(error)[:80]}") from None
     if not pages:
         raise NotDirectError(reason)
     return tuple(pages)
 
 
-def _why_not(page: Any) -> str:
-    """The reason why a page's tiles are not decoded here; empty where they are."""
-    if not page.is_tiled:
-        return "its pixels are not stored in tiles"
-    if int(page.compression) not in (JPEG, *JPEG_2000):
-        return f"its tiles are {getattr(page.compression, 'name', page.compression)}, not JPEG or JPEG 2000"
-    if page.bitspersample != 8 or int(page.planarconfig) != 1 or page.tiledepth != 1 or page.imagedepth != 1:
-        return "its samples are not interleaved bytes"
-    if (int(page.photometric), page.samplesperpixel) not in ((RGB, 3), (YCBCR, 3), (GREY, 1)):
-        return f"its colours are {getattr(page.photometric, 'name', page.photometric)} in {page.samplesperpixel} samples"
-    if page.tilewidth % 8 or page.tilelength % 8:
-        return f"its tiles of {page.tilewidth} x {page.tilelength} are no multiple of 8"
-    return ""
-
-
 def _page(page: Any) -> Page:
-    colours = {RGB: AS_STORED, YCBCR: AS_YCBCR}.get(int(page.photometric), b"")
+    colours = {"RGB": ADOBE_RGB, "YCBCR": ADOBE_YCBCR}.get(colours_of(page), b"")
     tables = page.jpegtables
     rows, columns = -(-page.imagelength // page.tilelength), -(-page.imagewidth // page.tilewidth)
     offsets, counts = (np.array(values, np.int64) for values in (page.dataoffsets, page.databytecounts))
@@ -381,7 +350,7 @@ def _page(page: Any) -> Page:
         tile_h=page.tilelength,
         offsets=offsets.reshape(rows, columns),
         counts=counts.reshape(rows, columns),
-        head=SOI + colours + (_body(tables).removesuffix(EOI) if tables else b""),
+        head=SOI + colours + (without_colour_markers(tables).removesuffix(EOI) if tables else b""),
         codec=JPEG_2000.get(int(page.compression), "jpeg"),
     )
 

@@ -12,10 +12,8 @@ from typing import Any
 import numpy as np
 
 HEAD_BYTES = 65536  # of a stored tile, to find its markers in
-APP0, APP14 = 0xE0, 0xEE  # JPEG markers
 SAMPLES = {"MINISBLACK": 1, "MINISWHITE": 1, "PALETTE": 1, "SEPARATED": 4}  # of a colour; elsewhere 3
 UNSPECIFIED = 0  # of what a TIFF may say of its extra samples: neither of the two kinds of transparency
-FRAMES = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 ORIENTATION = 274  # TIFF tag
 MOST_NAMED = 4  # pages in one line
 REDUCED, MASK = 1, 4  # bits of a page's subfile type: a coarser copy of another page, and a transparency mask
@@ -67,6 +65,11 @@ def pages_of(path: Path) -> tuple[Any, ...]:
 def colours_of(page: Any) -> str:
     """The kind of samples that a page of tifffile's states: "RGB", "MINISBLACK" and so on."""
     return str(getattr(page.photometric, "name", page.photometric))
+
+
+def compression_of(page: Any) -> str:
+    """The name of a page's compression, or its number where it has none."""
+    return str(getattr(page.compression, "name", page.compression))
 
 
 def extras_of(page: Any) -> tuple[int, ...]:
@@ -200,19 +203,3 @@ def first_stored(page: Any) -> bytes:
             file.seek(offset)
             return bytes(file.read(min(count, HEAD_BYTES)))
     return b""
-
-
-def says_rgb(stream: bytes) -> bool:
-    """Tell whether libjpeg takes a stream of three components for RGB: by its JFIF marker, by Adobe's, by their names."""
-    at, adobe = 2, None
-    while at + 4 <= len(stream):
-        marker, size = stream[at + 1], int.from_bytes(stream[at + 2 : at + 4], "big")
-        body = stream[at + 4 : at + 2 + size]
-        if marker == APP0 and body.startswith(b"JFIF\0"):
-            return False
-        if marker == APP14 and body.startswith(b"Adobe") and len(body) > 11:
-            adobe = body[11]
-        if marker in FRAMES:
-            return body[6::3] == b"RGB" if adobe is None else adobe == 0
-        at += 2 + size
-    return False

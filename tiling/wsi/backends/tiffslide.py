@@ -11,28 +11,24 @@ from typing import Any
 import numpy as np
 
 from tiling.storage.paths import url_of
-from tiling.wsi.backends.base import DEPTHS_READ, as_rgb, probed
+from tiling.wsi.backends.base import as_rgb, probed
 from tiling.wsi.backends.tiff_pages import (
     MASK,
-    UNSPECIFIED,
     SparseTiles,
     all_pages,
     colours_of,
-    extras_of,
-    first_stored,
     is_reduction,
     joined,
     main_page,
     orientation_of,
     planes,
-    says_rgb,
     size_of,
     skipped_pages,
     sparse_tiles_of,
 )
+from tiling.wsi.backends.tiff_rules import tiffslide_refusal
 from tiling.wsi.mpp import pixels_of
 
-JPEG, J2K_YCBCR = 7, 33003  # TIFF compressions whose colours tifffile turns into RGB, and does not
 TIFFS_OF_SCANNERS = ("svs", "scn", "bif", "ndpi", "philips")  # as tifffile names those whose pages tiffslide knows
 
 
@@ -111,7 +107,8 @@ def _opened_tiff(where: str) -> Any:
     try:
         if not _scanner_of(slide.ts_tifffile):
             _show_main(slide)
-        _check_colours(_series_of(slide).levels[0].keyframe)
+        if refusal := tiffslide_refusal(_series_of(slide).levels[0].keyframe):
+            raise ValueError(refusal)
     except Exception:
         slide.close()
         raise
@@ -129,22 +126,18 @@ def _show_main(slide: Any) -> None:
     first = levels[0].keyframe
     if main is None or (size_of(first) == size_of(main) and not first.subfiletype & MASK and len(turned) == 1):
         return
-    coarser = [page for page in pages if is_reduction(page, main) and _is_like(page, main)]
+    kind = (main.dtype, main.axes, main.samplesperpixel)
+    coarser = [
+        page
+        for page in pages
+        if is_reduction(page, main) and (page.dtype, page.axes, page.samplesperpixel) == kind and not tiffslide_refusal(page)
+    ]
     by_size = {size_of(page): page for page in reversed(coarser)}  # of equal ones the first
     shown = [main, *(by_size[size] for size in sorted(by_size, reverse=True))]
     series = [tifffile.TiffPageSeries([page], page.shape, page.dtype, page.axes, kind="generic") for page in shown]
     series[0].levels += series[1:]
     file.series = [series[0]]
     slide.properties["tiff.ImageDescription"] = pixels_of(file.pages[0].description, size_of(main)) or main.description
-
-
-def _is_like(page: Any, main: Any) -> bool:
-    """Tell whether the pixels of a page may stand for those of another."""
-    try:
-        _check_colours(page)
-    except ValueError:
-        return False
-    return (page.dtype, page.axes, page.samplesperpixel) == (main.dtype, main.axes, main.samplesperpixel)
 
 
 def _orientation(series: Any) -> int:
@@ -155,17 +148,3 @@ def _orientation(series: Any) -> int:
     if turned != [1] and (scanner := _scanner_of(series.keyframe.parent)) not in ("", "svs"):
         raise ValueError(f"its pages have orientation {turned[0]}, which means nothing in a file of kind {scanner}")
     return turned[0]
-
-
-def _check_colours(page: Any) -> None:
-    """Raises ValueError for a page whose samples tifffile does not turn into grey or RGB."""
-    colours, samples, is_jpeg = colours_of(page), page.samplesperpixel, page.compression == JPEG
-    compression = getattr(page.compression, "name", page.compression)
-    no_colours = set(extras_of(page)) == {UNSPECIFIED} and not is_jpeg
-    is_plain = colours in ("MINISBLACK", "RGB") and (samples in (1, 3) or no_colours) and page.compression != J2K_YCBCR
-    if not is_plain and (colours, is_jpeg) != ("YCBCR", True):
-        raise ValueError(f"its colours are {colours} in {samples} samples ({compression}), which it does not convert")
-    if page.bitspersample in range(2, 8):
-        raise ValueError(f"its pixels are of {page.bitspersample} bits: {DEPTHS_READ}")
-    if is_jpeg and ((colours == "RGB" and page.is_jfif) or (colours == "YCBCR" and says_rgb(first_stored(page)))):
-        raise ValueError(f"its colours are {colours}, which markers in its JPEG tiles contradict, and it would believe those")

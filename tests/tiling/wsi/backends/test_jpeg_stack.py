@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tiling.wsi.backends.jpeg_stack import TALLEST_PX, parse_jpeg_header
+from tiling.wsi.backends.jpeg_stack import MAX_HEIGHT_PX, parse_jpeg_header
 from tiling.wsi.codec import decode_jpeg
 
 SIDE = 96
@@ -78,7 +78,7 @@ def test_what_cannot_be_stacked() -> None:
     other = imagecodecs.jpeg8_encode(picture(1), level=50, subsampling=(2, 1))
     assert head.decode([good, other], 2) is None  # other tables
     assert head.decode([good, good[:-2]], 2) is None  # no end
-    assert head.decode([good] * (TALLEST_PX // SIDE + 1), 2) is None
+    assert head.decode([good] * (MAX_HEIGHT_PX // SIDE + 1), 2) is None
     odd = parse_jpeg_header(imagecodecs.jpeg8_encode(picture(0, 92), subsampling=(1, 1)))
     assert odd is None  # its last row of blocks is filled up, and would lie between two pictures
 

@@ -16,7 +16,6 @@ from tiling.slide_file.read import SlideFile
 from tiling.storage.paths import url_of
 from tiling.tiles.run import tile
 from tiling.wsi.backends.openslide import OpenSlideReader
-from tiling.wsi.backends.registry import reader_of
 from tiling.wsi.slide import Slide
 
 
@@ -30,9 +29,9 @@ from tiling.wsi.slide import Slide
     ],
 )
 def test_real_slides_and_who_reads_them(test_data: Path, name: str, reader: str, why: str) -> None:
-    found, reason = reader_of(test_data / "slides" / name)
-    assert found == reader
-    assert why in reason
+    with Slide.open(test_data / "slides" / name) as slide:
+        assert slide.info.reader == reader
+        assert why in slide.info.reader_why
 
 
 def test_a_reader_can_be_asked_for(slide_path: Path, tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ import simplejpeg
 import tifffile
 
 from annotations.errors import UserError
-from tiling.wsi.backends.registry import reader_of
 from tiling.wsi.slide import Slide
 
 WIDTH, HEIGHT, SIDE = 300, 200, 128  # no multiple of a tile's width
@@ -85,7 +84,8 @@ def test_16_bits_of_grey_are_mixed_up_in_a_coarser_level_too(tmp_path: Path, sma
     with tifffile.TiffWriter(tmp_path / "a.tif") as file:
         for number, level in enumerate((np.tile(grey, (2, 3)), np.tile(grey, (2, 3))[::2, ::2], grey[:100, :192])):
             file.write(level, tile=(SIDE, SIDE), photometric="minisblack", metadata=None, subfiletype=number > 0)
-    assert reader_of(tmp_path / "a.tif")[0] == "tiffslide"
+    with Slide.open(tmp_path / "a.tif") as slide:
+        assert slide.info.reader == "tiffslide"
 
 
 def test_grey_that_openslide_reads_right_stays_with_it(tmp_path: Path, small: np.ndarray) -> None:
