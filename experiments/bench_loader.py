@@ -143,7 +143,7 @@ def stages(samples: TileSamples, rows: list[int], limit: Callable[[], None]) -> 
         with torch.no_grad():
             for start in range(0, len(rows), batch):
                 found = collate([samples[0, i] for i in rows[start : start + batch]])
-                make_views(found, samples.config, index.tile_px, torch.device("cpu"))
+                make_views(found, samples.config, torch.device("cpu"))
 
     return {"limit": limit, "tile": tiles, "sample": lambda: [samples[0, i] for i in rows], "views": views}
 

@@ -160,7 +160,7 @@ def whole_step(run: Run, batch: Batch) -> Callable[[], None]:
 def networks_alone(run: Run, batch: Batch) -> Callable[[], None]:
     """Forward of teacher and student and backward of the student, on views that are there already."""
     with torch.no_grad():
-        views: Views = make_views(batch, run.config, run.train.tile_px, run.ranks.device, compiled=run.compiled)
+        views: Views = make_views(batch, run.config, run.ranks.device, compiled=run.compiled)
     bf16 = run.ranks.device.type == "cuda"
 
     def work() -> None:
@@ -198,7 +198,7 @@ def bench_sampling(bench: Bench) -> dict[str, Any]:
 
     def crop(of: TileSamples) -> None:
         with torch.no_grad():
-            make_views(collate([of[key] for key in rows]), of.config, of.index.tile_px, bench.ranks.device)
+            make_views(collate([of[key] for key in rows]), of.config, bench.ranks.device)
 
     for name, work in (("crop", crop), ("draw", draw)):
         aware, free, ratio = bench.ratio(partial(work, samples[0]), partial(work, samples[1]), 2 * bench.options.runs)

@@ -72,7 +72,11 @@ class TargetConfig(_Section):
     mask: bool = Field(True, description="masked attention: [OBJ] pools only from in-box patches")
     order: Literal["box_first", "crop_first"] = Field("box_first", description="crop_first: a box that both free crops show")
     choice: Literal["uniform", "area", "label"] = "uniform"
-    objects: int = Field(1, ge=1, description="objects a tile, each with an [OBJ] of its own")
+    objects: int = Field(
+        1,
+        ge=1,
+        description="objects a tile, each with an [OBJ] of its own (with views.window_um: in a window of its own)",
+    )
     geometry: Literal["box", "polygon"] = Field("box", description="polygon: needs `annotate --polygons`")
     whole_tile_p: Share = Field(0.0, description="share of samples whose target is the whole tile")
     whole_share: PositiveShare = Field(
@@ -98,6 +102,11 @@ class TargetConfig(_Section):
 class ViewConfig(_Section):
     """Crops and their colours."""
 
+    window_um: NotNegative = Field(
+        0.0,
+        description="side, in micrometres, of the square window that views are cut from, centred on the target object and "
+        "completed over the border of its tile; 0: they are cut from the tile",
+    )
     global_size: int = Field(224, ge=16)
     global_scale: Annotated[tuple[PositiveShare, PositiveShare], Ordered] = (0.25, 1.0)
     local_count: int = Field(10, ge=0)
@@ -120,6 +129,7 @@ class ViewConfig(_Section):
     stain_p: Share = 0.0
     stain_scale: float = Field(0.0, ge=0, lt=1, description="each stain's amount times 1 +- this")
     stain_shift: Share = Field(0.0, description="each stain's amount +- this, in optical density")
+    stain_swap_p: Share = Field(0.0, description="share of the views that take the stain of another slide of the cohort")
 
     @model_validator(mode="after")
     def _some_crop_fits(self) -> ViewConfig:
@@ -188,6 +198,10 @@ class LossConfig(_Section):
     teacher_temperature_epochs: NotNegative = 30
     centering: Literal["center", "sinkhorn"] = Field("center", description="sinkhorn: over one micro-batch of all ranks")
     center_momentum: Share = 0.9
+    tile_center: Share = Field(
+        0.0,
+        description="share of the mean teacher logits of a tile's objects that is taken from each (target.objects > 1)",
+    )
     patch_center: Literal["all", "hidden"] = Field(
         "hidden", description="the center of patches is the mean of all patches of the globals (iBOT), or of hidden ones"
     )
@@ -262,11 +276,20 @@ class PretrainConfig(_Section):
             )
         if self.target.geometry == "polygon" and (self.target.noise_jitter or self.target.noise_false):
             raise ValueError("target.noise_jitter and target.noise_false change boxes, not outlines: set target.geometry=box")
-        if not self.target.mask and (self.target.objects > 1 or self.loss.image_weight):
-            raise ValueError("target.objects > 1 and loss.image_weight need target.mask=true")
+        if not self.target.mask and ((self.target.objects > 1 and not self.views.window_um) or self.loss.image_weight):
+            raise ValueError("target.objects > 1 (without views.window_um) and loss.image_weight need target.mask=true")
+        if self.views.window_um and self.target.order == "crop_first":
+            raise ValueError("views.window_um centres a window on a chosen object: set target.order=box_first")
+        if self.loss.tile_center and self.target.objects == 1:
+            raise ValueError("loss.tile_center compares the objects of a tile: set target.objects to 2 or more")
         if not self.target.mask and self.loss.patch_in_box_only:
             raise ValueError("loss.patch_in_box_only=true needs target.mask=true: without masks no patch is in or out of a box")
         return self
+
+
+def windows_a_tile(config: PretrainConfig) -> int:
+    """The number of windows that a tile is seen through, each with one object; 1 where views are cut from the tile itself."""
+    return config.target.objects if config.views.window_um else 1
 
 
 def find_config(name: str) -> Path:

@@ -100,6 +100,12 @@ def draw_colours(rng: np.random.Generator, rules: tuple[ColourRule, ...]) -> np.
     return packed
 
 
+def in_other_stains(packed: np.ndarray, stains: np.ndarray) -> None:
+    """Put a change of stain before the changes of `draw_colours`, in place: stains float (n, 3, 3), see `slide_stains`."""
+    density = packed[:, :12].reshape(-1, 3, 4)
+    density[:, :, :3] = density[:, :, :3] @ stains
+
+
 class _Columns(NamedTuple):
     """Rules side by side: chances (5, n), reach of draws around 0 (10, n), lowest and highest sigma (2, n), hsv (n,)."""
 

@@ -6,6 +6,7 @@ goes on sees the same crops and masks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from math import sqrt
@@ -16,10 +17,11 @@ import torch
 
 from annotations.errors import UserError, one_line
 from annotations.objects import Kind
-from odis_path.data.augment import ColourRule, draw_colours
+from odis_path.data.augment import ColourRule, draw_colours, in_other_stains
 from odis_path.data.block_masking import block_mask, draw_ratio
 from odis_path.data.crops import Crop, CropRule, crop_matrices, patch_masks, sample_crops, shows, visible_share
 from odis_path.data.polygon_mask import polygon_mask
+from odis_path.data.slide_stains import SlideStains
 from odis_path.data.targets import Target, choose_box, further_targets, noisy_boxes, tile_share, whole_tile
 from odis_path.data.tile_index import OpenSlides, TileIndex
 from tiling.slide_file.read import SlideFile
@@ -84,11 +86,17 @@ class SampledObject(NamedTuple):
     in_crops: bool
 
 
-class TileSamples(torch.utils.data.Dataset[TileSample]):
+class UnreadableTileError(Exception):
+    """A tile cannot be read from its slide; others of the slide may be."""
+
+
+class TileSamples(torch.utils.data.Dataset[TileSample | list[TileSample]]):
     """Training samples: item (epoch, i) is the tile i with its views, masks and colours."""
 
-    def __init__(self, index: TileIndex, config: PretrainConfig, patch_px: int) -> None:
+    def __init__(self, index: TileIndex, config: PretrainConfig, patch_px: int, side_px: int | None = None) -> None:
+        """side_px: of what views are cut from, the tile if None."""
         self.index = index
+        self.side_px = side_px or index.tile_px
         self.config = config
         self.files = OpenSlides(index.paths)
         self.grids = (config.views.global_size // patch_px, config.views.local_size // patch_px)
@@ -97,62 +105,92 @@ class TileSamples(torch.utils.data.Dataset[TileSample]):
         kinds = kinds_of(config)
         self._kinds = None if len(kinds) == len(Kind) else kinds
         mean_scale = sum(config.views.global_scale) / 2
-        cell = sqrt(mean_scale) * index.tile_px / self.grids[0]  # tile px a patch of a mean global crop
+        cell = sqrt(mean_scale) * self.side_px / self.grids[0]  # tile px a patch of a mean global crop
         t = config.target
         self._min_side_px = sqrt(t.min_patches) * cell
         self._box_masks = partial(patch_masks, rule=t.mask_rule, fraction=t.mask_fraction, margin=t.mask_margin)
         self._outline_mask = partial(polygon_mask, rule=t.mask_rule, fraction=t.mask_fraction, margin=t.mask_margin)
 
+        swapping = config.views.stain_swap_p > 0
+        self.stains = SlideStains.measure(index, self.files, config.run.seed) if swapping else None
+
     def __len__(self) -> int:
         return len(self.index)
 
-    def __getitem__(self, key: tuple[int, int]) -> TileSample:
+    def __getitem__(self, key: tuple[int, int]) -> TileSample | list[TileSample]:
+        """Sample tile i or, where its slide is torn there (no pixels are stored), the next one that can be read."""
         epoch, i = key
-        rng = np.random.default_rng([self.config.run.seed, epoch, i])
-        readable, pixels = self._read_tile_or_next(i)
-        slide, row = int(self.index.slide[readable]), int(self.index.row[readable])
-        target, views = self.sample_views(rng, self.files[slide], slide, row)
-        return TileSample(pixels, None if readable == i else i, target.box, views)
-
-    def _read_tile_or_next(self, i: int) -> tuple[int, np.ndarray]:
-        """Read tile i or, where its slide is torn there (no pixels are stored), the next one that can be read."""
+        reason: Exception | None = None
         for candidate in (np.arange(i, i + MAX_UNREADABLE) % len(self)).tolist():
-            file, row = self.files[int(self.index.slide[candidate])], int(self.index.row[candidate])
+            rng = np.random.default_rng([self.config.run.seed, epoch, i])
             try:
-                return candidate, file.tile(row)
-            except (UserError, ValueError, OSError) as error:
-                if file.has_pixels or isinstance(error, DamagedError):
-                    reason = error.what if isinstance(error, DamagedError) else one_line(error)
-                    raise UserError(f"{file.path}: tile {row} cannot be decoded ({reason}): tile the slide again") from None
-                file.check_source()
-                last = error
-        raise UserError(f"{last} (nor can the {MAX_UNREADABLE - 1} tiles before it be read)")
+                sample = self.sample_tile(rng, int(self.index.slide[candidate]), int(self.index.row[candidate]))
+            except UnreadableTileError as error:
+                reason = error
+                continue
+            if candidate == i:
+                return sample
+            return [one._replace(unreadable=i) for one in sample] if isinstance(sample, list) else sample._replace(unreadable=i)
+        raise UserError(f"{reason} (nor can the {MAX_UNREADABLE - 1} tiles before it be read)")
+
+    def sample_tile(self, rng: np.random.Generator, slide: int, row: int) -> TileSample | list[TileSample]:
+        """Read and draw a tile. Raises UnreadableTileError where another is to be taken, UserError where none would do."""
+        pixels = self.read(slide, row, lambda: self.files[slide].tile(row))
+        target, views = self.sample_views(rng, self.files[slide], slide, row)
+        return TileSample(pixels, None, target.box, views)
+
+    def read(self, slide: int, row: int, pixels: Callable[[], np.ndarray]) -> np.ndarray:
+        """Call `pixels`, which reads tile `row`; what it raises becomes one of the errors of `sample_tile`."""
+        try:
+            return pixels()
+        except (UserError, ValueError, OSError) as error:
+            file = self.files[slide]
+            if file.has_pixels or isinstance(error, DamagedError):
+                reason = error.what if isinstance(error, DamagedError) else one_line(error)
+                raise UserError(f"{file.path}: tile {row} cannot be decoded ({reason}): tile the slide again") from None
+            file.check_source()
+            raise UnreadableTileError(error) from None
 
     def sample_views(
         self, rng: np.random.Generator, file: SlideFile, slide: int, row: int
     ) -> tuple[Target, SampledViews[np.ndarray]]:
         """Draw everything random about a sample, without its pixels: the (first) target and the views."""
-        t, m, grid = self.config.target, self.config.mim, self.grids[0]
+        boxes = self._target_boxes(rng, file, slide, row)
+        target, crops = self._sample_target(rng, boxes)
+        objects = self._sample_objects(rng, file, boxes, target, crops)
+        return target, self._sampled(rng, slide, crops, objects)
+
+    def _target_boxes(self, rng: np.random.Generator, file: SlideFile, slide: int, row: int) -> TargetBoxes:
+        """Read the boxes of a tile that may be targets, with the configured noise; none where no target is needed."""
+        t = self.config.target
         boxes = self.boxes(file, slide, row) if t.crop or t.mask else NO_BOXES
         if len(boxes.xyxy) and (t.noise_jitter or t.noise_drop or t.noise_false):
             boxes = self._noisy(rng, boxes)
-        target, crops = self._sample_target(rng, boxes)
-        objects = self._sample_objects(rng, file, boxes, target, crops)
+        return boxes
+
+    def _sampled(
+        self, rng: np.random.Generator, slide: int, crops: list[Crop], objects: list[SampledObject]
+    ) -> SampledViews[np.ndarray]:
+        """Put together the views of crops with masks of objects; draw the masked patches and the colours."""
+        m, grid = self.config.mim, self.grids[0]
         masks_global = self._object_masks(crops[:2], objects, local=False)
         masks_local = self._object_masks(crops[2:], objects, local=True)
         object_visible = np.concatenate([masks_global.any(2), masks_local.any(2)])
         for masks in (masks_global, masks_local):
             masks |= ~masks.any(2, keepdims=True)  # never an empty key set; object_visible keeps it out of loss and center
         blocks = [block_mask(rng, grid, draw_ratio(rng, m.probability, m.ratio), m.blocks) for _ in range(2)]
-        theta = crop_matrices(crops, self.index.tile_px)
-        return target, SampledViews(
+        theta = crop_matrices(crops, self.side_px)
+        colours = draw_colours(rng, self.colour_rules)
+        if self.stains is not None:
+            in_other_stains(colours, self.stains.swaps(rng, slide, self.config.views.stain_swap_p, len(crops)))
+        return SampledViews(
             theta_global=theta[:2],
             theta_local=theta[2:],
             object_masks_global=masks_global,
             object_masks_local=masks_local,
             object_visible=object_visible,
             masked_patches=np.stack([mask.ravel() for mask in blocks]),
-            colours=draw_colours(rng, self.colour_rules),
+            colours=colours,
             rects=np.array([(c.x, c.y, c.w, c.h, c.turn, c.size_px) for c in crops], dtype=np.int32),
         )
 
@@ -183,10 +221,9 @@ class TileSamples(torch.utils.data.Dataset[TileSample]):
         A target that nearly fills the tile becomes the whole tile, with free crops; with an outline in place of a box it stays
         what it is, since an outline may leave out most of its box.
         """
-        side, t = self.index.tile_px, self.config.target
-        whole = whole_tile(side)
+        side, t = self.side_px, self.config.target
         if not (t.crop or t.mask):
-            return whole, self._sample_crops(rng, None)
+            return self._crops_around(rng, None)
         to_whole = rng.random() < t.whole_tile_p
         pair: list[Crop] | None = None
         target: Target | None = None
@@ -196,32 +233,39 @@ class TileSamples(torch.utils.data.Dataset[TileSample]):
             target = self._choose(rng, boxes, shown)
         if target is None:
             pair, target = None, self._choose(rng, boxes, np.ones(len(boxes.xyxy), dtype=bool))
-        if target is None or to_whole:
-            return whole, self._sample_crops(rng, None)
+        return self._crops_around(rng, None if to_whole else target, pair)
+
+    def _crops_around(
+        self, rng: np.random.Generator, target: Target | None, pair: list[Crop] | None = None
+    ) -> tuple[Target, list[Crop]]:
+        """Draw crops of a target; of None, or of one that nearly fills what they are cut from, free ones of all of it."""
+        if target is None:
+            return whole_tile(self.side_px), self._sample_crops(rng, None)
         if not self._fills(target):
             return target, self._sample_crops(rng, target.box, pair)
-        return target if t.geometry == "polygon" else whole_tile(side, target.rows), self._sample_crops(rng, None, pair)
+        outlined = self.config.target.geometry == "polygon"
+        return target if outlined else whole_tile(self.side_px, target.rows), self._sample_crops(rng, None, pair)
 
     def _fills(self, target: Target) -> bool:
         """Tell whether a target is too large for crops around it to differ from the tile."""
-        return target.whole or tile_share(target.box, self.index.tile_px) > self.config.target.whole_share
+        return target.whole or tile_share(target.box, self.side_px) > self.config.target.whole_share
 
-    def _choose(self, rng: np.random.Generator, boxes: TargetBoxes, allowed: np.ndarray) -> Target | None:
-        """Draw a target among the allowed boxes, bool (k,)."""
+    def _choose(self, rng: np.random.Generator, boxes: TargetBoxes, allowed: np.ndarray, beyond_px: int = 0) -> Target | None:
+        """Draw a target among the allowed boxes, bool (k,). beyond_px: how far it may reach over the border of the tile."""
         rows = np.flatnonzero(allowed)
         target = choose_box(
             rng,
-            boxes.xyxy[rows],
+            boxes.xyxy[rows] + beyond_px,
             choice=self.config.target.choice,
             groups=None if boxes.label is None else boxes.label[rows],
             min_side_px=self._min_side_px,
-            side_px=self.index.tile_px,
+            side_px=self.index.tile_px + 2 * beyond_px,
         )
-        return None if target is None else Target(target.box, rows[target.rows])
+        return None if target is None else Target(target.box - beyond_px, rows[target.rows])
 
     def _sample_crops(self, rng: np.random.Generator, box: np.ndarray | None, pair: list[Crop] | None = None) -> list[Crop]:
         """Draw two global crops (unless given as a pair) and the local ones, around a box or free."""
-        side, t = self.index.tile_px, self.config.target
+        side, t = self.side_px, self.config.target
         box = box if t.crop else None
         global_crops = pair or sample_crops(rng, side, box, self.rules[0], 2)
         box = box if t.local == "object" else None
@@ -267,7 +311,7 @@ class TileSamples(torch.utils.data.Dataset[TileSample]):
         else:
             masks = self._box_masks(crops, target.box, grid)
         if obj.in_crops and t.sampler == "reject" and t.fallback != "construct":
-            missed = [not shows(crop, target.box, self.index.tile_px, rule) for crop in crops]
+            missed = [not shows(crop, target.box, self.side_px, rule) for crop in crops]
             masks[missed] = t.fallback == "full"
         return masks.reshape(len(crops), -1)
 

@@ -69,8 +69,12 @@ class Batch(NamedTuple):
     blurred_local: Tensor
 
 
-def collate(samples: Sequence[TileSample]) -> Batch:
-    """Stack samples. Rows whose number depends on values are looked up here, so that the device need not be waited for."""
+def collate(items: Sequence[TileSample | list[TileSample]]) -> Batch:
+    """Stack samples, windows of a tile after each other.
+
+    Rows whose number depends on values are looked up here, so that the device need not be waited for.
+    """
+    samples = [sample for item in items for sample in (item if isinstance(item, list) else [item])]
     fields = zip(*(sample.views for sample in samples), strict=True)
     views = SampledViews(*(torch.from_numpy(np.stack(arrays, axis=1)) for arrays in fields))
     sigma = views.colours[:, :, SIGMA]

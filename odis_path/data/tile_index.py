@@ -12,6 +12,7 @@ import numpy as np
 
 from annotations.errors import UserError
 from tiling.slide_file.read import SlideFile, list_slide_files
+from tiling.slide_file.window import TileWindows
 
 _MOST_OPEN = 512
 
@@ -33,22 +34,32 @@ class OpenSlides:
         self.paths = paths
         self._open: OrderedDict[int, SlideFile] = OrderedDict()
         self._groups: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._windows: dict[int, TileWindows] = {}
         self._pid = os.getpid()
         self._most = open_files()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"paths": self.paths, "_open": OrderedDict(), "_groups": {}, "_pid": -1, "_most": self._most}
+        return {"paths": self.paths, "_open": OrderedDict(), "_groups": {}, "_windows": {}, "_pid": -1, "_most": self._most}
 
     def __getitem__(self, slide: int) -> SlideFile:
         if self._pid != os.getpid():  # a forked worker must not read through its parent's handles
-            self._open, self._pid = OrderedDict(), os.getpid()
+            self._open, self._windows, self._pid = OrderedDict(), {}, os.getpid()
         if slide in self._open:
             self._open.move_to_end(slide)
             return self._open[slide]
         if len(self._open) >= self._most:
-            self._open.popitem(last=False)[1].close()
+            oldest, file = self._open.popitem(last=False)
+            self._windows.pop(oldest, None)
+            file.close()
         self._open[slide] = SlideFile(self.paths[slide])
         return self._open[slide]
+
+    def windows(self, slide: int) -> TileWindows:
+        """The windows of a slide file that is open."""
+        file = self[slide]
+        if slide not in self._windows:
+            self._windows[slide] = TileWindows(file)
+        return self._windows[slide]
 
     def box_groups(self, slide: int) -> tuple[np.ndarray, np.ndarray]:
         """Kind uint8 (M,) and label int16 (M,) of every box row of a slide file."""

@@ -2,7 +2,8 @@
 
 full: [OBJ] of the whole tile. masked: masked attention, [OBJ] pools from the box alone (best for ODIS). crop: the box cut
 out and resized to a tile. blackout: patches outside the box painted black (worse for every model in the post, kept so
-that it can be shown).
+that it can be shown). window: masked, in a window around the box in place of the
+tile (`embedding.windows` cuts it).
 
 A model that was trained to be averaged is averaged, in the same modes: masked is the mean over the patches in the box, of a
 pass that sees the whole tile; crop and blackout average all patches of the picture that is cut out or painted.
@@ -35,6 +36,7 @@ class FrozenEncoder:
 
     trained_px: side of the images it was trained on, None where nothing says it. resize_px: side that tiles are resized to
     before they are seen, None for their own (or the nearest multiple of the patch). how: what settled the pooling, for people.
+    window_um: side of the windows it was trained on, 0 where it was trained on tiles.
     """
 
     module: ObjViT
@@ -45,6 +47,7 @@ class FrozenEncoder:
     trained_px: int | None = None
     resize_px: int | None = None
     how: str = ""
+    window_um: float = 0.0
 
     @property
     def dim(self) -> int:
@@ -63,10 +66,10 @@ class FrozenEncoder:
         """Side at which a tile is seen."""
         return self.grid(tile_px) * self.module.patch_px
 
-    def about(self, tile_px: int) -> str:
+    def about(self, tile_px: int, what: str = "tiles") -> str:
         """Describe in a line how it pools, and the size at which it sees such tiles beside the one it was trained at."""
         size = self.size_px(tile_px)
-        line = f"{self.name}: pooling {self.pool} ({self.how}); tiles of {tile_px} px are seen at {size} px"
+        line = f"{self.name}: pooling {self.pool} ({self.how}); {what} of {tile_px} px are seen at {size} px"
         if self.trained_px is None:
             return f"{line}; the size trained at is not known"
         if size == self.trained_px:
@@ -79,7 +82,8 @@ class FrozenEncoder:
     def encode(self, tiles: np.ndarray, boxes: np.ndarray | None = None, mode: Mode = "full") -> np.ndarray:
         """Embeddings of tiles, or of one box in each.
 
-        tiles: uint8 (B, S, S, 3); boxes: (B, 4) in tile px, needed by every mode but full. Returns float32 (B, D).
+        tiles: uint8 (B, S, S, 3), windows in mode window; boxes: (B, 4) in their px, needed by every mode but full.
+        Returns float32 (B, D).
         """
         if mode != "full" and boxes is None:
             raise ValueError(f"mode {mode} needs boxes")
@@ -91,7 +95,7 @@ class FrozenEncoder:
         else:
             images = _whole(self, tiles, size)
         mask = None
-        if mode in ("masked", "blackout") and boxes is not None:
+        if mode in ("masked", "window", "blackout") and boxes is not None:
             mask = torch.from_numpy(box_masks(boxes, side, grid)).to(self.device)
             if mode == "blackout":
                 keep = mask.reshape(-1, 1, grid, grid).float()
@@ -177,7 +181,8 @@ def _from_checkpoint(path: Path, where: torch.device, random_weights: bool, pool
         module.pool = POOL_WORDS[pool]
     data, size = checkpoint.config.data, checkpoint.config.views.global_size
     how = "as asked" if pool else "as trained"
-    return FrozenEncoder(module.eval().to(where), name, data.mean, data.std, where, size, how=how)
+    um = checkpoint.config.views.window_um
+    return FrozenEncoder(module.eval().to(where), name, data.mean, data.std, where, size, how=how, window_um=um)
 
 
 @torch.inference_mode()

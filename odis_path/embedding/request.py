@@ -14,8 +14,8 @@ from annotations.objects import Kind
 from odis_path.features.write import DATASETS, open_features
 from odis_path.model.source import check_source, is_checkpoint
 
-Mode = Literal["full", "masked", "crop", "blackout"]
-MODES = ("full", "masked", "crop", "blackout")
+Mode = Literal["full", "masked", "window", "crop", "blackout"]
+MODES = ("full", "masked", "window", "crop", "blackout")
 LEVELS = ("tile", "object", "slide")
 DTYPES = ("float16", "float32")
 _SIZES_AND_TIMES = re.compile(r"(:\d+:\d+)+$")  # of the files of a checkpoint, at the end of its stamp
@@ -39,12 +39,15 @@ class EmbedJob:
     resize: int | None = None  # px
     pretraining: str = ""  # whom the encoder was trained on, see odis_path.features.pretraining
     overwrite: bool = False  # embeddings of another encoder are replaced
+    window_um: float | None = None  # of mode window; None: as the model was trained
 
     def parameters(self) -> dict[str, Any]:
         """The parameters that decide the result, for the feature file's `parameters` attribute."""
         view: dict[str, Any] = {"pool": self.pool or "as trained", "resize_px": self.resize or 0}
         if is_checkpoint(self.checkpoint) and not self.pool and not self.resize:
             view = {}  # as it always was: what is embedded with a run's own encoder stays valid
+        if self.mode == "window":
+            view["window_um"] = self.window_um or "as trained"
         return {
             "checkpoint": self.stamp,
             "level": "tile" if self.level == "slide" else self.level,
@@ -61,7 +64,15 @@ class EmbedJob:
 
 
 def check_options(
-    checkpoint: str, *, level: str, mode: str, kinds: str, dtype: str, pool: str | None = None, resize: int | None = None
+    checkpoint: str,
+    *,
+    level: str,
+    mode: str,
+    kinds: str,
+    dtype: str,
+    pool: str | None = None,
+    resize: int | None = None,
+    window_um: float | None = None,
 ) -> None:
     """Raise UserError, one line, for an option of `embed` that cannot be, and for a model that shows it cannot be loaded."""
     if level not in LEVELS:
@@ -73,6 +84,10 @@ def check_options(
     parse_kinds(kinds)
     if resize is not None and resize < 1:
         raise UserError(f"--resize {resize}: is a side in px, above 0")
+    if window_um is not None and mode != "window":
+        raise UserError(f"--window-um {window_um:g}: is the side of a window: give --mode window with it")
+    if window_um is not None and not 0 < window_um < float("inf"):
+        raise UserError(f"--window-um {window_um:g}: is a side in micrometres, above 0")
     check_source(checkpoint, pool)
 
 

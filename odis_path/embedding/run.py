@@ -11,7 +11,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from threading import Lock
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -36,13 +36,15 @@ from tiling.jobs.outcome import ItemResult, Note, Outcome, describe_error
 from tiling.jobs.run import run_cohort
 from tiling.jobs.summary import Outcomes
 from tiling.slide_file.read import SlideFile, list_slide_files
+from tiling.slide_file.window import TileWindows
 from tiling.storage.atomic import check_writable
-from tiling.storage.checksums import DAMAGED, DamagedError
+from tiling.storage.checksums import DAMAGED
 from tiling.storage.locks import lock_file, lock_settings
 
 if TYPE_CHECKING:
     from odis_path.embedding.encoder import FrozenEncoder
 
+Pixels = TypeVar("Pixels")
 MOST_TORN = 0.5  # share of tiles that cannot be read; a slide with more of them fails
 OBJECTS_A_PASS = 64  # objects that share one pass over the patches of a tile
 
@@ -63,33 +65,32 @@ def embed(
     pool: str | None = None,
     resize: int | None = None,
     overwrite: bool = False,
+    window_um: float | None = None,
 ) -> Outcomes:
     """Write `<out>/<slide_id>.h5` (level tile, object) or `<out>/slides.parquet` (level slide: the mean over tiles).
 
     checkpoint: a run of `pretrain` or its folder (the newest checkpoint as embedding begins), a checkpoint file, a timm
     name, or a folder in the form of the hub. pool: cls, mean or cls+mean; None: as trained. resize: side in px to resize to.
-    Raises UserError for a wrong option or encoder before any slide is opened, where another run embeds into `out` with other
-    settings, and where `out` holds embeddings of another encoder, which are replaced with `overwrite` only; what fails on a
-    slide is that slide's outcome. pretraining.csv in `out` names the slides that the encoder was trained on.
+    window_um: side of the windows of mode window; None: as trained. pretraining.csv in `out` names the slides that the encoder
+    was trained on. Raises UserError for a wrong option or encoder before any slide is opened, where another run embeds into
+    `out` with other settings, and where `out` holds embeddings of another encoder, which are replaced with `overwrite` only;
+    what fails on a slide is that slide's outcome.
     """
     begun = perf_counter()
     model = os.fspath(checkpoint)
-    check_options(model, level=level, mode=mode, kinds=kinds, dtype=dtype, pool=pool, resize=resize)
+    check_options(model, level=level, mode=mode, kinds=kinds, dtype=dtype, pool=pool, resize=resize, window_um=window_um)
     files, target = [path.absolute() for path in list_slide_files(folder)], Path(out).absolute()  # workers may run elsewhere
     source = checkpoint_file(model)
     trained = of_encoder(source, random_weights=random_weights)
     job = EmbedJob(
         source, target, level, mode, parse_kinds(kinds), batch, dtype, random_weights, device,  # type: ignore[arg-type]
-        checkpoint_stamp(source), pool, resize, trained.note(), overwrite,
+        checkpoint_stamp(source), pool, resize, trained.note(), overwrite, window_um,
     )  # fmt: skip
     another = other_encoder(target, job)
     if another and not overwrite:
         raise UserError(another)
-    encoder = None
     if scheduler is None:  # a wrong checkpoint is one error, not one a slide
-        encoder = shared_encoder(source, job.stamp, device, random_weights, pool, resize)
-    if encoder is not None:
-        tell_size(encoder, files)
+        tell_size(shared_encoder(source, job.stamp, device, random_weights, pool, resize), files, job)
     if level == "slide":
         check_writable(target / SLIDES_FILE)
     with lock_settings(target, "embed", job.settings()):
@@ -109,14 +110,23 @@ def embed(
     return Outcomes(outcomes, "embed", out, ("objects",) if level == "object" else ("tiles",), perf_counter() - begun)
 
 
-def tell_size(encoder: FrozenEncoder, files: list[Path]) -> None:
-    """Print how the encoder pools, and the size it sees tiles at against the size it was trained at; once a size of tile."""
+def tell_size(encoder: FrozenEncoder, files: list[Path], job: EmbedJob) -> None:
+    """Print how the encoder pools, and the size it sees tiles at against the size it was trained at; once a size of tile.
+
+    For windows the same of them; UserError where nothing says how large they are.
+    """
+    from odis_path.embedding.windows import window_encoder, window_px, window_um
+
+    if job.mode == "window":
+        window_um(encoder, job)
     sizes = set()
     for path in files:
         with suppress(UserError), SlideFile(path) as file:  # the slide's own failure, told with it
-            sizes.add(file.patch_size)
+            sizes.add(window_px(encoder, file, job) if job.mode == "window" else file.patch_size)
+    if job.mode == "window":
+        encoder = window_encoder(encoder)
     for size in sorted(sizes):
-        print(f"embed: {encoder.about(size)}", file=sys.stderr)
+        print(f"embed: {encoder.about(size, 'windows' if job.mode == 'window' else 'tiles')}", file=sys.stderr)
 
 
 def checkpoint_file(source: str) -> str:
@@ -230,18 +240,16 @@ class TornSlideFile(SlideFile):
         super().__init__(path)
         self.torn: set[int] = set()
 
-    def tile(self, i: int) -> np.ndarray:
-        """As `SlideFile.tile`. Raises UserError where more than half of all cannot be read, or the slide is gone."""
+    def region(self, i: int, x: int, y: int, side_px: int) -> np.ndarray:
+        """As `SlideFile.region`. Raises UserError where more than half of all cannot be read, or the slide is gone."""
         try:
-            return super().tile(i)
-        except DamagedError:
-            raise
+            return super().region(i, x, y, side_px)
         except UserError:
             if self.has_pixels or len(self.torn) > MOST_TORN * len(self):
                 raise
             self.check_source()
             self.torn.add(i)
-            return np.zeros((self.patch_size, self.patch_size, 3), np.uint8)
+            return np.zeros((side_px, side_px, 3), np.uint8)
 
     def tiles(self, numbers: np.ndarray) -> np.ndarray:
         """As `SlideFile.tiles`."""
@@ -272,7 +280,16 @@ def object_rows(file: SlideFile, kinds: tuple[str, ...] | None) -> np.ndarray:
 
 def embed_objects(encoder: FrozenEncoder, file: SlideFile, rows: np.ndarray, job: EmbedJob) -> np.ndarray:
     """One embedding a box: float32 (m, D), in the order of `rows`."""
-    return encode_rows(encoder, file, file.box_tiles[rows], file.boxes_table()["xyxy"][rows], job)
+    return encode_rows(encoder, file, file.box_tiles[rows], boxes_seen(encoder, file, job)[rows], job)
+
+
+def boxes_seen(encoder: FrozenEncoder, file: SlideFile, job: EmbedJob) -> np.ndarray:
+    """The boxes of /boxes that a mode takes: the part in their tile or, for windows, the whole object; float (M, 4)."""
+    from odis_path.embedding.windows import window_px
+
+    if job.mode != "window":
+        return file.boxes_table()["xyxy"]
+    return TileWindows(file).whole_boxes(window_px(encoder, file, job))
 
 
 def embed_tiles(encoder: FrozenEncoder, file: SlideFile, job: EmbedJob) -> np.ndarray:
@@ -283,7 +300,7 @@ def embed_tiles(encoder: FrozenEncoder, file: SlideFile, job: EmbedJob) -> np.nd
     tile_of = file.box_tiles[rows]
     side = float(file.patch_size)
     bare = np.setdiff1d(np.arange(len(file)), tile_of)
-    boxes = np.concatenate([file.boxes_table()["xyxy"][rows], np.tile([0, 0, side, side], (len(bare), 1))])
+    boxes = np.concatenate([boxes_seen(encoder, file, job)[rows], np.tile([0, 0, side, side], (len(bare), 1))])
     owner = np.concatenate([tile_of, bare])
     order = np.argsort(owner, kind="stable")
     each = encode_rows(encoder, file, owner[order], boxes[order], job)
@@ -298,6 +315,9 @@ def encode_rows(
     """Embed tile tile_of[i] (with boxes[i]) for every i: float32 (n, D). Tiles of the next batch are read meanwhile."""
     from odis_path.embedding.encoder import batches, encode_objects
 
+    if job.mode == "window":
+        assert boxes is not None
+        return encode_windows(encoder, file, tile_of, boxes, job)
     features = np.zeros((len(tile_of), encoder.dim), dtype=np.float32)
     if boxes is not None and job.mode == "masked" and encoder.module.shares_passes:
         for rows, tiles in shared_passes(file, tile_of, job.batch):
@@ -310,6 +330,24 @@ def encode_rows(
 
     for part, tiles in read_ahead(list(batches(len(tile_of), job.batch)), read):
         features[part] = encoder.encode(tiles, None if boxes is None else boxes[part], job.mode)
+    return features
+
+
+def encode_windows(
+    encoder: FrozenEncoder, file: SlideFile, tile_of: np.ndarray, boxes: np.ndarray, job: EmbedJob
+) -> np.ndarray:
+    """Masked embeddings of boxes[i] of tile tile_of[i], each in a window around it: float32 (n, D)."""
+    from odis_path.embedding.encoder import batches
+    from odis_path.embedding.windows import ObjectWindows, window_encoder, window_px
+
+    features = np.zeros((len(tile_of), encoder.dim), dtype=np.float32)
+    windows, encoder = ObjectWindows(file, window_px(encoder, file, job)), window_encoder(encoder)
+
+    def read(part: slice) -> tuple[np.ndarray, np.ndarray]:
+        return windows.around(tile_of[part], boxes[part])
+
+    for part, (pixels, inside) in read_ahead(list(batches(len(tile_of), job.batch)), read):
+        features[part] = encoder.encode(pixels, inside, "masked")
     return features
 
 
@@ -332,7 +370,7 @@ def shared_passes(file: SlideFile, tile_of: np.ndarray, batch: int) -> Iterator[
         yield passes[part], tiles
 
 
-def read_ahead(parts: list[slice], read: Callable[[slice], np.ndarray]) -> Iterator[tuple[slice, np.ndarray]]:
+def read_ahead(parts: list[slice], read: Callable[[slice], Pixels]) -> Iterator[tuple[slice, Pixels]]:
     """Yield each part with its pixels, the next one being read in a thread."""
     with ThreadPoolExecutor(max_workers=1) as pool:
         pending = pool.submit(read, parts[0]) if parts else None

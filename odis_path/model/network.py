@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from odis_path.config import PretrainConfig
+from odis_path.config import PretrainConfig, windows_a_tile
 from odis_path.model.head import DinoHead
 from odis_path.model.vit import ObjViT, build_encoder
 
@@ -78,9 +78,9 @@ def by_object(obj: Tensor) -> Tensor:
 
 def obj_tokens(config: PretrainConfig) -> int:
     """Learned [OBJ] tokens: one an object, and one for the whole image; a read-only [OBJ], or linear pooling, serves all."""
-    return (
-        1 if config.model.read_only or config.model.pool == "linear" else config.target.objects + (config.loss.image_weight > 0)
-    )
+    if config.model.read_only or config.model.pool == "linear":
+        return 1
+    return config.target.objects // windows_a_tile(config) + (config.loss.image_weight > 0)
 
 
 def build_network(

@@ -9,25 +9,28 @@ import torch
 
 from odis_path.config import PretrainConfig
 from odis_path.data.crops import Crop, turn_grid
-from odis_path.data.dataset import TileSamples
 from odis_path.data.tile_index import index_tiles
+from odis_path.data.windows import training_samples
 from odis_path.embedding.encoder import box_masks, load_encoder
 from odis_path.reporting.figures.tiles import CropPair
 from tiling.slide_file.read import SlideFile
 
 
 def crop_pair(slide_file: Path, row: int, config: PretrainConfig, patch_px: int = 16, epoch: int = 0) -> CropPair:
-    """Draw both global crops of a tile as in training, before colours change. patch_px: side of the network's patches."""
+    """Draw both global crops of a tile as in training, before colours change: of the tile, or of a window around its target.
+
+    patch_px: side of the network's patches.
+    """
     index = index_tiles(slide_file.parent)
-    samples = TileSamples(index, config, patch_px)
+    samples = training_samples(index, config, patch_px)
+    sampled = samples.sample_tile(np.random.default_rng([config.run.seed, epoch, row]), index.paths.index(slide_file), row)
+    tile, _, target, views = sampled[0] if isinstance(sampled, list) else sampled
     with SlideFile(slide_file) as file:
-        rng = np.random.default_rng([config.run.seed, epoch, row])
-        target, views = samples.sample_views(rng, file, index.paths.index(slide_file), row)
-        tile, boxes = file.tile(row), file.boxes(row)
+        boxes = target[None] if config.views.window_um else file.boxes(row)
     crops = [Crop(*rect) for rect in views.rects[:2].tolist()]
     grid = samples.grids[0]
     masks = [mask[0].reshape(grid, grid) for mask in views.object_masks_global]
-    return CropPair(tile, boxes, target.box, views.rects[:2, :4], [_cut(tile, crop) for crop in crops], masks)
+    return CropPair(tile, boxes, target, views.rects[:2, :4], [_cut(tile, crop) for crop in crops], masks)
 
 
 def _cut(tile: np.ndarray, crop: Crop) -> np.ndarray:

@@ -9,7 +9,7 @@ from math import sqrt
 import torch
 from torch import Tensor, nn
 
-from odis_path.config import PretrainConfig
+from odis_path.config import PretrainConfig, windows_a_tile
 from odis_path.loss.dino_ibot import Center, cross_view_loss, entropy, masked_patch_loss, teacher_probabilities
 from odis_path.loss.koleo_kde import kde, koleo
 from odis_path.loss.sinkhorn import sinkhorn
@@ -23,6 +23,7 @@ class Criterion(nn.Module):
         """compiled: fuse what runs over the logits of masked patches, most of the work here."""
         super().__init__()
         self.config = config.loss
+        self.windows = windows_a_tile(config)
         self.teacher_probabilities = torch.compile(teacher_probabilities, dynamic=True) if compiled else teacher_probabilities
         self.masked_patch_loss = torch.compile(masked_patch_loss, dynamic=True) if compiled else masked_patch_loss
         self.obj_center = Center(config.head.out_dim, config.loss.center_momentum)
@@ -46,6 +47,8 @@ class Criterion(nn.Module):
         seen = views.object_visible.flatten(1).to(self.obj_center.value.dtype)
         logits = teacher.obj[:, :, :objects].flatten(1, 2)  # (2, B * K, P)
         weight = seen[: len(logits)]
+        if c.tile_center:
+            logits = centred_in_tile(logits, weight, objects * self.windows, c.tile_center)
         targets = self.targets(self.obj_center, logits.flatten(0, 1), temperature, weight.flatten()).view_as(logits)
         logits_s = student.obj[:, :, :objects].flatten(1, 2)
         parts = {"obj": cross_view_loss(targets, logits_s, c.student_temperature, seen, pairs)}
@@ -112,6 +115,18 @@ class Criterion(nn.Module):
         elif mean is not None:
             self.patch_center.accumulate(mean[None])  # every rank and micro-batch has as many patches
         return self.masked_patch_loss(target, student, rows // patches, images, self.config.student_temperature, counted.sum(1))
+
+
+def centred_in_tile(logits: Tensor, weight: Tensor, objects: int, share: float) -> Tensor:
+    """Logits (V, B * K, P) minus a share of their mean over the K objects of their tile and view.
+
+    weight: (V, B * K), 0 where a view lacks its object, which then does not count; a single object of a tile stays as it is.
+    """
+    grouped = logits.unflatten(1, (-1, objects))
+    counted = weight.unflatten(1, (-1, objects))[..., None].to(logits.dtype)
+    count = counted.sum(2, keepdim=True)
+    mean = (grouped * counted).sum(2, keepdim=True) / count.clamp_min(1)
+    return (grouped - share * mean * (count > 1)).flatten(1, 2)
 
 
 def feature_std(obj: Tensor) -> Tensor:

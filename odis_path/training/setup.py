@@ -16,9 +16,10 @@ from torch import nn
 from annotations.errors import UserError
 from odis_path.checkpoint import Checkpoint, as_begun, load_into, newest_checkpoint
 from odis_path.config import PretrainConfig
-from odis_path.data.dataset import TileSamples, kinds_of
+from odis_path.data.dataset import kinds_of
 from odis_path.data.sampler import Batch, StepSampler, collate
 from odis_path.data.tile_index import TileIndex, held_out_patients, index_tiles
+from odis_path.data.windows import training_samples
 from odis_path.distributed import Ranks, on_first_rank
 from odis_path.features.pretraining import kept_in_checkpoint, slides_of
 from odis_path.model.network import Network, build_network
@@ -213,7 +214,7 @@ def batch_loader(run: Run) -> Iterable[Batch]:
         accumulate=config.optim.accumulate,
     )
     return torch.utils.data.DataLoader(
-        TileSamples(run.train, config, run.student.encoder.patch_px),
+        training_samples(run.train, config, run.student.encoder.patch_px),
         batch_sampler=sampler,
         collate_fn=collate,
         num_workers=config.data.workers,

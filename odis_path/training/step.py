@@ -55,7 +55,7 @@ def forward_backward(
     patch_mean = config.loss.patch_center == "all" and config.loss.centering == "center"
     bf16 = config.optim.amp == "bf16" or (config.optim.amp == "auto" and run.ranks.device.type == "cuda")
     with torch.no_grad():
-        views = make_views(batch, config, run.train.tile_px, run.ranks.device, compiled=run.compiled)
+        views = make_views(batch, config, run.ranks.device, compiled=run.compiled)
     with run.wrapped.no_sync() if isinstance(run.wrapped, DistributedDataParallel) and not last else nullcontext():
         with torch.autocast(run.ranks.device.type, torch.bfloat16, enabled=bf16):
             with torch.no_grad():
@@ -81,7 +81,7 @@ def apply_gradients(run: Run, values: StepValues) -> None:
     update_teacher(run.teacher, run.student, values.ema)
 
 
-def make_views(batch: Batch, config: PretrainConfig, tile_px: int, device: torch.device, *, compiled: bool = False) -> Views:
+def make_views(batch: Batch, config: PretrainConfig, device: torch.device, *, compiled: bool = False) -> Views:
     """Cut, colour and normalise all views of a batch on the device; compiled: by kernels made for their sizes."""
     v, d, sampled = config.views, config.data, batch.views
     draw = compiled_view_images() if compiled else view_images
@@ -90,7 +90,7 @@ def make_views(batch: Batch, config: PretrainConfig, tile_px: int, device: torch
         return tensor.to(device, non_blocking=True)
 
     def images_of(theta: Tensor, colours: Tensor, blurred: Tensor, size_px: int, scale: tuple[float, float]) -> Tensor:
-        shrink = sqrt(scale[1]) * tile_px / size_px
+        shrink = sqrt(scale[1]) * pixels.shape[1] / size_px
         return draw(pixels, moved(theta), colours, None if compiled else moved(blurred), size_px, shrink, d.mean, d.std)
 
     pixels, colours = moved(batch.pixels), moved(sampled.colours)

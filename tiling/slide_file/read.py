@@ -134,9 +134,18 @@ class SlideFile(SlideHeader):
         i = self._number(i)
         if self.has_pixels:
             return codec.decode(self.tile_bytes(i))
-        x, y = self.coords[i].tolist()
-        side_l0, side_px = self._sides
-        return self._open_source().read_region(x, y, side_l0, side_l0, side_px, side_px)
+        return self.region(i, 0, 0, self.patch_size)
+
+    def region(self, i: int, x: int, y: int, side_px: int) -> np.ndarray:
+        """A square of the slide itself, seen as its tiles are: uint8 (side_px, side_px, 3).
+
+        x, y: its corner in pixels of tile i, from that tile's. Raises UserError where the slide is gone or cannot be decoded.
+        """
+        tile_l0, tile_px = self._sides
+        scale = tile_l0 / tile_px
+        side_l0 = tile_l0 if side_px == tile_px else side_px * scale
+        x_l0, y_l0 = (self.coords[i] + np.array([x, y]) * scale).tolist()
+        return self._open_source().read_region(x_l0, y_l0, side_l0, side_l0, side_px, side_px)
 
     def tiles(self, numbers: np.ndarray) -> np.ndarray:
         """Read tiles `numbers`, int (n,), as uint8 (n, S, S, 3): quicker than one by one, where neighbours ascend."""

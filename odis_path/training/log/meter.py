@@ -30,7 +30,8 @@ class StepMeter:
 
     def restart(self) -> None:
         """Begin with the steps of the next row."""
-        self._begin, self._waited_s, self._steps, self._identical = time.perf_counter(), 0.0, 0, 0
+        self._begin, self._waited_s, self._steps = time.perf_counter(), 0.0, 0
+        self._pairs = self._identical = 0
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -43,13 +44,14 @@ class StepMeter:
         """Count a step."""
         self._steps += 1
         for batch in micro_batches:
+            self._pairs += batch.views.rects.shape[1]
             self._identical += identity_pairs(batch.views.rects)
             self.unreadable.update(batch.unreadable)
 
     def figures(self, losses: Mapping[str, Tensor], values: StepValues) -> Row:
         """Figures for the log: losses of the last step and identical pairs as means over ranks, schedules, speed. Waits."""
         images = self._steps * self.batch_size
-        share = torch.tensor(self._identical * self.ranks.world / images, device=self.ranks.device)
+        share = torch.tensor(self._identical / self._pairs, device=self.ranks.device)
         named = {**losses, "identity_pairs": share}
         keys = sorted(named)
         means = mean_of_ranks(torch.stack([named[key].float() for key in keys]), self.ranks).tolist()
