@@ -89,8 +89,9 @@ def embed(
     another = other_encoder(target, job)
     if another and not overwrite:
         raise UserError(another)
-    if scheduler is None:  # a wrong checkpoint is one error, not one a slide
-        tell_size(shared_encoder(source, job.stamp, device, random_weights, pool, resize), files, job)
+    encoder = None if scheduler else shared_encoder(source, job.stamp, device, random_weights, pool, resize)
+    if encoder is not None:  # loaded here too, so that a wrong checkpoint is one error, not one a slide
+        tell_size(encoder, files, job)
     if level == "slide":
         check_writable(target / SLIDES_FILE)
     with lock_settings(target, "embed", job.settings()):
