@@ -21,9 +21,9 @@ from odis_path.embedding.run import embed
 from odis_path.features.read import read_features
 from odis_path.training import loop
 from tests.odis_path.conftest import tiny_config
+from tests.tiling.slide_file.test_window import png
 from tiling.slide_file.read import SlideFile, list_slide_files
 from tiling.slide_file.write import SlideMeta, write_slide_file
-from tiling.wsi.codec import encode_png
 
 SIDE, COLUMNS, ROWS = 64, 4, 3
 WINDOW = 40  # px, 20 µm
@@ -78,7 +78,7 @@ def write_painted(folder: Path, name: str, patient: str, seed: int) -> None:
         },
     }
     meta = SlideMeta(name, folder / f"{name}.png", COLUMNS * SIDE, ROWS * SIDE, 0.5, 0.5, SIDE, patient_id=patient)
-    tiles = [encode_png(image[y : y + SIDE, x : x + SIDE]) for x, y in coords]
+    tiles = [png(image[y : y + SIDE, x : x + SIDE]) for x, y in coords]
     write_slide_file(folder / f"{name}.h5", meta=meta, coords=coords, pixels=tiles, groups=groups)
 
 

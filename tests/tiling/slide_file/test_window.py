@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,14 @@ from PIL import Image
 from tiling.slide_file.read import SlideFile
 from tiling.slide_file.window import TileWindows
 from tiling.slide_file.write import SlideMeta, write_slide_file
-from tiling.wsi.codec import encode_png
 
 SIDE, WIDTH, HEIGHT = 32, 150, 110  # the last columns and rows of the slide lie in no tile
+
+
+def png(pixels: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "png")
+    return file.getvalue()
 
 
 def painted(width: int = WIDTH, height: int = HEIGHT) -> np.ndarray:
@@ -74,7 +80,7 @@ def write(
             },
         }
     path = folder / "slide.h5"
-    pixels = [encode_png(tile) for tile in tiles] if stored else None
+    pixels = [png(tile) for tile in tiles] if stored else None
     write_slide_file(path, meta=meta, coords=coords, pixels=pixels, groups=contents)  # type: ignore[arg-type]
     return path
 
