@@ -1,4 +1,4 @@
-"""Match annotation files to slides by name, and give their readers the facts of the slide."""
+"""Annotation files: find them, match them to slides by name, and tell their readers about the slide."""
 
 from __future__ import annotations
 
@@ -15,19 +15,8 @@ if TYPE_CHECKING:
     from annotations.readers.slide_context import SlideContext
 
 SUFFIXES = (
-    ".geojson.gz",
-    ".geojson.zip",
-    ".json.gz",
-    ".json.zip",
-    ".geojson",
-    ".json",
-    ".zip",
-    ".xml",
-    ".xml.gz",
-    ".annotations",
-    ".ndpa",
-    ".parquet",
-    ".geoparquet",
+    *(".geojson", ".geojson.gz", ".geojson.zip", ".json", ".json.gz", ".json.zip", ".zip"),
+    *(".xml", ".xml.gz", ".annotations", ".ndpa", ".parquet", ".geoparquet"),
 )
 MASK_SUFFIXES = (".png", ".tif", ".tiff")  # looked for in folders that hold nothing else: pictures abound
 SIDECAR = ".classes.json"
@@ -36,20 +25,19 @@ OFFSETS = ("hamamatsu.XOffsetFromSlideCentre", "hamamatsu.YOffsetFromSlideCentre
 
 def files_below(folder: Path) -> list[Path]:
     """Annotation files of a folder and its folders, by extension, hidden ones left out; label images where that is all."""
-    below = [each for each in sorted(folder.rglob("*")) if each.is_file()]
-    below = [each for each in below if not any(part.startswith(".") for part in each.relative_to(folder).parts)]
-    below = [each for each in below if not each.name.lower().endswith(SIDECAR)]
-    vector = [each for each in below if each.name.lower().endswith(SUFFIXES)]
-    return vector or [each for each in below if each.name.lower().endswith(MASK_SUFFIXES)]
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.lower().endswith(SIDECAR)]
+    files = [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    vector = [path for path in files if path.name.lower().endswith(SUFFIXES)]
+    return vector or [path for path in files if path.name.lower().endswith(MASK_SUFFIXES)]
 
 
 def stamp(path: Path) -> dict[str, Any]:
     """Name, size and time of an annotation file, and of the classes beside a label image."""
-    found = {"name": path.name, **dict(zip(("size", "mtime_ns"), source_stamp(path), strict=True))}
+    values = {"name": path.name, **dict(zip(("size", "mtime_ns"), source_stamp(path), strict=True))}
     for beside in (path.with_name(path.name + SIDECAR), path.with_name(path.stem.removesuffix(".ome") + SIDECAR)):
         if path.name.lower().endswith(MASK_SUFFIXES) and beside.is_file():
-            return {**found, "classes": list(source_stamp(beside))}
-    return found
+            return {**values, "classes": list(source_stamp(beside))}
+    return values
 
 
 def slide_context(file: SlideFile, files: Sequence[Path]) -> SlideContext:
@@ -75,11 +63,11 @@ def _offset_nm(source: Path) -> tuple[float, float] | None:
 def annotation_files(annotations: Path | str | Sequence[Path | str]) -> list[Path]:
     """Annotation files among files and folders (searched recursively by extension), absolute, each once, in order."""
     inputs = [annotations] if isinstance(annotations, str | Path) else list(annotations)
-    found: dict[Path, None] = {}
+    files: dict[Path, None] = {}
     for value in inputs:
         path = from_home(value)
         if path.is_file():
-            found[path.absolute()] = None
+            files[path.absolute()] = None
             continue
         if not path.is_dir():
             raise UserError(f"{path}: no such file or folder of annotations")
@@ -87,10 +75,10 @@ def annotation_files(annotations: Path | str | Sequence[Path | str]) -> list[Pat
         if not below:
             looked = " ".join((*SUFFIXES, *MASK_SUFFIXES))
             raise UserError(f"{path}: holds no annotations (looked for {looked}, in its folders too)")
-        found |= dict.fromkeys(each.absolute() for each in below)
-    if not found:
+        files |= dict.fromkeys(file.absolute() for file in below)
+    if not files:
         raise UserError("no annotations given: name GeoJSON files or their folder")
-    return list(found)
+    return list(files)
 
 
 def match_files(slide_ids: Sequence[str], files: Sequence[Path]) -> dict[str, tuple[Path, ...]]:

@@ -85,7 +85,7 @@ class BoxResult:
     def from_json(cls: type[AnyResult], text: str) -> AnyResult:
         """Read the attribute; what an earlier version did not write has its default."""
         stored = json.loads(text)
-        values = {each.name: stored[each.name] for each in fields(cls) if each.name in stored}
+        values = {item.name: stored[item.name] for item in fields(cls) if item.name in stored}
         labels = {name: ClassCounts(**counts) for name, counts in values.pop("labels", {}).items()}
         return cls(labels=labels, **values)
 

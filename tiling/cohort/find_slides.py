@@ -18,33 +18,13 @@ from tiling.cohort.manifest import SlideItem, patient_of
 from tiling.storage.paths import file_name, path_of, place, printable, shown, url_of, urls_under
 from tiling.storage.slide_id import id_of, safe_id
 
-SLIDE_EXTENSIONS = frozenset(
+SLIDE_EXTENSIONS = frozenset(  # looked for in folders
     [".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide", ".dcm", ".qptiff", ".btf"]
 )
-# Slides only where they are named; odis-path import takes them for tiles.
-IMAGE_EXTENSIONS = frozenset(
+IMAGE_EXTENSIONS = frozenset(  # slides only where they are named; odis-path import takes them for tiles
     [
-        ".png",
-        ".jpg",
-        ".jpeg",
-        ".jpe",
-        ".jfif",
-        ".bmp",
-        ".dib",
-        ".webp",
-        ".avif",
-        ".gif",
-        ".jp2",
-        ".j2k",
-        ".j2c",
-        ".jpc",
-        ".jpf",
-        ".jpx",
-        ".pbm",
-        ".pgm",
-        ".ppm",
-        ".pnm",
-        ".tga",
+        *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib", ".webp", ".avif", ".gif", ".tga"),
+        *(".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".pbm", ".pgm", ".ppm", ".pnm"),
     ]
 )
 
@@ -56,28 +36,28 @@ def find_slides(inputs: Iterable[Path | str], known: Mapping[str, str] | None = 
     get their folder's name in front. known: place of a slide (`storage.paths.place`) -> the slide_id it has already, and keeps.
     Raises UserError for a path that does not exist and for one that holds no slide.
     """
-    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     folders: dict[Path, str] = {}
     for value in inputs:
         path = path_of(value)
         try:
-            for each in _expanded(path):
-                found.setdefault(_real_place(each, folders), each)
+            for file in _expanded(path):
+                files.setdefault(_real_place(file, folders), file)
         except OSError as error:
             where = error.filename or path
             raise UserError(f"{where}: cannot be looked into: {error.strerror}: ask for the right to read it") from None
-    if not found:
+    if not files:
         raise UserError("no slides given: name files, folders or a manifest.csv")
-    slides = one_per_series(found.values())
-    if more := len(found) - len(slides):
-        said = f"{more} of {len(found)} files left out: each belongs to the DICOM series of another and is read with it"
-        print(said, file=sys.stderr, flush=True)
+    slides = one_per_series(files.values())
+    if extra := len(files) - len(slides):
+        note = f"{extra} of {len(files)} files left out: each belongs to the DICOM series of another and is read with it"
+        print(note, file=sys.stderr, flush=True)
     items = [SlideItem(_in_utf8(path), id_of(path), patient_of(file_name(path))) for path in slides]
     return _with_unique_ids(items, known or {})
 
 
 def _real_place(path: Path, folders: dict[Path, str]) -> str:
-    """One text for one slide, whichever links lead to its folder. folders: what is known of them, filled in here."""
+    """One text for one slide, whichever links lead to its folder. folders: their real paths, filled in here."""
     if url := url_of(path):
         return url
     if path.parent not in folders:
@@ -86,12 +66,12 @@ def _real_place(path: Path, folders: dict[Path, str]) -> str:
 
 
 def _in_utf8(path: Path) -> Path:
-    """The path, if it is UTF-8. Else, as no manifest and no slide file can hold it, the name of no file, which says why."""
+    """The path if it is UTF-8, else the name of no file, which says why: no manifest and no slide file can hold the path."""
     whole = place(path)
     if printable(whole) == whole:
         return path
-    what = "file" if printable(path.name) != path.name else "folder"
-    return Path(f"{printable(whole)} ({what} name is not UTF-8: rename it)")
+    kind = "file" if printable(path.name) != path.name else "folder"
+    return Path(f"{printable(whole)} ({kind} name is not UTF-8: rename it)")
 
 
 def _expanded(path: Path) -> list[Path]:
@@ -110,14 +90,14 @@ def _expanded(path: Path) -> list[Path]:
 
 def _slides_under(folder: Path) -> list[Path]:
     files = sorted(_files_under(folder, SLIDE_EXTENSIONS | IMAGE_EXTENSIONS))
-    slides = [each for each in files if each.suffix.lower() in SLIDE_EXTENSIONS]
+    slides = [path for path in files if path.suffix.lower() in SLIDE_EXTENSIONS]
     if slides:
         return slides
-    said = f"holds no slide (looked for {' '.join(sorted(SLIDE_EXTENSIONS))}, in its folders too)"
+    problem = f"holds no slide (looked for {' '.join(sorted(SLIDE_EXTENSIONS))}, in its folders too)"
     if files:
         pattern = files[0].parent / f"*{files[0].suffix}"
-        said += f": images that are tiles go through odis-path import; where each is a slide, give them as '{pattern}'"
-    raise UserError(f"{folder}: {said}")
+        problem += f": images that are tiles go through odis-path import; where each is a slide, give them as '{pattern}'"
+    raise UserError(f"{folder}: {problem}")
 
 
 def _files_under(folder: Path, suffixes: frozenset[str]) -> Iterator[Path]:
@@ -148,7 +128,7 @@ def _entries(folder: Path, *, needed: bool) -> list[os.DirEntry[str]]:
     """List a folder without hidden files, by name. One that may not be read is reported, and left out unless needed."""
     try:
         with os.scandir(folder) as entries:
-            return sorted((each for each in entries if not each.name.startswith(".")), key=lambda each: each.name)
+            return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
     except PermissionError as error:
         if needed:
             raise
@@ -157,21 +137,21 @@ def _entries(folder: Path, *, needed: bool) -> list[os.DirEntry[str]]:
 
 
 def _with_unique_ids(items: list[SlideItem], known: Mapping[str, str]) -> list[SlideItem]:
-    """Ids that occur once stay; of the others, each slide of a name gets the first free name of `_told_apart`.
+    """Make ids unique: one that occurs once stays, slides that share one get the first free names of `_longer_ids`.
 
-    known: place -> an id that stays as it is, and which others make way for.
+    known: place -> an id that stays as it is, and that no other slide gets.
     """
-    new_id = {item.path: known[at] for item in items if (at := place(item.path)) in known}
+    new_id = {item.path: known[key] for item in items if (key := place(item.path)) in known}
     taken = set(new_id.values())
     groups: dict[str, list[SlideItem]] = {}
     for item in items:
         groups.setdefault(item.slide_id, []).append(item)
-    for name, group in sorted(groups.items(), key=lambda each: len(each[1]) > 1):  # those alone first: they have it
-        for ids in _told_apart(group) if len(group) > 1 or name in taken else [[name]]:
-            wanted = {item.path: each for item, each in zip(group, ids, strict=True) if item.path not in new_id}
-            if len(set(wanted.values())) == len(wanted) and taken.isdisjoint(wanted.values()):
-                new_id |= wanted
-                taken.update(wanted.values())
+    for name, group in sorted(groups.items(), key=lambda entry: len(entry[1]) > 1):  # ids that occur once come first
+        for ids in _longer_ids(group) if len(group) > 1 or name in taken else [[name]]:
+            proposed = {item.path: slide_id for item, slide_id in zip(group, ids, strict=True) if item.path not in new_id}
+            if len(set(proposed.values())) == len(proposed) and taken.isdisjoint(proposed.values()):
+                new_id |= proposed
+                taken.update(proposed.values())
                 break
         else:
             where = ", ".join(shown(item.path) for item in group[:2])
@@ -179,39 +159,27 @@ def _with_unique_ids(items: list[SlideItem], known: Mapping[str, str]) -> list[S
     return [replace(item, slide_id=new_id[item.path]) for item in items]
 
 
-def _told_apart(group: list[SlideItem]) -> Iterator[list[str]]:
+def _longer_ids(group: list[SlideItem]) -> Iterator[list[str]]:
     """Ids for slides of one name: folders in front, as many as it takes; the extension behind; both; a hash of the path."""
     folders = [Path(place(item.path)).parts[1:-1] for item in group]
-    behind = ["_" + Path(file_name(item.path)).suffix[1:] for item in group]
+    extensions = ["_" + Path(file_name(item.path)).suffix[1:] for item in group]
     depths = range(1, max(len(parts) for parts in folders) + 1)
-    for ends, deep in (([""] * len(group), depths), (behind, (0, *depths))):
-        for depth in deep:
-            parts = [each[max(0, len(each) - depth) :] for each in folders]
-            named = zip(parts, group, ends, strict=True)
-            yield [safe_id("_".join([*front, item.slide_id]) + end) for front, item, end in named]
+    for suffixes, tried_depths in (([""] * len(group), depths), (extensions, (0, *depths))):
+        for depth in tried_depths:
+            prefixes = [parts[max(0, len(parts) - depth) :] for parts in folders]
+            names = zip(prefixes, group, suffixes, strict=True)
+            yield [safe_id("_".join([*prefix, item.slide_id]) + suffix) for prefix, item, suffix in names]
     digests = [hashlib.sha256(place(item.path).encode()).hexdigest()[:8] for item in group]
     yield [safe_id(f"{item.slide_id}_{digest}") for item, digest in zip(group, digests, strict=True)]
 
 
-SERIES_UID = 0x0020000E
-
-
-TRANSFER_SYNTAX = 0x00020010
-
-
+# DICOM: tags, the transfer syntax without value representations, representations with a length of 4 bytes, delimiters.
+SERIES_UID, TRANSFER_SYNTAX = 0x0020000E, 0x00020010
 IMPLICIT = b"1.2.840.10008.1.2"
-
-
 LONG_LENGTH = frozenset([b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV"])
-
-
 ITEM, ITEM_END, SEQUENCE_END = 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
-
-
-UNDEFINED = 0xFFFFFFFF
-
-
-HEADER_BYTES = 4 << 20  # more than ever stands before the sought tag; what is no DICOM ends there
+UNDEFINED_LENGTH = 0xFFFFFFFF
+MAX_HEADER_BYTES = 4 << 20  # no header is longer before the series; a file that is no DICOM is given up there
 
 
 def one_per_series(paths: Iterable[Path]) -> list[Path]:
@@ -234,9 +202,9 @@ def series_uid(path: Path) -> str:
 
 
 def _series_uid(file: BinaryIO) -> str:
-    """Walk the elements, which stand in the order of their tags, and past the sequences before the one that is sought."""
+    """Walk the elements, which are in the order of their tags, past the sequences before the series."""
     depth, implicit = 0, False
-    while file.tell() < HEADER_BYTES:
+    while file.tell() < MAX_HEADER_BYTES:
         group, element = struct.unpack("<HH", file.read(4))
         tag = group << 16 | element
         if group == 0xFFFE or (implicit and group != 2):
@@ -247,7 +215,7 @@ def _series_uid(file: BinaryIO) -> str:
             (length,) = struct.unpack("<H", file.read(2))
         if tag in (ITEM_END, SEQUENCE_END):
             depth -= 1
-        elif length == UNDEFINED:
+        elif length == UNDEFINED_LENGTH:
             implicit, depth = implicit or (tag != ITEM and kind == b"UN"), depth + 1
         elif depth == 0 and tag == SERIES_UID:
             return file.read(length).rstrip(b"\0 ").decode("ascii")

@@ -55,14 +55,12 @@ def read_manifest(path: Path) -> list[SlideItem]:
     return [item for _, item in items.values()]
 
 
-def manifest_rows(path: Path) -> CsvFile:
-    """The columns and rows of a manifest. Raises UserError as `read_csv_file` does, and where there is no column path."""
-    found = read_csv_file(path, ("path",), "no such manifest: make it with odis-path scan")
-    if "path" not in found.columns:
-        raise UserError(
-            f"{path}: has no column path (found: {', '.join(found.columns) or 'nothing'}): make it with odis-path scan"
-        )
-    return found
+def manifest_rows(path: Path, column: str = "path", remedy: str = "make it with odis-path scan") -> CsvFile:
+    """Read the columns and rows of a manifest. Raises UserError as `read_csv_file`, and where it lacks the column."""
+    manifest = read_csv_file(path, (column,), f"no such manifest: {remedy}")
+    if column not in manifest.columns:
+        raise UserError(f"{path}: has no column {column} (found: {', '.join(manifest.columns) or 'nothing'}): {remedy}")
+    return manifest
 
 
 def slide_of(manifest: Path, row: Mapping[str, str]) -> Path:
@@ -113,7 +111,7 @@ def _item(manifest: Path, line: int, row: dict[str, str]) -> SlideItem:
 
 @dataclass(frozen=True)
 class PreviousManifest:
-    """The manifest that is there: `columns` in its order; `rows` and `mpps` by place of the slide; `count`: all its rows."""
+    """The manifest at the output path. rows, mpps: by place of the slide. count: all its rows, also those of no slide."""
 
     columns: tuple[str, ...] = ()
     rows: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -122,18 +120,17 @@ class PreviousManifest:
 
     @property
     def slide_ids(self) -> dict[str, str]:
-        """place -> slide_id, where there is one that can be and that no other slide has."""
-        given = {at: row.get("slide_id", "").strip() for at, row in self.rows.items()}
-        first = {slide_id: at for at, slide_id in reversed(given.items())}
-        return {
-            at: slide_id for at, slide_id in given.items() if slide_id and first[slide_id] == at and not id_problem(slide_id)
-        }
+        """place -> slide_id, where it is valid; of slides that share one the first has it."""
+        first: dict[str, str] = {}
+        for key, row in self.rows.items():
+            first.setdefault(row.get("slide_id", "").strip(), key)
+        return {key: slide_id for slide_id, key in first.items() if slide_id and not id_problem(slide_id)}
 
     def with_previous_values(self, item: SlideItem) -> SlideItem:
-        """A slide with the patient and the mpp it has in the manifest."""
-        at = place(item.path)
-        patient_id = self.rows.get(at, {}).get("patient_id", "").strip() or item.patient_id
-        return replace(item, patient_id=patient_id, mpp=self.mpps.get(at))
+        """The slide with the patient and the mpp it has in the manifest."""
+        key = place(item.path)
+        patient_id = self.rows.get(key, {}).get("patient_id", "").strip() or item.patient_id
+        return replace(item, patient_id=patient_id, mpp=self.mpps.get(key))
 
 
 def read_previous(out: Path) -> PreviousManifest:
@@ -146,33 +143,33 @@ def read_previous(out: Path) -> PreviousManifest:
         for line, row in manifest.rows:
             if row["path"].strip():
                 by_place.setdefault(place(slide_of(out, row)), (line, row))
-        mpps = {at: _given(out, line, row) for at, (line, row) in by_place.items()}
+        mpps = {key: _user_mpp(out, line, row) for key, (line, row) in by_place.items()}
     except UserError as error:
         raise UserError(f"{error}; scan does not write over it: put it right, or give another --out") from None
-    return PreviousManifest(tuple(manifest.columns), {at: row for at, (_, row) in by_place.items()}, mpps, len(manifest.rows))
+    return PreviousManifest(tuple(manifest.columns), {key: row for key, (_, row) in by_place.items()}, mpps, len(manifest.rows))
 
 
-def _given(out: Path, line: int, row: dict[str, str]) -> float | None:
-    """The mpp of a row where it is not the one that scan wrote there: slides may be replaced, and say another then."""
-    given = mpp_in(out, line, row)
+def _user_mpp(out: Path, line: int, row: dict[str, str]) -> float | None:
+    """The mpp of a row, None where scan wrote it: the slide may have been replaced, and state another one now."""
+    mpp = mpp_in(out, line, row)
     try:
-        written = number_in(row.get("mpp_headers") or "nan")
+        headers = number_in(row.get("mpp_headers") or "nan")
     except ValueError:
-        written = math.nan
-    return given if is_user_value(given, None if math.isnan(written) else written) else None
+        headers = math.nan
+    return mpp if is_user_value(mpp, None if math.isnan(headers) else headers) else None
 
 
-def is_user_value(given: float | None, own: float | None) -> bool:
-    """Tell whether a manifest's mpp was given by hand: it differs from the slide's headers, rounded or not."""
-    return given is not None and (own is None or not math.isclose(given, own, rel_tol=1e-6))
+def is_user_value(mpp: float | None, headers_mpp: float | None) -> bool:
+    """Tell whether a person gave a manifest's mpp: it differs from that of the slide's headers by more than rounding."""
+    return mpp is not None and (headers_mpp is None or not math.isclose(mpp, headers_mpp, rel_tol=1e-6))
 
 
 def report_kept_rows(out: Path, previous: PreviousManifest, items: Sequence[SlideItem]) -> None:
-    """Say in a line on stderr what of the manifest that is there stays. Rows of other slides go to a file beside it."""
+    """Report on stderr what the new manifest keeps of the previous one; rows of other slides go to a file beside it."""
     kept = sum(place(item.path) in previous.rows for item in items)
-    said = []
+    lines = []
     if kept:
-        said.append(
+        lines.append(
             f"{kept} of {len(items)} slides were in it and keep slide_id, patient_id, further columns and an mpp given by hand"
         )
     if gone := previous.count - kept:
@@ -180,6 +177,6 @@ def report_kept_rows(out: Path, previous: PreviousManifest, items: Sequence[Slid
         aside = next(name for name in names if not name.exists())
         with atomic_path(aside) as temporary:
             shutil.copyfile(out, temporary)
-        said.append(f"{gone} rows of other slides are left out of it and stay in {aside}")
-    if said:
-        print(f"{out}: {'; '.join(said)}", file=sys.stderr, flush=True)
+        lines.append(f"{gone} rows of other slides are left out of it and stay in {aside}")
+    if lines:
+        print(f"{out}: {'; '.join(lines)}", file=sys.stderr, flush=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 from collections.abc import Sequence
 from functools import partial
@@ -27,8 +26,8 @@ from tiling.grid import FINEST_SHARE
 from tiling.jobs.outcome import ItemResult, Outcome, joined, notes_of
 from tiling.jobs.run import run_cohort
 from tiling.jobs.summary import Outcomes
-from tiling.storage.atomic import atomic_path, check_writable
-from tiling.storage.csv_file import SUFFIXES
+from tiling.storage.atomic import check_writable
+from tiling.storage.csv_file import SUFFIXES, write_csv_file
 from tiling.storage.paths import place, printable
 from tiling.wsi.level_alignment import describe_placements
 from tiling.wsi.mpp import check_mpp, missing_mpp
@@ -72,13 +71,9 @@ def scan(
     work = partial(header_row, mpp=mpp, assume_mpp=assume_mpp)
     outcomes = run_cohort(items, work, title="scan", workers=workers, timeout=timeout, folder=out.parent)
     report_kept_rows(out, previous, items)
-    with (
-        atomic_path(out) as temporary,
-        temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
-    ):
-        writer = csv.DictWriter(file, dict.fromkeys((*COLUMNS, *previous.columns)))
-        writer.writeheader()
-        writer.writerows(_row(out, previous, item, outcome) for item, outcome in zip(items, outcomes, strict=True))
+    rows = [_row(out, previous, item, outcome) for item, outcome in zip(items, outcomes, strict=True)]
+    columns = list(dict.fromkeys((*COLUMNS, *previous.columns)))
+    write_csv_file(out, [columns, *([row[column] for column in columns] for row in rows)])
     return Outcomes(outcomes, "scan", out, ("no_mpp", "will_fail"), perf_counter() - begun)
 
 

@@ -13,11 +13,9 @@ from pathlib import Path
 
 from annotations.errors import UserError
 from tiling.cohort import find_slides as find
-from tiling.cohort.manifest import patient_of
-from tiling.storage.csv_file import number_in, read_csv_file
+from tiling.cohort.manifest import manifest_rows, mpp_in, patient_of
 from tiling.storage.paths import from_home, printable
 from tiling.storage.slide_id import checked_id, id_of, safe_id
-from tiling.wsi.mpp import check_mpp
 
 TIFF_EXTENSIONS = frozenset([".tif", ".tiff", ".btf"])
 IMAGE_EXTENSIONS = find.IMAGE_EXTENSIONS | TIFF_EXTENSIONS
@@ -110,12 +108,11 @@ def apply_manifest(items: Sequence[ImageItem], manifest: Path) -> list[ImageItem
         if item.path not in row_of:
             new.append(replace(item, listed=False))
             continue
-        row = rows[row_of[item.path]]
+        line, row = rows[row_of[item.path]]
         slide_id = row.get("slide_id") or item.slide_id
         checked_id(slide_id, manifest)
         patient_id = row.get("patient_id") or item.patient_id
-        mpp = _mpp_of_row(manifest, row)
-        new.append(replace(item, slide_id=slide_id, patient_id=patient_id, mpp=mpp))
+        new.append(replace(item, slide_id=slide_id, patient_id=patient_id, mpp=mpp_in(manifest, line, row)))
     owner: dict[str, ImageItem] = {}
     for item in new:
         other = owner.setdefault(item.slide_id, item)
@@ -222,35 +219,18 @@ def _unique_stems(keys: Mapping[Path, str]) -> dict[Path, str]:
     return names
 
 
-def _manifest_rows(manifest: Path) -> dict[str, dict[str, str]]:
-    """Value of column `image` -> its row, stripped."""
-    if not manifest.is_file():
-        raise UserError(f"{manifest}: no such manifest: a CSV with the columns image and patient_id")
-    found = read_csv_file(manifest, ("image",))
-    if "image" not in found.columns:
-        heads = ", ".join(found.columns) or "nothing"
-        raise UserError(f"{manifest}: has no column image (found: {heads}): name the image files in it")
-    rows: dict[str, dict[str, str]] = {}
-    for number, raw in found.rows:
-        row = {name: text.strip() for name, text in raw.items()}
+def _manifest_rows(manifest: Path) -> dict[str, tuple[int, dict[str, str]]]:
+    """Value of column `image` -> its line and row, stripped."""
+    rows: dict[str, tuple[int, dict[str, str]]] = {}
+    for line, values in manifest_rows(manifest, "image", "a CSV with the columns image and patient_id").rows:
+        row = {name: text.strip() for name, text in values.items()}
         if not row["image"]:
-            raise UserError(f"{manifest}: line {number}: column image is empty")
-        if rows.setdefault(row["image"], row) != row:
-            raise UserError(f"{manifest}: line {number}: {row['image']} is listed twice, differently: keep one")
+            raise UserError(f"{manifest}: line {line}: column image is empty")
+        if rows.setdefault(row["image"], (line, row))[1] != row:
+            raise UserError(f"{manifest}: line {line}: {row['image']} is listed twice, differently: keep one")
     if not rows:
         raise UserError(f"{manifest}: lists no image")
     return rows
-
-
-def _mpp_of_row(manifest: Path, row: Mapping[str, str]) -> float | None:
-    text = row.get("mpp", "")
-    if not text:
-        return None
-    where = f"{manifest}: {row['image']}: column mpp"
-    try:
-        return check_mpp(number_in(text), where)
-    except ValueError:
-        raise UserError(f"{where}: {text}: not a number") from None
 
 
 def box_file(folder: Path, item: ImageItem) -> Path | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -45,7 +44,7 @@ from tiling.slide_file.write import (
     source_stamp,
     write_slide_file,
 )
-from tiling.storage.atomic import atomic_path
+from tiling.storage.csv_file import write_csv_file
 from tiling.storage.locks import lock_file, lock_settings
 from tiling.storage.paths import from_home
 from tiling.storage.touched import was_touched
@@ -366,14 +365,11 @@ def _sha256(path: Path) -> str:
 
 
 def _write_labels(path: Path, rows: Sequence[LabelRow]) -> None:
-    """One row per tile: its slide file, its place, its class folder; its side of the split where folders tell one."""
+    """Write a row per tile: its slide file, its place, its class folder; its side of the split where folders give one."""
     split = any(item.split for item, *_ in rows)
-    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow((*LABEL_COLUMNS, "split") if split else LABEL_COLUMNS)
-        for item, slide_id, x, y in rows:
-            row = (slide_id, x, y, item.label, item.patient_id, item.key)
-            writer.writerow((*row, item.split) if split else row)
+    columns = (*LABEL_COLUMNS, "split") if split else LABEL_COLUMNS
+    values = [(slide_id, x, y, item.label, item.patient_id, item.key, item.split) for item, slide_id, x, y in rows]
+    write_csv_file(path, [columns, *(row[: len(columns)] for row in values)])
 
 
 def _file_of(pair: Work, out: Path) -> Path:

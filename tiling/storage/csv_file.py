@@ -61,8 +61,9 @@ def read_csv_file(path: Path, needed: Sequence[str] = (), missing: str = "no suc
 
 
 def write_csv_file(path: Path, lines: Iterable[Iterable[Any]]) -> None:
-    """Write lines of values as CSV, whole or not at all."""
-    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+    """Write lines of values as CSV in UTF-8, whole or not at all; what is not UTF-8 in file names is escaped."""
+    encoding, errors = "utf-8", "backslashreplace"
+    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding=encoding, errors=errors) as file:
         csv.writer(file).writerows(lines)
 
 

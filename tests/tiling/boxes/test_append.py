@@ -50,11 +50,11 @@ def test_added_is_as_read_together(tmp_path: Path, polygons: bool) -> None:
     assert not outcome.skipped
     assert outcome.info["objects"] == 3
     assert "added to 2 objects that were there" in outcome.message
-    found = contents(two)
-    assert found == contents(one)
-    assert found["order"]
-    assert len(found["objects"]) == 5  # the stroma lies in six tiles and has one row
-    assert sum(row[1] == 0 for row in found["rows"]) == 6
+    stored = contents(two)
+    assert stored == contents(one)
+    assert stored["order"]
+    assert len(stored["objects"]) == 5  # the stroma lies in six tiles and has one row
+    assert sum(row[1] == 0 for row in stored["rows"]) == 6
 
 
 def test_where_there_is_nothing_it_is_a_plain_run(tmp_path: Path) -> None:
@@ -137,9 +137,9 @@ def test_proposals_are_added_to_and_columns_filled(tmp_path: Path) -> None:
     replace_groups(path, {"objects": {**objects, **more}, "boxes": boxes})
     (outcome,) = annotate(tmp_path / "s", save(tmp_path / "a.geojson", *CELLS), append=True)
     assert outcome.ok, outcome.message
-    found = contents(path)
-    assert [name for name, *_ in found["objects"]] == ["nucleus", "lymphocyte", "gland", "new"]
-    assert (7, 0, (1, 2, 3, 4), 1) in found["rows"]
+    stored = contents(path)
+    assert [name for name, *_ in stored["objects"]] == ["nucleus", "lymphocyte", "gland", "new"]
+    assert (7, 0, (1, 2, 3, 4), 1) in stored["rows"]
     with h5py.File(path) as file:
         np.testing.assert_array_equal(file["objects/score"][...], np.array([0.5, np.nan, np.nan, np.nan], np.float32))
         assert file["objects"].attrs["proposed"] == "yes"

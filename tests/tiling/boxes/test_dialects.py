@@ -239,8 +239,8 @@ def test_ndpa_needs_its_slide(tmp_path: Path) -> None:
 def test_the_origin_that_was_taken_is_told(tmp_path: Path) -> None:
     slide_file(tmp_path / "s", bounds=(1000, 1000), offset=1000)
     (outcome,) = annotate(tmp_path / "s", save(tmp_path / "a.geojson", [feature(RING, "a")]))
-    said = "origin: the scanned area's corner, moved by (1000, 1000) (0 objects on tiles from the slide's corner, 1 so)"
-    assert said in outcome.message
+    warning = "origin: the scanned area's corner, moved by (1000, 1000) (0 objects on tiles from the slide's corner, 1 so)"
+    assert warning in outcome.message
     (outcome,) = annotate(tmp_path / "s", save(tmp_path / "a.geojson", [feature(shifted(RING, 1000, 1000), "a")]))
     assert "origin: the slide's corner (1 objects on tiles, 0 from the scanned area's corner)" in outcome.message
 
@@ -253,7 +253,7 @@ def test_annotations_off_the_tissue_are_told_with_both_extents(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("corners", "side", "said"),
+    ("corners", "side", "warning"),
     [
         ([(0, 0), (300, 100)], 90, ""),
         ([(0, 0), *((500 + 50 * i, 900) for i in range(20))], 20, "1 of 21 objects touch a tile, 5% of their area"),
@@ -262,14 +262,14 @@ def test_annotations_off_the_tissue_are_told_with_both_extents(tmp_path: Path) -
         ([(0, 0)], 350, ""),  # drawn generously
     ],
 )
-def test_how_much_of_the_annotations_is_off_the_tissue_is_told(tmp_path: Path, corners: list, side: int, said: str) -> None:
+def test_how_much_of_the_annotations_is_off_the_tissue_is_told(tmp_path: Path, corners: list, side: int, warning: str) -> None:
     slide_file(tmp_path / "s")
     items = [feature([[side / 20 * x + dx, side / 20 * y + dy] for x, y in RING], "a") for dx, dy in corners]
     # What has no area to speak of and lies off the tiles does not make a warning.
     items += [feature([[x / 20 + 900, y / 20] for x, y in RING], "crumb") for _ in range(3 * (side == 90))]
     (outcome,) = annotate(tmp_path / "s", save(tmp_path / "a.geojson", items))
-    assert ("off the tissue" in outcome.message) == bool(said)
-    assert said in outcome.message
+    assert ("off the tissue" in outcome.message) == bool(warning)
+    assert warning in outcome.message
 
 
 def test_overlapping_tiles_do_not_count_an_object_twice(tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def test_a_crash_leaves_the_old_outlines(tmp_path: Path, monkeypatch: pytest.Mon
     assert not outcome.ok
     assert "power cut" in outcome.message
     assert path.read_bytes() == before
-    assert [each.name for each in (tmp_path / "s").iterdir()] == ["a.h5"]
+    assert [file.name for file in (tmp_path / "s").iterdir()] == ["a.h5"]
 
 
 def test_other_groups_come_and_go_and_outlines_stay(tmp_path: Path) -> None:

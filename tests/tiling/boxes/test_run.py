@@ -267,17 +267,17 @@ def test_real_points_on_imported_images(test_data: Path, tmp_path: Path) -> None
     data = test_data / "brca_m2c"
     images = sorted((data / "images").iterdir())[:3]
     imported = import_images(images, tmp_path / "s", mpp=0.5, size=224, manifest=data / "manifest.csv")
-    assert all(each.ok and not each.message for each in imported)
+    assert all(outcome.ok and not outcome.message for outcome in imported)
     outcomes = annotate(tmp_path / "s", data / "geojson", point_size="12um")
     for path, outcome in zip(images, outcomes, strict=True):
-        found = json.loads((data / "geojson" / f"{path.stem}.geojson").read_text())["features"]
-        assert outcome.info["objects"] == len(found)
-        assert outcome.info["boxes"] >= len(found) - outcome.info["outside"] > 0.5 * len(found)
+        features = json.loads((data / "geojson" / f"{path.stem}.geojson").read_text())["features"]
+        assert outcome.info["objects"] == len(features)
+        assert outcome.info["boxes"] >= len(features) - outcome.info["outside"] > 0.5 * len(features)
         with SlideFile(tmp_path / "s" / f"{path.stem}.h5") as file:
             assert file.patient_id == path.name[:12]
             table, boxes = file.objects_table(), file.boxes_table()
             assert set(table["kind"].tolist()) == {1}
-            assert set(table["labels"]) <= {each["properties"]["classification"]["name"] for each in found}
+            assert set(table["labels"]) <= {feature["properties"]["classification"]["name"] for feature in features}
             whole = boxes["xyxy"][boxes["visible"] == 1]
             assert (whole[:, 2:] - whole[:, :2]).tolist() == [[24, 24]] * len(whole)
             assert table["area_um2"] == pytest.approx(144)

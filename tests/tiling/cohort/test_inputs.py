@@ -79,16 +79,16 @@ def test_outlines_of_a_run_are_replaced_by_the_next_unless_they_were_corrected(s
     out, outlines = tmp_path / "out", tmp_path / "outlines"
     target = outlines / "painted.geojson"
     assert tiled(slide_path, out, tissue_out=outlines).ok
-    found = target.read_bytes()
+    content = target.read_bytes()
     assert tiled(slide_path, out, tissue_out=outlines, min_tissue=0.2).ok  # the same tissue
-    assert target.read_bytes() == found
+    assert target.read_bytes() == content
     shutil.rmtree(out)
     assert tiled(slide_path, out, tissue_out=outlines).ok  # nothing vouches for it, but the same is to be written
     exclude = tmp_path / "exclude"
     exclude.mkdir()
     (exclude / "painted.geojson").write_text(json.dumps(DRAWN))
     assert tiled(slide_path, out, tissue_out=outlines, exclude=exclude).ok  # other tissue: the slide file vouches
-    assert target.read_bytes() != found
+    assert target.read_bytes() != content
     target.write_text(json.dumps(DRAWN))
     assert not tiled(slide_path, out, tissue_out=outlines).ok
     assert json.loads(target.read_text()) == DRAWN
@@ -99,14 +99,14 @@ def test_outlines_are_the_same_after_a_run_that_ended_before_them(
 ) -> None:
     slide, out, outlines = shutil.copy(slide_path, tmp_path / "painted.svs"), tmp_path / "out", tmp_path / "outlines"
     assert tiled(slide, out, tissue_out=outlines).ok
-    found = (outlines / "painted.geojson").read_bytes()
+    content = (outlines / "painted.geojson").read_bytes()
     for part in ("SlideFileWriter", "write_tissue"):
         with monkeypatch.context() as patch:
             patch.setattr(f"tiling.tiles.run.{part}", lambda *_, **__: 1 / 0)
             os.utime(slide)
             assert not tiled(slide, out, tissue_out=outlines).ok
         assert tiled(slide, out, tissue_out=outlines).ok
-        assert (outlines / "painted.geojson").read_bytes() == found
+        assert (outlines / "painted.geojson").read_bytes() == content
 
 
 def test_a_file_in_place_of_the_folder_for_outlines_is_told_before_any_work(slide_path: Path, tmp_path: Path) -> None:
@@ -281,11 +281,11 @@ def test_a_folder_of_images_is_told_what_to_do(tmp_path: Path) -> None:
 )
 def test_a_manifest_that_cannot_be_is_one_line(tmp_path: Path, content: bytes, says: str) -> None:
     (tmp_path / "m.csv").write_bytes(content)
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as error:
         slide_items([tmp_path / "m.csv"])
-    assert f"{tmp_path / 'm.csv'}: " in str(told.value)
-    assert says in str(told.value)
-    assert "\n" not in str(told.value)
+    assert f"{tmp_path / 'm.csv'}: " in str(error.value)
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_a_manifest_that_cannot_be_read_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,8 +77,8 @@ def test_an_mpp_that_scan_wrote_itself_is_not_kept_for_a_slide_that_says_another
     for _ in range(2):
         scan([cohort], manifest)
         rows = rows_of(manifest)
-        said = [[rows[str(cohort / f"{name}.svs")][key] for key in ("mpp", "mpp_source")] for name in ("a", "b", "silent")]
-        assert said == [["0.25", "manifest"], ["0.3", "openslide.mpp-x"], ["0.4", "manifest"]]
+        mpps = [[rows[str(cohort / f"{name}.svs")][key] for key in ("mpp", "mpp_source")] for name in ("a", "b", "silent")]
+        assert mpps == [["0.25", "manifest"], ["0.3", "openslide.mpp-x"], ["0.4", "manifest"]]
 
 
 def test_rows_of_other_slides_are_kept_beside_it_each_time(cohort: Path, tmp_path: Path) -> None:
@@ -136,10 +136,10 @@ def test_rows_of_other_slides_are_set_aside(cohort: Path, tmp_path: Path, capsys
 )
 def test_what_is_no_manifest_is_not_written_over(cohort: Path, tmp_path: Path, content: bytes, says: str) -> None:
     (tmp_path / "m.csv").write_bytes(content)
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as error:
         scan([cohort], tmp_path / "m.csv")
-    assert str(told.value).startswith(f"{tmp_path / 'm.csv'}: {says}")
-    assert str(told.value).endswith("scan does not write over it: put it right, or give another --out")
+    assert str(error.value).startswith(f"{tmp_path / 'm.csv'}: {says}")
+    assert str(error.value).endswith("scan does not write over it: put it right, or give another --out")
     assert (tmp_path / "m.csv").read_bytes() == content
 
 

@@ -81,19 +81,19 @@ def test_names_with_a_tilde_are_names_and_only_homes_are_homes(tmp_path: Path, m
 
 def test_equal_names_in_one_folder_and_in_others_are_told_apart(tmp_path: Path) -> None:
     touched(tmp_path, "a/S.svs", "a/S.tif", "b/S.svs", "T.svs", " T.svs")
-    found = ids(tmp_path / "a", tmp_path / "b", below=tmp_path)
-    assert found == {"a/S.svs": "a_S_svs", "a/S.tif": "a_S_tif", "b/S.svs": "b_S_svs"}
+    slide_ids = ids(tmp_path / "a", tmp_path / "b", below=tmp_path)
+    assert slide_ids == {"a/S.svs": "a_S_svs", "a/S.tif": "a_S_tif", "b/S.svs": "b_S_svs"}
     assert ids(tmp_path / "a" / "S.svs", tmp_path / "b" / "S.svs", below=tmp_path) == {"a/S.svs": "a_S", "b/S.svs": "b_S"}
     same = ids(tmp_path / "T.svs", tmp_path / " T.svs", below=tmp_path)
     assert len(set(same.values())) == 2
-    assert all(each.startswith("T_") for each in same.values())
+    assert all(slide_id.startswith("T_") for slide_id in same.values())
 
 
 def test_a_name_with_a_folder_in_front_may_be_that_of_another(tmp_path: Path) -> None:
     touched(tmp_path, "a/S.svs", "b/S.svs", "c/a_S.svs")
-    found = ids(tmp_path, below=tmp_path)
-    assert found["c/a_S.svs"] == "a_S"
-    assert len(set(found.values())) == 3
+    slide_ids = ids(tmp_path, below=tmp_path)
+    assert slide_ids["c/a_S.svs"] == "a_S"
+    assert len(set(slide_ids.values())) == 3
 
 
 # --- names that no file of ours can have
@@ -149,11 +149,11 @@ def test_dead_links_are_rows_and_linked_folders_are_looked_into_once(slide_path:
     }
     for name, target in links.items():
         (cohort / name).symlink_to(target)
-    found = {os.path.relpath(item.path, cohort) for item in find_slides([cohort, cohort / "linked", other])}
-    assert found == {"again/other.svs", "dead.svs", "loop.svs", "sub/sub.svs"}
-    told = by_name(scan([cohort], tmp_path / "m.csv"))
-    assert {name for name, problem in told.items() if problem} == {"dead", "loop"}
-    assert told["dead"] == f"{cohort / 'dead.svs'}: is a link to nowhere.svs, which leads to no file: mend the link"
+    slide_ids = {os.path.relpath(item.path, cohort) for item in find_slides([cohort, cohort / "linked", other])}
+    assert slide_ids == {"again/other.svs", "dead.svs", "loop.svs", "sub/sub.svs"}
+    problems = by_name(scan([cohort], tmp_path / "m.csv"))
+    assert {name for name, problem in problems.items() if problem} == {"dead", "loop"}
+    assert problems["dead"] == f"{cohort / 'dead.svs'}: is a link to nowhere.svs, which leads to no file: mend the link"
     assert [row["readable"] for row in rows_of(tmp_path / "m.csv")].count("false") == 2
 
 
@@ -190,9 +190,9 @@ def test_a_folder_below_that_may_not_be_looked_into_is_told_and_left_out(
 )
 def test_rows_that_would_be_read_wrongly_are_refused(tmp_path: Path, text: str, says: str) -> None:
     (tmp_path / "m.csv").write_text(text)
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as error:
         read_manifest(tmp_path / "m.csv")
-    assert str(told.value).startswith(f"{tmp_path / 'm.csv'}: {says}")
+    assert str(error.value).startswith(f"{tmp_path / 'm.csv'}: {says}")
 
 
 def test_blank_rows_and_columns_are_none(tmp_path: Path) -> None:

@@ -83,18 +83,18 @@ def wait_for(condition: Callable[[], object], seconds: float = 40.0) -> None:
 
 def contents(path: Path) -> dict[str, Any]:
     """Every dataset and attribute of an HDF5 file."""
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
 
     def visit(name: str, node: Any) -> None:
-        found.update({f"{name}@{key}": np.asarray(value).tolist() for key, value in node.attrs.items()})
+        values.update({f"{name}@{key}": np.asarray(value).tolist() for key, value in node.attrs.items()})
         if isinstance(node, h5py.Dataset):
             value = node[...]
-            found[name] = (str(node.dtype), node.shape, value.tolist() if node.dtype == object else value.tobytes())
+            values[name] = (str(node.dtype), node.shape, value.tolist() if node.dtype == object else value.tobytes())
 
     with h5py.File(path, "r", locking=False) as file:
         visit("/", file)
         file.visititems(visit)
-    return found
+    return values
 
 
 def kill_while_writing(worker: subprocess.Popen, folder: Path, running: Future) -> None:
@@ -169,8 +169,8 @@ def test_relative_paths_are_those_of_the_command_not_of_the_worker(
     shape = {"type": "Feature", "geometry": {"type": "Polygon", "coordinates": [ring]}, "properties": {}}
     (tmp_path / "exclude" / "S.geojson").write_text(json.dumps({"type": "FeatureCollection", "features": [shape]}))
     monkeypatch.chdir(tmp_path)
-    for out, how in (("here", {"workers": 1}), ("there", {"scheduler": cluster.address})):
-        (outcome,) = tile(["slides/S.svs"], out, 0.5, 64, exclude="exclude", **how)
+    for out, options in (("here", {"workers": 1}), ("there", {"scheduler": cluster.address})):
+        (outcome,) = tile(["slides/S.svs"], out, 0.5, 64, exclude="exclude", **options)
         assert outcome.ok, outcome.message
         assert "nothing of it in --exclude" not in outcome.message
     assert contents(tmp_path / "here" / "S.h5") == contents(tmp_path / "there" / "S.h5")
@@ -205,8 +205,8 @@ def test_a_scheduler_that_goes_away_ends_the_run_with_a_line(cluster: Cluster, m
         outcomes = run.result(60)
     failed = [outcome.message for outcome in outcomes if not outcome.ok]
     assert len(outcomes) == 200
-    (said,) = (message for message in failed if message != NOT_TRIED)
-    assert "the scheduler went away" in said
+    (error,) = (message for message in failed if message != NOT_TRIED)
+    assert "the scheduler went away" in error
     monkeypatch.setattr("tiling.jobs.dask.ANSWER_S", 1.0)
     with pytest.raises(UserError, match="no Dask scheduler answers there"):
         run_cohort(["one"], work, title="t", scheduler=cluster.address)

@@ -97,19 +97,19 @@ class Stage:
             collection = {"type": "FeatureCollection", "features": [feature(100 + 9 * i, 100, 150), feature(150, 160, 60)]}
             (self.outlines / f"S{i}.geojson").write_text(json.dumps(collection))
 
-    def tile(self, out: Path, **more: Any) -> Outcomes:
-        return tile([self.slides], out, **({"mpp": 1.0, "size": 96, "workers": 1} | more))
+    def tile(self, out: Path, **options: Any) -> Outcomes:
+        return tile([self.slides], out, **({"mpp": 1.0, "size": 96, "workers": 1} | options))
 
-    def annotate(self, out: Path, **more: Any) -> Outcomes:
-        return annotate(out, self.outlines, workers=1, polygons=True, **more)
+    def annotate(self, out: Path, **options: Any) -> Outcomes:
+        return annotate(out, self.outlines, workers=1, polygons=True, **options)
 
-    def propose(self, out: Path, **more: Any) -> Outcomes:
-        return propose(out, workers=1, **more)
+    def propose(self, out: Path, **options: Any) -> Outcomes:
+        return propose(out, workers=1, **options)
 
-    def embed(self, out: Path, **more: Any) -> list[Outcome]:
+    def embed(self, out: Path, **options: Any) -> list[Outcome]:
         from odis_path.embedding.run import embed
 
-        return embed(out.parent / "tiles", "stub", out, level="slide", **more)
+        return embed(out.parent / "tiles", "stub", out, level="slide", **options)
 
 
 class StubEncoder:
@@ -219,9 +219,9 @@ def check_kill(stage: Stage, command: str, base: Path, prepare: Iterator[None], 
     fresh = {path.name: contents(path) for path in out.glob("*.h5")} if out.is_dir() else {}
     code = in_child(prepare, lambda: run(out))
     left = {path.name: contents(path) for path in out.glob("*.h5")} if out.is_dir() else {}
-    for name, found in left.items():
-        assert found in (undisturbed[name], fresh.get(name)), f"{name} is torn"
-    whole = [name for name, found in left.items() if found == undisturbed[name] and found != fresh.get(name)]
+    for name, content in left.items():
+        assert content in (undisturbed[name], fresh.get(name)), f"{name} is torn"
+    whole = [name for name, content in left.items() if content == undisturbed[name] and content != fresh.get(name)]
     stamps = {name: (out / name).stat() for name in whole}
     outcomes = run(out)
     assert all(outcome.ok for outcome in outcomes), outcomes
@@ -251,12 +251,12 @@ def whole(stage: Stage, tmp_path_factory: pytest.TempPathFactory) -> Callable[[s
 def same_source(undisturbed: dict[str, Any], base: Path) -> dict[str, Any]:
     """Feature files name the slide file they are of: put the folder of this run in, and its checksum."""
     moved = {}
-    for name, found in undisturbed.items():
-        moved[name] = found
-        if name.endswith(".h5") and "features" in found:
-            source, sums = str(base / "tiles" / name), list(found["/@attrs_crc32"])
-            sums[[key for key in found if key.startswith("/@")].index("/@source")] = value_crc32(source)
-            moved[name] = {**found, "/@source": source, "/@attrs_crc32": sums}
+    for name, content in undisturbed.items():
+        moved[name] = content
+        if name.endswith(".h5") and "features" in content:
+            source, sums = str(base / "tiles" / name), list(content["/@attrs_crc32"])
+            sums[[key for key in content if key.startswith("/@")].index("/@source")] = value_crc32(source)
+            moved[name] = {**content, "/@source": source, "/@attrs_crc32": sums}
     return moved
 
 
@@ -552,16 +552,16 @@ def test_the_next_run_sweeps_up_but_never_after_a_live_one(stage: Stage, tmp_pat
     tile([stage.slides], tmp_path, mpp=1.0, size=96, workers=1)
     dead = subprocess.Popen(["true"])
     dead.wait()
-    mine, gone = tmp_path / f".S0.h5.{machine()}-{os.getppid()}-0.tmp", tmp_path / f".S0.h5.{machine()}-{dead.pid}-7.tmp"
-    theirs, old = tmp_path / ".S0.h5.00000000-1-0.tmp", tmp_path / ".S1.h5.00000000-1-0.tmp"
+    own, gone = tmp_path / f".S0.h5.{machine()}-{os.getppid()}-0.tmp", tmp_path / f".S0.h5.{machine()}-{dead.pid}-7.tmp"
+    foreign, old = tmp_path / ".S0.h5.00000000-1-0.tmp", tmp_path / ".S1.h5.00000000-1-0.tmp"
     strange, lock = tmp_path / ".S0.h5.tmp", tmp_path / ".S0.h5.odis-lock"
-    for path in (mine, gone, theirs, old, strange, lock):
+    for path in (own, gone, foreign, old, strange, lock):
         path.touch()
     os.utime(old, (time.time() - 8 * 24 * 3600,) * 2)
     with lock_file(tmp_path / "S2.h5"):
         sweep(tmp_path)
         assert lock_path(tmp_path / "S2.h5").exists()
-    assert {path.name for path in tmp_path.iterdir() if path.name.startswith(".")} == {mine.name, theirs.name, strange.name}
+    assert {path.name for path in tmp_path.iterdir() if path.name.startswith(".")} == {own.name, foreign.name, strange.name}
 
 
 def test_a_live_writer_keeps_its_temporary_file(tmp_path: Path) -> None:
@@ -580,18 +580,20 @@ def test_a_live_writer_keeps_its_temporary_file(tmp_path: Path) -> None:
 def test_what_changed_is_said(stage: Stage, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     slides, out = shutil.copytree(stage.slides, tmp_path / "slides"), tmp_path / "out"
 
-    def said(**more: Any) -> str:
-        outcomes = tile([slides], out, **({"mpp": 1.0, "size": 96, "workers": 1} | more))
+    def redone_note(**options: Any) -> str:
+        outcomes = tile([slides], out, **({"mpp": 1.0, "size": 96, "workers": 1} | options))
         outcomes.print()
         return "".join(line for line in capsys.readouterr().out.splitlines() if "made anew" in line)
 
-    assert said() == ""
-    assert said() == ""
-    assert said(quality=70, min_tissue=0.2) == "note: made anew: S0 and 2 more: min_tissue 0.1, now 0.2; quality 90, now 70"
+    assert redone_note() == ""
+    assert redone_note() == ""
+    assert (
+        redone_note(quality=70, min_tissue=0.2) == "note: made anew: S0 and 2 more: min_tissue 0.1, now 0.2; quality 90, now 70"
+    )
     os.utime(slides / "S1.svs", ns=(1, 1))
-    assert said(quality=70, min_tissue=0.2) == "note: made anew: S1: the slide file changed"
+    assert redone_note(quality=70, min_tissue=0.2) == "note: made anew: S1: the slide file changed"
     (out / "S2.h5").write_bytes(b"torn")
-    assert said(quality=70, min_tissue=0.2) == "note: made anew: S2: the file was damaged"
+    assert redone_note(quality=70, min_tissue=0.2) == "note: made anew: S2: the file was damaged"
 
 
 def test_a_slide_of_equal_name_does_not_take_the_place_of_another(stage: Stage, tmp_path: Path) -> None:

@@ -195,9 +195,9 @@ def test_the_same_work_runs_on_a_dask_cluster() -> None:
 
 def test_outcomes_sum_columns_and_list_failures(capsys: pytest.CaptureFixture[str]) -> None:
     outcomes = run_cohort([row[0] for row in EXPECTED], work, title="t", workers=1)
-    told = Outcomes(outcomes, "tile", Path("some/out"), ("tiles",))
-    told.print()
-    assert {outcome.item for outcome in told.failed} == {name for name, ok, *_ in EXPECTED if not ok}
+    result = Outcomes(outcomes, "tile", Path("some/out"), ("tiles",))
+    result.print()
+    assert {outcome.item for outcome in result.failed} == {name for name, ok, *_ in EXPECTED if not ok}
     printed = capsys.readouterr().out
     assert "bad.svs: broken: copy it again" in printed
     assert "ZeroDivisionError: by zero" in printed

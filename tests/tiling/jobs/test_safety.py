@@ -77,12 +77,12 @@ def test_what_tile_did_not_make_it_does_not_replace(make: Callable, slide_path: 
 def test_what_import_did_not_make_it_does_not_replace(fit: str, tmp_path: Path, picture: np.ndarray) -> None:
     (tmp_path / "images" / "one").mkdir(parents=True)
     Image.fromarray(picture[:224, :224]).save(tmp_path / "images" / "one" / "a.png")
-    how: dict[str, Any] = {"mpp": 0.5, "fit": fit}
-    assert import_images(tmp_path / "images", tmp_path / "names", **how)[0].ok
-    (name,) = (each.name for each in (tmp_path / "names").glob("*.h5"))
+    options: dict[str, Any] = {"mpp": 0.5, "fit": fit}
+    assert import_images(tmp_path / "images", tmp_path / "names", **options)[0].ok
+    (name,) = (path.name for path in (tmp_path / "names").glob("*.h5"))
     clam(tmp_path / "out" / name)
     before = (tmp_path / "out" / name).read_bytes()
-    outcome = import_images(tmp_path / "images", tmp_path / "out", **how)[0]
+    outcome = import_images(tmp_path / "images", tmp_path / "out", **options)[0]
     assert "not made by odis-path tile: give another --out" in outcome.message
     assert not outcome.ok
     assert (tmp_path / "out" / name).read_bytes() == before
@@ -158,23 +158,23 @@ def test_two_runs_of_annotate_with_other_files_do_not_mix(
     tiled(slide_path, out)
     for name, side in (("one", 100), ("two", 120)):
         write_outline(tmp_path / name / "painted.geojson", side)
-    theirs: list[str] = []
+    messages: list[str] = []
     run = tiling.boxes.run.run_cohort
 
     def meanwhile(*args: Any, **named: Any) -> list[Outcome]:
         monkeypatch.setattr(tiling.boxes.run, "run_cohort", run)
         for name in ("one", "two"):
             try:
-                theirs.append(annotate(out, tmp_path / name, workers=1)[0].message)
+                messages.append(annotate(out, tmp_path / name, workers=1)[0].message)
             except UserError as error:
-                theirs.append(str(error))
+                messages.append(str(error))
         return run(*args, **named)
 
     monkeypatch.setattr(tiling.boxes.run, "run_cohort", meanwhile)
     annotate(out, tmp_path / "one", workers=1)
-    assert "another run" not in theirs[0]
+    assert "another run" not in messages[0]
     assert re.search(
-        r"another run of odis-path annotate is at work here with other settings \(annotations \w+ \(1 files, .*now", theirs[1]
+        r"another run of odis-path annotate is at work here with other settings \(annotations \w+ \(1 files, .*now", messages[1]
     )
 
 
@@ -188,19 +188,19 @@ def test_locks_are_for_all_users_of_a_folder(tmp_path: Path) -> None:
 
 
 def test_a_lock_of_another_user_keeps_runs_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    theirs: set[str] = set()
+    foreign_files: set[str] = set()
     real = os.open
 
     def foreign(path: Any, flags: int, *more: Any, **named: Any) -> int:
-        """Files of `theirs` are to be read, not written, as those of another user under umask 022."""
-        if str(path) in theirs and flags & (os.O_RDWR | os.O_WRONLY) and os.path.exists(path):
+        """`foreign_files` are to be read, not written, as those of another user under umask 022."""
+        if str(path) in foreign_files and flags & (os.O_RDWR | os.O_WRONLY) and os.path.exists(path):
             raise PermissionError(13, "Permission denied", str(path))
         return real(path, flags, *more, **named)
 
     monkeypatch.setattr(os, "open", foreign)
     path, lock = tmp_path / "a.h5", tmp_path / ".tile.odis-lock"
     with lock_file(path), lock_settings(tmp_path, "tile", {"mpp": 1}):
-        theirs |= {str(lock_path(path)), str(lock)}
+        foreign_files |= {str(lock_path(path)), str(lock)}
         with pytest.raises(FileLockedError), lock_file(path):
             pass
         with lock_settings(tmp_path, "tile", {"mpp": 1}):
@@ -266,9 +266,9 @@ def test_a_slide_replaced_while_it_is_read_fails(
     look = tiling.tiles.run.read_overview
 
     def slow(*args: Any, **named: Any) -> Any:
-        found = look(*args, **named)
+        overview = look(*args, **named)
         os.replace(new, path)
-        return found
+        return overview
 
     with monkeypatch.context() as patched:
         patched.setattr(tiling.tiles.run, "read_overview", slow)
@@ -295,16 +295,16 @@ def test_a_torn_tile_in_tissue_is_marked_and_counted_each_time(
 ) -> None:
     whole = make_slide(tmp_path / "whole" / "S.svs", picture, levels=1)
     path = torn_slide(make_slide(tmp_path / "torn" / "S.svs", picture, levels=1), 5)  # x, y 256..512
-    how: dict[str, Any] = {"reader": reader, "size": 64}
-    assert tiled(whole, tmp_path / "a", **how).info["bad_tiles"] == 0
-    outcome = tiled(path, tmp_path / "b", **how)
+    options: dict[str, Any] = {"reader": reader, "size": 64}
+    assert tiled(whole, tmp_path / "a", **options).info["bad_tiles"] == 0
+    outcome = tiled(path, tmp_path / "b", **options)
     assert outcome.ok
     assert outcome.info["bad_tiles"] == 4
     with SlideFile(tmp_path / "a" / "S.h5") as before, SlideFile(tmp_path / "b" / "S.h5") as after:
         places = after.coords[after.bad_tiles].tolist()
         assert places == [[256, 256], [384, 256], [256, 384], [384, 384]]
         assert {tuple(xy) for xy in before.coords.tolist()} == {tuple(xy) for xy in after.coords.tolist()}
-    again = tiled(path, tmp_path / "b", **how)
+    again = tiled(path, tmp_path / "b", **options)
     assert (again.skipped, again.info["bad_tiles"], again.info["tiles"]) == (True, 4, outcome.info["tiles"])
     assert "of the overview cannot be decoded" in again.message
 
