@@ -26,34 +26,30 @@ class ClassMap:
     source: str = "classes"
 
     def name(self, text: str) -> str:
-        """The name of the study; the text itself where it is not named."""
+        """Return the name of the study; the text itself where it is not named."""
         return self.names.get(_folded(text), text)
 
     def unknown(self, labels: tuple[str, ...] | list[str]) -> tuple[str, ...]:
-        """Those of some class names that the map does not name."""
+        """Return the class names that the map does not name."""
         return tuple(label for label in labels if _folded(label) not in self.names)
 
-    def renumbered(self, labels: tuple[str, ...], label: np.ndarray) -> tuple[tuple[str, ...], np.ndarray]:
-        """Class names and numbers (n,) int16, -1 for none -> the same under the names of the study, in its order, then
-        what it does not name. Raises UserError for the latter where the map is strict.
+    def applied(self, table: ObjectTable) -> ObjectTable:
+        """Return a table under the names of the study, in its order, then the classes that it does not name.
+
+        Raises UserError for the latter where the map is strict.
         """
+        labels = table.labels
         unknown = self.unknown(labels)
         if unknown and self.strict:
             raise UserError(f"{', '.join(unknown)}: not named in {self.source}: add them there, or leave out --strict-classes")
-        mine = {self.name(text) for text in labels}
-        kept = (*(name for name in self.labels if name in mine), *dict.fromkeys(unknown))
+        names = {self.name(text) for text in labels}
+        kept = (*(name for name in self.labels if name in names), *dict.fromkeys(unknown))
         to = np.array([*(kept.index(self.name(text)) for text in labels), UNCLASSIFIED], dtype=np.int16)
-        return kept, to[label]
-
-    def applied(self, table: ObjectTable) -> ObjectTable:
-        """A table under the names of the study; classes that are not named stay and are noted."""
-        labels, label = self.renumbered(table.labels, table.label)
-        log = table.log.with_class_names(self.name)
-        return replace(table, labels=labels, label=label, log=log)
+        return replace(table, labels=kept, label=to[table.label], log=table.log.with_class_names(self.name))
 
 
 def read_classmap(path: Path, *, strict: bool = False) -> ClassMap:
-    """YAML of the study's names, each with what else it is called: `Tumour: [tumor, TUM]`, or one name, or nothing.
+    """Read a YAML of the study's names, each with what else it is called: `Tumour: [tumor, TUM]`, or one name, or nothing.
 
     Case and blanks around a name do not count. Numbers are read as text (HoVer-Net's classes are numbers).
     Raises UserError where the file is missing or of another form, and where a name belongs to two labels.

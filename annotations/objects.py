@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,6 +14,12 @@ from annotations.errors import UserError
 
 if TYPE_CHECKING:
     import geopandas
+
+KindOption = Literal["auto", "tissue", "cell"]  # "auto": as the file states it, else as its reader takes it
+UNCLASSIFIED = -1
+MAX_LABELS = int(np.iinfo(np.int16).max)
+SHOWN_REPAIRS = 200  # repairs that are listed
+SHOWN_IDS = 20  # objects of a reason that are listed by their ids
 
 
 class Kind(IntEnum):
@@ -27,12 +33,6 @@ class Kind(IntEnum):
     def word(self) -> str:
         """The kind as options, tables and messages call it: tissue, cell, proposal."""
         return self.name.lower()
-
-
-SHOWN_REPAIRS = 200  # repairs that are told one by one
-
-
-SHOWN_IDS = 20  # objects of a reason that are called by their ids
 
 
 @dataclass(frozen=True)
@@ -50,35 +50,29 @@ class ReadLog:
     notes: tuple[str, ...] = ()
     ids: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
-    def with_class_names(self, name: Callable[[str], str]) -> ReadLog:
-        """The same under other class names; "" stays ""."""
+    def with_class_names(self, rename: Callable[[str], str]) -> ReadLog:
+        """Return the log under other class names; "" stays ""."""
         repaired: Counter[str] = Counter()
         skipped: Counter[tuple[str, str]] = Counter()
-        for label, n in self.repaired.items():
-            repaired[name(label) if label else ""] += n
-        for (label, reason), n in self.skipped.items():
-            skipped[name(label) if label else "", reason] += n
+        for name, count in self.repaired.items():
+            repaired[rename(name) if name else ""] += count
+        for (name, reason), count in self.skipped.items():
+            skipped[rename(name) if name else "", reason] += count
         return replace(self, repaired=dict(repaired), skipped=dict(skipped))
 
 
-def join_logs(several: Iterable[ReadLog]) -> ReadLog:
-    """The sum of them; a note that comes twice is told once."""
-    several = list(several)
+def join_logs(logs: Sequence[ReadLog]) -> ReadLog:
+    """Add logs up; a note that comes twice is kept once."""
     repaired: Counter[str] = Counter()
     skipped: Counter[tuple[str, str]] = Counter()
-    for each in several:
-        repaired.update(each.repaired)
-        skipped.update(each.skipped)
-    names = dict.fromkeys(name for each in several for name in each.ids)
-    ids = {name: tuple(id for each in several for id in each.ids.get(name, ()))[:SHOWN_IDS] for name in names}
-    repairs = tuple(line for each in several for line in each.repairs)[:SHOWN_REPAIRS]
-    notes = tuple(dict.fromkeys(note for each in several for note in each.notes))
+    for log in logs:
+        repaired.update(log.repaired)
+        skipped.update(log.skipped)
+    reasons = dict.fromkeys(reason for log in logs for reason in log.ids)
+    ids = {reason: tuple(id for log in logs for id in log.ids.get(reason, ()))[:SHOWN_IDS] for reason in reasons}
+    repairs = tuple(line for log in logs for line in log.repairs)[:SHOWN_REPAIRS]
+    notes = tuple(dict.fromkeys(note for log in logs for note in log.notes))
     return ReadLog(dict(repaired), dict(skipped), repairs, notes, ids)
-
-
-KindOption = Literal["auto", "tissue", "cell"]  # "auto": as the file states it, else as its reader takes it
-UNCLASSIFIED = -1
-MAX_LABELS = int(np.iinfo(np.int16).max)
 
 
 @dataclass(frozen=True)
@@ -87,7 +81,8 @@ class ObjectTable:
 
     geometry: object (n,), valid shapely Polygon or MultiPolygon of positive area. id: object (n,) of str.
     label: int16 (n,), index into `labels`, -1 unclassified. kind: uint8 (n,), values of Kind.
-    labels: class names, each once. counts: what reading did, for example features, repaired, points_skipped.
+    labels: class names, each once, in order of appearance; sorted where
+    files were put together. counts: what reading did, for example features, repaired, points_skipped.
     source: object (n,) of str, the file each comes from. confidence: float32 (n,), what a detector says, NaN where it
         does not. measurements: name -> float64 (n,), NaN where an object has none; read on demand. Each is None where
         nothing is known. log: what reading did, by class.
@@ -107,44 +102,42 @@ class ObjectTable:
     def __len__(self) -> int:
         return len(self.geometry)
 
-    def shifted(self, dx_l0: float, dy_l0: float) -> ObjectTable:
-        """The same objects, moved by (dx, dy) level-0 pixels."""
+    def moved(self, move: Callable[[np.ndarray], np.ndarray]) -> ObjectTable:
+        """Return the same objects, their positions (V, 2) moved."""
+        import shapely
+
         if not len(self):
             return self
-        import shapely
+        return replace(self, geometry=np.asarray(shapely.transform(self.geometry, move), dtype=object).reshape(len(self)))
 
-        moved = shapely.transform(self.geometry, lambda xy: np.add(xy, [dx_l0, dy_l0]))
-        return replace(self, geometry=np.asarray(moved, dtype=object).reshape(len(self)))
+    def shifted(self, dx_l0: float, dy_l0: float) -> ObjectTable:
+        """Return the same objects, moved by (dx, dy) level-0 pixels."""
+        return self.moved(lambda xy: np.add(xy, [dx_l0, dy_l0]))
 
     def scaled(self, factor: float) -> ObjectTable:
-        """The same objects with all coordinates multiplied."""
-        if not len(self) or factor == 1:
-            return self
-        import shapely
-
-        moved = shapely.transform(self.geometry, lambda xy: xy * factor)
-        return replace(self, geometry=np.asarray(moved, dtype=object).reshape(len(self)))
+        """Return the same objects with all coordinates multiplied."""
+        return self if factor == 1 else self.moved(lambda xy: xy * factor)
 
     def take(self, rows: np.ndarray) -> ObjectTable:
-        """The objects of some rows (indices or bool)."""
-        some: dict[str, Any] = {
-            name: None if (one := getattr(self, name)) is None else one[rows] for name in (*_COLUMNS, *_OPTIONAL)
-        }
-        some["measurements"] = self.measurements and {name: one[rows] for name, one in self.measurements.items()}
-        return replace(self, **some)
+        """Return the objects of rows (indices or bool)."""
+
+        known = {name: column for name in (*_COLUMNS, *_OPTIONAL) if (column := getattr(self, name)) is not None}
+        columns: dict[str, Any] = {name: column[rows] for name, column in known.items()}
+        columns["measurements"] = self.measurements and {name: values[rows] for name, values in self.measurements.items()}
+        return replace(self, **columns)
 
     def with_notes(self, *notes: str) -> ObjectTable:
         """Return the table with notes in its log."""
         return replace(self, log=replace(self.log, notes=(*self.log.notes, *notes)))
 
     def class_names(self) -> list[str | None]:
-        """The class of each object, None where it has none."""
+        """Return the class of each object, None where it has none."""
         names = (*self.labels, None)
         return [names[i] for i in self.label.tolist()]
 
     def to_geodataframe(self) -> geopandas.GeoDataFrame:
-        """One row an object: id, label (None where unclassified), kind (tissue, cell, proposal), source, confidence, a column
-        a measurement, geometry. Coordinates are level-0 pixels, so there is no coordinate reference system (crs is None).
+        """Return one row an object: id, label (None where unclassified), kind (tissue, cell, proposal), source, confidence,
+        a column a measurement, geometry. Coordinates are level-0 pixels: no coordinate reference system (crs is None).
         """
         import geopandas
 
@@ -166,7 +159,7 @@ _OPTIONAL = {"source": "", "confidence": np.float32("nan")}  # and what stands w
 
 
 def empty_table(counts: dict[str, int] | None = None, labels: tuple[str, ...] = (), log: ReadLog | None = None) -> ObjectTable:
-    """A table of no objects."""
+    """Return a table of no objects."""
     none, label, kind = np.zeros(0, dtype=object), np.zeros(0, np.int16), np.zeros(0, np.uint8)
     return ObjectTable(none, none, label, kind, labels, dict(counts or {}), log=log or ReadLog())
 
@@ -199,7 +192,7 @@ def concatenate(tables: Iterable[ObjectTable], *, sort_labels: bool = True) -> O
         labels=labels,
         counts=dict(counts),
         measurements=_joined_measurements(tables),
-        log=join_logs(table.log for table in tables),
+        log=join_logs([table.log for table in tables]),
         **{name: _joined(tables, name) for name in _OPTIONAL},
     )
 
@@ -218,11 +211,11 @@ def _joined(tables: list[ObjectTable], name: str) -> np.ndarray | None:
 
 
 def _joined_measurements(tables: list[ObjectTable]) -> dict[str, np.ndarray] | None:
+    """Measurements of tables put one after the other, NaN where a table has none of the name; None where none has any."""
     if all(table.measurements is None for table in tables):
         return None
-    names = dict.fromkeys(name for table in tables for name in table.measurements or {})
-    nothing = {name: [(table.measurements or {}).get(name) for table in tables] for name in names}
-    return {
-        name: np.concatenate([np.full(len(t), np.nan) if c is None else c for t, c in zip(tables, columns, strict=True)])
-        for name, columns in nothing.items()
-    }
+    columns: dict[str, np.ndarray] = {}
+    for name in dict.fromkeys(name for table in tables for name in table.measurements or {}):
+        parts = [(table.measurements or {}).get(name, np.full(len(table), np.nan)) for table in tables]
+        columns[name] = np.concatenate(parts)
+    return columns

@@ -13,7 +13,7 @@ from annotations.objects import ObjectTable
 def annotation_groups(
     table: ObjectTable, boxes: TileBoxes, mpp_level0: float, area_l0: np.ndarray | None = None
 ) -> dict[str, dict[str, Any]]:
-    """The groups "objects" and "boxes" of a slide file: dataset name -> array, and "attrs".
+    """Return the groups "objects" and "boxes" of a slide file: dataset name -> array, and "attrs".
 
     table: n objects, level-0 pixels; boxes: those objects cut to the slide's N tiles (M rows)
     mpp_level0: micrometres a level-0 pixel, for `area_um2`; area_l0: float (n,), level-0 pixels, None: of the geometry

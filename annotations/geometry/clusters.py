@@ -26,20 +26,20 @@ class ClusterSettings:
 CLUSTER_LABEL, PART_LABEL = "cell cluster", "tissue part"
 
 
-def cluster_objects(table: ObjectTable, mpp_level0: float, how: ClusterSettings | None = None) -> ObjectTable:
-    """Clusters of the annotated cells and connected parts of the annotated tissue: further objects, whatever their class.
+def cluster_objects(table: ObjectTable, mpp_level0: float, settings: ClusterSettings | None = None) -> ObjectTable:
+    """Cluster the annotated cells and join the annotated tissue that touches, whatever the classes.
 
     table: n objects in level-0 pixels. Returned are new objects only, proposals by kind and with a label of their own; a
     region that is one piece already is left out.
     """
-    how = how or ClusterSettings()
+    settings = settings or ClusterSettings()
     cells, tissue = (table.geometry[table.kind == kind] for kind in (Kind.CELL, Kind.TISSUE))
-    found = [cell_clusters(cells, mpp_level0, how), tissue_parts(tissue, how.touch_um / mpp_level0)]
-    counts = [len(geometry) for geometry in found]
+    clusters, parts = cell_clusters(cells, mpp_level0, settings), tissue_parts(tissue, settings.touch_um / mpp_level0)
+    counts = [len(clusters), len(parts)]
     names = (CLUSTER_LABEL, PART_LABEL)
     ids = [f"{name.replace(' ', '-')}-{i}" for name, count in zip(names, counts, strict=True) for i in range(count)]
     return ObjectTable(
-        geometry=np.concatenate(found),
+        geometry=np.concatenate([clusters, parts]),
         id=np.array(ids, dtype=object),
         label=np.repeat(np.arange(2, dtype=np.int16), counts),
         kind=np.full(sum(counts), Kind.PROPOSAL, np.uint8),
@@ -47,34 +47,34 @@ def cluster_objects(table: ObjectTable, mpp_level0: float, how: ClusterSettings 
     )
 
 
-def cell_clusters(geometry: np.ndarray, mpp_level0: float, how: ClusterSettings) -> np.ndarray:
-    """Convex hulls, object (k,), of cells (n,) that lie close together; level-0 pixels."""
+def cell_clusters(geometry: np.ndarray, mpp_level0: float, settings: ClusterSettings) -> np.ndarray:
+    """Return convex hulls, object (k,), of cells (n,) that lie close together; level-0 pixels."""
     import shapely
 
-    if len(geometry) < how.members:
+    if len(geometry) < settings.members:
         return np.zeros(0, dtype=object)
     bounds = shapely.bounds(geometry)
-    cluster = cluster_boxes(bounds * mpp_level0, how)
+    cluster = cluster_boxes(bounds * mpp_level0, settings)
     order = np.argsort(cluster, kind="stable")
     order = order[cluster[order] >= 0]
     hulls = shapely.convex_hull(shapely.geometrycollections(shapely.envelope(geometry[order]), indices=cluster[order]))
     return np.asarray(hulls, dtype=object).reshape(-1)
 
 
-def cluster_boxes(bounds_um: np.ndarray, how: ClusterSettings) -> np.ndarray:
-    """The cluster of each box (n, 4) in micrometres, int64 (n,), -1 for none; clusters are numbered from 0.
+def cluster_boxes(bounds_um: np.ndarray, settings: ClusterSettings) -> np.ndarray:
+    """Number the cluster of each box (n, 4) in micrometres, int64 (n,), from 0; -1 for none.
 
     Boxes are linked where the gap between them, along the wider of the two axes, is at most `gap_um`. Linked groups
     larger than `cluster_um` are looked at again with narrower gaps, and cut in halves at last.
     """
-    first, second, gap = _neighbours(bounds_um, how.gap_um)
+    first, second, gap = _neighbours(bounds_um, settings.gap_um)
     number = np.full(len(bounds_um), -1, np.int64)
     active, count = np.ones(len(bounds_um), dtype=bool), 0
-    low, high = how.cluster_um
-    for limit in (how.gap_um, how.gap_um / 2, how.gap_um / 4, 0.0):
+    low, high = settings.cluster_um
+    for limit in (settings.gap_um, settings.gap_um / 2, settings.gap_um / 4, 0.0):
         link = (gap <= limit) & active[first] & active[second]
         group, side, size = _components(bounds_um, first[link], second[link])
-        good = (size >= how.members) & (side >= low) & (side <= high)
+        good = (size >= settings.members) & (side >= low) & (side <= high)
         good_cells = active & good[group]
         names, index = np.unique(group[good_cells], return_inverse=True)
         number[good_cells] = index + count
@@ -85,13 +85,13 @@ def cluster_boxes(bounds_um: np.ndarray, how: ClusterSettings) -> np.ndarray:
         group, _, _ = _components(bounds_um, first[link], second[link])
         for rows in _split_by(group, np.flatnonzero(active)):
             for part in _halved(bounds_um, rows, high):
-                if len(part) >= how.members:
+                if len(part) >= settings.members:
                     number[part], count = count, count + 1
     return number
 
 
 def tissue_parts(geometry: np.ndarray, touch_l0: float) -> np.ndarray:
-    """Connected parts, Polygons object (k,), of regions (n,) that touch, and the parts of a region in pieces; level-0 pixels.
+    """Return connected parts, Polygons object (k,), of regions (n,) that touch or are in pieces; level-0 pixels.
 
     Regions closer than touch_l0 count as touching. A part that is one whole region is left out: its box is there.
     """
@@ -111,11 +111,11 @@ def tissue_parts(geometry: np.ndarray, touch_l0: float) -> np.ndarray:
     whole[part[np.isin(owner[piece], np.flatnonzero(_spread(owner[piece], part, len(geometry)) == 1))]] = True
     parts = shapely.buffer(parts[~((regions == 1) & whole)], -half, join_style="mitre")
     parts = shapely.get_parts(parts)
-    return parts[shapely.area(parts) > 0]
+    return np.asarray(parts[shapely.area(parts) > 0])
 
 
 def _spread(owner: np.ndarray, part: np.ndarray, count: int) -> np.ndarray:
-    """Over how many connected parts each of `count` regions spreads, int64 (count,)."""
+    """Count the connected parts over which each of `count` regions spreads, int64 (count,)."""
     return np.bincount(np.unique(np.stack([owner, part]), axis=1)[0], minlength=count)
 
 
@@ -126,8 +126,8 @@ def _neighbours(bounds_um: np.ndarray, reach_um: float) -> tuple[np.ndarray, np.
     half = reach_um / 2
     boxes = shapely.box(bounds_um[:, 0] - half, bounds_um[:, 1] - half, bounds_um[:, 2] + half, bounds_um[:, 3] + half)
     first, second = shapely.STRtree(boxes).query(boxes)
-    once = first < second
-    first, second = first[once], second[once]
+    is_pair = first < second
+    first, second = first[is_pair], second[is_pair]
     apart = np.maximum(bounds_um[first, :2] - bounds_um[second, 2:], bounds_um[second, :2] - bounds_um[first, 2:])
     return first, second, np.maximum(apart.max(axis=1), 0)
 
@@ -156,12 +156,12 @@ def _halved(bounds_um: np.ndarray, rows: np.ndarray, longest_um: float) -> list[
     """The boxes `rows` in groups whose longer side is at most longest_um, by halving across the longer side."""
     done, stack = [], [rows]
     while stack:
-        some = stack.pop()
-        extent = bounds_um[some, 2:].max(axis=0) - bounds_um[some, :2].min(axis=0)
-        if extent.max() <= longest_um or len(some) == 1:
-            done.append(some)
-            continue
-        axis = int(extent.argmax())
-        order = some[np.argsort(bounds_um[some, axis] + bounds_um[some, axis + 2], kind="stable")]
-        stack += [order[: len(order) // 2], order[len(order) // 2 :]]
-    return [part for part in done if (bounds_um[part, 2:].max(axis=0) - bounds_um[part, :2].min(axis=0)).max() <= longest_um]
+        part = stack.pop()
+        extent = bounds_um[part, 2:].max(axis=0) - bounds_um[part, :2].min(axis=0)
+        if extent.max() <= longest_um:
+            done.append(part)
+        elif len(part) > 1:
+            axis = int(extent.argmax())
+            order = part[np.argsort(bounds_um[part, axis] + bounds_um[part, axis + 2], kind="stable")]
+            stack += [order[: len(order) // 2], order[len(order) // 2 :]]
+    return done

@@ -280,7 +280,7 @@ def _is_tangled(geometry: shapely.Geometry) -> bool:
     (a, c), (b, d) = xy[pairs], xy[pairs + 1]
 
     def side(p: np.ndarray, q: np.ndarray, r: np.ndarray) -> np.ndarray:
-        return np.sign((q - p)[:, 0] * (r - p)[:, 1] - (q - p)[:, 1] * (r - p)[:, 0])
+        return np.asarray(np.sign((q - p)[:, 0] * (r - p)[:, 1] - (q - p)[:, 1] * (r - p)[:, 0]))
 
     crossing = (side(a, b, c) * side(a, b, d) < 0) & (side(c, d, a) * side(c, d, b) < 0)
     return float(crossing.mean()) * len(xy) ** 2 / 2 > MAX_CROSSINGS

@@ -1,4 +1,4 @@
-"""The outlines of the values of a label image, along the borders of its pixels, exactly and in bulk."""
+"""Trace the outlines of the values of a label image, along the borders of its pixels, exactly and in bulk."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ RIGHT, DOWN, LEFT, UP = range(4)  # a quarter turn clockwise on the screen adds 
 
 
 def trace_outlines(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Whole numbers (height, width) -> the values above 0 (n,), ascending, and the outline of each (n,).
+    """Trace whole numbers (height, width): returns the values above 0 (n,), ascending, and the outline of each (n,).
 
     Pixel (column, row) is the square from (column, row) to (column + 1, row + 1). An outline has holes where the value has,
     and its area is the number of pixels. A value in several patches (that share no pixel side) is a MultiPolygon.
     """
-    from skimage.measure import label
+    from skimage import measure
 
-    patches = label(np.where(mask > 0, mask, 0), background=0, connectivity=1)
+    patches = measure.label(np.where(mask > 0, mask, 0), background=0, connectivity=1)
     patch, start, stop, direction = _sides(patches)
     if not len(patch):
         return np.zeros(0, dtype=mask.dtype), np.zeros(0, dtype=object)
@@ -28,7 +28,7 @@ def trace_outlines(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def polygons_of_sides(
     patch: np.ndarray, start: np.ndarray, stop: np.ndarray, direction: np.ndarray, shape: tuple[int, ...]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A polygon for each patch, object (n,), and the patch of each, from all straight pieces of their outlines.
+    """Return a polygon for each patch, object (n,), and the patch of each, from all straight pieces of their outlines.
 
     patch (S,): whole numbers above 0, one for pixels that hang together by their sides; start, stop (S, 2): where each piece
     begins and ends, x and y of corners of pixels; direction (S,): the way it goes, its patch to the right, as far as it goes
@@ -45,20 +45,20 @@ def _sides(patches: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.
 
     Returns the patch (S,), where each starts and stops (S, 2) as x, y, and its direction (S,).
     """
-    found = []
+    sides = []
     for across, ways in ((patches, (LEFT, RIGHT)), (patches.T, (DOWN, UP))):
         for block in range(0, len(across) + 1, step := max(1, BLOCK_PIXELS // max(1, across.shape[1]))):
             stop_row = min(block + step, len(across) + 1)
-            one, other = _rows(across, block - 1, stop_row - 1), _rows(across, block, stop_row)
-            for inside, way in zip((one, other), ways, strict=True):
-                patch, fixed, low, high = _runs(np.where(one != other, inside, 0))
+            above, below = _rows(across, block - 1, stop_row - 1), _rows(across, block, stop_row)
+            for inside, way in zip((above, below), ways, strict=True):
+                patch, fixed, low, high = _runs(np.where(above != below, inside, 0))
                 fixed = fixed + block
                 begin, end = (low, high) if way in (RIGHT, DOWN) else (high, low)
                 flat = way in (RIGHT, LEFT)
                 starts = np.stack((begin, fixed) if flat else (fixed, begin), axis=1)
                 stops = np.stack((end, fixed) if flat else (fixed, end), axis=1)
-                found.append((patch, starts, stops, np.full(len(patch), way)))
-    patch, start, stop, direction = (np.concatenate(each) for each in zip(*found, strict=True))
+                sides.append((patch, starts, stops, np.full(len(patch), way)))
+    patch, start, stop, direction = (np.concatenate(arrays) for arrays in zip(*sides, strict=True))
     return patch, start, stop, direction
 
 
@@ -91,11 +91,11 @@ def _following(
     at = np.argsort(key + direction, kind="stable")
     known = (key + direction)[at]
     ends = ((patch.astype(np.int64) * corners) + stop[:, 1] * width + stop[:, 0]) * 4
-    left = ends + (direction + 3) % 4
-    found = np.minimum(np.searchsorted(known, left), len(known) - 1)
-    turns_left = known[found] == left
-    found[~turns_left] = np.searchsorted(known, (ends + (direction + 1) % 4)[~turns_left])
-    return at[found]
+    to_left = ends + (direction + 3) % 4
+    place = np.minimum(np.searchsorted(known, to_left), len(known) - 1)
+    turns_left = known[place] == to_left
+    place[~turns_left] = np.searchsorted(known, (ends + (direction + 1) % 4)[~turns_left])
+    return np.asarray(at[place])
 
 
 def _rings(following: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -108,11 +108,11 @@ def _rings(following: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             break
         ring, jump = smaller, jump[jump]
     is_first = ring == np.arange(n)
-    left, jump = np.where(is_first, 0, 1), np.where(is_first, np.arange(n), following)
+    steps, jump = np.where(is_first, 0, 1), np.where(is_first, np.arange(n), following)
     while (jump != ring).any():
-        left, jump = left + left[jump], jump[jump]
-    left[is_first] = n  # steps back to the first piece; it comes first itself
-    return ring, np.lexsort((-left, ring))
+        steps, jump = steps + steps[jump], jump[jump]
+    steps[is_first] = n  # back to the first piece; it comes first itself
+    return ring, np.lexsort((-steps, ring))
 
 
 def _polygons(xy: np.ndarray, first: np.ndarray, patch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -143,7 +143,7 @@ def _value_of_patches(mask: np.ndarray, patch: np.ndarray, start: np.ndarray, di
 
 
 def by_value(polygons: np.ndarray, value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Values (n,), ascending, and the polygons of each as one outline, (n,)."""
+    """Return values (n,), ascending, and the polygons of each as one outline, (n,)."""
     order = np.argsort(value, kind="stable")
     polygons, value = polygons[order], value[order]
     values, row, count = np.unique(value, return_inverse=True, return_counts=True)

@@ -15,7 +15,8 @@ from annotations.errors import UserError, one_line
 from annotations.geometry.rings import is_beyond, is_usable, polygon_parts
 from annotations.objects import Kind, ObjectTable
 from annotations.readers.class_name import class_of
-from annotations.readers.geojson.qupath import CONFIDENCE, columns_of, confidence_of, numbers_of
+from annotations.readers.geojson.decode import CONFIDENCE
+from annotations.readers.geojson.qupath import columns_of, confidence_of, numbers_of
 from annotations.readers.options import ReadOptions
 from annotations.readers.table_builder import Objects, Points, table_of_outlines
 
@@ -146,7 +147,7 @@ def _packed_measurements(columns: pa.Table) -> list[dict[str, float]]:
 def _is_numeric(column: pa.ChunkedArray) -> bool:
     import pyarrow.types as kinds
 
-    return kinds.is_floating(column.type) or kinds.is_integer(column.type)
+    return bool(kinds.is_floating(column.type) or kinds.is_integer(column.type))
 
 
 def _measurements(

@@ -83,7 +83,7 @@ def _upright_palette(image: np.ndarray, palette: np.ndarray) -> np.ndarray:
     colours = palette[used]
     black = used[~colours.any(axis=1)]
     if (colours == colours[:, :1]).all() and len(black) and 0 not in black:
-        return palette[image, 0]
+        return np.asarray(palette[image, 0])
     return image
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -154,7 +154,7 @@ def placed(drawn: ImageObjects, image: Path, size: Size) -> tuple[ObjectTable, s
             continue
         table = drawn.table.scaled(factor)
         if turned:
-            table = moved(table, partial(TURNS[orientation].xy, stored=stored))
+            table = table.moved(partial(TURNS[orientation].xy, stored=stored))
         return table, "" if factor == 1 else f"boxes drawn on an image of another size, scaled by {factor:g}"
     was, here = (f"{width} x {height}" for width, height in (stated, size))
     swapped = ", the other way round" if stated == (size[1], size[0]) else ""
@@ -191,15 +191,6 @@ def clipped(table: ObjectTable, coords: np.ndarray, size_px: int, polygons: bool
     from annotations.geometry.clip import clip_to_tiles
 
     return clip_to_tiles(table.geometry, coords, float(size_px), size_px, polygons=polygons)
-
-
-def moved(table: ObjectTable, move: Callable[[np.ndarray], np.ndarray]) -> ObjectTable:
-    """The same objects, their positions float (V, 2) moved."""
-    import shapely
-
-    if not len(table):
-        return table
-    return replace(table, geometry=np.asarray(shapely.transform(table.geometry, move), dtype=object).reshape(len(table)))
 
 
 def joined(objects: Sequence[tuple[ObjectTable, TileBoxes] | None]) -> tuple[ObjectTable, TileBoxes]:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from annotations.errors import UserError
-from tiling.images.boxes import ImageObjects, box_groups, clipped, joined, moved, placed, stored_result, xml_boxes
+from tiling.images.boxes import ImageObjects, box_groups, clipped, joined, placed, stored_result, xml_boxes
 from tiling.images.fit import QUALITY, FitMap, FittedImage, fit_map, probe_image, read_as_tile
 from tiling.images.listing import ImageItem, box_file
 from tiling.jobs.outcome import ItemResult, Note, Outcome, describe_error, notes_of
@@ -279,7 +279,7 @@ def _placed(
     """The objects of an image in pixels of its tile, whole; their boxes, clipped; and a remark where they were scaled."""
     table, scaled = placed(drawn, item.path, tile.size)
     part: FitMap = fit_map(tile.size, settings.fit, settings.size_px)
-    table = moved(table, part.to_tile)
+    table = table.moved(part.to_tile)
     return table, clipped(table, np.zeros((1, 2)), settings.size_px, settings.polygons), scaled
 
 

@@ -29,7 +29,7 @@ class Category(msgspec.Struct, gc=False):
 
 
 class Annotation(msgspec.Struct, gc=False):
-    """segmentation is not looked at yet: what is wrong with it is told of the one annotation."""
+    """An annotation whose segmentation is not looked at yet: what is wrong with it concerns this annotation alone."""
 
     image_id: Id
     id: Id | None = None
@@ -47,7 +47,7 @@ class CocoDocument(msgspec.Struct):
 
 
 def key_of(value: Id) -> str:
-    """An id as text: 7, "7" and 7.0 are one."""
+    """Return an id as text: 7, "7" and 7.0 are one."""
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
@@ -60,25 +60,25 @@ class Keys(dict[Id, str]):
 
 
 def name_of(item: Annotation, row: int) -> str:
-    """The name of an annotation: its id, or its place among all where it has none."""
+    """Return the name of an annotation: its id, or its place among all where it has none."""
     return str(row) if item.id is None else key_of(item.id)
 
 
 def decode_coco(data: bytes, source: str) -> CocoDocument:
-    """A COCO json. Raises UserError where it is none."""
+    """Decode a COCO json. Raises UserError where it is none."""
     return _decoded(data, source, CocoDocument, "not COCO json", "it needs images, annotations and categories")
 
 
 def decode_detections(data: bytes, source: str) -> CocoDocument:
-    """A bare list of detections, each with its image_id, as a document whose names are the ids as text."""
-    how = "give image_id, category_id and bbox"
-    items = _decoded(data, source, list[Annotation], "not a list of COCO detections", how)
+    """Decode a bare list of detections, each with its image_id, as a document whose names are the ids as text."""
+    remedy = "give image_id, category_id and bbox"
+    items = _decoded(data, source, list[Annotation], "not a list of COCO detections", remedy)
     images = dict.fromkeys(key_of(item.image_id) for item in items)
     categories = dict.fromkeys(key_of(item.category_id) for item in items if item.category_id is not None)
     return CocoDocument([Image(i, i) for i in images], items, [Category(i, i) for i in categories])
 
 
-def _decoded(data: bytes, source: str, kind: type[T], what: str, how: str) -> T:
+def _decoded(data: bytes, source: str, kind: type[T], what: str, remedy: str) -> T:
     """The document; NaN and Infinity, which Python writes, are taken as they are."""
     data = data.removeprefix(b"\xef\xbb\xbf")
     try:
@@ -89,11 +89,11 @@ def _decoded(data: bytes, source: str, kind: type[T], what: str, how: str) -> T:
         problem = str(error)
         try:
             return msgspec.convert(json.loads(data), type=kind)
-        except msgspec.ValidationError as other:
-            problem = _named(str(other), data)
+        except msgspec.ValidationError as invalid:
+            problem = _named(str(invalid), data)
         except (ValueError, RecursionError):
             pass
-    raise UserError(f"{source}: {what}: {problem}: {how}")
+    raise UserError(f"{source}: {what}: {problem}: {remedy}")
 
 
 def _named(problem: str, data: bytes) -> str:

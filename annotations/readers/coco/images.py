@@ -31,7 +31,7 @@ class CocoTables:
 
 
 def read_coco(path: Path) -> dict[str, ObjectTable]:
-    """`file_name` of each image -> its objects (of kind cell), in pixels of that image; images without objects as well.
+    """Read `file_name` of each image -> its objects (of kind cell), in pixels of that image; images without objects as well.
 
     The outline is that of the segmentation, polygons or a run-length mask; the bounding box (x, y, width, height) where there
     is none, or none that can be used. All tables share `labels`, the category names in the file's order.
@@ -46,7 +46,7 @@ def read_coco(path: Path) -> dict[str, ObjectTable]:
 
 
 def read_coco_images(path: Path) -> CocoTables:
-    """The same with the size of each image, and what is of no image of the file."""
+    """Read a COCO file as above, with the size of each image, and what is of no image of the file."""
     path = Path(path)
     try:
         data = path.read_bytes()
@@ -56,7 +56,7 @@ def read_coco_images(path: Path) -> CocoTables:
 
 
 def coco_tables(document: CocoDocument, path: str) -> CocoTables:
-    """The result of read_coco_images, of a document; path: its name in errors."""
+    """Sort the annotations of a document into tables, as read_coco_images; path: its name in errors."""
     position = _positions(document.images, path)
     names = list(dict.fromkeys(image.file_name for image in document.images))
     labels, label_of = _classes(document.categories, path)
@@ -120,7 +120,7 @@ def _sizes(images: Sequence[Image], position: Mapping[str, int]) -> dict[int, Si
 
 
 class _Rows:
-    """Some annotations of a file: what they are, what they are called, and the class of each."""
+    """Annotations of a file: what they are, what they are called, and the class of each."""
 
     def __init__(
         self, items: Sequence[Annotation], rows: np.ndarray, labels: tuple[str, ...], label_of: Mapping[str, int]
@@ -136,10 +136,11 @@ class _Rows:
         self.unknown = [row for row, key in enumerate(keys) if key is not None and key not in label_of]
 
     def class_of(self, row: int) -> str:
-        return (*self.labels, "")[self.label[row]]  # -1, unclassified, is the last
+        label = int(self.label[row])
+        return "" if label == UNCLASSIFIED else self.labels[label]
 
     def left_out(self, reason: str) -> ReadLog:
-        """ReadLog that all of them are left out."""
+        """Log all of them as left out."""
         if not self.items:
             return ReadLog()
         skipped = Counter((self.class_of(row), reason) for row in range(len(self.items)))
@@ -155,13 +156,13 @@ class _Objects:
         done.changed.update((row, "unknown_category") for row in rows.unknown)
         done.changed.update((row, "crowds") for row, item in enumerate(rows.items) if item.iscrowd)
         done.changed.update((row, "repaired") for row in done.repaired)
-        self.told: dict[int, list[tuple[str, int]]] = {row: [(why, 1)] for row, why in self.reason.items()}
+        self.changes: dict[int, list[tuple[str, int]]] = {row: [(why, 1)] for row, why in self.reason.items()}
         for (row, what), n in done.changed.items():
             if row not in self.reason:
-                self.told.setdefault(row, []).append((what, n))
+                self.changes.setdefault(row, []).append((what, n))
         self.scored = any(item.score is not None for item in rows.items)
         self.plain = np.ones(len(rows.items), dtype=bool)
-        self.plain[list(self.told)] = False
+        self.plain[list(self.changes)] = False
 
     def table(self, start: int, stop: int) -> ObjectTable:
         """The objects of one image, which are rows start:stop."""
@@ -172,7 +173,7 @@ class _Objects:
             use = [row for row in range(start, stop) if row not in self.reason]
             ids: dict[str, list[str]] = {}
             for row in range(start, stop):
-                for what, n in self.told.get(row, ()):
+                for what, n in self.changes.get(row, ()):
                     counts[what] += n
                     ids.setdefault(what, []).append(self.rows.ids[row])
             log = self._log(range(start, stop), {what: tuple(names[:SHOWN_IDS]) for what, names in ids.items()})
@@ -206,19 +207,19 @@ def _repeated(rows: _Rows, image: Sequence[int], changed: Counter[tuple[int, str
     if len(set(rows.ids)) == len(rows.ids):
         return again
     for row, item in enumerate(rows.items):
-        if item.id is None or (before := first.setdefault(rows.ids[row], row)) == row:
+        if item.id is None or (earlier := first.setdefault(rows.ids[row], row)) == row:
             continue
-        if image[before] == image[row] and _same(rows.items[before], item):
+        if image[earlier] == image[row] and _same(rows.items[earlier], item):
             again.append(row)
         else:
             changed[row, "shared_ids"] += 1
     return again
 
 
-def _same(one: Annotation, other: Annotation) -> bool:
+def _same(a: Annotation, b: Annotation) -> bool:
     """Tell whether two annotations of one id and image are the same object."""
     names = ("category_id", "bbox", "segmentation")
-    return all(getattr(one, name) == getattr(other, name) for name in names)
+    return all(getattr(a, name) == getattr(b, name) for name in names)
 
 
 def _scores(items: list[Annotation]) -> np.ndarray | None:

@@ -22,7 +22,7 @@ Runs = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def lengths_of(text: str) -> np.ndarray:
-    """The lengths, int64, that a text stands for. Raises ValueError where it is none."""
+    """Decode the lengths, int64, that a text stands for. Raises ValueError where it is none."""
     digits = np.frombuffer(text.encode("ascii"), np.uint8).astype(np.int64) - FIRST_CHARACTER
     if not len(digits):
         return digits
@@ -42,7 +42,7 @@ def lengths_of(text: str) -> np.ndarray:
 
 
 def runs_of(mask: Any) -> tuple[Runs, tuple[int, int]]:
-    """A mask {"size": [height, width], "counts": list or text} -> its runs, and its width and height.
+    """Decode a mask {"size": [height, width], "counts": list or text} -> its runs, and its width and height.
 
     Runs: int64 (n,) each, the column, the first row and the row behind the last. Raises ValueError where it is no mask.
     """
@@ -62,8 +62,8 @@ def runs_of(mask: Any) -> tuple[Runs, tuple[int, int]]:
 
 def _joined(start: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Runs with something in between; empty ones are left out."""
-    some = stop > start
-    start, stop = start[some], stop[some]
+    filled = stop > start
+    start, stop = start[filled], stop[filled]
     apart = start[1:] > stop[:-1]
     return start[np.append(True, apart)[: len(start)]], stop[np.append(apart, True)[: len(stop)]]
 
@@ -80,7 +80,7 @@ def _columns(start: np.ndarray, stop: np.ndarray, height: int) -> Runs:
 
 
 def outlines_of(masks: Sequence[Runs]) -> tuple[np.ndarray, np.ndarray]:
-    """Which of some masks hold anything, ascending (n,), and the outline of each, along the borders of its pixels, (n,).
+    """Return which masks hold anything, ascending (n,), and the outline of each, along the borders of its pixels, (n,).
 
     The pixel (column, row) is the square from there to (column + 1, row + 1). An outline has holes where the mask has; patches
     that share no side of a pixel are parts of a MultiPolygon.
@@ -88,12 +88,12 @@ def outlines_of(masks: Sequence[Runs]) -> tuple[np.ndarray, np.ndarray]:
     mask = np.repeat(np.arange(len(masks)), [len(column) for column, _, _ in masks])
     if not len(mask):
         return np.zeros(0, np.int64), np.zeros(0, dtype=object)
-    column, top, bottom = (np.concatenate(each) for each in zip(*masks, strict=True))
+    column, top, bottom = (np.concatenate(arrays) for arrays in zip(*masks, strict=True))
     height, width = int(bottom.max()), int(column.max()) + 1
     patch = _patches(mask * (width + 2) + column, top, bottom, height)
     across = _across(patch, column, top, RIGHT), _across(patch, column, bottom, LEFT)
     sides = *across, _down(mask * (width + 2) + column, column, top, bottom, patch, height)
-    patches, start, stop, direction = (np.concatenate(each) for each in zip(*sides, strict=True))
+    patches, start, stop, direction = (np.concatenate(arrays) for arrays in zip(*sides, strict=True))
     polygons, number = polygons_of_sides(patches, start, stop, direction, (height, width))
     mask_of_patch = np.zeros(int(patch.max()) + 1, np.int64)
     mask_of_patch[patch] = mask
@@ -110,10 +110,10 @@ def _patches(line: np.ndarray, top: np.ndarray, bottom: np.ndarray, height: int)
     low = np.searchsorted(line * step + bottom, beside + top, side="right")
     high = np.searchsorted(line * step + top, beside + bottom, side="left")
     many = np.maximum(high - low, 0)
-    one = np.repeat(np.arange(n), many)
-    other = np.arange(len(one)) + np.repeat(low - (np.cumsum(many) - many), many)
-    links = coo_array((np.ones(len(one), dtype=bool), (one, other)), shape=(n, n))
-    return connected_components(links, directed=False)[1].astype(np.int64) + 1
+    run = np.repeat(np.arange(n), many)
+    beside_it = np.arange(len(run)) + np.repeat(low - (np.cumsum(many) - many), many)
+    links = coo_array((np.ones(len(run), dtype=bool), (run, beside_it)), shape=(n, n))
+    return np.asarray(connected_components(links, directed=False)[1], dtype=np.int64) + 1
 
 
 def _across(
@@ -145,13 +145,13 @@ def _down(
     order = np.lexsort((row, border))
     run, is_left, row = run[order], is_left[order], row[order]
     at = np.arange(4 * n)
-    latest = [run[np.maximum.accumulate(np.where(which, at, 0))] for which in (is_left, ~is_left)]
+    latest = [run[np.maximum.accumulate(np.where(on_side, at, 0))] for on_side in (is_left, ~is_left)]
     inside_left = np.cumsum(is_left) % 2 == 1
     start, stop = row[::2], row[1::2]
     owner = np.where(inside_left, *latest)[::2]
     x = column[owner] + inside_left[::2]
-    some = stop > start
-    owner, x, start, stop, down = owner[some], x[some], start[some], stop[some], inside_left[::2][some]
+    filled = stop > start
+    owner, x, start, stop, down = owner[filled], x[filled], start[filled], stop[filled], inside_left[::2][filled]
     upper, lower = np.stack([x, start], axis=1), np.stack([x, stop], axis=1)
     turned = down[:, None]
     return patch[owner], np.where(turned, upper, lower), np.where(turned, lower, upper), np.where(down, DOWN, UP)

@@ -36,7 +36,7 @@ class Outlined:
 
 @dataclass
 class _Block:
-    """Outlines of some annotations before they are built. rings: one a polygon; masks that can be read; row of each."""
+    """Outlines of annotations before they are built. rings: one a polygon; masks that can be read; row of each."""
 
     rings: list[np.ndarray] = field(default_factory=list)
     ring_row: list[int] = field(default_factory=list)
@@ -45,7 +45,7 @@ class _Block:
 
 
 def outlined(items: Sequence[Annotation], image: Sequence[int], sizes: Mapping[int, Size]) -> Outlined:
-    """The outlines of annotations (n,), whose images are numbered image (n,), and of which some have a known size.
+    """Build the outlines of annotations (n,), whose images are numbered image (n,), and of which a few may have a known size.
 
     Polygons of one annotation add up, as parts of it. A mask has to be as large as its image; where the image's size is not
     stated, the first mask's counts. What has no outline that can be used is its box ("outlines_as_boxes",

@@ -18,7 +18,7 @@ CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 
 def read_voc(path: Path) -> tuple[ObjectTable, tuple[int, int] | None]:
-    """Objects of one image (of kind cell) in its pixels, and its width and height where the file says them (else None).
+    """Read the objects of one image (of kind cell) in its pixels, and its width and height, None where unknown.
 
     Corners (xmin, ymin, xmax, ymax) are taken as they stand. An object without a name is unclassified; ids count from 0
     behind the file's stem. counts: "features"; "empty" without a box; "zero_area" with a box of no extent; "beyond" with one
@@ -61,7 +61,7 @@ def read_voc(path: Path) -> tuple[ObjectTable, tuple[int, int] | None]:
 def _log(lost: dict[int, str], names: list[str], stem: str) -> ReadLog:
     """ReadLog on objects that are left out, number -> why."""
     skipped = Counter((names[i], why) for i, why in lost.items())
-    ids = {why: tuple(f"{stem}:{i}" for i, other in lost.items() if other == why)[:SHOWN_IDS] for why in set(lost.values())}
+    ids = {why: tuple(f"{stem}:{i}" for i, reason in lost.items() if reason == why)[:SHOWN_IDS] for why in set(lost.values())}
     return ReadLog(skipped=dict(skipped), ids=ids)
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from annotations import clip_to_tiles
-from annotations.geometry import clip as pieces
+from annotations.geometry import clip
 from tests.annotations.geometry.test_clip import objects
 
 COLUMNS = ("xyxy", "offsets", "object", "visible")
@@ -112,7 +112,7 @@ def test_chunks_make_no_difference(monkeypatch):
     corner = rng.uniform(0, 90, (200, 2))
     boxes = shapely.box(corner[:, 0], corner[:, 1], corner[:, 0] + 7, corner[:, 1] + 5)
     whole = clip_to_tiles(boxes, grid(10, 100), 10.0, 20, polygons=True).polygons
-    monkeypatch.setattr(pieces, "TILE_POLYGON_VERTICES", 13)
+    monkeypatch.setattr(clip, "TILE_POLYGON_VERTICES", 13)
     parts = clip_to_tiles(boxes, grid(10, 100), 10.0, 20, polygons=True).polygons
     for name, array in whole.arrays().items():
         np.testing.assert_array_equal(array, parts.arrays()[name])
