@@ -31,12 +31,12 @@ MAP = "Stroma:\nTumour: [tumor, TUM, 1]\nImmune: lymphocyte\nNecrosis: []\n"
 
 
 def test_many_names_one_label(tmp_path: Path) -> None:
-    found = classmap(tmp_path, MAP).applied(
+    mapped = classmap(tmp_path, MAP).applied(
         table(tmp_path, " tum ", "Tumor", None, "tumour", "1", "LYMPHOCYTE", "fat", "stroma")
     )
-    assert found.labels == ("Stroma", "Tumour", "Immune", "fat")
-    assert found.label.tolist() == [1, 1, -1, 1, 1, 2, 3, 0]
-    assert found.label.dtype == np.int16
+    assert mapped.labels == ("Stroma", "Tumour", "Immune", "fat")
+    assert mapped.label.tolist() == [1, 1, -1, 1, 1, 2, 3, 0]
+    assert mapped.label.dtype == np.int16
 
 
 def test_unknown_classes(tmp_path: Path) -> None:
@@ -48,7 +48,7 @@ def test_unknown_classes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "reason"),
     [
         ("A: [x]\nB: [X]", "X stands under A and B"),
         ("A: [b]\nB:", "B stands under A and B"),
@@ -60,8 +60,8 @@ def test_unknown_classes(tmp_path: Path) -> None:
         ("A: [", "not YAML"),
     ],
 )
-def test_what_is_no_map(tmp_path: Path, text: str, said: str) -> None:
-    with pytest.raises(UserError, match=said) as error:
+def test_what_is_no_map(tmp_path: Path, text: str, reason: str) -> None:
+    with pytest.raises(UserError, match=reason) as error:
         classmap(tmp_path, text)
     assert "\n" not in str(error.value)
 

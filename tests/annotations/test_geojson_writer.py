@@ -103,7 +103,7 @@ def test_coco(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "reason"),
     [
         ("[]", "not COCO json"),
         ("{", "not COCO json"),
@@ -111,10 +111,10 @@ def test_coco(tmp_path):
         ('{"images": [{"id": 1, "file_name": "a"}, {"id": 1, "file_name": "b"}], "annotations": []}', "two images"),
     ],
 )
-def test_bad_coco(tmp_path, change, said):
+def test_bad_coco(tmp_path, change, reason):
     path = tmp_path / "coco.json"
     path.write_text(change)
-    with pytest.raises(UserError, match=said) as error:
+    with pytest.raises(UserError, match=reason) as error:
         read_coco(path)
     assert str(error.value).startswith(f"{path}: ")
 

@@ -49,20 +49,20 @@ def slow_clusters(bounds: np.ndarray, gap: float) -> list[set[int]]:
 
 def test_cells_close_together_are_one_cluster_whatever_their_class() -> None:
     near = [(100, 100), (122, 100), (144, 104), (122, 124)]
-    found = cluster_objects(table_of(cells_at([*near, (500, 500), (516, 500)]), Kind.CELL), MPP)  # two cells are no cluster
-    assert [found.labels[i] for i in found.label] == [CLUSTER_LABEL]
-    assert found.kind.tolist() == [Kind.PROPOSAL]
-    assert shapely.bounds(found.geometry).tolist() == [[92, 92, 152, 132]]
+    clusters = cluster_objects(table_of(cells_at([*near, (500, 500), (516, 500)]), Kind.CELL), MPP)  # two cells are no cluster
+    assert [clusters.labels[i] for i in clusters.label] == [CLUSTER_LABEL]
+    assert clusters.kind.tolist() == [Kind.PROPOSAL]
+    assert shapely.bounds(clusters.geometry).tolist() == [[92, 92, 152, 132]]
 
 
 def test_clusters_are_those_of_all_pairs() -> None:
     rng = np.random.default_rng(3)
     corner = rng.uniform(0, 400, (150, 2))
     bounds = np.concatenate([corner, corner + rng.uniform(5, 12, (150, 2))], axis=1)
-    how = ClusterSettings(gap_um=5, members=3, cluster_um=(0, 1e9))
-    number = cluster_boxes(bounds, how)
-    found = {frozenset(np.flatnonzero(number == i)) for i in range(number.max() + 1)}
-    assert found == {frozenset(group) for group in slow_clusters(bounds, 5) if len(group) >= 3}
+    settings = ClusterSettings(gap_um=5, members=3, cluster_um=(0, 1e9))
+    number = cluster_boxes(bounds, settings)
+    groups = {frozenset(np.flatnonzero(number == i)) for i in range(number.max() + 1)}
+    assert groups == {frozenset(group) for group in slow_clusters(bounds, 5) if len(group) >= 3}
 
 
 def test_a_chain_too_long_falls_apart_at_its_wider_gaps() -> None:
@@ -106,7 +106,7 @@ def test_both_kinds_are_gathered_and_proposals_are_not() -> None:
     kind = np.array([Kind.CELL] * 3 + [Kind.TISSUE] * 2 + [Kind.PROPOSAL] * 3, np.uint8)
     geometry = np.array([*cells, *regions, *cells_at([(200, 10), (220, 10), (240, 10)])], dtype=object)
     table = ObjectTable(geometry, np.array(list("abcdefgh"), dtype=object), np.zeros(8, np.int16), kind, ("x",))
-    found = cluster_objects(table, MPP)
-    assert [found.labels[i] for i in found.label] == [CLUSTER_LABEL, PART_LABEL]
-    assert len(set(found.id)) == 2
+    clusters = cluster_objects(table, MPP)
+    assert [clusters.labels[i] for i in clusters.label] == [CLUSTER_LABEL, PART_LABEL]
+    assert len(set(clusters.id)) == 2
     assert len(cluster_objects(table_of([], Kind.CELL), MPP)) == 0

@@ -53,8 +53,8 @@ def test_unicode_of_any_form_is_read(read, encoding):
 
 @pytest.mark.parametrize("encoding", ["latin-1", "cp1252", "mac-roman"])
 def test_another_encoding_is_named(refused, encoding):
-    assert "not JSON in utf-8 text" in (said := refused(TEXT.encode(encoding)))
-    assert f"at byte {TEXT.index('Ä')}: save it as UTF-8" in said
+    assert "not JSON in utf-8 text" in (message := refused(TEXT.encode(encoding)))
+    assert f"at byte {TEXT.index('Ä')}: save it as UTF-8" in message
 
 
 @pytest.mark.parametrize("key", ["coordinates", "geometry", "features", "geometries"])
@@ -263,8 +263,8 @@ def test_what_geos_cannot_clip_is_intersected(monkeypatch):
     geometry, corner = np.array([shapely.Polygon([(0, 0), (20, 0), (0, 20)])]), np.array([[5, 5], [12, 2]])
     wanted = clip_to_tiles(geometry, corner, 10.0, 10)
     monkeypatch.setattr(shapely, "clip_by_rect", fails)
-    found = clip_to_tiles(geometry, corner, 10.0, 10)
-    assert found.xyxy.tolist() == wanted.xyxy.tolist() == [[0, 0, 10, 10], [0, 0, 6, 6]]
+    boxes = clip_to_tiles(geometry, corner, 10.0, 10)
+    assert boxes.xyxy.tolist() == wanted.xyxy.tolist() == [[0, 0, 10, 10], [0, 0, 6, 6]]
 
 
 FAR = [[-1e300, -1e300], [1e300, -1e300], [1e300, 1e300], [-1e300, 1e300], [-1e300, -1e300]]

@@ -148,7 +148,7 @@ def test_tiatoolbox_geojson(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "reason"),
     [
         (b"SQLite format 3\x00....", "AnnotationStore.to_geojson"),
         (b"\x80\x04\x95abc", "could run code"),
@@ -163,9 +163,9 @@ def test_tiatoolbox_geojson(tmp_path: Path) -> None:
         (b'[{"image_id": 1, "bbox": "x"}]', "COCO detections"),
     ],
 )
-def test_what_cannot_be_read_says_what_to_do(tmp_path: Path, content: bytes, said: str) -> None:
+def test_what_cannot_be_read_says_what_to_do(tmp_path: Path, content: bytes, reason: str) -> None:
     (tmp_path / "a.dat").write_bytes(content)
-    with pytest.raises(UserError, match=said) as error:
+    with pytest.raises(UserError, match=reason) as error:
         read_annotations(tmp_path / "a.dat", slide=SLIDE)
     assert "\n" not in str(error.value)
 
@@ -209,8 +209,8 @@ def test_coco_of_a_slide(tmp_path: Path) -> None:
 
 
 def test_bare_detections(tmp_path: Path) -> None:
-    found = [{"image_id": "slide", "category_id": 1, "bbox": [0, 0, 10, 10], "score": 0.5}]
-    table = read_annotations(save(tmp_path / "a.json", found), kind="tissue")
+    detections = [{"image_id": "slide", "category_id": 1, "bbox": [0, 0, 10, 10], "score": 0.5}]
+    table = read_annotations(save(tmp_path / "a.json", detections), kind="tissue")
     assert same(table.geometry, [BOX])
     assert (labels(table), table.kind.tolist(), table.confidence.tolist()) == (["1"], [Kind.TISSUE], [0.5])
 
@@ -290,10 +290,10 @@ def test_geoparquet_of_others(tmp_path: Path) -> None:
 def test_outlines_of_labels_hold_exactly_their_pixels(values: int) -> None:
     mask = np.random.default_rng(values).integers(0, values, (23, 31)).astype(np.int32)
     y, x = np.mgrid[:23, :31] + 0.5
-    found, outlines = trace_outlines(mask)
-    assert found.tolist() == list(range(1, values))
+    numbers, outlines = trace_outlines(mask)
+    assert numbers.tolist() == list(range(1, values))
     assert shapely.is_valid(outlines).all()
-    for value, outline in zip(found, outlines, strict=True):
+    for value, outline in zip(numbers, outlines, strict=True):
         assert (shapely.contains_xy(outline, x, y) == (mask == value)).all()
         assert outline.area == (mask == value).sum()
 
@@ -316,8 +316,8 @@ def test_label_image(tmp_path: Path, mask: np.ndarray, name: str) -> None:
     else:
         tifffile.imwrite(tmp_path / name, mask, compression="zlib")
     table = read_annotations(tmp_path / name, slide=SLIDE)
-    one = shapely.box(300, 100, 500, 200).difference(shapely.box(320, 120, 340, 140))
-    assert same(table.geometry, [one, shapely.box(3990, 0, 4000, 10), shapely.box(0, 1000, 50, 1100)])
+    ring = shapely.box(300, 100, 500, 200).difference(shapely.box(320, 120, 340, 140))
+    assert same(table.geometry, [ring, shapely.box(3990, 0, 4000, 10), shapely.box(0, 1000, 50, 1100)])
     assert (table.id.tolist(), table.kind.tolist(), labels(table)) == (["1", "7", "1000"], [Kind.CELL] * 3, [None] * 3)
     assert "scaled by 10" in table.log.notes[0]
     save(tmp_path / "slide.classes.json", {"classes": {"1": "gland", "1000": "vessel"}, "mpp": 0.5})
@@ -363,13 +363,13 @@ def test_images_that_are_no_labels(tmp_path: Path, mask: np.ndarray) -> None:
 
 
 def test_optional_columns_are_joined(tmp_path: Path) -> None:
-    one = read_annotations(save(tmp_path / "a.json", HOVERNET), slide=SLIDE)
-    two = read_annotations(save(tmp_path / "b.geojson", POLYGON), measurements=True)
-    both = concatenate([one, two])
+    nuclei = read_annotations(save(tmp_path / "a.json", HOVERNET), slide=SLIDE)
+    region = read_annotations(save(tmp_path / "b.geojson", POLYGON), measurements=True)
+    both = concatenate([nuclei, region])
     assert both.source.tolist() == ["a.json", "a.json", "b.geojson"]
     assert np.array_equal(both.confidence, np.array([0.75, 0.5, np.nan], np.float32), equal_nan=True)
     assert both.measurements == {}
-    assert both.log.notes == one.log.notes
+    assert both.log.notes == nuclei.log.notes
     assert Kind.PROPOSAL not in both.kind
     assert both.take(both.kind == Kind.TISSUE).source.tolist() == ["b.geojson"]
 
@@ -399,9 +399,9 @@ def test_genuine_qupath_export(test_data: Path) -> None:
     path = test_data / "geojson" / "dlup_qupath05.geojson"
     if not path.is_file():
         pytest.skip(f"{path.name} not found")
-    found = json.loads(path.read_text())["features"]
+    features = json.loads(path.read_text())["features"]
     table = read_annotations(path, point_size_l0=10)
-    outlines = [item for item in found if item["geometry"]["type"] in ("Polygon", "MultiPolygon")]
+    outlines = [item for item in features if item["geometry"]["type"] in ("Polygon", "MultiPolygon")]
     of_id = dict(zip(table.id, table.geometry, strict=True))
     for item in outlines:
         assert of_id[item["id"]].symmetric_difference(shapely.make_valid(shapely.geometry.shape(item["geometry"]))).area < 1e-6

@@ -139,8 +139,8 @@ def test_pieces_are_those_that_share_a_side_and_keep_their_class(tmp_path: Path)
     named = {1: "tumour", 2: "stroma"}
     assert table.class_names() == [named.get(value) for value in of]
     most = sorted(wanted.items(), key=lambda pair: -pair[1])
-    told = ", ".join(f"{value} in {count}" for value, count in most[:3])
-    assert table.log.notes == (f"3 of 4 mask values lie in several pieces ({told}), each piece an object",)
+    pieces = ", ".join(f"{value} in {count}" for value, count in most[:3])
+    assert table.log.notes == (f"3 of 4 mask values lie in several pieces ({pieces}), each piece an object",)
 
 
 def test_values_in_one_piece_each_are_no_note(tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_values_in_one_piece_each_are_no_note(tmp_path: Path) -> None:
 def test_what_may_mean_anything_is_refused_in_one_line(image: np.ndarray, says: str, tmp_path: Path) -> None:
     path = tmp_path / "slide.tif"
     path.write_bytes(tiff(image))
-    with pytest.raises(UserError, match=says) as told:
+    with pytest.raises(UserError, match=says) as refused:
         read_annotations(path, slide=SLIDE)
-    assert str(told.value).startswith(f"{path}: ")
-    assert "\n" not in str(told.value)
+    assert str(refused.value).startswith(f"{path}: ")
+    assert "\n" not in str(refused.value)

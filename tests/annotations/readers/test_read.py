@@ -270,14 +270,14 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_file(tmp_path, name):
-    content, said = BAD[name]
+    content, reason = BAD[name]
     path = tmp_path / "bad.geojson"
     path.write_bytes(content)
     with pytest.raises(UserError) as error:
         read_annotations(path)
     message = str(error.value)
     assert message.startswith(f"{path}: ")
-    assert said in message
+    assert reason in message
     assert "\n" not in message
 
 
@@ -305,8 +305,8 @@ def test_real_export(test_data):
     assert table.id.tolist() == [item["id"] for item in raw]
     assert table.kind.tolist() == [Kind.TISSUE] * 3
     for ours, item in zip(table.geometry, raw, strict=True):
-        theirs = shapely.make_valid(shapely.geometry.shape(item["geometry"]))
-        assert ours.area == pytest.approx(theirs.area)
+        repaired = shapely.make_valid(shapely.geometry.shape(item["geometry"]))
+        assert ours.area == pytest.approx(repaired.area)
 
 
 def test_points_are_cells_even_when_the_points_tool_calls_them_annotations(tmp_path):

@@ -53,14 +53,14 @@ def same(a: Clipped, b: Clipped) -> None:
     np.testing.assert_array_equal(a.area_l0, b.area_l0)
     np.testing.assert_array_equal(a.extent_l0, b.extent_l0)
     assert a.on_slide == b.on_slide
-    for one, other in zip(a.boxes, b.boxes, strict=True):
-        assert one.counts == other.counts
+    for ours, expected in zip(a.boxes, b.boxes, strict=True):
+        assert ours.counts == expected.counts
         for name in ("xyxy", "offsets", "object", "visible"):
-            np.testing.assert_array_equal(getattr(one, name), getattr(other, name), err_msg=name)
-        assert one.polygons is not None
-        assert other.polygons is not None
-        for name, array in one.polygons.arrays().items():
-            np.testing.assert_array_equal(array, other.polygons.arrays()[name], err_msg=name)
+            np.testing.assert_array_equal(getattr(ours, name), getattr(expected, name), err_msg=name)
+        assert ours.polygons is not None
+        assert expected.polygons is not None
+        for name, array in ours.polygons.arrays().items():
+            np.testing.assert_array_equal(array, expected.polygons.arrays()[name], err_msg=name)
 
 
 @pytest.fixture

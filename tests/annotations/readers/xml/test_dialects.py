@@ -260,7 +260,7 @@ def test_ndpa_counts_from_the_centre_of_the_glass(read) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         (
             '<!DOCTYPE a [<!ENTITY b "bbb"><!ENTITY c "&b;&b;">]><ASAP_Annotations>&c;</ASAP_Annotations>',
@@ -280,8 +280,8 @@ def test_ndpa_counts_from_the_centre_of_the_glass(read) -> None:
         ("<Session><Graphic type='polygon'/></Session>", "unknown kind, <Session>"),
     ],
 )
-def test_refused(read, text: str, said: str) -> None:
-    with pytest.raises(UserError, match=said) as error:
+def test_refused(read, text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
         read(text)
     assert "\n" not in str(error.value)
 
