@@ -15,8 +15,9 @@ from annotations.objects import UNCLASSIFIED, ObjectTable
 
 @dataclass(frozen=True)
 class ClassMap:
-    """labels: the names of the study, in order. names: what else a class may be called, folded -> one of labels.
+    """The names of a study, and what else programs and people call them.
 
+    labels: the names of the study, in order. names: what else a class may be called, folded -> one of labels.
     strict: a class that is not named is an error. source: what errors call the map.
     """
 

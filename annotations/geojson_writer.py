@@ -36,7 +36,7 @@ def feature_collection(
     measurements: Sequence[Mapping[str, float]] | None = None,
     names: Sequence[str | None] | None = None,
 ) -> dict[str, Any]:
-    """A FeatureCollection as plain dicts, one feature per geometry, in order.
+    """Return a FeatureCollection as plain dicts, one feature per geometry, in order.
 
     geometries: n shapely geometries, level-0 pixels; invalid polygons are repaired
     labels: n class names, None or "" for unclassified; object_type: QuPath's, for all of them or n of them
@@ -72,7 +72,7 @@ def feature_collection(
 
 
 def table_features(table: ObjectTable, **options: Any) -> dict[str, Any]:
-    """A table as a FeatureCollection: cells and proposals as detections, tissue as annotations; options as above."""
+    """Return a table as a FeatureCollection: cells and proposals as detections, tissue as annotations; options as above."""
     kinds = ("annotation", "detection", "detection")
     measured = table.measurements or {}
     if table.confidence is not None:
@@ -89,7 +89,7 @@ def table_features(table: ObjectTable, **options: Any) -> dict[str, Any]:
 
 
 def encode_geojson(fc: Mapping[str, Any]) -> bytes:
-    """A FeatureCollection as the text of a .geojson file."""
+    """Return a FeatureCollection as the text of a .geojson file."""
     return msgspec.json.encode(fc)
 
 
@@ -125,7 +125,7 @@ def _fsync_folder(path: Path) -> None:
 
 
 def _rounded(geometry: np.ndarray) -> np.ndarray:
-    """Coordinates to two decimals, valid before and after."""
+    """Round coordinates to two decimals, valid before and after."""
     import shapely
 
     from annotations.geometry.rings import polygon_parts

@@ -198,7 +198,7 @@ def concatenate(tables: Iterable[ObjectTable], *, sort_labels: bool = True) -> O
 
 
 def _joined(tables: list[ObjectTable], name: str) -> np.ndarray | None:
-    """An optional column of tables put one after the other; None where none of them has it."""
+    """Join an optional column of tables put one after the other; None where none of them has it."""
     columns = [getattr(table, name) for table in tables]
     known = [column for column in columns if column is not None]
     if not known:
@@ -211,7 +211,7 @@ def _joined(tables: list[ObjectTable], name: str) -> np.ndarray | None:
 
 
 def _joined_measurements(tables: list[ObjectTable]) -> dict[str, np.ndarray] | None:
-    """Measurements of tables put one after the other, NaN where a table has none of the name; None where none has any."""
+    """Join measurements of tables put one after the other, NaN where a table has none of the name; None where none has any."""
     if all(table.measurements is None for table in tables):
         return None
     columns: dict[str, np.ndarray] = {}

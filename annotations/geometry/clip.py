@@ -33,7 +33,7 @@ class TilePolygons:
     offsets: np.ndarray
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The datasets of the group /boxes/polygon of a slide file."""
+        """Return the datasets of the group /boxes/polygon of a slide file."""
         return {"xy": self.xy, "ring_offsets": self.ring_offsets, "offsets": self.offsets}
 
 
@@ -74,7 +74,7 @@ def concatenate_polygons(polygons: Sequence[TilePolygons], order: np.ndarray) ->
 
 
 def _runs(start: np.ndarray, length: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """Rows start[i]:start[i] + length[i] for every i of order, one run behind the other."""
+    """Return rows start[i]:start[i] + length[i] for every i of order, one run behind the other."""
     start, length = start[order], length[order]
     run_start = np.cumsum(length) - length
     return np.asarray(np.arange(int(length.sum())) + np.repeat(start - run_start, length))

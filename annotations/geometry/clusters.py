@@ -11,8 +11,9 @@ from annotations.objects import Kind, ObjectTable
 
 @dataclass(frozen=True)
 class ClusterSettings:
-    """Lengths in micrometres. gap_um: cells whose boxes are this close belong together. members: least cells of a cluster.
+    """Limits of clusters, lengths in micrometres.
 
+    gap_um: cells whose boxes are this close belong together. members: least cells of a cluster.
     cluster_um: longer side of a cluster; one that is larger is cut where its gaps are widest, a gapless one in halves.
     touch_um: regions this close are one.
     """
@@ -120,7 +121,7 @@ def _spread(owner: np.ndarray, part: np.ndarray, count: int) -> np.ndarray:
 
 
 def _neighbours(bounds_um: np.ndarray, reach_um: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pairs first < second of boxes at most reach_um apart, and their gaps (0 where they overlap)."""
+    """Return pairs first < second of boxes at most reach_um apart, and their gaps (0 where they overlap)."""
     import shapely
 
     half = reach_um / 2
@@ -133,7 +134,7 @@ def _neighbours(bounds_um: np.ndarray, reach_um: float) -> tuple[np.ndarray, np.
 
 
 def _components(bounds_um: np.ndarray, first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The linked group of each box, and of each group its longer side in micrometres and the number of its boxes."""
+    """Return the linked group of each box, and of each group its longer side in micrometres and the number of its boxes."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
@@ -147,13 +148,13 @@ def _components(bounds_um: np.ndarray, first: np.ndarray, second: np.ndarray) ->
 
 
 def _split_by(group: np.ndarray, rows: np.ndarray) -> list[np.ndarray]:
-    """Rows that share a group, one array each."""
+    """Group rows, one array a group."""
     order = rows[np.argsort(group[rows], kind="stable")]
     return np.split(order, np.flatnonzero(np.diff(group[order])) + 1)
 
 
 def _halved(bounds_um: np.ndarray, rows: np.ndarray, longest_um: float) -> list[np.ndarray]:
-    """The boxes `rows` in groups whose longer side is at most longest_um, by halving across the longer side."""
+    """Return the boxes `rows` in groups whose longer side is at most longest_um, by halving across the longer side."""
     done, stack = [], [rows]
     while stack:
         part = stack.pop()

@@ -41,7 +41,7 @@ def polygons_of_sides(
 
 
 def _sides(patches: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Straight pieces of the outlines of all patches, the patch to the right of the way they go.
+    """Return straight pieces of the outlines of all patches, the patch to the right of the way they go.
 
     Returns the patch (S,), where each starts and stops (S, 2) as x, y, and its direction (S,).
     """
@@ -63,13 +63,13 @@ def _sides(patches: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.
 
 
 def _rows(array: np.ndarray, first: int, stop: int) -> np.ndarray:
-    """Rows first:stop, zeros for those outside of the array."""
+    """Return rows first:stop, zeros for those outside of the array."""
     inside = array[max(first, 0) : min(stop, len(array))]
     return np.pad(inside, ((max(-first, 0), max(stop - len(array), 0)), (0, 0)))
 
 
 def _runs(sides: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Runs of one number above 0 along the rows of an array: the number, row, first column, column behind the last."""
+    """Return runs of one number above 0 along the rows of an array: the number, row, first column, column behind the last."""
     padded = np.pad(sides, ((0, 0), (1, 1)))
     change = padded[:, 1:] != padded[:, :-1]
     row, start = np.nonzero(change & (padded[:, 1:] != 0))
@@ -80,7 +80,7 @@ def _runs(sides: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.nda
 def _following(
     patch: np.ndarray, start: np.ndarray, stop: np.ndarray, direction: np.ndarray, shape: tuple[int, ...]
 ) -> np.ndarray:
-    """(S,) int64: the piece that follows each piece.
+    """Return the piece that follows each piece, int64 (S,).
 
     Where a patch meets itself at a corner two pieces go on. The left one keeps the two sides of the background apart, so
     that no ring meets itself.
@@ -99,7 +99,7 @@ def _following(
 
 
 def _rings(following: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A number for each piece that those of a ring share, and the pieces ring by ring, in the order they follow."""
+    """Return a number for each piece that those of a ring share, and the pieces ring by ring, in the order they follow."""
     n = len(following)
     ring, jump = np.arange(n), following.copy()
     while True:  # twice as far each time: the ring is named by its first piece
@@ -116,7 +116,7 @@ def _rings(following: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _polygons(xy: np.ndarray, first: np.ndarray, patch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rings laid end to end from xy[first[i]], each of patch[i] -> one polygon a patch, and the patch of each.
+    """Build from rings laid end to end from xy[first[i]], each of patch[i]: one polygon a patch, and the patch of each.
 
     A patch has one ring that runs clockwise on the screen, its outline; the others are its holes.
     """
@@ -135,7 +135,7 @@ def _polygons(xy: np.ndarray, first: np.ndarray, patch: np.ndarray) -> tuple[np.
 
 
 def _value_of_patches(mask: np.ndarray, patch: np.ndarray, start: np.ndarray, direction: np.ndarray) -> np.ndarray:
-    """The value of patch i at index i; a top side that goes right starts at the corner of a pixel of it."""
+    """Return the value of patch i at index i; a top side that goes right starts at the corner of a pixel of it."""
     top = direction == RIGHT
     values = np.zeros(int(patch.max()) + 1, dtype=mask.dtype)
     values[patch[top]] = mask[start[top, 1], start[top, 0]]

@@ -43,7 +43,7 @@ def _parsed(text: str) -> Any:
 
 
 def class_of(value: Any) -> str | None:
-    """The class that a value names; derived classes joined; None where it names none."""
+    """Return the class that a value names; derived classes joined; None where it names none."""
     if isinstance(value, str):
         return _class_of_text(value)
     if isinstance(value, dict):
@@ -64,13 +64,13 @@ def _class_of_text(text: str) -> str | None:
 
 
 def joined(names: Any) -> str | None:
-    """The names of a derived class as one; None where there are none."""
+    """Return the names of a derived class as one; None where there are none."""
     names = unpacked(names)
     return _plain(JOINT.join(map(str, names)) if isinstance(names, list) else names)
 
 
 def _plain(value: Any) -> str | None:
-    """A value as text that can be stored: half a pair of surrogates, which JSON can hold, cannot."""
+    """Return a value as text that can be stored: half a pair of surrogates, which JSON can hold, cannot."""
     if value is None or isinstance(value, dict | list) or value != value:
         return None
     return str(value).encode("utf-8", "replace").decode() or None

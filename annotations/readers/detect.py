@@ -120,7 +120,7 @@ def _json_format(data: bytes) -> str:
 
 
 def _keys(data: bytes) -> set[str]:
-    """The keys of a JSON object, its values skipped; none where it cannot be read."""
+    """Return the keys of a JSON object, its values skipped; none where it cannot be read."""
     try:
         return set(msgspec.json.decode(data.removeprefix(b"\xef\xbb\xbf"), type=dict[str, msgspec.Raw]))
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):

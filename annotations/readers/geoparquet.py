@@ -82,7 +82,7 @@ def _read(columns: pa.Table, source: str, options: ReadOptions) -> ObjectTable:
 
 
 def _geometries(columns: pa.Table, source: str) -> tuple[np.ndarray, np.ndarray]:
-    """The geometry of each row in two dimensions, None where there is none or it is not finite; bool, beyond any slide."""
+    """Return the geometry of each row in two dimensions, None where it is not finite; and bool, beyond any slide."""
     stated = (columns.schema.metadata or {}).get(b"geo")
     geo = json.loads(stated) if stated else {}
     name = geo.get("primary_column", "geometry")
@@ -116,7 +116,7 @@ def _lose(objects: Objects, geometry: np.ndarray, far: np.ndarray, form: np.ndar
 
 
 def _outlines(geometry: np.ndarray, form: np.ndarray, is_cell: np.ndarray, scale: float) -> tuple[np.ndarray, np.ndarray]:
-    """Polygons in level-0 pixels and the row of each; MultiPolygons of cells in parts, of collections what has an area."""
+    """Return polygons, level-0 pixels, and the row of each; MultiPolygons of cells in parts, of collections what has area."""
     rows = np.flatnonzero(np.isin(form, (*_POLYGONS, 7)) & ~shapely.is_empty(geometry))
     outlines, cells = polygon_parts(geometry[rows]), is_cell[rows]
     parts, part_row = shapely.get_parts(outlines[cells], return_index=True)
@@ -129,7 +129,7 @@ def _outlines(geometry: np.ndarray, form: np.ndarray, is_cell: np.ndarray, scale
 
 
 def _first(columns: pa.Table, names: Sequence[str]) -> str | None:
-    """The first column whose lower-case name is among names, in their order."""
+    """Return the first of the names that is a column."""
     return next((name for name in names if name in columns.column_names), None)
 
 
@@ -138,7 +138,7 @@ def _values(columns: pa.Table, name: str | None) -> list[Any]:
 
 
 def _packed_measurements(columns: pa.Table) -> list[dict[str, float]]:
-    """The measurements of QuPath of each row, where the file keeps it in one column: JSON text, a struct or a list."""
+    """Return the measurements of QuPath of each row, where the file keeps it in one column: JSON text, a struct or a list."""
     if PACKED_COLUMN not in columns.column_names or _is_numeric(columns[PACKED_COLUMN]):
         return []
     return [numbers_of({PACKED_COLUMN: value}) for value in columns[PACKED_COLUMN].to_pylist()]
@@ -153,7 +153,7 @@ def _is_numeric(column: pa.ChunkedArray) -> bool:
 def _measurements(
     columns: pa.Table, rows: np.ndarray, used: Sequence[str | None], packed: list[dict[str, float]]
 ) -> dict[str, np.ndarray] | None:
-    """Numeric columns and packed measurements of the objects `rows`, float64 (n,) each; None where there are none."""
+    """Return numeric columns and packed measurements of the objects `rows`, float64 (n,) each; None where there are none."""
     measurements = {
         name: np.array(columns[name].to_pylist(), dtype=np.float64)[rows]
         for name in columns.column_names

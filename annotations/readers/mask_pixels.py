@@ -21,7 +21,7 @@ _GREY, _PALETTE = 0, 3  # colour types of PNG
 
 
 def decode_label_image(data: bytes, source: str) -> np.ndarray:
-    """An image of whole numbers, (height, width). Raises UserError for any other.
+    """Decode an image of whole numbers, (height, width). Raises UserError for any other.
 
     1-bit images are 0 and 1; a palette image is its indices, colours of equal channels are their grey.
     """
@@ -78,7 +78,7 @@ def _tiff(data: bytes, source: str) -> np.ndarray:
 
 
 def _upright_palette(image: np.ndarray, palette: np.ndarray) -> np.ndarray:
-    """Indices (h, w); the greys behind them where all are grey and black is not index 0, as programs that repack images do."""
+    """Return indices (h, w); the greys behind them where all are grey and black is not 0, as after an image was repacked."""
     used = np.unique(image)
     colours = palette[used]
     black = used[~colours.any(axis=1)]
@@ -88,7 +88,7 @@ def _upright_palette(image: np.ndarray, palette: np.ndarray) -> np.ndarray:
 
 
 def _one_channel(image: np.ndarray, source: str) -> np.ndarray:
-    """(h, w, channels) whose colour channels are equal and which is opaque -> (h, w); any other as it is."""
+    """Reduce (h, w, channels) whose colour channels are equal and which is opaque to (h, w); any other stays."""
     if image.ndim != 3 or image.shape[2] not in (2, 3, 4):
         return image
     colours = image[..., : image.shape[2] - (image.shape[2] in (2, 4))]

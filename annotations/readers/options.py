@@ -13,7 +13,9 @@ from annotations.readers.slide_context import SlideContext
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """kind: "auto" takes detections, cells and what cell detectors write as cells, all else as tissue; "tissue" and "cell"
+    """Options of reading an annotation file.
+
+    kind: "auto" takes detections, cells and what cell detectors write as cells, all else as tissue; "tissue" and "cell"
         decide for all objects.
     point_size_l0: side of the square, level-0 pixels, that a Point or MultiPoint position becomes; None skips points.
     scale: level-0 pixels per unit of the file's coordinates; None: what the format says, which is 1 for most.

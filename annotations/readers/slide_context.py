@@ -33,7 +33,7 @@ class SlideContext:
         return min(POWERS, key=lambda power: abs(np.log(10 / mpp / power)))
 
     def scale_of_image(self, width: float, height: float, source: str) -> float:
-        """Level-0 pixels a pixel of an image of the whole slide. Raises UserError where the two differ in shape."""
+        """Return level-0 pixels a pixel of an image of the whole slide. Raises UserError where the two differ in shape."""
         if self.size_l0 is None:
             raise UserError(f"{source}: is {width:g} x {height:g}, of a slide of unknown size: give its scale or mpp")
         if not (width > 0 and height > 0):

@@ -85,7 +85,7 @@ class Shapes(Objects):
 
 
 def points_of(xy: Sequence[tuple[float, float]], owner: Sequence[int]) -> Points:
-    """Return points of lists."""
+    """Make points from lists."""
     return Points(np.array(xy, dtype=np.float64).reshape(-1, 2), np.array(owner, dtype=np.int64))
 
 
@@ -155,7 +155,7 @@ def table_of_outlines(
 
 
 def _squares(xy: np.ndarray, side_l0: float) -> np.ndarray:
-    """Squares around points (K, 2)."""
+    """Return squares around points (K, 2)."""
     (x, y), half = xy.T, side_l0 / 2
     return np.asarray(shapely.box(x - half, y - half, x + half, y + half), dtype=object).reshape(-1)
 

@@ -79,7 +79,7 @@ def decode_detections(data: bytes, source: str) -> CocoDocument:
 
 
 def _decoded(data: bytes, source: str, kind: type[T], what: str, remedy: str) -> T:
-    """The document; NaN and Infinity, which Python writes, are taken as they are."""
+    """Decode a document; NaN and Infinity, which Python writes, are taken as they are."""
     data = data.removeprefix(b"\xef\xbb\xbf")
     try:
         return msgspec.json.decode(data, type=kind)
@@ -97,7 +97,7 @@ def _decoded(data: bytes, source: str, kind: type[T], what: str, remedy: str) ->
 
 
 def _named(problem: str, data: bytes) -> str:
-    """A problem, with the id of what has it in place of its number."""
+    """Return a problem with the id of what has it in place of its number."""
     place = _PLACE.search(problem)
     if place is None:
         return problem

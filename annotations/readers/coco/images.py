@@ -20,8 +20,9 @@ FAR_PX = 1e9  # no image is as wide
 
 @dataclass(frozen=True)
 class CocoTables:
-    """tables: `file_name` of each image -> its objects; sizes: -> its width and height where they are known.
+    """Objects of the images of a file.
 
+    tables: `file_name` of each image -> its objects; sizes: -> its width and height where they are known.
     unlisted: what is left out because the file does not list its image, by class ("unlisted_image").
     """
 
@@ -79,7 +80,7 @@ def coco_tables(document: CocoDocument, path: str) -> CocoTables:
 
 
 def _positions(images: Sequence[Image], path: str) -> dict[str, int]:
-    """The id of each image -> its number among the different ones. UserError where an id or a file_name means two of them."""
+    """Number the ids of different images. Raises UserError where an id or a file_name means two of them."""
     number: dict[str, int] = {}
     known: dict[str, Image] = {}
     owner: dict[str, str] = {}
@@ -98,7 +99,7 @@ def _positions(images: Sequence[Image], path: str) -> dict[str, int]:
 
 
 def _classes(categories: Sequence[Category], path: str) -> tuple[tuple[str, ...], dict[str, int]]:
-    """Class names, and the id of each category -> its class. UserError where an id means two of them."""
+    """Return class names, and the class of each category's id. Raises UserError where an id means two of them."""
     name_of_id: dict[str, str] = {}
     for category in categories:
         if (name := name_of_id.setdefault(key_of(category.id), category.name)) != category.name:
@@ -110,7 +111,7 @@ def _classes(categories: Sequence[Category], path: str) -> tuple[tuple[str, ...]
 
 
 def _sizes(images: Sequence[Image], position: Mapping[str, int]) -> dict[int, Size]:
-    """Width and height of the images that state both."""
+    """Return width and height of the images that state both."""
     sizes = {}
     for image in images:
         width, height = (value if value and isfinite(value) else 0 for value in (image.width, image.height))
@@ -165,7 +166,7 @@ class _Objects:
         self.plain[list(self.changes)] = False
 
     def table(self, start: int, stop: int) -> ObjectTable:
-        """The objects of one image, which are rows start:stop."""
+        """Return the objects of one image, which are rows start:stop."""
         use: slice | list[int] = slice(start, stop)
         counts: Counter[str] = Counter()
         log = ReadLog()
@@ -201,7 +202,7 @@ class _Objects:
 
 
 def _repeated(rows: _Rows, image: Sequence[int], changed: Counter[tuple[int, str]]) -> list[int]:
-    """Annotations that come again with the same id; those that share an id with another object are counted."""
+    """Return annotations that come again with the same id; those that share an id with another object are counted."""
     first: dict[str, int] = {}
     again: list[int] = []
     if len(set(rows.ids)) == len(rows.ids):
@@ -223,7 +224,7 @@ def _same(a: Annotation, b: Annotation) -> bool:
 
 
 def _scores(items: list[Annotation]) -> np.ndarray | None:
-    """float32 (n,), NaN where a detector gave none; None where it gave none at all."""
+    """Return scores, float32 (n,), NaN where a detector gave none; None where it gave none at all."""
     if all(item.score is None for item in items):
         return None
     with np.errstate(over="ignore"):

@@ -61,7 +61,7 @@ def runs_of(mask: Any) -> tuple[Runs, tuple[int, int]]:
 
 
 def _joined(start: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Runs with something in between; empty ones are left out."""
+    """Join runs that touch: returns runs with something in between; empty ones are left out."""
     filled = stop > start
     start, stop = start[filled], stop[filled]
     apart = start[1:] > stop[:-1]
@@ -69,7 +69,7 @@ def _joined(start: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 
 def _columns(start: np.ndarray, stop: np.ndarray, height: int) -> Runs:
-    """Runs along all pixels -> the pieces of them in each column."""
+    """Split runs along all pixels into columns."""
     first, last = start // height, (stop - 1) // height
     pieces = last - first + 1
     column = np.repeat(first, pieces)
@@ -101,7 +101,7 @@ def outlines_of(masks: Sequence[Runs]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _patches(line: np.ndarray, top: np.ndarray, bottom: np.ndarray, height: int) -> np.ndarray:
-    """A number above 0 for each run (n,), the same for runs that hang together; line: the column, counted over all masks."""
+    """Number runs (n,) from 1, the same for runs that hang together; line: the column, counted over all masks."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
@@ -119,7 +119,7 @@ def _patches(line: np.ndarray, top: np.ndarray, bottom: np.ndarray, height: int)
 def _across(
     patch: np.ndarray, column: np.ndarray, row: np.ndarray, way: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Upper (RIGHT) or lower (LEFT) sides of runs, put together as far as they go straight: patch, start, stop, direction."""
+    """Join upper (RIGHT) or lower (LEFT) sides of runs as far as they go straight: patch, start, stop, direction."""
     order = np.lexsort((column, row, patch))
     patch, column, row = patch[order], column[order], row[order]
     goes_on = (patch[1:] == patch[:-1]) & (row[1:] == row[:-1]) & (column[1:] == column[:-1] + 1)
@@ -132,7 +132,7 @@ def _across(
 def _down(
     line: np.ndarray, column: np.ndarray, top: np.ndarray, bottom: np.ndarray, patch: np.ndarray, height: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The sides of runs along columns, where no run is beside them: patch, start, stop, direction.
+    """Return the sides of runs along columns, where no run is beside them: patch, start, stop, direction.
 
     Between two columns the ends of the runs of both, in order, are where what is on one side starts or stops to differ
     from what is on the other; so that every second piece between them is a side.

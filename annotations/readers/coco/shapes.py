@@ -21,8 +21,9 @@ Size = tuple[int, int]
 
 @dataclass
 class Outlined:
-    """geometry: object (n,), one an annotation, None for those left out; reason: row -> why it is left out.
+    """Annotations and their outlines.
 
+    geometry: object (n,), one an annotation, None for those left out; reason: row -> why it is left out.
     repaired: row -> what was wrong with it. changed: (row, what) -> how often, as in the counts of a table. sizes: image ->
     width and height, of those known beforehand and of those whose masks tell.
     """
@@ -88,7 +89,7 @@ def _sort(row: int, segmentation: Any, image: int, block: _Block, done: Outlined
 
 
 def _rings(segmentation: Any, changed: Counter[tuple[int, str]], row: int) -> list[np.ndarray]:
-    """The polygons of an annotation, float64 (m, 2) each: one or several, x, y, x, y, ... or in pairs. ValueError else."""
+    """Return polygons, float64 (m, 2) each: one or several, x, y, x, y, ... or in pairs. Raises ValueError else."""
     parts = segmentation if isinstance(segmentation[0], list) else [segmentation]
     if all(len(part) == 2 and not isinstance(part[0], list) for part in parts):
         parts = [parts]  # of one polygon in pairs
@@ -137,7 +138,7 @@ def _count_lost_parts(
     kept: np.ndarray,
     changed: Counter[tuple[int, str]],
 ) -> None:
-    """Of outlines that are kept: positions that are no numbers, and parts of fewer than three corners."""
+    """Count of outlines that are kept: positions that are no numbers, and parts of fewer than three corners."""
     if not len(owner):
         return
     keeps = np.isin(owner, kept)
@@ -150,7 +151,7 @@ def _count_lost_parts(
 
 
 def _fill_with_boxes(rows: range, items: Sequence[Annotation], done: Outlined) -> None:
-    """The boxes (x, y, width, height) of annotations that have no outline."""
+    """Give annotations that have no outline that of their box (x, y, width, height)."""
     missing = [row for row in rows if done.geometry[row] is None]
     boxed = [row for row in missing if (box := items[row].bbox) is not None and len(box) == 4]
     xywh = np.array([items[row].bbox for row in boxed], dtype=np.float64).reshape(-1, 4)

@@ -128,7 +128,7 @@ CELL_SET = "cell set"  # the object type given to a MultiPolygon of all cells of
 
 
 def decode_features(data: bytes, source: str, *, tolerant: bool = False) -> list[Feature]:
-    """All features of a document, children and members of geometry collections included, in file order.
+    """Return all features of a document, children and members of geometry collections included, in file order.
 
     data: the JSON text; source: what errors call the file; tolerant: take the tolerant path at once, for positions that
     turned out to be irregular. A geometry that could not be understood is a Malformed.
@@ -167,7 +167,7 @@ def _top(document: Any) -> list[Feature]:
 
 
 def _expanded(features: list[Feature]) -> list[Feature]:
-    """Features with their children behind them; a geometry collection as one feature per member."""
+    """Expand features: their children behind them; a geometry collection as one feature per member."""
     parents = [feature for feature in features if feature.properties is not None and feature.properties.children]
     if not parents and not [feature for feature in features if type(feature.geometry) is GeometryCollection]:
         return features
@@ -183,7 +183,7 @@ def _expanded(features: list[Feature]) -> list[Feature]:
 
 
 def _mark_cell_sets(features: list[Feature]) -> None:
-    """CELL_SET as the type of features of a bare list that are CellViT's: classed "annotations", each all cells of its class.
+    """Set the type CELL_SET for features of a bare list that are CellViT's: classed "annotations", each all cells of its class.
 
     QuPath's own annotations may be such a MultiPolygon too, but their pieces are larger. Before 0.4 its ids told the type.
     """
@@ -201,7 +201,7 @@ def _mark_cell_sets(features: list[Feature]) -> None:
 
 
 def _loads(data: bytes, source: str) -> Any:
-    """The standard library's reader: takes NaN, Infinity and UTF-16, and knows line and column of an error."""
+    """Read by the standard library, which takes NaN, Infinity and UTF-16, and knows line and column of an error."""
     try:
         return json.loads(data, object_pairs_hook=partial(_unique_geometry, source=source), parse_int=_integer)
     except json.JSONDecodeError as error:
@@ -236,7 +236,7 @@ def _unique_geometry(pairs: list[tuple[str, Any]], source: str) -> dict[str, Any
 
 
 def _refuse_duplicates(data: bytes, features: list[Feature], source: str) -> None:
-    """The word "coordinates" comes more often than outlines were read: see that none was passed over.
+    """Look into a document whose word "coordinates" comes more often than outlines were read.
 
     A nucleus beside its cell is no surprise; anything else is looked into. Raises UserError where a key comes twice.
     """
@@ -269,7 +269,7 @@ def _tolerant(document: Any, source: str) -> list[Feature]:
 
 
 def _tolerant_features(item: Any, number: int, source: str) -> list[Feature]:
-    """A feature from plain dicts; several where its geometry is a collection; its children behind it."""
+    """Return a feature from plain dicts; several where its geometry is a collection; its children behind it."""
     if isinstance(item, dict) and item.get("type") in ("GeometryCollection", *_DEPTH):
         item = {"geometry": item}
     if not isinstance(item, dict) or not ("geometry" in item or item.get("type") == "Feature"):
@@ -317,7 +317,7 @@ def geometry_members(geometry: Any) -> list[Any]:
 
 
 def _raw(value: Any) -> msgspec.Raw:
-    """A value as JSON again; null where it cannot be."""
+    """Return a value as JSON again; null where it cannot be."""
     try:
         return msgspec.Raw(msgspec.json.encode(value))
     except (ValueError, TypeError, OverflowError, RecursionError):
@@ -325,7 +325,7 @@ def _raw(value: Any) -> msgspec.Raw:
 
 
 def _text(value: Any) -> str | None:
-    """Text as it can be stored: half a pair of surrogates, which JSON can hold, cannot."""
+    """Return text as it can be stored: half a pair of surrogates, which JSON can hold, cannot."""
     return None if value is None or isinstance(value, dict | list) else str(value).encode("utf-8", "replace").decode()
 
 
@@ -339,7 +339,7 @@ def _classification(value: Any) -> Classification | str | None:
 
 
 def _geometry(value: Any) -> Simple | CleanedPolygons | Malformed | None:
-    """A geometry from plain dicts: positions cut to x, y, what is no number becomes NaN; None where there is none."""
+    """Return a geometry from plain dicts: positions cut to x, y, what is no number becomes NaN; None where there is none."""
     if value is None:
         return None
     kind = value.get("type") if isinstance(value, dict) else None

@@ -1,4 +1,4 @@
-"""One annotation file -> the boxes it has in tiles, without all of its outlines in memory at a time.
+"""Clip one annotation file to tiles without all of its outlines in memory at a time.
 
 A large GeoJSON file is split between features, and each chunk is read, repaired and clipped by itself:
 in this process and in others beside it. What is kept of an object is its row, not its outline.
@@ -98,7 +98,7 @@ def clip_table(table: ObjectTable, grid: Grid) -> Clipped:
 
 
 def _storable(clipped: Clipped) -> Clipped:
-    """The same with no NUL in ids and classes, which HDF5 takes for the end of a text."""
+    """Return the same with no NUL in ids and classes, which HDF5 takes for the end of a text."""
     table = clipped.table
     if NUMBERED in "".join(table.labels):
         table = replace(table, labels=tuple(name.replace(NUMBERED, UNKNOWN) for name in table.labels))
@@ -179,7 +179,7 @@ def read_chunk(text: bytes, source: str, options: ReadOptions) -> ObjectTable:
 
 
 def _clip_chunks(chunks: Sequence[FeatureChunk], grid: Grid, options: ReadOptions, processes: int) -> list[Clipped] | None:
-    """Every chunk clipped, in order; None as soon as one of them does not stand by itself."""
+    """Clip every chunk, in order; None as soon as one of them does not stand by itself."""
     size = chunks[-1].stop - chunks[0].start
     helpers = min(processes, size // PER_PROCESS_BYTES, len(chunks)) - 1
     clip = partial(clip_chunk, grid=grid, options=options)
@@ -293,8 +293,9 @@ def split_features(path: Path, chunk_bytes: int = CHUNK_BYTES) -> list[FeatureCh
 
 
 def _inside(data: mmap.mmap) -> tuple[int, int, bool] | None:
-    """The bytes of the list of features, brackets excluded, and whether it is all there is; None where the rest of the file is
-    not GeoJSON around it.
+    """Return start and stop of the list of features, brackets excluded, and whether it is all there is.
+
+    None where the rest of the file is not GeoJSON around it.
     """
     head = data[:EDGE_BYTES].removeprefix(b"\xef\xbb\xbf")
     offset = min(len(data), EDGE_BYTES) - len(head)

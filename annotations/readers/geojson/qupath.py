@@ -74,7 +74,7 @@ def read_geojson(data: bytes, source: str, options: ReadOptions, *, id_prefix: s
 
 
 def _table(features: list[Feature], options: ReadOptions, source: str, id_prefix: str) -> tuple[ObjectTable, np.ndarray]:
-    """The table of features, and the feature of each of its rows."""
+    """Return the table of features, and the feature of each of its rows."""
     types = _object_types(features)
     kinds = _kinds(features, types, options)
     objects = Objects(
@@ -100,7 +100,7 @@ def _id(key: str | int | None, number: int, prefix: str) -> str:
 
 
 def _object_type(feature: Feature) -> str | None:
-    """The object type in lower case, wherever the dialect has it; None where it has none."""
+    """Return the object type in lower case, wherever the dialect has it; None where it has none."""
     properties = feature.properties
     name = feature.object_type or feature.object_type_snake
     if properties is not None:
@@ -115,7 +115,7 @@ def _object_type(feature: Feature) -> str | None:
 
 
 def _class_name(feature: Feature) -> str | None:
-    """The class; derived classes joined as QuPath shows them; None where there is none."""
+    """Return the class; derived classes joined as QuPath shows them; None where there is none."""
     properties = feature.properties
     stated = properties.classification if properties is not None else None
     if stated is None:
@@ -177,7 +177,7 @@ def _sort(features: list[Feature], keep: list[int], is_cell: np.ndarray, objects
 
 
 def _object_types(features: list[Feature]) -> list[str | None]:
-    """The object type of each feature; most have it where QuPath has it, as QuPath writes it."""
+    """Return the object type of each feature; most have it where QuPath has it, as QuPath writes it."""
     known = _KIND_OF_TYPE
     return [
         p.object_type if (p := feature.properties) is not None and p.object_type in known else _object_type(feature)
@@ -186,7 +186,7 @@ def _object_types(features: list[Feature]) -> list[str | None]:
 
 
 def _kinds(features: list[Feature], types: list[str | None], options: ReadOptions) -> np.ndarray:
-    """The kind of each feature, uint8 (n,).
+    """Return the kind of each feature, uint8 (n,).
 
     A point is a cell whatever its object type: QuPath's points tool stores counted cells as annotations.
     """
@@ -204,7 +204,7 @@ MAX_CONFIDENCE = 1e30  # beyond it, it is damage, and no float32
 
 
 def _confidences(properties: Sequence[Properties | None]) -> np.ndarray | None:
-    """Confidences that a detector states of n objects, float64 (n,), NaN where it does not; None where it never does."""
+    """Return confidences that a detector states of n objects, float64 (n,), NaN where it does not; None where it never does."""
     if not any(_may_state(properties[start : start + TOGETHER]) for start in range(0, len(properties), TOGETHER)):
         return None
     stated = [None if item is None else _confidence(item) for item in properties]
@@ -221,7 +221,7 @@ def _may_state(properties: Sequence[Properties | None]) -> bool:
 
 
 def _confidence(p: Properties) -> float | None:
-    """The first of CONFIDENCE among measurements and plain properties; None where none is."""
+    """Return the first of CONFIDENCE among measurements and plain properties; None where none is."""
     try:
         numbers = {name: msgspec.json.decode(raw) for name in NUMBER_KEYS if (raw := getattr(p, name)) is not NOTHING}
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -254,7 +254,7 @@ def columns_of(numbers: Sequence[dict[str, float]]) -> dict[str, np.ndarray]:
 
 
 def _nuclei_as_geometry(data: bytes) -> bytes:
-    """A GeoJSON document in which every cell that has a nucleusGeometry has it for its geometry; what cannot be read stays."""
+    """Make the nucleusGeometry of every cell that has one its geometry, in a GeoJSON document; what cannot be read stays."""
     try:
         document = _document(data)
     except (ValueError, RecursionError):
@@ -276,7 +276,7 @@ def _document(data: bytes) -> Any:
 
 
 def _features(document: Any) -> list[dict[str, Any]]:
-    """The features of a document and their children, in file order."""
+    """Return the features of a document and their children, in file order."""
     if isinstance(document, dict) and isinstance(document.get("features"), list):
         document = document["features"]
     features: list[dict[str, Any]] = []
@@ -291,7 +291,7 @@ def _features(document: Any) -> list[dict[str, Any]]:
 
 
 def _per_feature(document: Any) -> list[dict[str, float]]:
-    """Measurements of each feature, those of a geometry collection once a member."""
+    """Return measurements of each feature, those of a geometry collection once a member."""
     numbers = []
     for item in _features(document):
         numbers += [numbers_of(item.get("properties"))] * len(geometry_members(item.get("geometry", item)))

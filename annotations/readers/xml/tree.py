@@ -13,7 +13,7 @@ REMEDY = "export the annotations as GeoJSON"
 
 
 def parse_xml(data: bytes, source: str, remedy: str = "export the annotations again") -> ElementTree.Element:
-    """The root element. Raises UserError for what is no XML, and for a DOCTYPE or an ENTITY (nothing is expanded).
+    """Parse to the root element. Raises UserError for what is no XML, and for a DOCTYPE or an ENTITY (nothing is expanded).
 
     remedy: what the user is told to do where it is no XML.
     """
@@ -37,7 +37,7 @@ def parse_xml(data: bytes, source: str, remedy: str = "export the annotations ag
 
 
 def refuse_foreign(root: ElementTree.Element, source: str, positions: Collection[str], empty: Collection[str]) -> None:
-    """Raises UserError where a file has none of the elements that hold positions, and others than one without any may have.
+    """Refuse a file that has none of the elements that hold positions, and others than one without any may have.
 
     Its root is that of a program we read, what is in it is not.
     """
@@ -50,7 +50,7 @@ def refuse_foreign(root: ElementTree.Element, source: str, positions: Collection
 
 
 def number(text: str | None) -> float:
-    """A number as programs of any language write it, a decimal comma included; NaN where there is none."""
+    """Return a number as programs of any language write it, a decimal comma included; NaN where there is none."""
     try:
         return float((text or "").strip().replace(",", "."))
     except ValueError:
@@ -58,5 +58,5 @@ def number(text: str | None) -> float:
 
 
 def position(element: ElementTree.Element) -> tuple[float, float]:
-    """Attributes X and Y."""
+    """Return attributes X and Y."""
     return number(element.get("X")), number(element.get("Y"))

@@ -59,14 +59,14 @@ def read_voc(path: Path) -> tuple[ObjectTable, tuple[int, int] | None]:
 
 
 def _log(lost: dict[int, str], names: list[str], stem: str) -> ReadLog:
-    """ReadLog on objects that are left out, number -> why."""
+    """Log objects that are left out, number -> why."""
     skipped = Counter((names[i], why) for i, why in lost.items())
     ids = {why: tuple(f"{stem}:{i}" for i, reason in lost.items() if reason == why)[:SHOWN_IDS] for why in set(lost.values())}
     return ReadLog(skipped=dict(skipped), ids=ids)
 
 
 def _parsed(path: Path) -> ElementTree.Element:
-    """The root element."""
+    """Return the root element."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -86,7 +86,7 @@ def _number(path: Path, row: int, corner: str, text: str) -> float:
 
 
 def _size(root: ElementTree.Element) -> tuple[int, int] | None:
-    """Width and height in pixels; None where they are missing or 0, as some tools write them."""
+    """Return width and height in pixels; None where they are missing or 0, as some tools write them."""
     try:
         width, height = (round(float(root.findtext(f"size/{side}") or 0)) for side in ("width", "height"))
     except (ValueError, OverflowError):
