@@ -35,7 +35,7 @@ class FrozenEncoder:
     """An encoder ready for inference: eval mode, on its device, with the normalisation it was trained with.
 
     trained_px: side of the images it was trained on, None where nothing says it. resize_px: side that tiles are resized to
-    before they are seen, None for their own (or the nearest multiple of the patch). how: what settled the pooling, for people.
+    before they are seen, None for their own (or the nearest multiple of the patch). pool_reason: what settled the pooling.
     window_um: side of the windows it was trained on, 0 where it was trained on tiles.
     """
 
@@ -46,7 +46,7 @@ class FrozenEncoder:
     device: torch.device
     trained_px: int | None = None
     resize_px: int | None = None
-    how: str = ""
+    pool_reason: str = ""
     window_um: float = 0.0
 
     @property
@@ -69,7 +69,7 @@ class FrozenEncoder:
     def about(self, tile_px: int, what: str = "tiles") -> str:
         """Describe in a line how it pools, and the size at which it sees such tiles beside the one it was trained at."""
         size = self.size_px(tile_px)
-        line = f"{self.name}: pooling {self.pool} ({self.how}); {what} of {tile_px} px are seen at {size} px"
+        line = f"{self.name}: pooling {self.pool} ({self.pool_reason}); {what} of {tile_px} px are seen at {size} px"
         if self.trained_px is None:
             return f"{line}; the size trained at is not known"
         if size == self.trained_px:
@@ -80,7 +80,7 @@ class FrozenEncoder:
 
     @torch.inference_mode()
     def encode(self, tiles: np.ndarray, boxes: np.ndarray | None = None, mode: Mode = "full") -> np.ndarray:
-        """Embeddings of tiles, or of one box in each.
+        """Embed tiles, or one box in each.
 
         tiles: uint8 (B, S, S, 3), windows in mode window; boxes: (B, 4) in their px, needed by every mode but full.
         Returns float32 (B, D).
@@ -105,7 +105,7 @@ class FrozenEncoder:
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """auto: the GPU where there is one."""
+    """Return the device of a name; auto: the GPU where there is one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
@@ -120,20 +120,20 @@ def load_encoder(
     pool: str | None = None,
     resize: int | None = None,
 ) -> FrozenEncoder:
-    """What `pretrain` returned, a checkpoint file, a run folder, a timm model name, or a folder in the form of the hub.
+    """Load what `pretrain` returned, a checkpoint file, a run folder, a timm model name, or a folder in the form of the hub.
 
     random_weights: the same architecture, untrained (the baseline): drawn from `seed`, with torch's own generator left as it
     was; no other thread may draw from it meanwhile. pool: cls, mean or cls+mean; None: as the model was trained. resize: side
     in px that tiles are resized to. Raises UserError where `source` is none of these, where its weights lack a token, norm or
     positions, and for what pool or resize cannot be.
     """
-    where, source = pick_device(device), settled_source(os.fspath(source))
+    on, source = pick_device(device), settled_source(os.fspath(source))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if is_checkpoint(source):
-            encoder = _from_checkpoint(Path(source), where, random_weights, pool)
+            encoder = _from_checkpoint(Path(source), on, random_weights, pool)
         else:
-            encoder = _from_timm(source, where, random_weights, pool)
+            encoder = _from_timm(source, on, random_weights, pool)
     patch = encoder.module.patch_px
     if resize is not None and resize % patch:
         near = sorted({max(1, resize // patch) * patch, -(-resize // patch) * patch})
@@ -146,21 +146,21 @@ def load_encoder(
     return replace(encoder, resize_px=resize, name=name)
 
 
-def _from_timm(source: str, where: torch.device, random_weights: bool, pool: str | None) -> FrozenEncoder:
+def _from_timm(source: str, device: torch.device, random_weights: bool, pool: str | None) -> FrozenEncoder:
     start = create_vit(source, weights=None if random_weights else "timm", native=True)
-    how = "as asked" if pool else f"as {start.published.name} is used" if start.published else "as trained"
+    reason = "as asked" if pool else f"as {start.published.name} is used" if start.published else "as trained"
     if pool is None and start.pool == "":
-        how = "its config names none"
+        reason = "its config names none"
     if start.norm_assumed:
-        how += "; mean and std of ImageNet, as its config.json states none"
+        reason += "; mean and std of ImageNet, as its config.json states none"
     module = wrapped(start, embedding_pool(start, source, pool), where=source)
     assert start.norm is not None
     mean, std = start.norm
     name = f"random:{source}" if random_weights else source
-    return FrozenEncoder(module.eval().to(where), name, mean, std, where, start.trained_px, how=how)
+    return FrozenEncoder(module.eval().to(device), name, mean, std, device, start.trained_px, pool_reason=reason)
 
 
-def _from_checkpoint(path: Path, where: torch.device, random_weights: bool, pool: str | None) -> FrozenEncoder:
+def _from_checkpoint(path: Path, device: torch.device, random_weights: bool, pool: str | None) -> FrozenEncoder:
     from odis_path.checkpoint import load_checkpoint, load_into
     from odis_path.model.network import build_network
 
@@ -180,29 +180,30 @@ def _from_checkpoint(path: Path, where: torch.device, random_weights: bool, pool
             raise UserError(f"--pool mean: the patches of {path} see several [OBJ] tokens: take cls or cls+mean")
         module.pool = POOL_WORDS[pool]
     data, size = checkpoint.config.data, checkpoint.config.views.global_size
-    how = "as asked" if pool else "as trained"
-    um = checkpoint.config.views.window_um
-    return FrozenEncoder(module.eval().to(where), name, data.mean, data.std, where, size, how=how, window_um=um)
+    reason, window_um = "as asked" if pool else "as trained", checkpoint.config.views.window_um
+    return FrozenEncoder(
+        module.eval().to(device), name, data.mean, data.std, device, size, pool_reason=reason, window_um=window_um
+    )
 
 
 @torch.inference_mode()
 def encode_objects(encoder: FrozenEncoder, tiles: np.ndarray, boxes: list[np.ndarray]) -> np.ndarray:
-    """Masked embeddings of all boxes of each tile in one pass over its patches; for an encoder with a read-only [OBJ].
+    """Embed all boxes of each tile, masked, in one pass over its patches; for an encoder with a read-only [OBJ].
 
     tiles: uint8 (B, S, S, 3); boxes: B arrays (k, 4) in tile px. Returns float32 (sum of k, D), tile by tile.
     """
     side = tiles.shape[1]
     grid = encoder.grid(side)
-    counts = [len(some) for some in boxes]
-    masks = np.ones((len(tiles), max(counts), grid * grid), dtype=bool)  # what fills up is the whole tile, and dropped below
-    for mask, some in zip(masks, boxes, strict=True):
-        mask[: len(some)] = box_masks(some, side, grid)
+    counts = [len(of_tile) for of_tile in boxes]
+    masks = np.ones((len(tiles), max(counts), grid * grid), dtype=bool)  # padding sees the whole tile, dropped below
+    for mask, of_tile in zip(masks, boxes, strict=True):
+        mask[: len(of_tile)] = box_masks(of_tile, side, grid)
     obj = _obj(encoder, _whole(encoder, tiles, grid * encoder.module.patch_px), torch.from_numpy(masks).to(encoder.device))
     return np.concatenate([row[:count] for row, count in zip(obj, counts, strict=True)])
 
 
 def _whole(encoder: FrozenEncoder, tiles: np.ndarray, size_px: int) -> torch.Tensor:
-    """uint8 (B, S, S, 3) -> float (B, 3, size_px, size_px) in [0, 1] on the device."""
+    """Turn uint8 (B, S, S, 3) into float (B, 3, size_px, size_px) in [0, 1] on the device."""
     images = torch.from_numpy(np.ascontiguousarray(tiles)).to(encoder.device).permute(0, 3, 1, 2).float().div_(255)
     if size_px != tiles.shape[1]:
         images = F.interpolate(images, size=(size_px, size_px), mode="bilinear", antialias=True, align_corners=False)
@@ -213,15 +214,15 @@ _passing = Lock()
 
 
 def _obj(encoder: FrozenEncoder, images: torch.Tensor, mask: torch.Tensor | None) -> np.ndarray:
-    """The [OBJ] embeddings of images in [0, 1]: float32 (B, D), or (B, K, D) for masks (B, K, N)."""
-    # One thread at a time: a rotary model is told in each pass how many of its tokens are [OBJ].
+    """Return the [OBJ] embeddings of images in [0, 1]: float32 (B, D), or (B, K, D) for masks (B, K, N)."""
+    # One thread at a time: a rotary model is set in each pass to how many of its tokens are [OBJ].
     with _passing, torch.autocast(encoder.device.type, torch.bfloat16, enabled=encoder.device.type == "cuda"):
         obj = encoder.module(normalise(images, encoder.mean, encoder.std), mask).obj
-    return obj.float().cpu().numpy()
+    return np.asarray(obj.float().cpu().numpy())
 
 
 def box_masks(boxes: np.ndarray, side_px: int, grid: int) -> np.ndarray:
-    """In-box patches of untouched tiles: (B, 4) in tile px -> bool (B, grid * grid). An empty box is a ValueError."""
+    """Mark the in-box patches of whole tiles: (B, 4) in tile px -> bool (B, grid * grid). ValueError for an empty box."""
     whole = Crop(0, 0, side_px, side_px, 0, side_px)
     masks = np.stack([patch_mask(whole, box, grid).ravel() for box in boxes])
     if not masks.any(1).all():
@@ -230,7 +231,7 @@ def box_masks(boxes: np.ndarray, side_px: int, grid: int) -> np.ndarray:
 
 
 def _cut(tile: np.ndarray, box: np.ndarray, size_px: int) -> torch.Tensor:
-    """The box, widened to a square inside the tile, as float (3, size_px, size_px) in [0, 1]."""
+    """Cut out the box, widened to a square inside the tile, as float (3, size_px, size_px) in [0, 1]."""
     side = tile.shape[0]
     length = min(side, max(2, int(np.ceil(max(box[2] - box[0], box[3] - box[1])))))
     x = int(np.clip(round((box[0] + box[2] - length) / 2), 0, side - length))
@@ -240,6 +241,6 @@ def _cut(tile: np.ndarray, box: np.ndarray, size_px: int) -> torch.Tensor:
 
 
 def batches(count: int, size: int) -> Iterator[slice]:
-    """Slices that cover range(count)."""
+    """Yield slices that cover range(count)."""
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))

@@ -22,45 +22,53 @@ _SIZES_AND_TIMES = re.compile(r"(:\d+:\d+)+$")  # of the files of a checkpoint, 
 
 
 @dataclass(frozen=True)
+class EncoderRequest:
+    """An encoder and how to load it. checkpoint: absolute path of a file, a timm name, or local-dir: and an absolute path."""
+
+    checkpoint: str
+    stamp: str  # changes when the checkpoint does
+    device: str
+    random_weights: bool
+    pool: str | None = None  # None: as the model was trained
+    resize: int | None = None  # px
+
+
+@dataclass(frozen=True)
 class EmbedJob:
     """Settings of `embed` for every slide of a cohort; picklable, so that a cluster's workers can do it."""
 
-    checkpoint: str  # absolute path of a file, a timm name, or local-dir: and an absolute path
+    encoder: EncoderRequest
     out: Path
     level: str
     mode: Mode
     kinds: tuple[str, ...] | None  # None: all
     batch: int
     dtype: str
-    random_weights: bool
-    device: str
-    stamp: str  # changes when the checkpoint does
-    pool: str | None = None  # None: as the model was trained
-    resize: int | None = None  # px
     pretraining: str = ""  # whom the encoder was trained on, see odis_path.features.pretraining
     overwrite: bool = False  # embeddings of another encoder are replaced
     window_um: float | None = None  # of mode window; None: as the model was trained
 
     def parameters(self) -> dict[str, Any]:
-        """The parameters that decide the result, for the feature file's `parameters` attribute."""
-        view: dict[str, Any] = {"pool": self.pool or "as trained", "resize_px": self.resize or 0}
-        if is_checkpoint(self.checkpoint) and not self.pool and not self.resize:
-            view = {}  # as it always was: what is embedded with a run's own encoder stays valid
+        """Return the parameters that decide the result, for the feature file's `parameters` attribute."""
+        encoder = self.encoder
+        view: dict[str, Any] = {"pool": encoder.pool or "as trained", "resize_px": encoder.resize or 0}
+        if is_checkpoint(encoder.checkpoint) and not encoder.pool and not encoder.resize:
+            view = {}  # as in older feature files: embeddings by a run's own encoder stay valid
         if self.mode == "window":
             view["window_um"] = self.window_um or "as trained"
         return {
-            "checkpoint": self.stamp,
+            "checkpoint": encoder.stamp,
             "level": "tile" if self.level == "slide" else self.level,
             "mode": self.mode,
             "kinds": list(self.kinds) if self.kinds else "all",
             "dtype": self.dtype,
-            "random_weights": self.random_weights,
+            "random_weights": encoder.random_weights,
             **view,
         }
 
     def settings(self) -> dict[str, Any]:
-        """The same for runs at once: a long path is cut where it is shown, so what tells two of them apart comes first."""
-        return {"model": "/".join(Path(self.checkpoint).parts[-2:]), **self.parameters()}
+        """Return the same for runs at once: long paths are cut where they are shown, so what tells two apart comes first."""
+        return {"model": "/".join(Path(self.encoder.checkpoint).parts[-2:]), **self.parameters()}
 
 
 def check_options(
@@ -92,7 +100,7 @@ def check_options(
 
 
 def parse_kinds(kinds: str) -> tuple[str, ...] | None:
-    """ "all", or a comma-separated choice of tissue, cell, proposal."""
+    """Read "all" (None) or a comma-separated choice of tissue, cell, proposal. Raises UserError."""
     if kinds == "all":
         return None
     names = tuple(name.strip() for name in kinds.split(",") if name.strip())
@@ -108,26 +116,27 @@ def other_encoder(out: Path, job: EmbedJob) -> str:
 
     A checkpoint that was only moved is the same, as its size and time are; the same one pooled in another way is another.
     """
-
-    def identity(parameters: Mapping[str, Any]) -> tuple[Any, ...]:
-        stamp = str(parameters.get("checkpoint", ""))
-        at = _SIZES_AND_TIMES.search(stamp)
-        view = parameters.get("pool", "as trained"), parameters.get("resize_px", 0)
-        return at[0] if at else stamp, bool(parameters.get("random_weights")), *view
-
-    wanted = identity(job.parameters())
+    wanted = _identity(job.parameters())
     for path in sorted(out.glob("*.h5")) if out.is_dir() else []:
         try:
             with open_features(path) as file:
-                held = [file.attrs(name) for name in DATASETS.values() if name in file]
-            here = [(str(attrs.get("encoder")), json.loads(attrs.get("parameters") or "{}")) for attrs in held]
+                levels = [file.attrs(name) for name in DATASETS.values() if name in file]
+            made_by = [(str(attrs.get("encoder")), json.loads(attrs.get("parameters") or "{}")) for attrs in levels]
         except (UserError, ValueError):
             continue  # embedding it again tells what is wrong
-        for encoder, parameters in here:
-            if parameters and identity(parameters) != wanted:
+        for encoder, parameters in made_by:
+            if parameters and _identity(parameters) != wanted:
                 random = ", random weights" if parameters.get("random_weights") else ""
                 return (
                     f"{path}: holds embeddings of another encoder, {encoder} ({parameters.get('checkpoint')}{random}): "
                     "give another --out, or --overwrite to replace them"
                 )
     return ""
+
+
+def _identity(parameters: Mapping[str, Any]) -> tuple[str, bool, str, int]:
+    """Return what makes two encoders the same: sizes and times of the files (or the name), random weights, pool, size seen."""
+    stamp = str(parameters.get("checkpoint", ""))
+    sizes_and_times = _SIZES_AND_TIMES.search(stamp)
+    view = parameters.get("pool", "as trained"), parameters.get("resize_px", 0)
+    return sizes_and_times[0] if sizes_and_times else stamp, bool(parameters.get("random_weights")), *view

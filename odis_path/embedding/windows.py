@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def window_um(encoder: FrozenEncoder, job: EmbedJob) -> float:
-    """The side of a job's windows: as asked, else as the encoder was trained. Raises UserError where neither says it."""
+    """Return the side of a job's windows in um: as asked, else as the encoder was trained. UserError where neither says it."""
     side_um = job.window_um or encoder.window_um
     if not side_um:
         raise UserError(f"{encoder.name}: was not trained on windows (views.window_um): say their side with --window-um")
@@ -26,12 +26,12 @@ def window_um(encoder: FrozenEncoder, job: EmbedJob) -> float:
 
 
 def window_px(encoder: FrozenEncoder, file: SlideFile, job: EmbedJob) -> int:
-    """The same in pixels of the tiles of a slide file."""
+    """Return the same in pixels of the tiles of a slide file."""
     return side_of(window_um(encoder, job), file.mpp)
 
 
 def window_encoder(encoder: FrozenEncoder) -> FrozenEncoder:
-    """The encoder for windows: each is resized to --resize, else to the size that the encoder was trained at."""
+    """Return the encoder for windows: each is resized to --resize, else to the size that the encoder was trained at."""
     return encoder if encoder.resize_px else replace(encoder, resize_px=encoder.trained_px)
 
 
@@ -42,7 +42,7 @@ class ObjectWindows:
         self.windows, self.side_px = TileWindows(file), side_px
 
     def around(self, tile_of: np.ndarray, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """A window around each box: uint8 (n, side, side, 3), and the boxes in them, float64 (n, 4), cut at their edges.
+        """Read a window around each box: uint8 (n, side, side, 3), and the boxes in them, float64 (n, 4), cut at their edges.
 
         tile_of: int (n,); boxes: (n, 4) in pixels of those tiles.
         """

@@ -156,7 +156,7 @@ def label_rows(index: FeatureSet, labels: Labels, max_rows: int, seed: int) -> C
 def _stored(index: FeatureSet, labels: Labels) -> np.ndarray:
     if index.level == "slide":
         raise UserError("--labels annotations: slides have no stored labels: give a CSV with slide_id and label")
-    names = np.array([*index.labels, ""], dtype=object)[index.label]
+    names: np.ndarray = np.array([*index.labels, ""], dtype=object)[index.label]
     missing = np.array([bool(name) and is_missing(name) for name in [*index.labels, ""]])[index.label]
     labels.warnings += _missing_words("annotations", Counter(names[missing].tolist()))
     names[missing] = ""

@@ -12,7 +12,7 @@ import hashlib
 import io
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -49,7 +49,7 @@ class Pretraining:
     slides: tuple[Slide, ...] = ()
 
     def text(self) -> str:
-        """The content of pretraining.csv."""
+        """Return the content of pretraining.csv."""
         file = io.StringIO()
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(COLUMNS)
@@ -57,14 +57,14 @@ class Pretraining:
         return file.getvalue()
 
     def note(self) -> str:
-        """The note of it in a feature file: JSON with kind, of, why, base and the hash of pretraining.csv."""
+        """Return the note for a feature file: JSON with kind, of, why, base and the hash of pretraining.csv."""
         digest = hashlib.sha256(self.text().encode()).hexdigest() if self.kind == "run" else ""
         return json.dumps(
             {"kind": self.kind, "of": self.of, "why": self.why, "base": self.base, "sha256": digest}, sort_keys=True
         )
 
     def write(self, folder: Path) -> None:
-        """pretraining.csv into a folder of feature files, whole or not at all; nothing where none are known, or it is there."""
+        """Write pretraining.csv into a folder of feature files, crash-safe; nothing without a run, or where it is there."""
         if self.kind == "run" and not self._is_written(folder / FILE):
             with atomic_path(folder / FILE) as path:
                 path.write_text(self.text(), encoding="utf-8")
@@ -81,7 +81,7 @@ def unknown(of: str, why: str) -> Pretraining:
 
 
 def of_checkpoint(path: Path, data: Mapping[str, Any]) -> Pretraining:
-    """The pretraining of a checkpoint. data: what it keeps of its tiles; an older one's slides are in its run folder."""
+    """Return the pretraining of a checkpoint. data: what it keeps of its tiles; an older one's slides are in its run folder."""
     kept = data.get("pretrained_on")
     if kept is not None:
         slides = tuple(Slide(str(a), str(b), str(c), bool(d)) for a, b, c, d in kept["slides"])
@@ -90,7 +90,7 @@ def of_checkpoint(path: Path, data: Mapping[str, Any]) -> Pretraining:
 
 
 def of_run_folder(checkpoint: Path) -> Pretraining:
-    """The pretraining of a checkpoint, from the split.csv beside it."""
+    """Return the pretraining of a checkpoint by the split.csv beside it."""
     from odis_path.tables import read_csv
 
     split = checkpoint.parent / "split.csv"
@@ -103,38 +103,33 @@ def of_run_folder(checkpoint: Path) -> Pretraining:
 
 
 def slides_of(train: TileIndex, away: set[str]) -> list[Slide]:
-    """Every slide of a run. train: the tiles that are trained on; away: the held-out patients."""
+    """List every slide of a run. train: the tiles that are trained on; away: the held-out patients."""
     seen = set(train.slide.tolist())
     pairs = enumerate(zip(train.slide_ids, train.patients, strict=True))
     return [Slide(slide, patient, side_of(patient, away), i in seen) for i, (slide, patient) in pairs]
 
 
 def side_of(patient: str, away: set[str]) -> str:
-    """test for held-out patients, train for others."""
+    """Return test for held-out patients, else train."""
     return "test" if patient in away else "train"
 
 
 def kept_in_checkpoint(slides: Iterable[Slide], weights: str | None) -> dict[str, Any]:
-    """Slides of a run, for its checkpoints. weights: model.weights, whose slides are added where they are a checkpoint."""
+    """Return slides of a run for its checkpoints. weights: model.weights; slides of a checkpoint are added."""
     rows = {slide.slide_id: slide for slide in slides}
-    before = None
+    start = None
     if weights is not None:
         path = Path(weights)
-        before = read_checkpoint(path) if path.is_file() else unknown(weights, "")
-        for slide in before.slides:
-            here = rows.get(slide.slide_id)
+        start = read_checkpoint(path) if path.is_file() else unknown(weights, "")
+        for slide in start.slides:
             if slide.seen:
-                rows[slide.slide_id] = (
-                    Slide(slide.slide_id, here.patient_id, here.split, True)
-                    if here
-                    else Slide(slide.slide_id, slide.patient_id, "", True)
-                )
-    base = "" if before is None else before.base if before.kind == "run" else str(weights)
+                rows[slide.slide_id] = replace(rows.get(slide.slide_id, replace(slide, split="")), seen=True)
+    base = "" if start is None else start.base if start.kind == "run" else str(weights)
     return {"slides": [[s.slide_id, s.patient_id, s.split, s.seen] for s in rows.values()], "base": base}
 
 
 def read_checkpoint(path: Path) -> Pretraining:
-    """The pretraining of a file of weights: unknown where it is no checkpoint of odis-path."""
+    """Read the pretraining of a file of weights: unknown where it is no checkpoint of odis-path."""
     from odis_path.checkpoint import read_data_facts
 
     data = read_data_facts(path)
@@ -142,7 +137,7 @@ def read_checkpoint(path: Path) -> Pretraining:
 
 
 def of_encoder(source: str, *, random_weights: bool) -> Pretraining:
-    """The pretraining of an encoder. source: the path of a file, or the name of a model of others."""
+    """Read the pretraining of an encoder. source: the path of a file, or the name of a model of others."""
     if random_weights:
         return Pretraining("none", source)
     if Path(source).is_file():
@@ -160,7 +155,7 @@ def _content(note: str) -> dict[str, Any]:
 
 
 def common_note(notes: Iterable[str]) -> str:
-    """The note of files of one folder; where they differ in more than the place of the checkpoint, that this is not known."""
+    """Return the note of files of one folder; that it is not known where they differ in more than the checkpoint's place."""
     by_content = {}
     for note in notes:
         content = _content(note)
@@ -171,7 +166,7 @@ def common_note(notes: Iterable[str]) -> str:
 
 
 def read_note(note: str, folder: Path, checkpoint: str) -> Pretraining:
-    """The pretraining of the encoder of embeddings in a folder, from their files; a note of older files is empty.
+    """Read the pretraining of the encoder of a folder of embeddings by the note in its files, empty in older ones.
 
     checkpoint: path (with size and time) or name of what made them. The run folder is looked at where pretraining.csv is
     gone.
@@ -191,9 +186,9 @@ def read_note(note: str, folder: Path, checkpoint: str) -> Pretraining:
     file = Path(of if content else of.rsplit(":", 2)[0])
     if not content and not (file.suffix in (".pt", ".pth") or file.is_file()):
         return unknown(of, "the feature files do not say")
-    found = read_checkpoint(file) if content and file.is_file() else of_run_folder(file)
-    if found.kind == "run" and digest in ("", hashlib.sha256(found.text().encode()).hexdigest()):
-        return Pretraining("run", of, base=base or found.base, slides=found.slides)
+    pretraining = read_checkpoint(file) if content and file.is_file() else of_run_folder(file)
+    if pretraining.kind == "run" and digest in ("", hashlib.sha256(pretraining.text().encode()).hexdigest()):
+        return Pretraining("run", of, base=base or pretraining.base, slides=pretraining.slides)
     gone = (
         f"{path} is gone or changed, and so is the run of {file}" if content else f"the run folder of {file} is gone or changed"
     )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -60,11 +60,11 @@ class FeatureSet:
         return len(self.slide_id)
 
     def pretraining_in(self, folder: Path) -> Pretraining:
-        """The pretraining of the encoder, from these files and the folder that they lie in."""
+        """Read the pretraining of the encoder from these files and the folder that they lie in."""
         return read_note(self.pretraining, folder, str(self.parameters.get("checkpoint", "")))
 
     def take(self, rows: np.ndarray) -> FeatureSet:
-        """The same with some rows, in the order given."""
+        """Return the same with these rows, in their order."""
         return replace(self, **{name: getattr(self, name)[rows] for name in _ROW_ARRAYS})
 
 
@@ -82,8 +82,8 @@ def read_features(
     """
     folder = Path(folder)
     if level == "slide":
-        found = read_slides_parquet(folder)
-        return found if select is None else found.take(select(replace(found, x=found.x[:, :0])))
+        slides = read_slides_parquet(folder)
+        return slides if select is None else slides.take(select(replace(slides, x=slides.x[:, :0])))
     if level not in DATASETS:
         raise UserError(f"--level {level}: no such level; take tile, object or slide")
     paths, parts = [], []
@@ -114,7 +114,7 @@ def read_features(
 
 
 def feature_paths(folder: Path) -> list[Path]:
-    """The .h5 files of a folder sorted by name, or the one file given. Raises UserError where there are none."""
+    """List the .h5 files of a folder sorted by name, or the one file given. Raises UserError where there are none."""
     if folder.is_file():
         return [folder]
     paths = h5_files(folder) if folder.is_dir() else []
@@ -125,18 +125,18 @@ def feature_paths(folder: Path) -> list[Path]:
 
 
 def levels_in(folder: Path) -> list[str]:
-    """The levels a folder has embeddings of, in the order tile, object, slide."""
-    found = set()
+    """List the levels a folder has embeddings of, in the order tile, object, slide."""
+    levels = set()
     for path in h5_files(folder) if folder.is_dir() else [folder]:
-        with suppress(UserError), open_features(path) as file:  # said where it is read
-            found |= {level for level, name in DATASETS.items() if name in file}
+        with suppress(UserError), open_features(path) as file:  # reported where it is read
+            levels |= {level for level, name in DATASETS.items() if name in file}
     if (folder / SLIDES_FILE).exists() or folder.suffix == ".parquet":
-        found.add("slide")
-    return [level for level in ("tile", "object", "slide") if level in found]
+        levels.add("slide")
+    return [level for level in ("tile", "object", "slide") if level in levels]
 
 
 def _read_index(path: Path, level: str) -> FeatureSet | None:
-    """Everything of one file but the embeddings; None where it has none of the level."""
+    """Read everything of one file but the embeddings; None where it has none of the level."""
     name = DATASETS[level]
     with open_features(path) as file:
         root = file.attrs()
@@ -172,7 +172,17 @@ def _read_index(path: Path, level: str) -> FeatureSet | None:
     )
 
 
-def _tile_columns(file: CheckedFile, coords: np.ndarray) -> dict[str, Any]:
+class _Columns(TypedDict):
+    coords: np.ndarray
+    tile: np.ndarray
+    object: np.ndarray
+    label: np.ndarray
+    labels: tuple[str, ...]
+    xyxy: np.ndarray
+    visible: np.ndarray
+
+
+def _tile_columns(file: CheckedFile, coords: np.ndarray) -> _Columns:
     count = len(coords)
     label = np.full(count, -1, dtype=np.int64)
     names: tuple[str, ...] = ()
@@ -193,7 +203,7 @@ def _tile_columns(file: CheckedFile, coords: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _object_columns(file: CheckedFile, coords: np.ndarray) -> dict[str, Any]:
+def _object_columns(file: CheckedFile, coords: np.ndarray) -> _Columns:
     offsets, row = file.array("boxes/offsets"), file.array("boxes/object").astype(np.int64)
     if len(offsets) != len(coords) + 1 or offsets[-1] != len(row):
         raise ValueError(f"box offsets for {len(offsets) - 1} tiles and {offsets[-1]} boxes, with {len(coords)} and {len(row)}")
@@ -212,7 +222,7 @@ def _object_columns(file: CheckedFile, coords: np.ndarray) -> dict[str, Any]:
 
 
 def _refuse_labels(label: np.ndarray, names: tuple[str, ...]) -> None:
-    """ValueError where a label, int64 (n,), is not -1 and names no class."""
+    """Raise ValueError where a label, int64 (n,), is not -1 and names no class."""
     wrong = label[(label < -1) | (label >= len(names))]
     if len(wrong):
         raise ValueError(f"label {wrong[0]}, where there are {len(names)} classes")
@@ -220,13 +230,13 @@ def _refuse_labels(label: np.ndarray, names: tuple[str, ...]) -> None:
 
 def _read_rows(path: Path, level: str, rows: np.ndarray) -> np.ndarray:
     with open_features(path) as file:
-        x = file.array(DATASETS[level])[rows].astype(np.float32)
+        x = np.asarray(file.array(DATASETS[level])[rows], dtype=np.float32)
     refuse_bad_rows(x, str(path))
     return x
 
 
 def refuse_bad_rows(x: np.ndarray, where: str) -> None:
-    """UserError for NaN, infinite or all-zero embeddings."""
+    """Raise UserError for NaN, infinite or all-zero embeddings."""
     bad = int((~np.isfinite(x).all(axis=1)).sum())
     if bad:
         raise UserError(f"{where}: {bad} embeddings hold NaN or infinity: embed this slide again")
@@ -238,7 +248,7 @@ def refuse_bad_rows(x: np.ndarray, where: str) -> None:
 
 
 def refuse_constant(x: np.ndarray, where: str) -> None:
-    """UserError where all of several embeddings are the same."""
+    """Raise UserError where all of several embeddings are the same."""
     if len(x) > 1 and np.ptp(x, axis=0).max(initial=0) <= 1e-6 * np.abs(x).max(initial=0):
         raise UserError(f"{where}: all {len(x)} embeddings are the same: the encoder has collapsed or was given blank tiles")
 
@@ -284,7 +294,7 @@ def _repeat(text: str, count: int) -> np.ndarray:
 
 
 def read_slides_parquet(path: Path) -> FeatureSet:
-    """slides.parquet (or its folder) as a FeatureSet of level "slide"; its `sources` are those of feature files beside it."""
+    """Read slides.parquet (or its folder) as a FeatureSet of level "slide"; `sources` are of the feature files beside it."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -339,7 +349,7 @@ def _sources_beside(folder: Path) -> dict[str, Path]:
 
 
 def source_of(path: Path) -> tuple[str, Path] | None:
-    """slide_id and slide file of which a feature file was made; None for any other file."""
+    """Return slide_id and slide file of which a feature file was made; None for any other file."""
     with suppress(UserError), open_features(path) as file:
         attrs = file.attrs()
         if attrs.get("format") == FORMAT:

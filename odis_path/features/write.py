@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,6 @@ FORMAT = "odis-path-features"
 FORMAT_VERSION = 1
 DATASETS = {"tile": "features", "object": "object_features"}
 SLIDES_FILE = "slides.parquet"
-_OBJECT_PARTS = ("object_features", "boxes", "objects")
 REMEDY = "run odis-path embed again: it is made anew"
 
 
@@ -44,14 +44,14 @@ def write_features(
     dtype: str = "float16",
     parameters: Mapping[str, Any] | None = None,
     box_rows: np.ndarray | None = None,
-    seen: Mapping[str, Any] | None = None,
+    view_attrs: Mapping[str, str | int] | None = None,
     pretraining: str = "",
     overwrite: bool = False,
 ) -> None:
     """Write the embeddings of one slide, or add them to its feature file; crash-safe.
 
-    level "tile": features (N, D) in the order of /coords. level "object": features (M, D) in the order of the slide
-    file's /boxes, or of its rows `box_rows` (ascending). seen: further attributes, of how the encoder saw the tiles. What the
+    level "tile": features (N, D) in the order of /coords. level "object": features (M, D) in the order of the slide file's
+    /boxes, or of its rows `box_rows` (ascending). view_attrs: further attributes, of how the encoder saw the tiles. What the
     file holds at the other level stays when it is of the same tiles and boxes, and goes when it is not. pretraining: whom the
     encoder was trained on (`features.pretraining`). Raises UserError where the other level is of another encoder or mode
     (overwrite: it goes), and ValueError where the number of rows is wrong.
@@ -62,7 +62,7 @@ def write_features(
     expected = len(slide_file) if level == "tile" else len(rows)
     if features.ndim != 2 or len(features) != expected:
         raise ValueError(f"{path}: features of shape {features.shape} for {expected} {level}s")
-    with np.errstate(over="ignore"):  # told below, in words
+    with np.errstate(over="ignore"):  # refused below
         stored = features.astype(dtype)
     if not np.isfinite(stored).all():
         what = "larger than float16 can hold: say --dtype float32" if np.isfinite(features).all() else "NaN or infinite"
@@ -72,7 +72,7 @@ def write_features(
         "encoder": encoder,
         "name": slide_file.slide_id,
         "mode": mode,
-        **(seen or {}),
+        **(view_attrs or {}),
         "parameters": text,
         "parameters_sha256": digest,
     }
@@ -82,11 +82,12 @@ def write_features(
     content["tile_label"] = _tile_label(slide_file)
     if level == "object":
         content |= {"boxes": _boxes(boxes, rows), "objects": _objects(slide_file)}
-    root = _root_attrs(slide_file, text, digest)
+    digests = SlideDigests.of(slide_file)
+    root = _root_attrs(slide_file, digests, text, digest)
     if not path.exists() or is_damaged(path):
         _write_new(path, content, root)
         return
-    content |= dict.fromkeys(_stale(path, level, root, encoder, mode, overwrite=overwrite))
+    content |= dict.fromkeys(outdated_parts(path, level, digests, encoder, mode, overwrite=overwrite))
     replace_groups(path, content, root_attrs=root, remedy=REMEDY)
 
 
@@ -100,26 +101,25 @@ def embedded_already(path: Path, level: str, slide_path: Path, parameters: Mappi
     if not path.exists():
         return False
     with open_features(path) as file:
-        stored = file.attrs(DATASETS[level]) if DATASETS[level] in file else {}
-        if stored.get("parameters_sha256") != parameters_hash(parameters)[1]:
+        attrs = file.attrs(DATASETS[level]) if DATASETS[level] in file else {}
+        if attrs.get("parameters_sha256") != parameters_hash(parameters)[1]:
             return False
-        attrs = file.attrs()
-        had = {key: str(attrs.get(key, "")) for key in ("tiles_sha256", "objects_sha256", "patient_id", "source")}
-        other = level == "tile" and DATASETS["object"] in file
-        mode = stored.get("mode")
+        stored = file.attrs()
+        needs_objects = level != "tile" or attrs.get("mode") != "full" or DATASETS["object"] in file
     with SlideFile(slide_path) as slide_file:
-        root = _root_attrs(slide_file, *parameters_hash(parameters))
-        if had == {key: str(root[key]) for key in had}:
+        digests = SlideDigests.of(slide_file)
+        root = _root_attrs(slide_file, digests, *parameters_hash(parameters))
+        keys = ("tiles_sha256", "objects_sha256", "patient_id", "source")
+        if all(str(stored.get(key, "")) == str(root[key]) for key in keys):
             return True
-        objects_changed = had["objects_sha256"] != root["objects_sha256"]
-        if had["tiles_sha256"] != root["tiles_sha256"] or (objects_changed and (level != "tile" or mode != "full" or other)):
+        if not digests.match(stored, with_objects=needs_objects):
             return False
         replace_groups(path, {"tile_label": _tile_label(slide_file)}, root_attrs=root, remedy=REMEDY)
     return True
 
 
 def open_features(path: Path) -> CheckedFile:
-    """A feature file, open for reading: what is read is compared with its checksum. UserError where it cannot be opened."""
+    """Open a feature file; all that is read is compared with its checksum. Raises UserError where it cannot be opened."""
     try:
         return CheckedFile(path, lambda _: REMEDY)
     except FileNotFoundError:
@@ -142,24 +142,39 @@ def is_damaged(path: Path) -> bool:
     return False
 
 
-def _write_new(path: Path, content: Mapping[str, GroupContent], root: Mapping[str, Any]) -> None:
+def _write_new(path: Path, content: Mapping[str, GroupContent], root: Mapping[str, str | int]) -> None:
     with new_h5(path) as file:
-        file.attrs.update(dict(root))
+        file.attrs.update(root)
         for name, value in content.items():
             write_group(file, name, value)
 
 
-def _root_attrs(slide_file: SlideFile, parameters: str, parameters_sha256: str) -> dict[str, Any]:
-    tiles, boxes, objects = hashlib.sha256(), hashlib.sha256(), slide_file.objects_table()
-    for key in ("parameters_sha256", "source_size", "source_mtime_ns"):
-        tiles.update(str(slide_file.attrs.get(key, "")).encode() + b"\0")
-    tiles.update(slide_file.coords.tobytes())
-    table = slide_file.boxes_table()
-    for column in (table["xyxy"], table["offsets"], table["object"], table["visible"]):
-        boxes.update(np.ascontiguousarray(column).tobytes())
-    for column in (objects["label"], objects["kind"], objects["area_um2"]):
-        boxes.update(np.ascontiguousarray(column).tobytes())
-    boxes.update(json.dumps([objects["labels"], [str(i) for i in objects["id"]]]).encode())
+@dataclass(frozen=True)
+class SlideDigests:
+    """Hashes of the tiles of a slide file (and the slide they are of), and of its boxes and objects."""
+
+    tiles_sha256: str
+    objects_sha256: str
+
+    @staticmethod
+    def of(slide_file: SlideFile) -> SlideDigests:
+        """Hash the tables of an open slide file."""
+        tiles, boxes, objects = hashlib.sha256(), hashlib.sha256(), slide_file.objects_table()
+        for key in ("parameters_sha256", "source_size", "source_mtime_ns"):
+            tiles.update(str(slide_file.attrs.get(key, "")).encode() + b"\0")
+        tiles.update(slide_file.coords.tobytes())
+        for array in (*slide_file.boxes_table().values(), objects["label"], objects["kind"], objects["area_um2"]):
+            boxes.update(np.ascontiguousarray(array).tobytes())
+        boxes.update(json.dumps([objects["labels"], [str(i) for i in objects["id"]]]).encode())
+        return SlideDigests(tiles.hexdigest(), boxes.hexdigest())
+
+    def match(self, root: Mapping[str, Any], *, with_objects: bool) -> bool:
+        """Tell whether a feature file with these attributes was made of the same tiles, and of the same objects too."""
+        same_objects = root.get("objects_sha256") == self.objects_sha256
+        return root.get("tiles_sha256") == self.tiles_sha256 and (same_objects or not with_objects)
+
+
+def _root_attrs(slide_file: SlideFile, digests: SlideDigests, parameters: str, parameters_sha256: str) -> dict[str, str | int]:
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -169,27 +184,27 @@ def _root_attrs(slide_file: SlideFile, parameters: str, parameters_sha256: str) 
         "parameters": parameters,
         "parameters_sha256": parameters_sha256,
         "software_version": software_version(),
-        "tiles_sha256": tiles.hexdigest(),
-        "objects_sha256": boxes.hexdigest(),
+        "tiles_sha256": digests.tiles_sha256,
+        "objects_sha256": digests.objects_sha256,
     }
 
 
 def _tile_label(slide_file: SlideFile) -> GroupContent:
-    """The tissue class of each tile; None where the slide has no annotated classes."""
+    """Return the tissue class of each tile; None where the slide has no annotated classes."""
     labels, names = tile_labels(slide_file)
     return (labels, {"labels": list(names)}) if names else None
 
 
 def _boxes(boxes: BoxTable, rows: np.ndarray) -> dict[str, np.ndarray]:
-    """/boxes with some of its rows."""
+    """Choose rows of /boxes."""
     kept = np.zeros(len(boxes["object"]), dtype=bool)
     kept[rows] = True
-    before = np.concatenate([[0], np.cumsum(kept)])
+    n_kept = np.concatenate([[0], np.cumsum(kept)])  # rows kept among the first i
     return {
         "xyxy": boxes["xyxy"][rows],
         "object": boxes["object"][rows],
         "visible": boxes["visible"][rows],
-        "offsets": before[boxes["offsets"]].astype(np.int64),
+        "offsets": n_kept[boxes["offsets"]].astype(np.int64),
     }
 
 
@@ -199,38 +214,38 @@ def _objects(slide_file: SlideFile) -> dict[str, Any]:
     return {"id": [str(i) for i in table["id"]], **values, "attrs": {"labels": list(table["labels"])}}
 
 
-def refuse_other_encoder(path: Path, level: str, slide_file: SlideFile, encoder: str, mode: str) -> None:
-    """UserError where features of another encoder or mode stay in the feature file at `path` beside those of `level`."""
-    _stale(path, level, _root_attrs(slide_file, "", ""), encoder, mode)
+def outdated_parts(
+    path: Path, level: str, digests: SlideDigests, encoder: str, mode: str, *, overwrite: bool = False
+) -> list[str]:
+    """Return the parts of an existing feature file that do not go with new embeddings of `level`, and go as these are written.
 
-
-def _stale(path: Path, level: str, root: Mapping[str, Any], encoder: str, mode: str, *, overwrite: bool = False) -> list[str]:
-    """The parts of an existing feature file that no longer go with the slide file. UserError for another encoder or mode, which
-    goes where `overwrite` is given."""
-    other = DATASETS["object" if level == "tile" else "tile"]
+    They are those of the other level, where its tiles or objects have changed. Raises UserError where they are still good, but
+    of another encoder or mode; with `overwrite` they go too.
+    """
+    held_level = "object" if level == "tile" else "tile"
+    dataset = DATASETS[held_level]
     with open_features(path) as file:
-        attrs = file.attrs()
-        if attrs.get("format") != FORMAT:
+        root = file.attrs()
+        if root.get("format") != FORMAT:
             raise UserError(f"{path}: exists and is not a feature file: give another --out")
-        tiles_changed = attrs.get("tiles_sha256") != root["tiles_sha256"]
-        objects_changed = attrs.get("objects_sha256") != root["objects_sha256"]
-        found = {key: str(file.attrs(other).get(key)) for key in ("encoder", "mode")} if other in file else None
-    if found is None:
-        return []
-    goes_with_objects = level == "tile" or found["mode"] != "full"
-    another = found != {"encoder": encoder, "mode": mode}
-    if tiles_changed or (objects_changed and goes_with_objects) or (another and overwrite):
-        return list(_OBJECT_PARTS) if level == "tile" else [other]
-    if another:
+        if dataset not in file:
+            return []
+        attrs = file.attrs(dataset)
+    held_encoder, held_mode = str(attrs.get("encoder")), str(attrs.get("mode"))
+    outdated = not digests.match(root, with_objects=held_level == "object" or held_mode != "full")
+    same_encoder = (held_encoder, held_mode) == (encoder, mode)
+    if outdated or (overwrite and not same_encoder):
+        return ["object_features", "boxes", "objects"] if held_level == "object" else [dataset]
+    if not same_encoder:
         raise UserError(
-            f"{path}: holds /{other} of encoder {found['encoder']}, mode {found['mode']}, not {encoder}, mode {mode}: "
+            f"{path}: holds /{dataset} of encoder {held_encoder}, mode {held_mode}, not {encoder}, mode {mode}: "
             "one folder holds one encoder and mode, so give another --out"
         )
     return []
 
 
 def write_slides_parquet(path: Path, rows: Iterable[Mapping[str, Any]], pretraining: str = "") -> Path:
-    """slides.parquet: slide_id, patient_id, n_tiles, encoder, mode, features (float32 (D,)) of each row; crash-safe.
+    """Write slides.parquet: slide_id, patient_id, n_tiles, encoder, mode, features (float32 (D,)) of each row; crash-safe.
 
     pretraining: as in the feature files, kept in the metadata of the schema.
     """

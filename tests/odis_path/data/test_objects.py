@@ -192,7 +192,7 @@ def test_read_only_objects_embed_in_one_pass_as_they_do_in_many(
     config = tiny_config(tiny_tiles, tmp_path / "run", optim={"epochs": 0.34}, **VARIANTS["read_only"])
     loop.pretrain(config)
     embed(tiny_tiles, str(tmp_path / "run"), tmp_path / "shared", level="object", mode="masked", dtype="float32")
-    monkeypatch.setattr("odis_path.embedding.run.OBJECTS_A_PASS", 1)
+    monkeypatch.setattr("odis_path.embedding.slide.OBJECTS_A_PASS", 1)
     embed(tiny_tiles, str(tmp_path / "run"), tmp_path / "alone", level="object", mode="masked", dtype="float32")
     shared, alone = read_features(tmp_path / "shared", "object"), read_features(tmp_path / "alone", "object")
     assert len(shared.x) == 6 * 24

@@ -16,6 +16,7 @@ import torch
 from annotations.errors import UserError
 from odis_path.checkpoint import latest_checkpoint
 from odis_path.embedding.encoder import FrozenEncoder, load_encoder
+from odis_path.embedding.request import EncoderRequest
 from odis_path.embedding.run import checkpoint_file, checkpoint_stamp, embed, shared_encoder
 from odis_path.features.read import read_features, read_slides_parquet
 from odis_path.training import loop
@@ -108,8 +109,8 @@ def test_random_weights_are_the_same_on_a_worker_with_threads(
 ) -> None:
     for turn in range(3):
         out, run = tmp_path / f"out{turn}", copytree(run_folder, tmp_path / f"run{turn}")  # loaded anew each time
-        how = {"dtype": "float32", "device": "cpu", "random_weights": True, "scheduler": scheduler}
-        assert all(o.ok for o in embed(tiny_tiles, str(run), out, **how))  # type: ignore[arg-type]
+        options = {"dtype": "float32", "device": "cpu", "random_weights": True, "scheduler": scheduler}
+        assert all(o.ok for o in embed(tiny_tiles, str(run), out, **options))  # type: ignore[arg-type]
         expected = features_of(run, tiny_tiles, random_weights=True)
         assert np.allclose(read_features(out / "S0.h5").x, expected, atol=1e-5)
 
@@ -117,10 +118,10 @@ def test_random_weights_are_the_same_on_a_worker_with_threads(
 def test_threads_that_load_at_once_get_one_seeded_network(run_folder: Path) -> None:
     path = checkpoint_file(str(run_folder))
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda _: shared_encoder(path, checkpoint_stamp(path), "cpu", True), range(4)))
-    assert len({id(encoder) for encoder in found}) == 1
+        encoders = list(pool.map(lambda _: shared_encoder(EncoderRequest(path, checkpoint_stamp(path), "cpu", True)), range(4)))
+    assert len({id(encoder) for encoder in encoders}) == 1
     alone = load_encoder(path, device="cpu", random_weights=True).module.state_dict()
-    assert all(torch.equal(value, alone[key]) for key, value in found[0].module.state_dict().items())
+    assert all(torch.equal(value, alone[key]) for key, value in encoders[0].module.state_dict().items())
 
 
 def test_threads_pass_through_an_encoder_one_at_a_time(run_folder: Path) -> None:
@@ -153,13 +154,13 @@ def test_loading_leaves_the_random_numbers_of_others_alone(run_folder: Path) -> 
 def test_a_checkpoint_replaced_in_mid_run_fails_the_slides_after_it(
     tiny_tiles: Path, run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def replaced_then_loaded(*args: object) -> object:
+    def replaced_then_loaded(request: EncoderRequest) -> object:
         os.utime(checkpoint_file(str(run_folder)), (1, 1))
-        return shared_encoder(*args)  # type: ignore[arg-type]
+        return shared_encoder(request)
 
     (tmp_path / "out").mkdir()
     calls = iter([lambda *_: None])  # what the command itself loads
-    monkeypatch.setattr("odis_path.embedding.run.shared_encoder", lambda *args: next(calls, replaced_then_loaded)(*args))
+    monkeypatch.setattr("odis_path.embedding.run.shared_encoder", lambda request: next(calls, replaced_then_loaded)(request))
     outcomes = embed(tiny_tiles, str(run_folder), tmp_path / "out", device="cpu")
     assert not any(o.ok for o in outcomes)
     assert all("is not the file that this run began with" in o.message for o in outcomes)
@@ -167,10 +168,10 @@ def test_a_checkpoint_replaced_in_mid_run_fails_the_slides_after_it(
 
 def test_a_model_deleted_in_mid_run_is_used_where_it_is_loaded(run_folder: Path) -> None:
     path = checkpoint_file(str(run_folder))
-    stamp = checkpoint_stamp(path)
-    encoder = shared_encoder(path, stamp, "cpu", False)
+    request = EncoderRequest(path, checkpoint_stamp(path), "cpu", False)
+    encoder = shared_encoder(request)
     Path(path).unlink()  # training keeps the newest few
-    assert shared_encoder(path, stamp, "cpu", False) is encoder
+    assert shared_encoder(request) is encoder
 
 
 def test_however_a_model_is_named_it_is_the_same_one(

@@ -117,8 +117,8 @@ class StubEncoder:
 
     name, dim, pool, trained_px = "stub", 3, "cls", None
 
-    def about(self, tile_px: int) -> str:
-        return f"stub: tiles of {tile_px} px"
+    def about(self, tile_px: int, what: str = "tiles") -> str:
+        return f"stub: {what} of {tile_px} px"
 
     def size_px(self, tile_px: int) -> int:
         return tile_px
