@@ -58,54 +58,24 @@ def odis_path(arguments: list[str], log: Path) -> None:
 
 
 def run_variant(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Train, embed and judge one variant; what is done is skipped. Balanced accuracy with its interval by level."""
+    """Train, embed and evaluate one variant; return balanced accuracy by level. Finished parts are skipped."""
     out = options.out / name
     out.mkdir(parents=True, exist_ok=True)
     log, tiles = out / "log.txt", str(options.tiles)
     common = [f"data.tiles={tiles}", f"run.out={out / 'run'}", f"run.seed={options.seed}", "eval.every_epochs=0"]
     odis_path(["pretrain", options.base, *common, *options.override, *VARIANTS[name]], log)
-    found: dict[str, Any] = {}
+    accuracy: dict[str, Any] = {}
     for title, (level, mode) in LEVELS.items():
-        features, judged = out / f"{level}-{mode}", out / f"knn-{level}-{mode}"
+        features, results = str(out / f"{level}-{mode}"), out / f"knn-{level}-{mode}"
         kinds = ["--kinds", "tissue"] if level == "object" else []
-        odis_path(
-            [
-                "embed",
-                tiles,
-                "--checkpoint",
-                str(out / "run"),
-                "--out",
-                str(features),
-                "--level",
-                level,
-                "--mode",
-                mode,
-                *kinds,
-            ],
-            log,
-        )
-        odis_path(
-            [
-                "evaluate",
-                str(features),
-                "--labels",
-                "annotations",
-                "--probe",
-                "knn",
-                "--groups",
-                "patient_id",
-                "--level",
-                level,
-                "--split",
-                str(out / "run" / "split.csv"),
-                "--out",
-                str(judged),
-            ],
-            log,
-        )
-        found[title] = json.loads((judged / "results.json").read_text())["headline"]["balanced_accuracy"]
-    print(name, {title: round(value["point"], 3) for title, value in found.items()}, flush=True)
-    return found
+        embed = ["embed", tiles, "--checkpoint", str(out / "run"), "--out", features, "--level", level, "--mode", mode]
+        odis_path([*embed, *kinds], log)
+        evaluate = ["evaluate", features, "--labels", "annotations", "--probe", "knn", "--level", level]
+        split = ["--groups", "patient_id", "--split", str(out / "run" / "split.csv")]
+        odis_path([*evaluate, *split, "--out", str(results)], log)
+        accuracy[title] = json.loads((results / "results.json").read_text())["headline"]["balanced_accuracy"]
+    print(name, {title: round(value["point"], 3) for title, value in accuracy.items()}, flush=True)
+    return accuracy
 
 
 def main() -> None:
@@ -124,15 +94,15 @@ def main() -> None:
     if unknown:
         raise SystemExit(f"--variants: no such variant {', '.join(unknown)}; there are {', '.join(VARIANTS)}")
     with ThreadPoolExecutor(options.jobs) as pool:
-        found = dict(zip(names, pool.map(lambda name: run_variant(name, options), names), strict=True))
+        variants = dict(zip(names, pool.map(lambda name: run_variant(name, options), names), strict=True))
     print(f"\n{'k-NN, balanced accuracy':<16}" + "".join(f"{title:>26}" for title in LEVELS))
-    for name, row in found.items():
+    for name, row in variants.items():
         cells = "".join(f"{v['point']:>10.3f} ({v['low']:.3f}-{v['high']:.3f})" for v in row.values())
         print(f"{name:<16}{cells}")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         settings = {"base": options.base, "override": options.override, "seed": options.seed}
-        options.json.write_text(json.dumps({**settings, "variants": found}, indent=2) + "\n", encoding="utf-8")
+        options.json.write_text(json.dumps({**settings, "variants": variants}, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How fast annotations become boxes, beside geopandas and shapely on the same cells, and how much memory that takes.
+"""Time and memory of turning annotations into boxes, beside geopandas and shapely on the same cells.
 
     python experiments/bench_annotations.py --cells 1000000 --json experiments/results/annotations.json
 
@@ -151,10 +151,10 @@ def run_cohort_of_slides(file: Path, cells: int) -> dict[str, Any]:
 
     folder = file.parent / "cohort"
     folder.mkdir()
-    write_cells(file.parent / "each.geojson", cells, 1)
+    write_cells(file.parent / "cells.geojson", cells, 1)
     for i in range(COHORT_SLIDES):
         write_slide(folder / f"s{i:03d}.h5")
-        (folder / f"s{i:03d}.geojson").hardlink_to(file.parent / "each.geojson")
+        (folder / f"s{i:03d}.geojson").hardlink_to(file.parent / "cells.geojson")
     begin = time.perf_counter()
     outcomes = annotate(folder, folder)
     seconds = time.perf_counter() - begin
@@ -163,8 +163,8 @@ def run_cohort_of_slides(file: Path, cells: int) -> dict[str, Any]:
     return {"seconds": seconds, "at_work": sum(outcome.seconds for outcome in outcomes) / seconds, "cores": cores}
 
 
-def one(what: str, file: Path, cells: int) -> dict[str, Any]:
-    """One measurement, in this process; with its peak memory, GB: that of the largest child process for each of them."""
+def measure_here(what: str, file: Path, cells: int) -> dict[str, Any]:
+    """Take one measurement in this process, with its peak memory in GB (every child process counted as the largest)."""
     runs = {
         "ours": lambda: run_ours(file, stream=False),
         "stream": lambda: run_ours(file, stream=True),
@@ -181,14 +181,14 @@ def one(what: str, file: Path, cells: int) -> dict[str, Any]:
     return {**result, "peak_gb": peak / (1 << 20)}
 
 
-def measured(what: str, file: Path, cells: int) -> dict[str, Any]:
+def measure(what: str, file: Path, cells: int) -> dict[str, Any]:
     command = [sys.executable, __file__, "--one", what, "--file", str(file), "--cells", str(cells)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def rows_of(best: dict[str, dict[str, Any]]) -> list[tuple[str, float, str, float]]:
-    """Figures with "<=" or ">=" and their limits."""
+    """Return the figures with "<=" or ">=" and their limits."""
     ours = best["ours"]["seconds"]
     cohort = best["cohort"]
     return [
@@ -210,7 +210,7 @@ def main() -> None:
     parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(one(options.one, options.file, options.cells)))
+        print(json.dumps(measure_here(options.one, options.file, options.cells)))
         return
     load = [os.getloadavg()[0]]
     best: dict[str, dict[str, Any]] = {}
@@ -220,19 +220,19 @@ def main() -> None:
         megabytes = file.stat().st_size / 1e6
         for _ in range(options.rounds):
             for what in ("ours", "geopandas", "msgspec", "stream"):
-                found = measured(what, file, options.cells)
+                result = measure(what, file, options.cells)
                 print(
-                    f"  {what:<10}{found['seconds']:8.2f} s  {found['cpu_s']:8.2f} s of CPU{found['peak_gb']:7.2f} GB",
+                    f"  {what:<10}{result['seconds']:8.2f} s  {result['cpu_s']:8.2f} s of CPU{result['peak_gb']:7.2f} GB",
                     flush=True,
                 )
-                if what not in best or found["seconds"] < best[what]["seconds"]:
-                    best[what] = found
+                if what not in best or result["seconds"] < best[what]["seconds"]:
+                    best[what] = result
         for what in ("tiles", "cohort"):
-            best[what] = measured(what, file, options.cells)
+            best[what] = measure(what, file, options.cells)
     load.append(os.getloadavg()[0])
     assert best["ours"]["boxes"] == best["geopandas"]["boxes"] == best["stream"]["boxes"], "the boxes differ in number"
     rows = rows_of(best)
-    cpu = {what: found["cpu_s"] for what, found in best.items()}
+    cpu = {what: result["cpu_s"] for what, result in best.items()}
     print(
         f"CPU: geopandas {cpu['geopandas'] / cpu['ours']:.2f} times ours, ours {cpu['ours'] / cpu['msgspec']:.2f} times msgspec"
     )

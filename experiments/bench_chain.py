@@ -1,4 +1,4 @@
-"""How long the whole chain takes, stage by stage, and how fast the command line answers.
+"""Time of the whole chain, stage by stage, and of the first answer of the command line.
 
     python experiments/bench_chain.py --out /tmp/chain --json experiments/results/chain.json
 

@@ -1,4 +1,4 @@
-"""What checksums cost: the same files read with and without, turn by turn in one run.
+"""Cost of checksums: the same files read with and without them, turn by turn in one run.
 
     python experiments/bench_checksums.py --runs 41
 
@@ -151,7 +151,7 @@ def main() -> None:
                 times = {work: timed(work) for work in order}
                 pairs.append((times[with_], times[without]))
             cost = statistics.median(a / b for a, b in pairs) - 1
-            a, b = (statistics.median(each) / count * 1e6 for each in zip(*pairs, strict=True))
+            a, b = (statistics.median(seconds) / count * 1e6 for seconds in zip(*pairs, strict=True))
             result[row] = {"with_us": a, "without_us": b, "cost": cost}
     print(f"{'read':12} {'with us':>12} {'without us':>12} {'cost':>8}")
     for row, values in result.items():

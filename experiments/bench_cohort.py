@@ -1,4 +1,4 @@
-"""A cohort of thousands of slides to its end: how soon it starts, whether memory stays flat, how quick a rerun is.
+"""A cohort of thousands of slides to its end: time to the first file, growth of memory, time of a rerun.
 
     python experiments/bench_cohort.py --work FOLDER --json experiments/results/cohort.json    # 10,000 slides, some ten minutes
     python experiments/bench_cohort.py --work FOLDER --slides 200                              # to try it out
@@ -71,10 +71,10 @@ def children(pid: int) -> list[int]:
         return []
 
 
-def followed(words: list[str], out: Path) -> dict[str, Any]:
-    """Run odis-path; seconds, seconds to the first slide file, and memory (MB) early (in its first tenth) and at most."""
+def follow(words: list[str], out: Path) -> dict[str, Any]:
+    """Run odis-path; return seconds, seconds to the first slide file, and memory (MB) in its first tenth and at most."""
     begin = time.perf_counter()
-    looks: list[tuple[float, float, float]] = []
+    samples: list[tuple[float, float, float]] = []
     first, fresh = None, not out.exists()
     with subprocess.Popen([sys.executable, "-m", "odis_path", *words], stdout=subprocess.DEVNULL) as run:
         while run.poll() is None:
@@ -82,12 +82,12 @@ def followed(words: list[str], out: Path) -> dict[str, Any]:
             if fresh and first is None and out.is_dir() and any(entry.name.endswith(".h5") for entry in os.scandir(out)):
                 first = now
             workers = [memory_mb(pid) for pid in children(run.pid)]
-            looks.append((now, memory_mb(run.pid), max(workers, default=0.0)))
+            samples.append((now, memory_mb(run.pid), max(workers, default=0.0)))
             time.sleep(LOOK_EVERY_S)
     if run.returncode:
         raise SystemExit(f"odis-path {' '.join(words)}: exit code {run.returncode}")
     seconds = time.perf_counter() - begin
-    table = np.array(looks)
+    table = np.array(samples)
     early = table[table[:, 0] < max(seconds / 10, 4.0)].max(axis=0)
     most = table.max(axis=0)
     return {
@@ -112,25 +112,27 @@ def main() -> None:
     shutil.rmtree(out, ignore_errors=True)
     workers = ["--workers", str(options.workers)]
     tile = ["tile", str(manifest), "--out", str(out), "--mpp", "0.5", "--size", "224", *workers]
-    found: dict[str, Any] = {
-        "scan": followed(["scan", str(slides), "--out", str(manifest), *workers], out),
-        "tile": followed(tile, out),
-        "tile again": followed(tile, out),
+    runs: dict[str, Any] = {
+        "scan": follow(["scan", str(slides), "--out", str(manifest), *workers], out),
+        "tile": follow(tile, out),
+        "tile again": follow(tile, out),
     }
     assert len(list(out.glob("*.h5"))) == options.slides
-    for name, each in found.items():
-        rate = each["seconds"] / options.slides * 1000
-        print(f"{name:<12}{each['seconds']:>8.1f} s, {rate:.1f} ms a slide; parent {each['parent_mb']:.0f} MB", end="")
-        print(
-            f" ({each['parent_early_mb']:.0f} early), worker {each['worker_mb']:.0f} MB ({each['worker_early_mb']:.0f} early)"
+    for name, figures in runs.items():
+        rate = figures["seconds"] / options.slides * 1000
+        parent, worker = (
+            f"{process} {figures[f'{process}_mb']:.0f} MB ({figures[f'{process}_early_mb']:.0f} early)"
+            for process in ("parent", "worker")
         )
-    first, one = found["tile"]["first_s"], found["tile"]
-    grown = max(one["parent_mb"] - one["parent_early_mb"], one["worker_mb"] - one["worker_early_mb"])
+        print(f"{name:<12}{figures['seconds']:>8.1f} s, {rate:.1f} ms a slide; {parent}, {worker}")
+    tiled = runs["tile"]
+    first = tiled["first_s"]
+    grown = max(tiled["parent_mb"] - tiled["parent_early_mb"], tiled["worker_mb"] - tiled["worker_early_mb"])
     print(f"first slide file after {first:.1f} s (at most {START_LIMIT_S:g}: {'met' if first <= START_LIMIT_S else 'MISSED'})")
     print(f"memory grows by {grown:.0f} MB (at most {GROWTH_LIMIT_MB:g}: {'met' if grown <= GROWTH_LIMIT_MB else 'MISSED'})")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        result = found | {"slides": options.slides, "workers": options.workers, "cores": os.cpu_count()}
+        result = runs | {"slides": options.slides, "workers": options.workers, "cores": os.cpu_count()}
         options.json.write_text(json.dumps(result, indent=2) + "\n")
 
 

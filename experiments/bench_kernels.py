@@ -1,4 +1,4 @@
-"""Which of torch's attention kernels is quickest on this machine, unmasked and with the [OBJ] row's mask.
+"""Speed of torch's attention kernels on this machine, unmasked and with the [OBJ] row's mask.
 
     python experiments/bench_kernels.py                                     # ViT-S/16 at 224 px with ten locals of 96 px
     python experiments/bench_kernels.py --batch 8 --device cpu              # to try it out
@@ -79,10 +79,10 @@ def measure(images: int, heads: int, grid: int, device: str, runs: int) -> dict[
     for _ in range(runs):
         for key, work in works.items():
             spent[key].append(1e6 * seconds(work, device))
-    found: dict[str, dict[str, float]] = {}
+    microseconds: dict[str, dict[str, float]] = {}
     for (name, kind), values in spent.items():
-        found.setdefault(name, {})[kind] = statistics.median(values)
-    return found
+        microseconds.setdefault(name, {})[kind] = statistics.median(values)
+    return microseconds
 
 
 def main() -> None:
@@ -93,21 +93,20 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=6)
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--json", type=Path, help="write the figures here")
-    o = parser.parse_args()
-    device = torch.cuda.get_device_name() if o.device == "cuda" else "CPU"
-    print(f"{device}; {o.batch} tiles, {o.heads} heads; microseconds forward and backward")
-    found = {}
-    for view, images, grid in (("global", 2 * o.batch, 14), ("local", o.locals * o.batch, 6)):
-        found[view] = measure(images, o.heads, grid, o.device, o.runs)
-        least = min(row["unmasked"] for row in found[view].values() if "unmasked" in row)
-        for name, row in found[view].items():
+    options = parser.parse_args()
+    device = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
+    print(f"{device}; {options.batch} tiles, {options.heads} heads; microseconds forward and backward")
+    microseconds = {}
+    for view, images, grid in (("global", 2 * options.batch, 14), ("local", options.locals * options.batch, 6)):
+        microseconds[view] = measure(images, options.heads, grid, options.device, options.runs)
+        least = min(row["unmasked"] for row in microseconds[view].values() if "unmasked" in row)
+        for name, row in microseconds[view].items():
             cells = "".join(f"{kind:>10} {row[kind]:>9.0f} {row[kind] / least:>6.3f}" for kind in row)
             print(f"{view:<8}{1 + grid**2:>4} tokens  {name:<15}{cells}", flush=True)
-    if o.json:
-        o.json.parent.mkdir(parents=True, exist_ok=True)
-        o.json.write_text(
-            json.dumps({"device": device, "batch": o.batch, "microseconds": found}, indent=2) + "\n", encoding="utf-8"
-        )
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        content = {"device": device, "batch": options.batch, "microseconds": microseconds}
+        options.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How fast tiles reach training, from stored pixels and straight from slides: tiles a second on one core.
+"""Tiles a second that reach training on one core, from stored pixels and straight from slides.
 
     python experiments/bench_loader.py --work /tmp/bench_loader --json experiments/results/loader.json
 
@@ -102,8 +102,8 @@ def stored_streams(samples: TileSamples, rows: list[int]) -> Callable[[], None]:
     data = [samples.files[int(index.slide[i])].tile_bytes(int(index.row[i])) for i in rows]
 
     def work() -> None:
-        for one in data:
-            decode(one)
+        for jpeg in data:
+            decode(jpeg)
 
     return work
 
@@ -125,8 +125,8 @@ def slide_streams(samples: TileSamples, rows: list[int]) -> Callable[[], None]:
                 data += [reader.tile_bytes(view.level, *tile) for tile in tiles]
 
     def work() -> None:
-        for one in data:
-            decode_jpeg(one, side, side)
+        for jpeg in data:
+            decode_jpeg(jpeg, side, side)
 
     return work
 
@@ -142,8 +142,8 @@ def stages(samples: TileSamples, rows: list[int], limit: Callable[[], None]) -> 
     def views() -> None:
         with torch.no_grad():
             for start in range(0, len(rows), batch):
-                found = collate([samples[0, i] for i in rows[start : start + batch]])
-                make_views(found, samples.config, torch.device("cpu"))
+                collated = collate([samples[0, i] for i in rows[start : start + batch]])
+                make_views(collated, samples.config, torch.device("cpu"))
 
     return {"limit": limit, "tile": tiles, "sample": lambda: [samples[0, i] for i in rows], "views": views}
 
@@ -154,8 +154,8 @@ def loader_rate(samples: TileSamples, steps: int, batch: int = 64) -> float:
     loader = iter(torch.utils.data.DataLoader(samples, batch_sampler=sampler, collate_fn=collate, num_workers=1))
     next(loader)
     begin = time.perf_counter()
-    rest = sum(len(batch.pixels) for batch in loader)
-    return rest / (time.perf_counter() - begin)
+    tiles = sum(len(batch.pixels) for batch in loader)
+    return tiles / (time.perf_counter() - begin)
 
 
 def measure(samples: TileSamples, limit: Callable[..., Callable[[], None]], count: int, runs: int) -> dict[str, float]:
@@ -169,14 +169,14 @@ def measure(samples: TileSamples, limit: Callable[..., Callable[[], None]], coun
             work()
             if run:  # the first warms up
                 spent[name].append((time.process_time() - begin) / count * 1e6)
-    found = {f"{name}_us": statistics.median(values) for name, values in spent.items()}
+    figures = {f"{name}_us": statistics.median(values) for name, values in spent.items()}
     beyond = [tile - least for tile, least in zip(spent["tile"], spent["limit"], strict=True)]
-    found["beyond_decoding_us"] = statistics.median(beyond)
+    figures["beyond_decoding_us"] = statistics.median(beyond)
     for name in ("tile", "sample", "views"):
-        found[f"{name}_per_s"] = 1e6 / found[f"{name}_us"]
-        found[f"{name}_share"] = statistics.median(a / b for a, b in zip(spent["limit"], spent[name], strict=True))
-    found["loader_per_s"] = loader_rate(samples, min(len(samples) // 64, 2 + 2 * runs))
-    return found
+        figures[f"{name}_per_s"] = 1e6 / figures[f"{name}_us"]
+        figures[f"{name}_share"] = statistics.median(a / b for a, b in zip(spent["limit"], spent[name], strict=True))
+    figures["loader_per_s"] = loader_rate(samples, min(len(samples) // 64, 2 + 2 * runs))
+    return figures
 
 
 def print_source(name: str, row: dict[str, float]) -> None:
@@ -200,23 +200,25 @@ def main() -> None:
     torch.set_num_threads(1)
     options.work.mkdir(parents=True, exist_ok=True)
     folders = prepare(options.work, options.slides, options.side)
-    found: dict[str, Any] = {
+    figures: dict[str, Any] = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "slides": options.slides,
         "side": options.side,
     }
-    print(f"{found['machine']}; {options.slides} slides of {options.side} px, tiles of {TILE_PX} px at {MPP} um, random order")
+    print(
+        f"{figures['machine']}; {options.slides} slides of {options.side} px, tiles of {TILE_PX} px at {MPP} um, random order"
+    )
     for name, folder, limit in zip(("stored pixels", "slides"), folders, (stored_streams, slide_streams), strict=True):
-        found[name] = measure(samples_of(folder, options.work / "run"), limit, options.tiles, options.runs)
-        print_source(name, found[name])
-    beyond = found["stored pixels"]["beyond_decoding_us"]
+        figures[name] = measure(samples_of(folder, options.work / "run"), limit, options.tiles, options.runs)
+        print_source(name, figures[name])
+    beyond = figures["stored pixels"]["beyond_decoding_us"]
     verdict = "ok" if beyond <= BEYOND_DECODING_US else "MISSED"
     print(f"stored pixels, beyond decoding: {beyond:.0f} us a tile, limit {BEYOND_DECODING_US:.0f} {verdict}")
-    found["slides_vs_stored"] = found["slides"]["sample_per_s"] / found["stored pixels"]["sample_per_s"]
-    print(f"a loader worker from slides / from stored pixels: {found['slides_vs_stored']:.2f}")
+    figures["slides_vs_stored"] = figures["slides"]["sample_per_s"] / figures["stored pixels"]["sample_per_s"]
+    print(f"a loader worker from slides / from stored pixels: {figures['slides_vs_stored']:.2f}")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

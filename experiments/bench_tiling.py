@@ -1,4 +1,4 @@
-"""How fast tiles are read and stored, against the usual loop, the decoder's own limit and other programs.
+"""Speed of reading and storing tiles, against the usual loop, the decoder's own limit and other programs.
 
     python experiments/bench_tiling.py --work /tmp/bench_tiling --json experiments/results/tiling.json   # 40960 x 32768
     python experiments/bench_tiling.py --work /tmp/bench_tiling --side 8192                              # to try it out
@@ -229,8 +229,8 @@ def peak_memory_mb(path: Path, out: Path) -> float:
     """Most resident memory of a fresh process that tiles the slide alone, in MB."""
     code = (
         "import re, sys; from tiling.tiles.run import tile;"
-        f"(one,) = tile([sys.argv[1]], sys.argv[2], {TARGET_MPP}, {PATCH_PX}, tissue='auto', workers=1);"
-        "assert one.ok, one.message;"
+        f"(outcome,) = tile([sys.argv[1]], sys.argv[2], {TARGET_MPP}, {PATCH_PX}, tissue='auto', workers=1);"
+        "assert outcome.ok, outcome.message;"
         # Not ru_maxrss, which a child takes over from its parent.
         "print(int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) / 1024)"
     )
@@ -249,17 +249,21 @@ def measure(options: argparse.Namespace, path: Path) -> tuple[dict[str, float], 
         "tile": partial(tile_ours, path, options.work / "out", options.workers),
     }
     seconds: dict[str, list[float]] = {name: [] for name in (*ways, *(["lazyslide"] if options.lazyslide else []))}
-    here = ("limit", "read", "read_1")
-    cpu: dict[str, list[float]] = {name: [] for name in (*here, *(["lazyslide"] if options.lazyslide else []))}
+    in_process = ("limit", "read", "read_1")
+    cpu: dict[str, list[float]] = {name: [] for name in (*in_process, *(["lazyslide"] if options.lazyslide else []))}
     if options.lazyslide:
         ways["lazyslide"] = partial(lazyslide_loop, path, options.workers, options.lazyslide, cpu["lazyslide"])
     for turn in range(options.runs):
         for name, way in list(ways.items())[:: 1 if turn % 2 else -1]:
             begin = time.process_time()
             seconds[name].append(way())
-            if name in here:
+            if name in in_process:
                 cpu[name].append(time.process_time() - begin)
-    return tuple({name: statistics.median(values) for name, values in part.items()} for part in (seconds, cpu))  # type: ignore[return-value]
+    return medians(seconds), medians(cpu)
+
+
+def medians(samples: dict[str, list[float]]) -> dict[str, float]:
+    return {name: statistics.median(values) for name, values in samples.items()}
 
 
 def main() -> None:
@@ -269,8 +273,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--openslide-share", type=float, default=0.25, help="share of the tiles the slow loop is timed on")
-    here = sys.executable if importlib.util.find_spec("lazyslide") else ""
-    parser.add_argument("--lazyslide", metavar="PYTHON", default=here, help="a Python that has LazySlide installed")
+    with_lazyslide = sys.executable if importlib.util.find_spec("lazyslide") else ""
+    parser.add_argument("--lazyslide", metavar="PYTHON", default=with_lazyslide, help="a Python that has LazySlide installed")
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
@@ -300,8 +304,8 @@ def main() -> None:
         print(f"{name:<20}{value:>7.2f}  ({judged})")
     print(f"of CPU time alone, reading takes {cpu['read_1'] / cpu['limit']:.2f} times the limit's")
     if "lazyslide" in cpu:
-        more = cpu["lazyslide"] / cpu["read"]
-        print(f"and LazySlide's processes together {more:.2f} times what our reading takes in as many threads")
+        ratio = cpu["lazyslide"] / cpu["read"]
+        print(f"and LazySlide's processes together {ratio:.2f} times what our reading takes in as many threads")
     print(f"peak memory of a worker {memory:.0f} MB (at most {MEMORY_LIMIT_MB})")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)

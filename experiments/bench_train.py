@@ -1,4 +1,4 @@
-"""What object-level training costs: against iBOT, against free crops, against the network alone, and for K objects a tile.
+"""Cost of object-level training: against iBOT, free crops and the network alone, and for K objects a tile.
 
     python experiments/bench_train.py --json experiments/results/train.json            # CPU size on a CPU, ViT-S/16 on a GPU
     python experiments/bench_train.py --model vit_small_patch16_224 --global-px 224    # any size anywhere
@@ -97,13 +97,17 @@ class Bench:
 
     def config(self, **sections: dict[str, Any]) -> PretrainConfig:
         """The benchmark's sizes with some keys replaced."""
-        o = self.options
+        options = self.options
         values: dict[str, Any] = {
-            "data": {"tiles": str(self.folder), "holdout": 0.0, "workers": o.workers},
-            "views": {"global_size": o.global_px, "local_size": o.local_px, "local_count": o.locals},
-            "model": {"name": o.model, "kwargs": {"img_size": o.global_px}, "compile_blocks": COMPILE[o.compile]},
-            "head": {"out_dim": o.prototypes},
-            "optim": {"batch_size": o.batch, "epochs": 1000, "warmup_epochs": 0},
+            "data": {"tiles": str(self.folder), "holdout": 0.0, "workers": options.workers},
+            "views": {"global_size": options.global_px, "local_size": options.local_px, "local_count": options.locals},
+            "model": {
+                "name": options.model,
+                "kwargs": {"img_size": options.global_px},
+                "compile_blocks": COMPILE[options.compile],
+            },
+            "head": {"out_dim": options.prototypes},
+            "optim": {"batch_size": options.batch, "epochs": 1000, "warmup_epochs": 0},
             "run": {"out": str(self.folder / "run"), "device": str(self.ranks.device)},
         }
         for name, keys in sections.items():
@@ -178,13 +182,13 @@ def bench_step(bench: Bench) -> dict[str, Any]:
     """ODIS against iBOT, on one batch: the same crops, colours and hidden patches, of which the heads see as many."""
     odis, batch = bench.prepare()
     ibot, _ = bench.prepare(target={"crop": False, "mask": False})
-    ours, theirs, ratio = bench.ratio(whole_step(odis, batch), whole_step(ibot, batch), bench.options.runs)
-    return {"odis_ms": 1e3 * ours, "ibot_ms": 1e3 * theirs, "ratio": ratio, "limit": 1.01}
+    odis_s, ibot_s, ratio = bench.ratio(whole_step(odis, batch), whole_step(ibot, batch), bench.options.runs)
+    return {"odis_ms": 1e3 * odis_s, "ibot_ms": 1e3 * ibot_s, "ratio": ratio, "limit": 1.01}
 
 
 def bench_sampling(bench: Bench) -> dict[str, Any]:
     """Per tile: reading, drawing crops and masks, cutting them (limit), and beside it drawing alone (geometry, no pixels)."""
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     samples = []
     for target in ({}, {"crop": False, "mask": False}):
         config = bench.config(target=target)
@@ -192,18 +196,18 @@ def bench_sampling(bench: Bench) -> dict[str, Any]:
         samples.append(TileSamples(run.train, config, run.student.encoder.patch_px))
     rows = [(0, i) for i in range(min(64, len(samples[0])))]
 
-    def draw(of: TileSamples) -> None:
+    def draw(dataset: TileSamples) -> None:
         for epoch, i in rows:
-            of.sample_views(np.random.default_rng([0, epoch, i]), of.files[0], 0, i)
+            dataset.sample_views(np.random.default_rng([0, epoch, i]), dataset.files[0], 0, i)
 
-    def crop(of: TileSamples) -> None:
+    def crop(dataset: TileSamples) -> None:
         with torch.no_grad():
-            make_views(collate([of[key] for key in rows]), of.config, bench.ranks.device)
+            make_views(collate([dataset[key] for key in rows]), dataset.config, bench.ranks.device)
 
     for name, work in (("crop", crop), ("draw", draw)):
         aware, free, ratio = bench.ratio(partial(work, samples[0]), partial(work, samples[1]), 2 * bench.options.runs)
-        found[name] = {"aware_us": 1e6 * aware / len(rows), "free_us": 1e6 * free / len(rows), "ratio": ratio}
-    return {"whole": {**found["crop"], "limit": 1.05}, "drawing alone": found["draw"]}
+        figures[name] = {"aware_us": 1e6 * aware / len(rows), "free_us": 1e6 * free / len(rows), "ratio": ratio}
+    return {"whole": {**figures["crop"], "limit": 1.05}, "drawing alone": figures["draw"]}
 
 
 def bench_floor(bench: Bench) -> dict[str, Any]:
@@ -241,7 +245,7 @@ def bench_floor(bench: Bench) -> dict[str, Any]:
         whole.append((time.perf_counter() - begin) / stretch)
         floor.append(bench.seconds(lambda: [alone() for _ in range(stretch)]) / stretch)
     step = statistics.median(whole)
-    found = {
+    figures = {
         "step_ms": 1e3 * step,
         "floor_ms": 1e3 * statistics.median(floor),
         "ratio": statistics.median(a / b for a, b in zip(whole, floor, strict=True)),
@@ -252,8 +256,8 @@ def bench_floor(bench: Bench) -> dict[str, Any]:
     if gpu:
         tflops = count_flops(alone) / step / 1e12
         peak = matrix_tflops()
-        found |= {"model_tflops_per_s": tflops, "matrix_tflops_per_s": peak, "utilisation": tflops / peak}
-    return found
+        figures |= {"model_tflops_per_s": tflops, "matrix_tflops_per_s": peak, "utilisation": tflops / peak}
+    return figures
 
 
 def count_flops(work: Callable[[], None]) -> int:
@@ -281,15 +285,15 @@ def matrix_tflops(side: int = 8192) -> float:
 
 def bench_objects(bench: Bench) -> dict[str, Any]:
     """K read-only objects in one pass over a batch, against one; the share that the token count alone costs beside it."""
-    o, found = bench.options, {}
-    encoder = build_encoder(o.model, {"img_size": o.global_px}, read_only=True).to(bench.ranks.device)
-    grid = o.global_px // encoder.patch_px
+    options, figures = bench.options, {}
+    encoder = build_encoder(options.model, {"img_size": options.global_px}, read_only=True).to(bench.ranks.device)
+    grid = options.global_px // encoder.patch_px
     patches = grid * grid
-    images = torch.randn(o.batch, 3, o.global_px, o.global_px, device=bench.ranks.device)
+    images = torch.randn(options.batch, 3, options.global_px, options.global_px, device=bench.ranks.device)
     generator = torch.Generator().manual_seed(0)
 
     def passes(objects: int, train: bool) -> Callable[[], None]:
-        mask = (torch.rand(o.batch, objects, patches, generator=generator) < 0.3).to(images.device)
+        mask = (torch.rand(options.batch, objects, patches, generator=generator) < 0.3).to(images.device)
         mask[:, :, 0] = True
 
         def work() -> None:
@@ -308,20 +312,23 @@ def bench_objects(bench: Bench) -> dict[str, Any]:
         tokens = (objects + encoder.registers + patches) / (1 + encoder.registers + patches)
         for name, train in (("training", True), ("embedding", False)):
             encoder.train(train)
-            _, _, ratio = bench.ratio(passes(objects, train), passes(1, train), o.runs)
-            found[f"{name} K={objects}"] = {
+            _, _, ratio = bench.ratio(passes(objects, train), passes(1, train), options.runs)
+            figures[f"{name} K={objects}"] = {
                 "ratio": ratio,
                 "tokens": tokens,
                 "limit": 1.10 * tokens,
                 "separate_passes": objects,
             }
-    return found
+    return figures
 
 
 def bench_attention(bench: Bench) -> dict[str, Any]:
     """One block's attention with the row mask, against patches unmasked and [OBJ] apart: the same result, which is dearer?"""
-    o = bench.options
-    views = (("global", o.global_px, o.batch), ("local", o.local_px, o.batch * max(1, o.locals // 2)))
+    options = bench.options
+    views = (
+        ("global", options.global_px, options.batch),
+        ("local", options.local_px, options.batch * max(1, options.locals // 2)),
+    )
     return {name: attention_both_ways(bench, side, images) for name, side, images in views}
 
 
@@ -345,8 +352,8 @@ def attention_both_ways(bench: Bench, side_px: int, images: int) -> dict[str, fl
     def split(x: Tensor) -> Tensor:
         q, k, v = attention.qkv(x).unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
         obj = F.scaled_dot_product_attention(q[:, :, :1], k, v, attn_mask=mask[:, :, :1])
-        rest = F.scaled_dot_product_attention(q[:, :, 1:], k, v)
-        return attention.proj(torch.cat([obj, rest], 2).transpose(1, 2).flatten(2))
+        others = F.scaled_dot_product_attention(q[:, :, 1:], k, v)
+        return attention.proj(torch.cat([obj, others], 2).transpose(1, 2).flatten(2))
 
     def both_ways(forward: Callable[[Tensor], Tensor]) -> Callable[[], None]:
         if compiles(bench.config(), bench.ranks):
@@ -374,13 +381,13 @@ PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
 }
 
 
-def print_part(name: str, found: dict[str, Any]) -> None:
+def print_part(name: str, figures: dict[str, Any]) -> None:
     """One line a ratio."""
-    flat = {name: found} if "ratio" in found else {f"{name}, {key}": value for key, value in found.items()}
-    for title, row in flat.items():
+    rows = {name: figures} if "ratio" in figures else {f"{name}, {key}": value for key, value in figures.items()}
+    for title, row in rows.items():
         limit = f"  limit {row['limit']:.2f} {'ok' if row['ratio'] <= row['limit'] else 'MISSED'}" if "limit" in row else ""
-        rest = ", ".join(f"{k} {v:.4g}" for k, v in row.items() if isinstance(v, float) and k not in ("ratio", "limit"))
-        print(f"{title:<26} {row['ratio']:.3f}{limit}  ({rest})", flush=True)
+        values = ", ".join(f"{k} {v:.4g}" for k, v in row.items() if isinstance(v, float) and k not in ("ratio", "limit"))
+        print(f"{title:<26} {row['ratio']:.3f}{limit}  ({values})", flush=True)
 
 
 def main() -> None:
@@ -401,17 +408,17 @@ def main() -> None:
     options = parser.parse_args()
     ranks = start_ranks("auto")
     device = torch.cuda.get_device_name() if gpu else f"CPU, {os.cpu_count()} cores"
-    o = options
-    print(f"{device}; {o.model}, {o.global_px} px, {o.locals} locals of {o.local_px} px, batch {o.batch}")
-    found: dict[str, Any] = {"device": device, "settings": {k: v for k, v in vars(options).items() if k != "json"}}
+    views = f"{options.global_px} px, {options.locals} locals of {options.local_px} px"
+    print(f"{device}; {options.model}, {views}, batch {options.batch}")
+    figures: dict[str, Any] = {"device": device, "settings": {k: v for k, v in vars(options).items() if k != "json"}}
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(options, write_tiles(Path(folder), 8 * options.batch, options.tile_px, 8), ranks)
         for name in options.parts.split(","):
-            found[name] = PARTS[name](bench)
-            print_part(name, found[name])
+            figures[name] = PARTS[name](bench)
+            print_part(name, figures[name])
             if options.json:  # after every part: a machine may be lent for a limited time
                 options.json.parent.mkdir(parents=True, exist_ok=True)
-                options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+                options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How good are the boxes of `odis-path propose` for nuclei? Precision, recall and F1 at a box IoU, by group of images.
+"""Precision, recall and F1 of the boxes of `odis-path propose` for nuclei at a box IoU, by group of images.
 
 Data: a folder with images/, labels/ (instance masks of the same names) and groups.json (group -> names), such as the
 stained-tissue images of the 2018 Data Science Bowl. Each group is halved by a seeded draw: what is tuned (settings, and
@@ -30,23 +30,23 @@ IOU_RANGE = (0.3, 0.8)  # where the quality of an outline goes from 0 to 1
 RIDGE = 10.0
 
 
-def matches(found: np.ndarray, truth: np.ndarray, iou: float) -> int:
+def matches(proposed: np.ndarray, truth: np.ndarray, iou: float) -> int:
     """Pairs of boxes (k, 4) and (m, 4) with an IoU of at least `iou`, each box used once, as many as possible."""
     from scipy.optimize import linear_sum_assignment
 
-    if not len(found) or not len(truth):
+    if not len(proposed) or not len(truth):
         return 0
-    pairs = box_iou(found, truth) >= iou
+    pairs = box_iou(proposed, truth) >= iou
     rows, columns = linear_sum_assignment(pairs, maximize=True)
     return int(pairs[rows, columns].sum())
 
 
-def box_iou(found: np.ndarray, truth: np.ndarray) -> np.ndarray:
+def box_iou(proposed: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """IoU (k, m) of boxes (k, 4) and (m, 4)."""
-    low = np.maximum(found[:, None, :2], truth[None, :, :2])
-    high = np.minimum(found[:, None, 2:], truth[None, :, 2:])
+    low = np.maximum(proposed[:, None, :2], truth[None, :, :2])
+    high = np.minimum(proposed[:, None, 2:], truth[None, :, 2:])
     shared = np.prod(np.clip(high - low, 0, None), axis=2)
-    areas = [np.prod(boxes[:, 2:] - boxes[:, :2], axis=1) for boxes in (found, truth)]
+    areas = [np.prod(boxes[:, 2:] - boxes[:, :2], axis=1) for boxes in (proposed, truth)]
     return shared / (areas[0][:, None] + areas[1][None, :] - shared)
 
 
@@ -84,25 +84,25 @@ def _counted(data: Path, names: list[str], mpp: float, iou: float) -> dict[str, 
     for name in names:
         rgb, labels = load(data, name)
         begin = time.process_time()
-        found, _ = boxes_of(segment_nuclei(rgb, mpp, ProposalSettings()))
+        proposed, _ = boxes_of(segment_nuclei(rgb, mpp, ProposalSettings()))
         counts["seconds"] += time.process_time() - begin
         truth, _ = boxes_of(labels)
         counts["images"] += 1
         counts["nuclei"] += len(truth)
-        counts["found"] += len(found)
-        counts["right"] += matches(found, truth, iou)
+        counts["found"] += len(proposed)
+        counts["right"] += matches(proposed, truth, iou)
     return counts
 
 
 def _scores(counts: dict[str, float]) -> dict[str, Any]:
-    right, found, nuclei = counts["right"], counts["found"], counts["nuclei"]
+    right, proposed, nuclei = counts["right"], counts["found"], counts["nuclei"]
     return {
         "images": int(counts["images"]),
         "nuclei": int(nuclei),
-        "found": int(found),
-        "precision": right / max(found, 1),
+        "found": int(proposed),
+        "precision": right / max(proposed, 1),
         "recall": right / max(nuclei, 1),
-        "f1": 2 * right / max(found + nuclei, 1),
+        "f1": 2 * right / max(proposed + nuclei, 1),
         "cpu_ms_per_image": 1000 * counts["seconds"] / max(counts["images"], 1),
     }
 

@@ -327,15 +327,15 @@ def same(whole: stream.Clipped, parts: stream.Clipped) -> None:
     assert a.label.tolist() == b.label.tolist(), "labels differ when read in parts"
     assert a.kind.tolist() == b.kind.tolist(), "kinds differ when read in parts"
     nothing = np.full(len(a), np.nan, np.float32)
-    mine, other = (nothing if table.confidence is None else table.confidence for table in (a, b))
-    assert np.array_equal(mine, other, equal_nan=True), "confidence differs when read in parts"
+    first, second = (nothing if table.confidence is None else table.confidence for table in (a, b))
+    assert np.array_equal(first, second, equal_nan=True), "confidence differs when read in parts"
     assert a.log.notes == b.log.notes, "notes differ when read in parts"
     assert a.counts == b.counts, f"counts differ when read in parts: {a.counts} {b.counts}"
     assert np.array_equal(whole.boxes[0].xyxy, parts.boxes[0].xyxy), "boxes differ when read in parts"
     assert np.array_equal(whole.boxes[0].object, parts.boxes[0].object), "objects of boxes differ when read in parts"
 
 
-class Findings:
+class Outcomes:
     """Outcomes counted; each kind of failure once, with the input."""
 
     def __init__(self, folder: Path) -> None:
@@ -356,10 +356,10 @@ class Findings:
             self.counts["failed"] += 1
             if key not in self.failures or len(data) < len(self.failures[key][0]):
                 self.failures[key] = (data, str(error)[:300])
-        took = time.perf_counter() - begin
-        self.slowest = max(self.slowest, took)
-        if took > SLOW_S:
-            self.failures.setdefault("slow", (data, f"{took:.1f} s"))
+        seconds = time.perf_counter() - begin
+        self.slowest = max(self.slowest, seconds)
+        if seconds > SLOW_S:
+            self.failures.setdefault("slow", (data, f"{seconds:.1f} s"))
 
 
 def main() -> int:
@@ -371,13 +371,13 @@ def main() -> int:
     begin = time.perf_counter()
     memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
     with tempfile.TemporaryDirectory(dir=memory) as folder:
-        found = Findings(Path(folder))
+        outcomes = Outcomes(Path(folder))
         sound, rng = seeds(), random.Random(options.seed)
         for data in sound:
-            found.take(data, 0)
-        assert found.counts["failed"] == 0, found.failures
+            outcomes.take(data, 0)
+        assert outcomes.counts["failed"] == 0, outcomes.failures
         for number in range(options.inputs // 2):
-            found.take(damaged(rng.choice(sound), rng), number)
+            outcomes.take(damaged(rng.choice(sound), rng), number)
         grown = 0
 
         @with_seed(options.seed)
@@ -392,15 +392,15 @@ def main() -> int:
         def grow(value: Any) -> None:
             nonlocal grown
             grown += 1
-            found.take(json.dumps(value).encode(), grown)
+            outcomes.take(json.dumps(value).encode(), grown)
 
         grow()
     total = options.inputs // 2 + grown
     print(f"{total:,} inputs (and {len(sound)} sound ones), seed {options.seed}, {time.perf_counter() - begin:.0f} s", end="; ")
-    print(", ".join(f"{n:,} {what}" for what, n in found.counts.items()), f"; slowest {found.slowest:.2f} s")
-    for key, (data, message) in found.failures.items():
+    print(", ".join(f"{n:,} {what}" for what, n in outcomes.counts.items()), f"; slowest {outcomes.slowest:.2f} s")
+    for key, (data, message) in outcomes.failures.items():
         print(f"FAILED {key}: {message}\n   {data[:2000]!r}")
-    return 1 if found.failures else 0
+    return 1 if outcomes.failures else 0
 
 
 if __name__ == "__main__":

@@ -301,25 +301,25 @@ def mutant(data: bytes, rng: np.random.Generator) -> bytes:
     """A damaged copy."""
     out = bytearray(data)
     for _ in range(int(rng.choice([1, 1, 1, 2, 8]))):
-        at = int(rng.integers(0, max(1, len(out))))
-        size = min(int(rng.choice([1, 4, 16, 512, 4096, 20_000])), len(out) - at)
-        how = rng.integers(0, 9)
-        if how <= 2 and out:
-            out[at] ^= 1 << int(rng.integers(0, 8))
-        elif how == 3:
-            out[at : at + size] = bytes(size)
-        elif how == 4:
-            out[at : at + size] = rng.bytes(size)
-        elif how == 5:
-            del out[at : at + size]
-        elif how == 6:
-            out[at:at] = out[at : at + size]
-        elif how == 7 and out:
+        start = int(rng.integers(0, max(1, len(out))))
+        size = min(int(rng.choice([1, 4, 16, 512, 4096, 20_000])), len(out) - start)
+        damage = rng.integers(0, 9)
+        if damage <= 2 and out:
+            out[start] ^= 1 << int(rng.integers(0, 8))
+        elif damage == 3:
+            out[start : start + size] = bytes(size)
+        elif damage == 4:
+            out[start : start + size] = rng.bytes(size)
+        elif damage == 5:
+            del out[start : start + size]
+        elif damage == 6:
+            out[start:start] = out[start : start + size]
+        elif damage == 7 and out:
             other = int(rng.integers(0, len(out)))
-            length = min(size, len(out) - max(at, other))
-            out[at : at + length], out[other : other + length] = out[other : other + length], out[at : at + length]
-        elif how == 8:
-            del out[at:]
+            length = min(size, len(out) - max(start, other))
+            out[start : start + length], out[other : other + length] = out[other : other + length], out[start : start + length]
+        elif damage == 8:
+            del out[start:]
     return bytes(out)
 
 

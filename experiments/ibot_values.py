@@ -1,4 +1,4 @@
-"""Which of iBOT's published values to take for slides: each alone, and all, against this project's, on one set of tiles.
+"""iBOT's published values for slides, each alone and all together, against this project's on one set of tiles.
 
     odis-path import TILES --out tiles72 --no-mpp --size 72 --fit squash --shard 100      # class folders
     python experiments/ibot_values.py tiles72 --seeds 0,1 --json experiments/results/ibot_values.json
@@ -71,12 +71,12 @@ def run(tiles: Path, keys: list[str], seed: int, epochs: float, away: list[str])
     index, known = index_tiles(tiles), labels_of(tiles)
     parts = []
     for inside in (False, True):
-        some = index.of_patients(set(away), inside=inside)
+        part = index.of_patients(set(away), inside=inside)
         names = []
-        for slide, row in zip(some.slide, some.row, strict=True):
-            with SlideFile(some.paths[slide]) as file:
+        for slide, row in zip(part.slide, part.row, strict=True):
+            with SlideFile(part.paths[slide]) as file:
                 names.append(known[file.slide_id, *map(int, file.coords[row])])
-        pixels = read_tiles(some)
+        pixels = read_tiles(part)
         parts.append((np.concatenate([encoder.encode(pixels[s]) for s in batches(len(pixels), 64)]), np.array(names)))
     (gallery, known_names), (queries, names) = parts
     classes, numbers = np.unique(known_names, return_inverse=True)
@@ -97,25 +97,26 @@ def main() -> None:
     away = slides[::4]
     names = options.variants.split(";") if options.variants else list(VARIANTS)
     seeds = [int(seed) for seed in options.seeds.split(",")]
-    found: dict[str, Any] = {}
+    variants: dict[str, Any] = {}
     right: dict[str, np.ndarray] = {}
     for name in names:
         runs = [run(options.tiles, VARIANTS[name], seed, options.epochs, away) for seed in seeds]
         right[name] = np.stack([hits for hits, _ in runs])
         gap = (right[name].astype(float) - right[names[0]]).mean(0)
-        found[name] = {
+        variants[name] = {
             "accuracy": right[name].mean(1).tolist(),
             "difference": float(gap.mean()),
             "error": float(gap.std() / len(gap) ** 0.5),
             "cpu_seconds": [seconds for _, seconds in runs],
         }
-        row = found[name]
+        row = variants[name]
         points = " ".join(f"{value:.3f}" for value in row["accuracy"])
         spent = sum(row["cpu_seconds"])
         print(f"{name:<30} {points}   {row['difference']:+.3f} +- {row['error']:.3f}   {spent:.0f} s", flush=True)
         if options.json:
             options.json.parent.mkdir(parents=True, exist_ok=True)
-            options.json.write_text(json.dumps({"epochs": options.epochs, "seeds": seeds, "variants": found}, indent=2) + "\n")
+            content = {"epochs": options.epochs, "seeds": seeds, "variants": variants}
+            options.json.write_text(json.dumps(content, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -282,23 +282,9 @@ def make_probes(settings: DemoSettings) -> list[str]:
     split = ["--split", str(out / "run" / "split.csv")] if has_test_split(out / "run" / "split.csv") else []
     for level, probe in (("tile", "knn"), ("tile", "linear"), ("object", "knn")):
         features, results = out / "features", out / "evaluation" / f"{level}-{probe}"
-        arguments = [
-            "evaluate",
-            str(features / f"odis-{level}"),
-            "--labels",
-            "annotations",
-            "--probe",
-            probe,
-            "--groups",
-            "patient_id",
-            "--level",
-            level,
-            "--out",
-            str(results),
-            "--baseline",
-            f"random weights={features / f'random-{level}'}",
-            *split,
-        ]
+        twin = f"random weights={features / f'random-{level}'}"
+        arguments = ["evaluate", str(features / f"odis-{level}"), "--labels", "annotations", "--probe", probe, "--level", level]
+        arguments += ["--groups", "patient_id", "--out", str(results), "--baseline", twin, *split]
         if settings.command(arguments, may_fail=True):
             lines.append(f"{level} {probe}: not evaluated; its message above says why")
             continue

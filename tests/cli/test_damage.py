@@ -1,4 +1,4 @@
-"""What the commands say of damaged files: one line or one row with the file and the remedy, never a traceback."""
+"""Damaged files in the commands: one line or one row with the file and the remedy, never a traceback."""
 
 from __future__ import annotations
 

@@ -19,8 +19,8 @@ def test_an_odd_folder_is_scanned_filled_in_scanned_again_and_tiled(run: Run, co
         (slides / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(slide, slides / name)
     (slides / "dead.svs").symlink_to("nowhere")
-    said = refused(run("scan", slides, "--out", manifest), "caf\\xe9.svs", "file name is not UTF-8: rename it")
-    assert "leads to no file" in said
+    message = refused(run("scan", slides, "--out", manifest), "caf\\xe9.svs", "file name is not UTF-8: rename it")
+    assert "leads to no file" in message
     with manifest.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["readable"] for row in rows].count("true") == len(good)

@@ -89,9 +89,9 @@ def test_ctrl_c_says_that_the_command_goes_on(cohort: Path, tmp_path: Path, work
         (slides / f"{i:03}{slide.suffix}").symlink_to(slide)
     out = tmp_path / "out"
     tile = ["tile", slides, "--out", out, "--mpp", "0.5", "--size", "64", "--workers", workers]
-    code, said = interrupted(*tile, when=out / "003.h5")
+    code, stderr = interrupted(*tile, when=out / "003.h5")
     assert code == 130
-    assert said == STOPPED
+    assert stderr == STOPPED
 
 
 def test_ctrl_c_while_the_commands_are_imported_is_no_traceback() -> None:

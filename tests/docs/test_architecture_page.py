@@ -57,14 +57,14 @@ def test_every_python_file_and_folder_of_a_page_exists(page: str) -> None:
 
 @pytest.mark.parametrize("page", [page for page in ALL_PAGES if page.endswith(".md")])
 def test_every_dotted_name_of_a_page_can_be_imported(page: str) -> None:
-    lost = []
+    missing = []
     for name in sorted(set(NAME.findall(code_of(page)))):
         try:
             resolved(name)
         except (ImportError, AttributeError):
             if not list((ROOT / "experiments/results").glob(name)):  # annotations.json is a file of results
-                lost.append(name)
-    assert lost == []
+                missing.append(name)
+    assert missing == []
 
 
 @pytest.mark.parametrize("page", ALL_PAGES)

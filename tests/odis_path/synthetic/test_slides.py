@@ -121,8 +121,8 @@ def test_regions_outline_what_was_painted(picture: Picture) -> None:
     tree = shapely.STRtree(picture.regions)
     point, region = tree.query(shapely.points(x, y), predicate="within")
     painted = picture.types[y[point].astype(int), x[point].astype(int)]
-    said = np.array([TISSUE_TYPES.index(picture.region_types[r]) for r in region])
-    assert (painted == said).mean() > 0.97
+    annotated = np.array([TISSUE_TYPES.index(picture.region_types[r]) for r in region])
+    assert (painted == annotated).mean() > 0.97
 
 
 def test_mean_colour_does_not_tell_the_types_of_a_slide_apart(picture: Picture) -> None:

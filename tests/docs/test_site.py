@@ -16,7 +16,7 @@ import yaml
 
 from odis_path import __version__
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("experiments/*.md")])
 NEEDED = ("mkdocs", "material", "mkdocstrings", "latex2mathml")
 needs_mkdocs = pytest.mark.skipif(
