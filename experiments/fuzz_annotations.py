@@ -38,7 +38,7 @@ from hypothesis import strategies as st
 
 from annotations.errors import UserError
 from annotations.objects import KindOption
-from annotations.readers.geojson import large_file as stream
+from annotations.readers.geojson import large_file
 from annotations.readers.geojson.large_file import split_features
 from annotations.readers.options import ReadOptions
 from annotations.readers.read import read_annotations
@@ -63,7 +63,7 @@ LOSSES = (
     "holes_dropped",
 )
 KINDS: tuple[KindOption, ...] = ("auto", "cell", "tissue")
-GRID = stream.Grid(np.array([[x, y] for y in (0, 40, 80) for x in (0, 40, 80)]), 50.0, 32, (200.0, 200.0), polygons=True)
+GRID = large_file.Grid(np.array([[x, y] for y in (0, 40, 80) for x in (0, 40, 80)]), 50.0, 32, (200.0, 200.0), polygons=True)
 TOKENS = (
     b"NaN",
     b"Infinity",
@@ -279,16 +279,16 @@ document = st.one_of(
 
 def check(path: Path, options: ReadOptions, store: bool) -> str:
     """What became of one file: "read" or "refused". Raises AssertionError, or whatever got loose."""
-    whole = read_or_refuse(lambda: stream.clip_file(path, GRID, options))
+    whole = read_or_refuse(lambda: large_file.clip_file(path, GRID, options))
     chunks = split_features(path, chunk_bytes=200)
     if chunks is not None:
-        parts = [part for chunk in chunks if (part := stream.clip_chunk(chunk, GRID, options)) is not None]
+        parts = [part for chunk in chunks if (part := large_file.clip_chunk(chunk, GRID, options)) is not None]
         if len(parts) == len(chunks):
             # The text of what is passed over is looked at only where something else in the file is odd.
             if isinstance(whole, str) and "not JSON in utf-8" in whole:
                 return "refused"
             assert not isinstance(whole, str), f"refused whole ({whole}), read in parts"
-            same(whole, stream.join_chunks(parts, GRID))
+            same(whole, large_file.join_chunks(parts, GRID))
     if isinstance(whole, str):
         return "refused"
     table = read_annotations(path, options)
@@ -309,7 +309,7 @@ def check(path: Path, options: ReadOptions, store: bool) -> str:
     return "read"
 
 
-def read_or_refuse(read: Callable[[], stream.Clipped]) -> Any:
+def read_or_refuse(read: Callable[[], large_file.Clipped]) -> Any:
     """What was read, or the line that it was refused with."""
     try:
         return read()
@@ -321,7 +321,7 @@ def read_or_refuse(read: Callable[[], stream.Clipped]) -> Any:
         return message
 
 
-def same(whole: stream.Clipped, parts: stream.Clipped) -> None:
+def same(whole: large_file.Clipped, parts: large_file.Clipped) -> None:
     a, b = whole.table, parts.table
     assert a.id.tolist() == [key.replace("\0", "\ufffd") for key in b.id.tolist()], "ids differ when read in parts"
     assert a.label.tolist() == b.label.tolist(), "labels differ when read in parts"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import chain, pairwise
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import msgspec
 import numpy as np
@@ -60,8 +60,9 @@ class IrregularPositionError(ValueError):
 
 def rings_of(polygons: Sequence[msgspec.Raw] | Sequence[list[Ring]]) -> Rings:
     """Read the rings of polygons, whose coordinates are JSON or lists. Raises IrregularPositionError as rings_from_json."""
-    is_json = len(polygons) > 0 and isinstance(polygons[0], msgspec.Raw)
-    return rings_from_json(polygons) if is_json else rings_from_lists(polygons)  # type: ignore[arg-type]
+    if len(polygons) and isinstance(polygons[0], msgspec.Raw):
+        return rings_from_json(cast("Sequence[msgspec.Raw]", polygons))
+    return rings_from_lists(cast("Sequence[list[Ring]]", polygons))
 
 
 def rings_from_json(raws: Sequence[msgspec.Raw]) -> Rings:

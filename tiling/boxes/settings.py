@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast, get_args
 
 from annotations.errors import UserError
+from annotations.objects import KindOption
 
 if TYPE_CHECKING:
     from annotations.class_map import ClassMap
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
 POINT_SIZE = re.compile(r"^\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*(um|µm|μm|px|)\s*$")
 
 Origin = Literal["auto", "level0", "bounds"]
-Kind = Literal["auto", "tissue", "cell"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class AnnotateSettings:
     """
 
     origin: Origin = "auto"
-    kind: Kind = "auto"
+    kind: KindOption = "auto"
     point_size: float | None = None
     point_unit: str = "um"
     polygons: bool = False
@@ -54,13 +54,13 @@ class Reading:
     processes: int = 1
 
 
-def checked_choices(origin: str, kind: str) -> tuple[Origin, Kind]:
+def checked_choices(origin: str, kind: str) -> tuple[Origin, KindOption]:
     """The two options, known to be among their choices."""
     if origin not in get_args(Origin):
         raise UserError(f"--origin {origin}: is one of {', '.join(get_args(Origin))}")
-    if kind not in get_args(Kind):
-        raise UserError(f"--kind {kind}: is one of {', '.join(get_args(Kind))}")
-    return cast("Origin", origin), cast("Kind", kind)
+    if kind not in get_args(KindOption):
+        raise UserError(f"--kind {kind}: is one of {', '.join(get_args(KindOption))}")
+    return cast("Origin", origin), cast("KindOption", kind)
 
 
 def named_classes(path: Path | str | None, strict: bool) -> ClassMap | None:

@@ -85,10 +85,10 @@ def _table(features: list[Feature], options: ReadOptions, source: str, id_prefix
     )
     keep = [row for row, name in enumerate(types) if name not in _IGNORED_TYPES]
     objects.counts["ignored"] = len(types) - len(keep)
-    sorted_ = _sort(features, keep, kinds == Kind.CELL, objects)
-    owner, group = np.array(sorted_.owner, dtype=np.int64), np.array(sorted_.group, dtype=np.int64)
-    points = points_of(sorted_.points, sorted_.point_owner)
-    table, rows = build_table(objects, rings_of(sorted_.polygons), owner, points, options, source, group=group)
+    geometries = _sort(features, keep, kinds == Kind.CELL, objects)
+    owner, group = np.array(geometries.owner, dtype=np.int64), np.array(geometries.group, dtype=np.int64)
+    points = points_of(geometries.points, geometries.point_owner)
+    table, rows = build_table(objects, rings_of(geometries.polygons), owner, points, options, source, group=group)
     cell_sets = options.kind == "auto" and CELL_SET in types
     return (table.with_notes(_CELL_SETS) if cell_sets else table), rows
 
@@ -131,7 +131,7 @@ def _class_name(feature: Feature) -> str | None:
 
 
 @dataclass
-class _Sorted:
+class _Geometries:
     """Polygons and points of features.
 
     polygons: JSON each, or rings each; owner: the feature of each; group: a number of each, which the parts of a MultiPolygon
@@ -145,12 +145,12 @@ class _Sorted:
     point_owner: list[int] = field(default_factory=list)
 
 
-def _sort(features: list[Feature], keep: list[int], is_cell: np.ndarray, objects: Objects) -> _Sorted:
+def _sort(features: list[Feature], keep: list[int], is_cell: np.ndarray, objects: Objects) -> _Geometries:
     """Sort features `keep` by what their geometry is; those without polygon or point are lost."""
     plain = [geometry.coordinates for row in keep if type(geometry := features[row].geometry) is Polygon]
     if len(plain) == len(keep):  # as of cells nearly always
-        return _Sorted(plain, keep, keep)
-    result = _Sorted()
+        return _Geometries(plain, keep, keep)
+    result = _Geometries()
     groups = 0
     for row in keep:
         geometry = features[row].geometry

@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 import pytest
 
-from annotations.readers.geojson import large_file as stream
+from annotations.readers.geojson import large_file
 from tests.tiling.boxes.test_run import feature, rectangle, save, slide_file
 from tiling import SlideFile, replace_groups
 from tiling.boxes.run import annotate
@@ -171,10 +171,10 @@ def test_stream_gives_the_same_boxes(tmp_path: Path, monkeypatch: pytest.MonkeyP
     many = [feature({"type": "Polygon", "coordinates": [[[x, 5], [x + 9, 5], [x, 70]]]}) for x in range(300)]
     source = save(tmp_path / "a.geojson", *many)
     annotate(one.parent, source)
-    monkeypatch.setattr(stream, "LARGE_BYTES", 0)
+    monkeypatch.setattr(large_file, "LARGE_BYTES", 0)
     called: list[str] = []
     monkeypatch.setattr(
-        stream, "clip_table", lambda table, grid, clip=stream.clip_table: called.append("part") or clip(table, grid)
+        large_file, "clip_table", lambda table, grid, clip=large_file.clip_table: called.append("part") or clip(table, grid)
     )
     annotate(two.parent, source, stream=True)
     assert called

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from annotations import UserError, read_annotations
-from annotations.readers.geojson import large_file as stream
+from annotations.readers.geojson import large_file
 from annotations.readers.geojson.large_file import Clipped, Grid, clip_file, clip_table, split_features
 from annotations.readers.options import ReadOptions
 
@@ -65,9 +65,9 @@ def same(a: Clipped, b: Clipped) -> None:
 
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream, "LARGE_BYTES", 0)
-    monkeypatch.setattr(stream, "PER_PROCESS_BYTES", 1)
-    monkeypatch.setattr(stream, "split_features", partial(split_features, chunk_bytes=1500))
+    monkeypatch.setattr(large_file, "LARGE_BYTES", 0)
+    monkeypatch.setattr(large_file, "PER_PROCESS_BYTES", 1)
+    monkeypatch.setattr(large_file, "split_features", partial(split_features, chunk_bytes=1500))
 
 
 def save(path: Path, document: object, **layout) -> Path:
@@ -97,7 +97,7 @@ def test_in_parts_as_whole(tmp_path, layout, indent, options):
     assert len(parts) > 7 or layout == "one"
     whole = clip_table(read_annotations(path, **options), GRID)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stream, "read_annotations", must_not_be_called)
+        patch.setattr(large_file, "read_annotations", must_not_be_called)
         same(clip_file(path, GRID, ReadOptions(**options)), whole)
 
 
@@ -108,13 +108,13 @@ def must_not_be_called(path: Path, options: ReadOptions):
 @pytest.mark.usefixtures("small_parts")
 def test_two_processes_as_one(tmp_path, monkeypatch):
     path = save(tmp_path / "a.geojson", many(200))
-    monkeypatch.setattr(stream, "read_annotations", must_not_be_called)
+    monkeypatch.setattr(large_file, "read_annotations", must_not_be_called)
     same(clip_file(path, GRID, ReadOptions(), processes=2), clip_table(read_annotations(path), GRID))
 
 
 @pytest.mark.usefixtures("small_parts")
 def test_numbers_that_are_none_stay_in_their_part(tmp_path, monkeypatch):
-    monkeypatch.setattr(stream, "read_annotations", must_not_be_called)
+    monkeypatch.setattr(large_file, "read_annotations", must_not_be_called)
     items = many()
     items[3]["geometry"]["coordinates"][0].append([float("nan"), 1])
     items[50]["properties"]["classification"] = 7
@@ -151,7 +151,7 @@ def test_what_cannot_be_cut_is_read_whole(tmp_path, monkeypatch, name):
         called.append(file)
         return read_annotations(file, options)
 
-    monkeypatch.setattr(stream, "read_annotations", read)
+    monkeypatch.setattr(large_file, "read_annotations", read)
 
     def attempt(clip):
         try:
@@ -172,16 +172,16 @@ def test_what_cannot_be_cut_is_read_whole(tmp_path, monkeypatch, name):
 def test_bounded_memory_is_promised_or_refused(tmp_path, monkeypatch):
     path = save(tmp_path / "a.geojson", nested())
     assert len(clip_file(path, GRID, ReadOptions(), stream=True)) > 60
-    monkeypatch.setattr(stream, "STREAM_BYTES", 1000)
+    monkeypatch.setattr(large_file, "STREAM_BYTES", 1000)
     with pytest.raises(UserError, match=r"a\.geojson: cannot be read in parts .*: unpack it, or leave out --stream"):
         clip_file(path, GRID, ReadOptions(), stream=True)
     packed = tmp_path / "c.geojson.gz"
     packed.write_bytes(gzip.compress(json.dumps(many(2000)).encode()))
-    monkeypatch.setattr(stream, "STREAM_BYTES", 2 * packed.stat().st_size)
+    monkeypatch.setattr(large_file, "STREAM_BYTES", 2 * packed.stat().st_size)
     with pytest.raises(UserError, match="unpack it, or leave out --stream"):
         clip_file(packed, GRID, ReadOptions(), stream=True)
     flat = save(tmp_path / "b.geojson", many())
-    monkeypatch.setattr(stream, "read_annotations", must_not_be_called)
+    monkeypatch.setattr(large_file, "read_annotations", must_not_be_called)
     assert len(clip_file(flat, GRID, ReadOptions(), stream=True)) > 50
 
 
