@@ -20,12 +20,12 @@ def is_missing(text: str) -> bool:
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """Rows of a CSV with a header, every value stripped. Raises UserError where it cannot be read."""
+    """Read the rows of a CSV with a header, every value stripped. Raises UserError where it cannot be read."""
     return [row for _, row in numbered_rows(path)]
 
 
 def numbered_rows(path: Path) -> list[tuple[int, dict[str, str]]]:
-    """The same with the line of each row (`tiling.storage.csv_file`)."""
+    """Read the same with the line of each row (`tiling.storage.csv_file`)."""
     rows = [(line, {name: text.strip() for name, text in row.items()}) for line, row in read_csv_file(Path(path)).rows]
     if not rows:
         raise UserError(f"{path}: holds no rows: a header line and one line per item are needed")
@@ -33,7 +33,7 @@ def numbered_rows(path: Path) -> list[tuple[int, dict[str, str]]]:
 
 
 def alike(names: Iterable[str], *, ids: bool = False) -> list[list[str]]:
-    """Groups of names that may mean one thing: they differ in case, spaces, hyphens and underscores only.
+    """Group names that may mean one thing: they differ in case, spaces, hyphens and underscores only.
 
     ids: leading zeros and a trailing ".0" make no difference either (P01 and p1, 7 and 7.0), as spreadsheets change them.
     """
@@ -52,6 +52,6 @@ def alike(names: Iterable[str], *, ids: bool = False) -> list[list[str]]:
 
 
 def spell_alike(groups: list[list[str]], limit: int = 5) -> str:
-    """ "P01 and p1; P02 and p2", the first few."""
-    more = f" and {len(groups) - limit} more" if len(groups) > limit else ""
-    return "; ".join(" and ".join(group) for group in groups[:limit]) + more
+    """Write "P01 and p1; P02 and p2", the first few and the number of the rest."""
+    rest = f" and {len(groups) - limit} more" if len(groups) > limit else ""
+    return "; ".join(" and ".join(group) for group in groups[:limit]) + rest

@@ -22,10 +22,12 @@ import torch
 import torch.nn.functional as F
 
 from annotations.errors import UserError
+from odis_path.checkpoint import Checkpoint, load_checkpoint, load_into
 from odis_path.data.crops import Crop, patch_mask
 from odis_path.data.views import normalise
 from odis_path.embedding.request import Mode
 from odis_path.model.create import POOL_WORDS, WORDS_OF_POOL, create_vit, embedding_pool
+from odis_path.model.network import build_network
 from odis_path.model.source import is_checkpoint, settled_source
 from odis_path.model.vit import ObjViT, wrapped
 
@@ -160,19 +162,21 @@ def _from_timm(source: str, device: torch.device, random_weights: bool, pool: st
     return FrozenEncoder(module.eval().to(device), name, mean, std, device, start.trained_px, pool_reason=reason)
 
 
-def _from_checkpoint(path: Path, device: torch.device, random_weights: bool, pool: str | None) -> FrozenEncoder:
-    from odis_path.checkpoint import load_checkpoint, load_into
-    from odis_path.model.network import build_network
-
-    checkpoint = load_checkpoint(path)
+def teacher_encoder(checkpoint: Checkpoint, *, random_weights: bool = False) -> ObjViT:
+    """Build the teacher's encoder of a checkpoint, without the heads; with its weights unless they are to be random."""
     state = checkpoint.state["teacher"]
     network = build_network(checkpoint.config, student=False, like=state)
+    if not random_weights:
+        load_into(network, state, checkpoint.path, "teacher")
+    return network.encoder.eval()
+
+
+def _from_checkpoint(path: Path, device: torch.device, random_weights: bool, pool: str | None) -> FrozenEncoder:
+    checkpoint = load_checkpoint(path)
+    module = teacher_encoder(checkpoint, random_weights=random_weights)
     name = f"{checkpoint.config.name}:{checkpoint.config.model.name}@{checkpoint.step}"
     if random_weights:
         name = f"random:{checkpoint.config.model.name}"
-    else:
-        load_into(network, state, checkpoint.path, "teacher")
-    module = network.encoder
     if pool is not None:
         if "cls" in pool and not module.has_obj:
             raise UserError(f"--pool {pool}: {path} has no [OBJ]: take --pool mean")
@@ -181,9 +185,7 @@ def _from_checkpoint(path: Path, device: torch.device, random_weights: bool, poo
         module.pool = POOL_WORDS[pool]
     data, size = checkpoint.config.data, checkpoint.config.views.global_size
     reason, window_um = "as asked" if pool else "as trained", checkpoint.config.views.window_um
-    return FrozenEncoder(
-        module.eval().to(device), name, data.mean, data.std, device, size, pool_reason=reason, window_um=window_um
-    )
+    return FrozenEncoder(module.to(device), name, data.mean, data.std, device, size, pool_reason=reason, window_um=window_um)
 
 
 @torch.inference_mode()

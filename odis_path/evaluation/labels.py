@@ -21,8 +21,8 @@ LEVELS = ("tile", "object", "slide")
 
 @dataclass
 class Labels:
-    """Label names of things, by key. kind: what a key names, "slide" (slide_id,), "tile" (slide_id, x, y) or "object"
-    (slide_id, row). patient and site: by slide_id, where the CSV tells them. kind "annotations": the stored labels."""
+    """Label names by key. kind: what a key names, "slide" (slide_id,), "tile" (slide_id, x, y) or "object" (slide_id, row).
+    patient and site: by slide_id, where the CSV tells them. kind "annotations": the stored labels."""
 
     where: str
     kind: str = ANNOTATIONS
@@ -33,7 +33,7 @@ class Labels:
 
 
 def read_labels(labels: Path | str) -> Labels:
-    """A CSV with columns label and slide_id, and x, y or object where single tiles or objects are labelled; patient_id and
+    """Read a CSV with columns label and slide_id, and x, y or object where single tiles or objects are labelled; patient_id and
     site of the slide may be beside them. "annotations": the labels stored in the feature files. Raises UserError.
     """
     if str(labels) == ANNOTATIONS:
@@ -47,7 +47,7 @@ def read_labels(labels: Path | str) -> Labels:
     if len(columns & {"x", "y"}) == 1:
         raise UserError(f"{path}: one of the columns x and y without the other: tile labels need both")
     kind = "object" if "object" in columns else "tile" if "x" in columns else "slide"
-    found = Labels(str(path), kind)
+    labelled = Labels(str(path), kind)
     blank, words = 0, Counter[str]()
     for number, row in rows:
         if is_missing(row["label"]):
@@ -55,31 +55,31 @@ def read_labels(labels: Path | str) -> Labels:
             words.update([row["label"]] if row["label"] else [])
             continue
         key = _key(path, number, row, kind)
-        if found.name_of.setdefault(key, row["label"]) != row["label"]:
+        if labelled.name_of.setdefault(key, row["label"]) != row["label"]:
             raise UserError(
-                f"{path}: line {number}: {_spell(key)} is labelled {found.name_of[key]} and {row['label']}: keep one"
+                f"{path}: line {number}: {_spell(key)} is labelled {labelled.name_of[key]} and {row['label']}: keep one"
             )
-        for column, of in (("patient_id", found.patient), ("site", found.site)):
+        for column, of in (("patient_id", labelled.patient), ("site", labelled.site)):
             value = row.get(column, "")
             if not is_missing(value) and of.setdefault(row["slide_id"], value) != value:
                 raise UserError(f"{path}: line {number}: slide {row['slide_id']} has two values of {column}: keep one")
     if blank:
-        found.warnings.append(f"{blank} lines of {path.name} have no label and were left out")
-    found.warnings += _missing_words(path.name, words)
+        labelled.warnings.append(f"{blank} lines of {path.name} have no label and were left out")
+    labelled.warnings += _missing_words(path.name, words)
     for column in ("patient_id", "site"):
         unknown = sorted({row["slide_id"] for _, row in rows if row.get(column) and is_missing(row[column])})
         if unknown:
-            found.warnings.append(
+            labelled.warnings.append(
                 f"{path.name}: {column} of {len(unknown)} slides is a word for none (nan, NA and the like) and was taken as "
                 f"not known: {shorten(unknown)}"
             )
-    if not found.name_of:
+    if not labelled.name_of:
         raise UserError(f"{path}: no line has a label")
-    return found
+    return labelled
 
 
 def _missing_words(where: str, words: Counter[str]) -> list[str]:
-    """Warnings about labels that read as a missing value."""
+    """Warn of labels that read as a missing value."""
     if not words:
         return []
     counted = ", ".join(f"{name} ({count})" for name, count in sorted(words.items()))
@@ -105,7 +105,7 @@ def _spell(key: tuple[str | int, ...]) -> str:
 
 
 def choose_level(folder: Path, labels: Labels, level: str) -> tuple[str, list[str]]:
-    """The level to judge ("auto": what the labels and the folder say) and what to tell of the choice. Raises UserError."""
+    """Return the level to judge ("auto": by the labels and the folder) and warnings of the choice. Raises UserError."""
     if level not in ("auto", *LEVELS):
         raise UserError(f"--level {level}: no such level; take auto, tile, object or slide")
     present = levels_in(folder)
@@ -122,8 +122,8 @@ def choose_level(folder: Path, labels: Labels, level: str) -> tuple[str, list[st
         return wanted[0], []  # reading it tells what is wrong
     if level != "auto" or len(usable) == 1:
         return usable[0], []
-    others = " or ".join(f"--level {name}" for name in usable[1:])
-    return usable[0], [f"the folder holds several levels: {usable[0]}s were judged; {others} judges the others"]
+    options = " or ".join(f"--level {name}" for name in usable[1:])
+    return usable[0], [f"the folder holds several levels: {usable[0]}s were judged; {options} judges the others"]
 
 
 @dataclass
@@ -181,16 +181,16 @@ def _from_csv(index: FeatureSet, labels: Labels) -> np.ndarray:
     names = np.array([labels.name_of.get(key, "") for key in keys], dtype=object)
     missing = set(labels.name_of) - set(keys)
     if len(missing) == len(labels.name_of):
-        ours, theirs = sorted(set(index.slide_id.tolist())), sorted({str(key[0]) for key in labels.name_of})
+        embedded, labelled = sorted(set(index.slide_id.tolist())), sorted({str(key[0]) for key in labels.name_of})
         raise UserError(
             f"{labels.where}: none of its {labels.kind}s is among the embeddings: "
-            f"slide_ids there {shorten(theirs, 3)}; here {shorten(ours, 3)}"
+            f"slide_ids there {shorten(labelled, 3)}; here {shorten(embedded, 3)}"
         )
     if missing:
-        some = ", ".join(_spell(key) for key in sorted(missing, key=str)[:3])
+        examples = ", ".join(_spell(key) for key in sorted(missing, key=str)[:3])
         near = alike({str(key[0]) for key in missing} | set(index.slide_id.tolist()), ids=True)
         hint = f"; slide_ids that may be one: {spell_alike(near)}" if near else ""
-        labels.warnings.append(f"{len(missing)} labelled {labels.kind}s have no embedding and were left out: {some}{hint}")
+        labels.warnings.append(f"{len(missing)} labelled {labels.kind}s have no embedding and were left out: {examples}{hint}")
     bare = sorted(set(index.slide_id[names == ""].tolist()) - {str(key[0]) for key in labels.name_of})
     if bare:
         labels.warnings.append(
@@ -200,7 +200,7 @@ def _from_csv(index: FeatureSet, labels: Labels) -> np.ndarray:
 
 
 def _best_seen(index: FeatureSet, rows: np.ndarray) -> np.ndarray:
-    """Of the rows of one object, the one with the largest share visible, the first of equals; ascending."""
+    """Choose of the rows of one object the one with the largest share visible, the first of equals; ascending."""
     slide = np.unique(index.slide_id[rows], return_inverse=True)[1] if len(rows) else np.zeros(0, int)
     order = np.lexsort((rows, -index.visible[rows], index.object[rows], slide))
     first = np.ones(len(rows), dtype=bool)
@@ -216,43 +216,43 @@ def _draw(names: np.ndarray, rows: np.ndarray, max_rows: int, seed: int) -> np.n
     count = np.bincount(code)
     # A class smaller than an equal share is kept whole; the rest share what remains in proportion to their size.
     floor = np.minimum(count, max(1, max_rows // (4 * len(classes))))
-    room = count - floor
-    take = floor + np.floor(room * max(0, max_rows - floor.sum()) / max(1, room.sum())).astype(int)
+    above = count - floor
+    take = floor + np.floor(above * max(0, max_rows - floor.sum()) / max(1, above.sum())).astype(int)
     drawn = [rng.permutation(rows[code == c])[: take[c]] for c in range(len(classes))]
     return np.sort(np.concatenate(drawn))
 
 
 def apply_patients(features: FeatureSet, labels: Labels, split: Split | None, warn: Callable[[str], None]) -> np.ndarray:
-    """patient_id of each row: the label CSV's before the file's before the split's; says where they differ or may be one."""
+    """Return patient_id of each row: the label CSV's before the file's before the split's; warn where they differ."""
     slides = features.slide_id.tolist()
     stored = np.array(["" if is_missing(name) else name for name in features.patient_id.tolist()], dtype=object)
     words = sorted(set(features.slide_id[(stored == "") & (features.patient_id != "")].tolist()))
     if words:
         warn(f"the files of {len(words)} slides name a patient nan, NA or the like: taken as not known: {shorten(words)}")
     given = np.array([labels.patient.get(slide, "") for slide in slides], dtype=object)
-    _tell_differences(features, given, stored, "in the label CSV than in their files; the CSV's was taken", warn)
-    found = np.where(given != "", given, stored)
+    _warn_of_differences(features, given, stored, "in the label CSV than in their files; the CSV's was taken", warn)
+    patients = np.where(given != "", given, stored)
     if split is not None:
-        there = np.array([split.patient_of.get(slide, "") for slide in slides], dtype=object)
-        _tell_differences(features, there, found, f"in {split.where} than here; the split's was not taken", warn)
-        found = np.where(found != "", found, there)
-    near = alike(set(found.tolist()) - {""}, ids=True)
+        in_split = np.array([split.patient_of.get(slide, "") for slide in slides], dtype=object)
+        _warn_of_differences(features, in_split, patients, f"in {split.where} than here; the split's was not taken", warn)
+        patients = np.where(patients != "", patients, in_split)
+    near = alike(set(patients.tolist()) - {""}, ids=True)
     if near:
         warn(
             f"patient_ids that may be one ({spell_alike(near)}): they count as several, so that one patient may be learned "
             "from and judged"
         )
-    return found
+    return patients
 
 
-def _tell_differences(features: FeatureSet, a: np.ndarray, b: np.ndarray, where: str, warn: Callable[[str], None]) -> None:
+def _warn_of_differences(features: FeatureSet, a: np.ndarray, b: np.ndarray, where: str, warn: Callable[[str], None]) -> None:
     differ = sorted(set(features.slide_id[(a != "") & (b != "") & (a != b)].tolist()))
     if differ:
         warn(f"{len(differ)} slides have another patient_id {where}: {shorten(differ)}")
 
 
 def sites_of(features: FeatureSet, labels: Labels, warn: Callable[[str], None]) -> np.ndarray | None:
-    """Code of the site of each row, int (n,); None where it is not known of all, or all are of one: that is said."""
+    """Return the code of each row's site, int (n,); None, with a warning, where it is not known of all, or all are of one."""
     if not labels.site:
         return None
     site = [labels.site.get(slide, "") for slide in features.slide_id.tolist()]

@@ -19,7 +19,7 @@ INNER_FOLDS = 4
 
 @dataclass(frozen=True)
 class OuterFold:
-    """Fold numbers: fit on `train`, judge `test`. inner: (validation folds, training folds) to choose k or C by."""
+    """Numbers of folds: fit on `train`, judge `test`. inner: (validation folds, training folds) to choose k or C by."""
 
     test: tuple[int, ...]
     train: tuple[int, ...]
@@ -28,7 +28,7 @@ class OuterFold:
 
 @dataclass(frozen=True)
 class CrossValidation:
-    """fold int (n,): the fold of each row, -1 for rows left out; no group is in two folds. `name` tells what was done."""
+    """fold int (n,): the fold of each row, -1 for rows left out; no group is in two folds. `name` describes it."""
 
     fold: np.ndarray
     outer_folds: tuple[OuterFold, ...]
@@ -40,17 +40,17 @@ class CrossValidation:
         return int(self.fold.max(initial=-1)) + 1
 
     def rows(self, folds: tuple[int, ...]) -> np.ndarray:
-        """Row numbers of some folds, int64."""
+        """Return the row numbers of these folds, int64."""
         return np.flatnonzero(np.isin(self.fold, folds))
 
     @property
     def tested(self) -> np.ndarray:
-        """Row numbers that are judged, each once, in ascending order."""
+        """The row numbers that are judged, each once, in ascending order."""
         return self.rows(tuple(f for outer in self.outer_folds for f in outer.test))
 
 
 def group_codes(groups: str, patient_id: np.ndarray, slide_id: np.ndarray, where: str) -> np.ndarray:
-    """Number of the group of each row, int64 (n,). Raises UserError where the grouping asked for is not known."""
+    """Return the number of each row's group, int64 (n,). Raises UserError where the grouping asked for is not known."""
     if groups not in GROUPS:
         raise UserError(f"--groups {groups}: no such grouping; take one of {', '.join(GROUPS)}")
     if groups == "none":
@@ -66,13 +66,13 @@ def group_codes(groups: str, patient_id: np.ndarray, slide_id: np.ndarray, where
 
 
 def shorten(ids: list[str], limit: int = 5) -> str:
-    """The first few ids, and how many more."""
-    more = f" and {len(ids) - limit} more" if len(ids) > limit else ""
-    return ", ".join(ids[:limit]) + more
+    """Write the first few ids, and the number of the rest."""
+    rest = f" and {len(ids) - limit} more" if len(ids) > limit else ""
+    return ", ".join(ids[:limit]) + rest
 
 
 def cross_validation(y: np.ndarray, group: np.ndarray, folds: int, seed: int, groups: str) -> CrossValidation:
-    """Every row is judged once, by a model that saw no row of its group; k or C chosen on the remaining folds in turn.
+    """Judge every row once, by a model that saw no row of its group; k or C chosen on the remaining folds in turn.
 
     y int (n,), group int (n,). Raises UserError for fewer than two groups.
     """
@@ -126,14 +126,14 @@ def _two_folds(y: np.ndarray, group: np.ndarray, fold: np.ndarray, seed: int) ->
 
 
 def grouped_folds(y: np.ndarray, group: np.ndarray, folds: int, seed: int) -> np.ndarray:
-    """Fold of each row, int64 (n,): whole groups, classes spread as evenly as they allow. Empty folds are closed up."""
+    """Deal the rows out to folds, int64 (n,): whole groups, classes spread as evenly as they allow. Empty folds close up."""
     import warnings
 
     from sklearn.model_selection import KFold, StratifiedGroupKFold, StratifiedKFold
 
     fold = np.zeros(len(y), dtype=np.int64)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # a class with fewer rows than folds: the result tells it
+        warnings.simplefilter("ignore", UserWarning)  # of a class with fewer rows than folds
         splitter: Any
         if np.bincount(y).max() < folds:
             # Classes smaller than the number of folds cannot be spread: groups are dealt out at random.
@@ -162,7 +162,7 @@ class Split:
 
 
 def read_split(path: Path) -> Split:
-    """A CSV with columns `split` (train, val, test) and `patient_id` or `slide_id`.
+    """Read a CSV with columns `split` (train, val, test) and `patient_id` or `slide_id`.
 
     With both id columns, slide_id tells the side. Raises UserError that names it for an id on two sides, a patient whose
     slides are on two sides, and a slide of two patients.
@@ -176,7 +176,7 @@ def read_split(path: Path) -> Split:
 
 
 def split_of_rows(where: str, key: str, rows: Iterable[Mapping[str, str]]) -> Split:
-    """The split that rows with `split`, `patient_id` and `slide_id` make; see `read_split`."""
+    """Make the split of rows with `split`, `patient_id` and `slide_id`; see `read_split`."""
     side: dict[str, str] = {}
     patient_of: dict[str, str] = {}
     sides_of: dict[str, set[str]] = {}
@@ -197,14 +197,14 @@ def split_of_rows(where: str, key: str, rows: Iterable[Mapping[str, str]]) -> Sp
         raise UserError(f"{where}: {key} on two sides: {shorten(sorted(twice))}: give each one side")
     _refuse_leaks(where, sides_of)
     near = alike(sides_of or (side if key == "patient_id" else ()), ids=True)
-    told = (f"{where}: patient_ids that may be one, and count as several: {spell_alike(near)}",) if near else ()
-    return Split(where, key, side, patient_of, told)
+    warnings = (f"{where}: patient_ids that may be one, and count as several: {spell_alike(near)}",) if near else ()
+    return Split(where, key, side, patient_of, warnings)
 
 
 def given_split(
     split: Split, y: np.ndarray, group: np.ndarray, patient_id: np.ndarray, slide_id: np.ndarray, seed: int
 ) -> CrossValidation:
-    """The user's split. k or C is chosen on `val` where there is one, else on folds of whole groups within `train`.
+    """Plan by the user's split. k or C is chosen on `val` where there is one, else on folds of whole groups within `train`.
 
     Rows whose id is not in the file are left out, and counted. A patient on two sides is a UserError that names the ids.
     """
@@ -233,8 +233,8 @@ def given_split(
         outer = _outer_fold(inner, tuple(range(inner)))
     missing = sorted(set(ids[side == ""].tolist()) - {""})
     file = Path(split.where).name
-    told = (f"{len(missing)} {split.key}s are not in {file} and were left out: {shorten(missing)}",) if missing else ()
-    return CrossValidation(fold, (outer,), split.where, (*split.warnings, *told))
+    warnings = (f"{len(missing)} {split.key}s are not in {file} and were left out: {shorten(missing)}",) if missing else ()
+    return CrossValidation(fold, (outer,), split.where, (*split.warnings, *warnings))
 
 
 def _refuse_leaks(where: str, sides_of: Mapping[str, set[str]]) -> None:
@@ -244,7 +244,7 @@ def _refuse_leaks(where: str, sides_of: Mapping[str, set[str]]) -> None:
 
 
 def check_cross_validation(cv: CrossValidation, group: np.ndarray) -> None:
-    """ValueError where a group is in two folds, or an outer fold trains on what it tests: a bug, never a user's mistake."""
+    """Raise ValueError where a group is in two folds, or an outer fold trains on what it tests: a bug, not a user's mistake."""
     used = cv.fold >= 0
     pairs = np.unique(np.stack([group[used], cv.fold[used]], 1), axis=0)
     if len(np.unique(pairs[:, 0])) != len(pairs):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from tiling.storage.slide_id import checked_id
 PARTS = ("tissue", "tiles", "boxes", "labels")
 TISSUE_CLASS = "Tissue"
 KIND_TYPES = ("annotation", "detection", "detection")  # QuPath's types of tissue, cells, proposals
+Feature = dict[str, Any]  # of GeoJSON
 SCORE = "score "  # begins the columns of predictions.csv that hold the scores
 
 
@@ -65,13 +66,13 @@ def export_geojson(
         raise UserError(f"--what {','.join(wrong if parts else ())}: take some of {', '.join(PARTS)}")
     if ("labels" in parts) != (predictions is not None):
         raise UserError("--what labels and --predictions go together: give the predictions.csv that evaluate wrote")
-    found = read_predictions(Path(predictions)) if predictions is not None else {}
+    predicted = read_predictions(Path(predictions)) if predictions is not None else {}
     paths = slide_files(Path(folder))
-    if found and not found.keys() & {path.stem for path in paths}:
-        raise UserError(f"{predictions}: no slide of {folder} (first: {next(iter(found))}): give the folder evaluated")
+    if predicted and not predicted.keys() & {path.stem for path in paths}:
+        raise UserError(f"{predictions}: no slide of {folder} (first: {next(iter(predicted))}): give the folder evaluated")
     _refuse_twins(paths)
     out = Path(out)
-    items = [(path, found.get(path.stem)) for path in paths]
+    items = [(path, predicted.get(path.stem)) for path in paths]
     work = partial(export_slide, out=out, parts=parts, origin=origin)
     outcomes = run_cohort(items, work, title="export", workers=workers, name=_name, folder=out)
     return Outcomes(outcomes, "export", out, PARTS if what is None else parts, perf_counter() - begun)
@@ -82,8 +83,8 @@ def export_slide(item: tuple[Path, Predicted | None], out: Path, parts: Sequence
     from annotations.geojson_writer import encode_geojson
 
     path, predicted = item
-    counts: dict[str, Any] = {}
-    features: list[dict[str, Any]] = []
+    counts: dict[str, int] = {}
+    features: list[Feature] = []
     notes = []
     with SlideFile(path) as file:
         shift = np.array(file.bounds_xy, dtype=float) if origin != "level0" else np.zeros(2)
@@ -100,8 +101,8 @@ def export_slide(item: tuple[Path, Predicted | None], out: Path, parts: Sequence
     return ItemResult(counts, notes_of(*notes))
 
 
-def tissue_features(file: SlideFile, shift: np.ndarray) -> list[dict[str, Any]]:
-    """A region of the tissue mask each, class Tissue."""
+def tissue_features(file: SlideFile, shift: np.ndarray) -> list[Feature]:
+    """Make a feature of each region of the tissue mask, class Tissue."""
     import shapely
 
     from annotations.geometry.trace_mask import trace_outlines
@@ -118,8 +119,8 @@ def tissue_features(file: SlideFile, shift: np.ndarray) -> list[dict[str, Any]]:
     return _features(regions, shift, [TISSUE_CLASS] * len(regions), "annotation", file, "tissue")
 
 
-def tile_features(file: SlideFile, shift: np.ndarray) -> list[dict[str, Any]]:
-    """A square a tile, objectType tile, with its class where annotations give it one."""
+def tile_features(file: SlideFile, shift: np.ndarray) -> list[Feature]:
+    """Make a square of each tile, objectType tile, with its class where annotations give it one."""
     from tiling.slide_file.tile_labels import tile_labels
 
     number, names = tile_labels(file)
@@ -128,23 +129,25 @@ def tile_features(file: SlideFile, shift: np.ndarray) -> list[dict[str, Any]]:
     return _features(tile_squares(file, np.arange(len(file))), shift, labels, "tile", file, "tile", shares)
 
 
-def box_features(file: SlideFile, shift: np.ndarray) -> list[dict[str, Any]]:
-    """A rectangle a box, with the class of its object; what of an object several tiles hold is a box in each."""
+def box_features(file: SlideFile, shift: np.ndarray) -> list[Feature]:
+    """Make a rectangle of each box, with the class of its object; an object in several tiles has a box in each."""
     table, objects = file.boxes_table(), file.objects_table()
     row = table["object"]
     labels = file.object_classes()[row].tolist()
     types = [KIND_TYPES[kind] for kind in objects["kind"][row].tolist()]
     measured = [{"visible": value} for value in table["visible"].tolist()]
-    if (sure := objects.get("confidence")) is not None:  # NaN where a detector did not say
-        measured = [{**one, "confidence": value} for one, value in zip(measured, sure[row].tolist(), strict=True)]
+    if (confidence := objects.get("confidence")) is not None:  # NaN where a detector did not say
+        measured = [
+            {**measures, "confidence": value} for measures, value in zip(measured, confidence[row].tolist(), strict=True)
+        ]
     return _features(box_rectangles(file, np.arange(len(row))), shift, labels, types, file, "box", measured)
 
 
 _PART = {"tissue": tissue_features, "tiles": tile_features, "boxes": box_features}
 
 
-def predicted_features(file: SlideFile, shift: np.ndarray, predicted: Predicted | None) -> list[dict[str, Any]]:
-    """Tiles or boxes with the class predicted for them, its scores, and the true class as name.
+def predicted_features(file: SlideFile, shift: np.ndarray, predicted: Predicted | None) -> list[Feature]:
+    """Make features of tiles or boxes with the class predicted for them, its scores, and the true class as name.
 
     Raises UserError where a row is of no tile or box of the file.
     """
@@ -172,7 +175,7 @@ def predicted_features(file: SlideFile, shift: np.ndarray, predicted: Predicted 
 
 
 def tile_squares(file: SlideFile, rows: np.ndarray) -> np.ndarray:
-    """The squares of some tiles, level-0 pixels."""
+    """Return the squares of tiles, level-0 pixels."""
     import shapely
 
     low = file.coords[rows].astype(float)
@@ -180,7 +183,7 @@ def tile_squares(file: SlideFile, rows: np.ndarray) -> np.ndarray:
 
 
 def box_rectangles(file: SlideFile, rows: np.ndarray) -> np.ndarray:
-    """The rectangles of some rows of /boxes, level-0 pixels."""
+    """Return the rectangles of rows of /boxes, level-0 pixels."""
     import shapely
 
     return np.asarray(shapely.box(*file.box_bounds_l0[rows].T), dtype=object).reshape(-1)
@@ -195,7 +198,7 @@ def _features(
     part: str,
     measurements: Sequence[Mapping[str, float]] | None = None,
     names: Sequence[str | None] | None = None,
-) -> list[dict[str, Any]]:
+) -> list[Feature]:
     import shapely
 
     from annotations.geojson_writer import feature_collection
@@ -204,12 +207,12 @@ def _features(
         return []
     moved = shapely.transform(outlines, lambda xy: xy - shift) if shift.any() else outlines
     ids = [f"{file.slide_id}/{part}/{i}" for i in range(len(outlines))]
-    found = feature_collection(moved, labels=labels, object_type=types, ids=ids, measurements=measurements, names=names)
-    return found["features"]
+    collection = feature_collection(moved, labels=labels, object_type=types, ids=ids, measurements=measurements, names=names)
+    return cast(list[Feature], collection["features"])
 
 
 def slide_files(folder: Path) -> list[Path]:
-    """The slide files of a folder, or those that the feature files of a folder were made of. Raises UserError."""
+    """List the slide files of a folder, or those that the feature files of a folder were made of. Raises UserError."""
     paths = h5_files(folder) if folder.is_dir() else []
     # What is no feature file among them is a failure, by its own name.
     sources = [source[1] if (source := source_of(path)) else path for path in paths]
@@ -222,7 +225,7 @@ def slide_files(folder: Path) -> list[Path]:
 
 
 def _refuse_twins(paths: Sequence[Path]) -> None:
-    """Raises UserError where two slide files are called alike inside: one export would take the place of the other."""
+    """Raise UserError where two slide files are called alike inside: one export would take the place of the other."""
     owners: dict[str, Path] = {}
     for path in paths:
         try:
@@ -235,13 +238,13 @@ def _refuse_twins(paths: Sequence[Path]) -> None:
 
 
 def read_predictions(path: Path) -> dict[str, Predicted]:
-    """slide_id -> its rows of a predictions.csv that odis-path evaluate wrote. Raises UserError for any other file."""
+    """Read slide_id -> its rows of a predictions.csv that odis-path evaluate wrote. Raises UserError for any other file."""
     needed = ("slide_id", "x", "y", "object", "label", "predicted")
-    found = read_csv_file(path, needed, "no such file: give evaluate's predictions.csv")
-    if missing := sorted(set(needed) - set(found.columns)):
+    table = read_csv_file(path, needed, "no such file: give evaluate's predictions.csv")
+    if missing := sorted(set(needed) - set(table.columns)):
         raise UserError(f"{path}: lacks the columns {', '.join(missing)}: give evaluate's predictions.csv")
     by_slide: dict[str, list[dict[str, str]]] = {}
-    for _, row in found.rows:
+    for _, row in table.rows:
         by_slide.setdefault(row["slide_id"], []).append(row)
     for slide_id in by_slide:
         checked_id(slide_id, path)

@@ -13,11 +13,11 @@ from torch import nn
 
 from annotations.errors import UserError
 from odis_path import __version__
-from odis_path.checkpoint import Checkpoint, load_checkpoint, load_into
+from odis_path.checkpoint import Checkpoint, load_checkpoint
 from odis_path.config import PretrainConfig
+from odis_path.embedding.encoder import teacher_encoder
 from odis_path.model.architectures import BASE_KWARGS, find_layer, resolve_model
 from odis_path.model.create import tokens_and_norm
-from odis_path.model.network import build_network
 from odis_path.model.pretrained import is_gated
 from odis_path.model.published import published
 from odis_path.model.vit import ObjViT
@@ -64,7 +64,7 @@ class TimmExport(Result):
         return Path(self.weights).with_suffix(".json")
 
     def show(self, console: Console) -> None:
-        """The two files and what they hold, a line each."""
+        """Print the two files and what they hold, a line each."""
         show_lines(
             console,
             [
@@ -112,23 +112,21 @@ def _checkpoint(path: Path) -> Checkpoint:
 
 
 def _teacher(loaded: Checkpoint) -> ObjViT:
-    """The teacher's encoder, without the heads."""
-    network = build_network(loaded.config, student=False, like=loaded.state["teacher"])
-    load_into(network, loaded.state["teacher"], loaded.path, "teacher")
-    encoder = network.encoder.eval()
+    """Return the teacher's encoder. Raises UserError where no plain timm model does what it does."""
+    encoder = teacher_encoder(loaded)
     several = "it has several [OBJ] tokens (or one of the whole image beside it)"
-    for found, why in ((encoder.read_only, "its patches do not see [OBJ]"), (encoder.more_obj is not None, several)):
-        if found:
-            raise UserError(f"{loaded.path}: {why}, which no plain timm model does; use it through `odis-path embed`")
+    obstacles = {"its patches do not see [OBJ]": encoder.read_only, several: encoder.more_obj is not None}
+    for obstacle in (text for text, holds in obstacles.items() if holds):
+        raise UserError(f"{loaded.path}: {obstacle}, which no plain timm model does; use it through `odis-path embed`")
     return encoder
 
 
 def _architecture(encoder: ObjViT, config: PretrainConfig) -> tuple[str, dict[str, Any]]:
-    """A name and arguments that build this ViT from nothing; layers stay words, so that JSON can hold them."""
+    """Return a name and arguments that build this ViT from nothing; layers stay words, so that JSON can hold them."""
     vit: Any = encoder.vit
     name, _ = resolve_model(config.model.name, {})
     kwargs: dict[str, Any] = {**BASE_KWARGS, **config.model.kwargs}
-    if ":" in name:  # from a hub or a folder: what its config said is written out, nothing is asked for again
+    if ":" in name:  # from a hub or a folder: its config is written out, so that nothing is downloaded again
         known = published(name)
         layers = known.layers if known is not None and is_gated(vit.state_dict()) else {}
         kwargs = {**(known.kwargs if known is not None else {}), **layers, **vit.pretrained_model_args, **kwargs}
@@ -165,7 +163,7 @@ def _describe(loaded: Checkpoint, encoder: ObjViT, name: str, kwargs: dict[str, 
 
 
 def _python(name: str, kwargs: dict[str, Any], out: Path) -> str:
-    """One line of Python, with its imports, that builds the model and loads the file."""
+    """Write one line of Python, with its imports, that builds the model and loads the file."""
     words, modules = [], {"timm"}
     for key, value in kwargs.items():
         text = repr(value)
@@ -178,7 +176,7 @@ def _python(name: str, kwargs: dict[str, Any], out: Path) -> str:
 
 
 def _tiles_trained_on(folder: str) -> tuple[float | None, int | None]:
-    """mpp and side of the tiles of a folder of slide files; None where it is gone."""
+    """Return mpp and side of the tiles of a folder of slide files; None where it is gone."""
     from tiling.slide_file.read import SlideFile, list_slide_files
 
     with suppress(UserError):
@@ -198,8 +196,8 @@ def _verify(written: Path, encoder: ObjViT, result: TimmExport) -> None:
     side = max(1, round(result.input_px / result.patch_px)) * result.patch_px
     images = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        mine, theirs = encoder(images).obj, vit(images)
-    difference = float((mine - theirs).abs().max() / mine.abs().max().clamp_min(1e-12))
+        expected, features = encoder(images).obj, vit(images)
+    difference = float((expected - features).abs().max() / expected.abs().max().clamp_min(1e-12))
     if not difference <= TOLERANCE:
         raise UserError(
             f"{result.weights}: not written, for plain timm features of {result.source} differ by {difference:.1e} of the "
