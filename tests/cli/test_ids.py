@@ -19,10 +19,10 @@ from odis_path.cli.app import app
 from odis_path.exporters.geojson import export_geojson, read_predictions
 from odis_path.features.read import read_features
 from odis_path.features.write import write_features, write_slides_parquet
+from tests.png import encode_png
 from tiling.images.run import import_images
 from tiling.slide_file.read import SlideFile
 from tiling.slide_file.write import SlideMeta, write_slide_file
-from tiling.wsi.codec import encode_png
 
 ROOT = Path(__file__).parents[2]
 BAD = ["../../../escaped", "/tmp/odis-escaped", "..", ".hidden", "a/b", "a\\b", "a\nb", "", " ", "x" * 201, "a\x1b[31mb"]

@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from tests.cli.conftest import Run
+from tests.png import encode_png
 from tiling.slide_file.read import SlideFile, list_slide_files
-from tiling.wsi.codec import encode_png
 
 WRITER = """
 import contextlib, pathlib, sys, time

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from odis_path.features.write import write_features, write_slides_parquet
+from tests.png import encode_png
 from tiling.slide_file.read import SlideFile
 from tiling.slide_file.write import SlideMeta, write_slide_file
-from tiling.wsi.codec import encode_png
 
 CLASSES = ("gland", "stroma", "tumour")
 TILE_PX, SIDE, SLIDES = 32, 4, 6
