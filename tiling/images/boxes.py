@@ -1,4 +1,4 @@
-"""Boxes of an import: which COCO image or XML file belongs to which image, objects in its pixels, and what became of them."""
+"""Boxes of an import: matched to images, placed in their pixels, clipped to tiles and arranged as groups of a slide file."""
 
 from __future__ import annotations
 
@@ -42,6 +42,24 @@ class ImageObjects:
     may_scale: bool = False
 
 
+@dataclass(frozen=True)
+class TileObjects:
+    """Objects in pixels of an image or its tile, and their boxes there. scaled: says so where they were scaled."""
+
+    table: ObjectTable
+    boxes: TileBoxes
+    scaled: str = ""
+
+
+@dataclass(frozen=True)
+class BoxGroups:
+    """Groups /objects and /boxes. info: numbers of objects, boxes and objects outside every tile, and `result`."""
+
+    groups: dict[str, Any] = field(default_factory=dict)
+    info: dict[str, Any] = field(default_factory=dict)
+    notes: list[Note] = field(default_factory=list)
+
+
 @dataclass
 class ImportResult(BoxResult):
     """The outcome of the boxes of an image. message: the notes as one text, in slide files of earlier versions."""
@@ -49,6 +67,7 @@ class ImportResult(BoxResult):
     message: str = ""
 
     def image_notes(self) -> list[Note]:
+        """Return all notes on the image."""
         return notes_of(self.message, *self.notes, *self.left_out_notes(), *self.changed_notes())
 
 
@@ -70,7 +89,7 @@ class BoxReport:
 
 
 def coco_boxes(items: Sequence[ImageItem], coco: Path, report: BoxReport) -> tuple[dict[Path, ImageObjects], str]:
-    """The objects of each image that a COCO file names, and a hash of the file; what is of none of them goes to the report.
+    """Read the objects of each image that a COCO file names, and a hash of the file; what is of no image goes to the report.
 
     Raises UserError where it is missing, no COCO json, or names none of the images.
     """
@@ -96,7 +115,7 @@ def coco_boxes(items: Sequence[ImageItem], coco: Path, report: BoxReport) -> tup
 
 
 def _report_missing(tables: dict[str, ObjectTable], total: int, coco: Path, report: BoxReport) -> None:
-    """Images of a COCO file, which lists so many, that are not among those to import, and their annotations."""
+    """Report images of a COCO file, of `total`, that are not among those to import, and their annotations."""
     from annotations.objects import SHOWN_IDS
 
     if not tables:
@@ -109,18 +128,15 @@ def _report_missing(tables: dict[str, ObjectTable], total: int, coco: Path, repo
         for name in names:
             skipped[name, "no_image"] = skipped.get((name, "no_image"), 0) + 1
         if len(ids) < SHOWN_IDS:
-            ids += [*table.id.tolist(), *(id for reason in _reasons(table) for id in table.log.ids.get(reason, ()))]
+            reasons = {reason for _, reason in table.log.skipped}
+            ids += [*table.id.tolist(), *(id for reason in reasons for id in table.log.ids.get(reason, ()))]
     shown = ", ".join(list(tables)[:SHOWN_IMAGES]) + (", ..." if len(tables) > SHOWN_IMAGES else "")
     report.notes.append(f"{coco}: {len(tables)} of the {total} images it lists are not here ({shown})")
     report.add_left_out(coco, skipped, {"no_image": ids})
 
 
-def _reasons(table: ObjectTable) -> set[str]:
-    return {reason for _, reason in table.log.skipped}
-
-
 def box_folder(items: Sequence[ImageItem], folder: Path) -> Path:
-    """The folder, absolute. Raises UserError where it is missing or holds the box file of no image."""
+    """Return the folder, absolute. Raises UserError where it is missing or holds the box file of no image."""
     folder = from_home(folder).absolute()
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder of box files")
@@ -131,14 +147,14 @@ def box_folder(items: Sequence[ImageItem], folder: Path) -> Path:
 
 
 def xml_boxes(path: Path) -> ImageObjects:
-    """The objects of a box file."""
+    """Read the objects of a box file."""
     from annotations.readers.xml.voc import read_voc
 
     return ImageObjects(*read_voc(path), path)
 
 
-def placed(drawn: ImageObjects, image: Path, size: Size) -> tuple[ObjectTable, str]:
-    """The objects in pixels of an image of this width and height, upright; and a remark where they were scaled.
+def place_objects(drawn: ImageObjects, image: Path, size: Size) -> tuple[ObjectTable, str]:
+    """Place objects in pixels of an image of this width and height, upright; and say so where they were scaled.
 
     What was drawn on the picture as it is stored is turned upright with it, where the sizes tell.
     Raises UserError where they were drawn on a picture of another shape, or of another size and that may not be.
@@ -156,16 +172,16 @@ def placed(drawn: ImageObjects, image: Path, size: Size) -> tuple[ObjectTable, s
         if turned:
             table = table.moved(partial(TURNS[orientation].xy, stored=stored))
         return table, "" if factor == 1 else f"boxes drawn on an image of another size, scaled by {factor:g}"
-    was, here = (f"{width} x {height}" for width, height in (stated, size))
+    stated_size, image_size = (f"{width} x {height}" for width, height in (stated, size))
     swapped = ", the other way round" if stated == (size[1], size[0]) else ""
     raise UserError(
-        f"{image}: its boxes are of an image of {was} pixels, it has {here}{swapped}: "
+        f"{image}: its boxes are of an image of {stated_size} pixels, it has {image_size}{swapped}: "
         f"give the boxes of this image (they are from {drawn.source})"
     )
 
 
 def _factor(stated: Size, size: Size) -> float | None:
-    """Pixels of an image a pixel of a reduced or enlarged copy of it; None where the two differ in shape."""
+    """Compute the pixels of an image per pixel of a reduced or enlarged copy; None where the two differ in shape."""
     from annotations.readers.slide_context import SlideContext
 
     try:
@@ -175,7 +191,7 @@ def _factor(stated: Size, size: Size) -> float | None:
 
 
 def _orientation(image: Path) -> int:
-    """The orientation that a file states, 1 to 8: EXIF and TIFF have the same tag."""
+    """Read the orientation that a file states, 1 to 8: EXIF and TIFF have the same tag."""
     from PIL import Image
 
     try:
@@ -186,58 +202,57 @@ def _orientation(image: Path) -> int:
     return value if value in range(1, 9) else 1
 
 
-def clipped(table: ObjectTable, coords: np.ndarray, size_px: int, polygons: bool) -> TileBoxes:
-    """Boxes in tiles of size_px at coords (N, 2), all in pixels of the image; with their outlines, if wanted."""
+def clip_objects(table: ObjectTable, coords: np.ndarray, size_px: int, polygons: bool) -> TileBoxes:
+    """Clip objects to tiles of size_px at coords (N, 2), all in pixels of the image; with their outlines, if wanted."""
     from annotations.geometry.clip import clip_to_tiles
 
     return clip_to_tiles(table.geometry, coords, float(size_px), size_px, polygons=polygons)
 
 
-def joined(objects: Sequence[tuple[ObjectTable, TileBoxes] | None]) -> tuple[ObjectTable, TileBoxes]:
-    """The objects and boxes of tiles, one each, as those of one file; None for a tile without."""
+def join_tiles(objects: Sequence[TileObjects | None]) -> TileObjects:
+    """Join the objects and boxes of single tiles into those of one file; None for a tile without."""
     from annotations.geometry.clip import TileBoxes, concatenate_polygons
     from annotations.objects import concatenate
 
-    some = [pair for pair in objects if pair is not None]
-    table = concatenate([table for table, _ in some])
-    first = np.cumsum([0, *(len(table) for table, _ in some)])[:-1]
-    per_tile = [0 if pair is None else len(pair[1].object) for pair in objects]
-    outlines = [boxes.polygons for _, boxes in some if boxes.polygons is not None]
-    rows = [np.zeros(0, np.int32), *(boxes.object + start for (_, boxes), start in zip(some, first, strict=True))]
-    return table, TileBoxes(
-        xyxy=np.concatenate([np.zeros((0, 4), np.float32), *(boxes.xyxy for _, boxes in some)]),
+    tables = [tile.table for tile in objects if tile is not None]
+    boxes = [tile.boxes for tile in objects if tile is not None]
+    first = np.cumsum([0, *map(len, tables)])[:-1]
+    per_tile = [0 if tile is None else len(tile.boxes.object) for tile in objects]
+    outlines = [part.polygons for part in boxes if part.polygons is not None]
+    rows = [np.zeros(0, np.int32), *(part.object + start for part, start in zip(boxes, first, strict=True))]
+    joined = TileBoxes(
+        xyxy=np.concatenate([np.zeros((0, 4), np.float32), *(part.xyxy for part in boxes)]),
         offsets=np.concatenate([[0], np.cumsum(per_tile)]).astype(np.int64),
         object=np.concatenate(rows).astype(np.int32),
-        visible=np.concatenate([np.zeros(0, np.float32), *(boxes.visible for _, boxes in some)]),
-        counts={"outside": sum(int(boxes.counts.get("outside", 0)) for _, boxes in some)},
+        visible=np.concatenate([np.zeros(0, np.float32), *(part.visible for part in boxes)]),
+        counts={"outside": sum(int(part.counts.get("outside", 0)) for part in boxes)},
         polygons=concatenate_polygons(outlines, np.arange(sum(per_tile))) if outlines else None,
     )
+    return TileObjects(concatenate(tables), joined)
 
 
-def box_groups(
-    table: ObjectTable, boxes: TileBoxes, mpp: float, remark: str = "", scaled_images: int = 0
-) -> tuple[dict[str, Any], dict[str, Any], list[Note]]:
-    """Return the groups /objects and /boxes; numbers of objects, boxes and objects outside every tile, and `result`; notes.
+def box_groups(objects: TileObjects, mpp: float, scaled_images: int = 0) -> BoxGroups:
+    """Arrange objects and boxes as the groups of a slide file; /objects keeps the result, for a later run.
 
-    remark: a note on the image. scaled_images: images whose boxes were scaled. /objects keeps the result, for a later run that
-    finds its work done.
+    scaled_images: images of a shard whose boxes were scaled.
     """
     from annotations.objects import SHOWN_IDS
     from annotations.slide_groups import annotation_groups
 
+    table, boxes = objects.table, objects.boxes
     groups: dict[str, Any] = dict(annotation_groups(table, boxes, mpp))
-    info: dict[str, Any] = {"objects": len(table), "boxes": len(boxes.object), "outside": boxes.counts.get("outside", 0)}
+    info = {"objects": len(table), "boxes": len(boxes.object), "outside": boxes.counts.get("outside", 0)}
     result = ImportResult(**reading_facts(table, boxes))
-    result.notes = [remark] if remark else []
+    result.notes = [objects.scaled] if objects.scaled else []
     result.ids["outside"] = table.id[np.setdiff1d(np.arange(len(table)), boxes.object)[:SHOWN_IDS]].tolist()
     if scaled_images:
         result.changed["scaled_images"] = scaled_images
     groups["objects"]["attrs"][RESULT_ATTR] = result.to_json()
-    return groups, {**info, "result": result}, result.image_notes()
+    return BoxGroups(groups, {**info, "result": result}, result.image_notes())
 
 
 def stored_result(file: SlideFile) -> ItemResult:
-    """The result of an import that is done: info has tiles, boxes and, where there are any, the `result` of the boxes."""
+    """Read the result of an import that is done: info has tiles, boxes and, where there are any, the `result` of the boxes."""
     done = ItemResult({"tiles": len(file), "boxes": len(file.boxes_table()["object"])}, skipped=True)
     if (text := file.group_attrs("objects").get(RESULT_ATTR)) is not None:
         done.info["result"] = ImportResult.from_json(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -36,7 +37,7 @@ class FitMap:
     size_px: int
 
     def to_tile(self, xy: np.ndarray) -> np.ndarray:
-        """Positions float (V, 2) in pixels of the image -> in pixels of the tile."""
+        """Map positions, float (V, 2), from pixels of the image to pixels of the tile."""
         return (xy - [self.x0, self.y0]) * [self.size_px / self.width, self.size_px / self.height]
 
 
@@ -49,8 +50,14 @@ class FittedImage:
     note: str = ""
 
 
+def unreadable_image(path: Path, error: Exception) -> UserError:
+    """Make the error for an image that cannot be read, without Pillow's own name for it."""
+    reason = re.sub(rf" (<_io\.BytesIO[^>]*>|{re.escape(repr(str(path)))})", "", describe_error(error))
+    return UserError(f"{path}: not a readable image ({reason}): copy it again or leave it out")
+
+
 def fit_map(size: tuple[int, int], fit: str, size_px: int) -> FitMap:
-    """crop: the largest centred square of an image of this width and height. squash: all of it."""
+    """Choose the part of an image of this width and height. crop: the largest centred square; squash: all of it."""
     width, height = size
     if fit == "squash":
         return FitMap(0.0, 0.0, width, height, size_px)
@@ -73,8 +80,7 @@ def read_as_tile(path: Path, fit: str, size_px: int) -> FittedImage:
     try:
         return _fitted(path.read_bytes(), fit, size_px)
     except Exception as error:  # pillow has many
-        what = describe_error(error).replace(f" {str(path)!r}", "")
-        raise UserError(f"{path}: not a readable image ({what}): copy it again or leave it out") from None
+        raise unreadable_image(path, error) from None
 
 
 def _fitted(data: bytes, fit: str, size_px: int) -> FittedImage:
@@ -99,12 +105,14 @@ def _fitted(data: bytes, fit: str, size_px: int) -> FittedImage:
 
 
 def _decoded_jpeg(data: bytes, part: FitMap, stored: tuple[int, int]) -> tuple[np.ndarray | None, int]:
-    """A JPEG at 1/1, 1/2, 1/4 or 1/8 of its size, whichever leaves SPARE times the tile; None where it is not flawless
-    (pillow then decides whether it can be read at all)."""
+    """Decode a JPEG at 1/1, 1/2, 1/4 or 1/8 of its size, whichever leaves SPARE times the tile.
+
+    None where it is not flawless: pillow then decides whether it can be read at all.
+    """
     import simplejpeg
 
-    room = min(part.width, part.height) / (SPARE * part.size_px)
-    shrunk = max(step for step in (1, 2, 4, 8) if step == 1 or step <= room)
+    limit = min(part.width, part.height) / (SPARE * part.size_px)
+    shrunk = max(step for step in (1, 2, 4, 8) if step == 1 or step <= limit)
     width, height = (-(-side // shrunk) for side in stored)
     try:
         rgb = simplejpeg.decode_jpeg(data, colorspace="RGB", min_width=width, min_height=height, min_factor=shrunk)
@@ -114,7 +122,7 @@ def _decoded_jpeg(data: bytes, part: FitMap, stored: tuple[int, int]) -> tuple[n
 
 
 def plain_jpeg(path: Path) -> bytes | None:
-    """The bytes of a JPEG in colour or grey that stands upright; None for other formats and colour spaces."""
+    """Read the bytes of a JPEG in colour or grey that stands upright; None for other formats and colour spaces."""
     from PIL import Image
 
     if path.suffix.lower() in TIFF_EXTENSIONS:  # which Pillow does not always read
@@ -125,7 +133,7 @@ def plain_jpeg(path: Path) -> bytes | None:
 
 
 def probe_image(path: Path) -> tuple[tuple[int, int], Mpp]:
-    """Width, height and mpp of an image from its header, upright. Raises UserError where it cannot be read."""
+    """Read width, height and mpp of an image from its header, upright. Raises UserError where it cannot be read."""
     from PIL import Image
 
     if path.suffix.lower() in TIFF_EXTENSIONS:
@@ -136,7 +144,6 @@ def probe_image(path: Path) -> tuple[tuple[int, int], Mpp]:
         with Image.open(path) as image:
             size, dpi = TURNS[exif_orientation(image)].size(*image.size), image.info.get("dpi")
     except Exception as error:  # pillow has many
-        what = describe_error(error).replace(f" {str(path)!r}", "")
-        raise UserError(f"{path}: not a readable image ({what}): copy it again or leave it out") from None
+        raise unreadable_image(path, error) from None
     tags = {"tiff.ResolutionUnit": "inch", "tiff.XResolution": dpi[0], "tiff.YResolution": dpi[1]} if dpi else {}
     return size, mpp_of(tags, tags_only=True)

@@ -233,8 +233,10 @@ def _manifest_rows(manifest: Path) -> dict[str, tuple[int, dict[str, str]]]:
     return rows
 
 
-def box_file(folder: Path, item: ImageItem) -> Path | None:
-    """The XML file of an image in a folder of box files: under the image's own folders, or flat; None where there is none."""
+def box_file(folder: Path | None, item: ImageItem) -> Path | None:
+    """Find the XML file of an image in a folder of box files: under the image's own folders, or flat; None: there is none."""
+    if folder is None:
+        return None
     key = Path(item.key).with_suffix(".xml")
     for path in (folder / key, folder / key.parent.name / key.name, folder / key.name):
         if path.is_file():

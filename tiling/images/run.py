@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,38 +18,29 @@ from tiling.boxes.summary import BoxOutcomes
 from tiling.cohort.scan import listed
 from tiling.grid import plan_grid
 from tiling.images.boxes import (
+    BoxGroups,
     BoxReport,
     ImageObjects,
+    TileObjects,
     box_folder,
     box_groups,
-    clipped,
+    clip_objects,
     coco_boxes,
-    placed,
-    stored_result,
+    place_objects,
     xml_boxes,
 )
-from tiling.images.fit import FITS, QUALITY, plain_jpeg
+from tiling.images.fit import FITS, QUALITY, plain_jpeg, unreadable_image
 from tiling.images.listing import TIFF_EXTENSIONS, ImageItem, apply_manifest, box_file, find_images
-from tiling.images.shards import NOMINAL_MPP, ShardSettings, import_shards
-from tiling.jobs.outcome import ItemResult, Note, Outcome, describe_error, notes_of
+from tiling.images.settings import NOMINAL_MPP, ExistingImport, ImportSettings, read_import
+from tiling.images.shards import import_shards
+from tiling.jobs.outcome import ItemResult, Outcome, notes_of
 from tiling.jobs.run import available_cpus, run_cohort
-from tiling.slide_file.read import SlideFile
-from tiling.slide_file.write import (
-    FORMAT_VERSION,
-    GroupContent,
-    SlideMeta,
-    check_ours,
-    parameters_hash,
-    replace_groups,
-    source_stamp,
-    write_slide_file,
-)
+from tiling.slide_file.write import SlideMeta, replace_groups, source_stamp, write_slide_file
 from tiling.storage.csv_file import write_csv_file
 from tiling.storage.locks import lock_file, lock_settings
 from tiling.storage.paths import from_home
-from tiling.storage.touched import was_touched
-from tiling.tiles.resume import check_same_slide, has_boxes
-from tiling.tiles.run import THUMBNAIL_SIDE_PX, _made, _overview
+from tiling.tiles.resume import check_same_slide
+from tiling.tiles.run import THUMBNAIL_SIDE_PX, output_folder, thumbnail_group
 from tiling.wsi import codec
 from tiling.wsi.backends.base import MAX_IMAGE_PIXELS
 from tiling.wsi.backends.image import ImageReader
@@ -65,23 +56,28 @@ POOL_FROM = 200  # an image takes milliseconds: fewer are not worth starting pro
 SUB_IFDS = 330  # TIFF tag: pages beneath one
 COUNTED = ("tiles", "boxes")  # keys of Outcome.info that are summed
 LABEL_COLUMNS = ("slide_id", "x", "y", "label", "patient_id", "image")
-Work = tuple[ImageItem, ImageObjects | None]
 LabelRow = tuple[ImageItem, str, int, int]  # image, slide_id, x, y
 
 
 @dataclass(frozen=True)
-class ImportSettings:
-    """mpp: micrometres per pixel of every image, None to look further. size_px: side of a tile. coco: hash of the boxes.
+class ImageTask:
+    """An image to be imported, and its objects in a COCO file, if any."""
 
-    boxes: folder of XML files. nominal: the images have no scale, mpp is a stand-in. polygons: keep the outlines.
-    """
+    item: ImageItem
+    coco: ImageObjects | None
 
-    mpp: float | None
-    size_px: int
-    coco: str = ""
-    boxes: Path | None = None
-    nominal: bool = False
-    polygons: bool = False
+    def __str__(self) -> str:
+        return self.item.slide_id
+
+    def file(self, out: Path) -> Path:
+        """The slide file in the output folder."""
+        return out / f"{self.item.slide_id}.h5"
+
+    def parameters(self, settings: ImportSettings, mpp: float) -> dict[str, Any]:
+        """All that changes the slide file."""
+        xml = box_file(settings.boxes, self.item)
+        box_stamp = {} if xml is None else {"box_file": list(source_stamp(xml))}
+        return settings.parameters(mpp, ({"mpp_nominal": True} if settings.nominal else {}) | box_stamp)
 
 
 def import_images(
@@ -121,27 +117,23 @@ def import_images(
     items = items if manifest is None else apply_manifest(items, Path(manifest))
     report = BoxReport()
     drawn, digest = coco_boxes(items, Path(coco), report) if coco is not None else ({}, "")
-    folder = box_folder(items, Path(boxes)) if boxes is not None else None
-    workers = workers or (1 if len(items) < POOL_FROM else available_cpus())
-    settings: ImportSettings | ShardSettings
-    if fit == "tiles":
-        size = size or default_size_px([item.path for item in items])
-        settings = ImportSettings(NOMINAL_MPP if no_mpp else mpp, size, digest, folder, no_mpp, polygons)
-    else:
-        settings = ShardSettings(fit, size or DEFAULT_SIZE_PX, folder, digest, mpp, no_mpp, polygons)
-    made = _made(Path(out))
+    box_files = box_folder(items, Path(boxes)) if boxes is not None else None
+    size = size or (default_size_px([item.path for item in items]) if fit == "tiles" else DEFAULT_SIZE_PX)
+    settings = ImportSettings(fit, size, mpp, no_mpp, digest, box_files, polygons)
+    folder = output_folder(Path(out))
     labelled = any(item.label for item in items)
-    asked = {"fit": fit, **asdict(settings), "manifest": manifest and _sha256(Path(manifest))}
+    locked = {**asdict(settings), "manifest": manifest and _sha256(Path(manifest))}
     if labelled or fit != "tiles":  # labels.csv and the numbers of shards tell of all images of a run
-        asked |= {"images": ", ".join(str(from_home(path).absolute()) for path in listed(images)), "shard": shard}
-    how: dict[str, Any] = {"title": "import", "workers": workers, "scheduler": scheduler, "folder": made}
-    with lock_settings(made, "import", asked):
-        if isinstance(settings, ImportSettings):
-            outcomes, rows = _import_each(items, drawn, made, settings, how)
+        locked |= {"images": ", ".join(str(from_home(path).absolute()) for path in listed(images)), "shard": shard}
+    workers = workers or (1 if len(items) < POOL_FROM else available_cpus())
+    run = partial(run_cohort, title="import", workers=workers, scheduler=scheduler, folder=folder)
+    with lock_settings(folder, "import", locked):
+        if fit == "tiles":
+            outcomes, rows = _import_each(items, drawn, folder, settings, run)
         else:
-            outcomes, rows = import_shards(items, drawn, made, settings, shard or DEFAULT_SHARD, how)
+            outcomes, rows = import_shards(items, drawn, folder, settings, shard or DEFAULT_SHARD, run)
         if labelled:
-            _write_labels(made / "labels.csv", rows)
+            _write_labels(folder / "labels.csv", rows)
     report.results += [outcome.info.pop("result") for outcome in outcomes if "result" in outcome.info]
     return BoxOutcomes(outcomes, "import", out, COUNTED, perf_counter() - begun, stored=report.results, notes=report.notes)
 
@@ -156,7 +148,7 @@ def _check_options(
     shard: int | None,
     polygons: bool,
 ) -> None:
-    """Raises UserError for values that cannot be, alone or together."""
+    """Raise UserError for values that cannot be, alone or together."""
     check_mpp(mpp, "--mpp")
     if size_px is not None and size_px < 1:
         raise UserError(f"--size {size_px}: a tile has at least 1 pixel")
@@ -174,81 +166,102 @@ def _check_options(
 
 
 def _import_each(
-    items: Sequence[ImageItem], drawn: dict[Path, ImageObjects], out: Path, settings: ImportSettings, how: dict[str, Any]
+    items: Sequence[ImageItem],
+    drawn: dict[Path, ImageObjects],
+    out: Path,
+    settings: ImportSettings,
+    run: Callable[..., list[Outcome]],
 ) -> tuple[list[Outcome], list[LabelRow]]:
-    """A slide file per image; outcomes and the place of every tile."""
-    work = partial(import_image, out=out, settings=settings)
-    pairs: list[Work] = [(item, drawn.get(item.path)) for item in items]
-    outcomes = run_cohort(pairs, work, name=_name, wrote=partial(_file_of, out=out), **how)
+    """Write a slide file per image; return outcomes and the place of every tile."""
+    tasks = [ImageTask(item, drawn.get(item.path)) for item in items]
+    outcomes = run(tasks, partial(import_image, out=out, settings=settings), wrote=partial(ImageTask.file, out=out))
     rows = []
     for item, outcome in zip(items, outcomes, strict=True):
         rows += [(item, item.slide_id, x, y) for x, y in outcome.info.pop("coords", ())]
     return outcomes, rows
 
 
-def import_image(pair: Work, out: Path, settings: ImportSettings) -> ItemResult:
+def import_image(task: ImageTask, out: Path, settings: ImportSettings) -> ItemResult:
     """Import one image; info: tiles, boxes, coords (of an image with a class), result (of one with boxes)."""
-    path = _file_of(pair, out)
+    path, item = task.file(out), task.item
     with lock_file(path):
-        return _imported(*pair, path, settings)
-
-
-def _imported(item: ImageItem, drawn: ImageObjects | None, path: Path, settings: ImportSettings) -> ItemResult:
-    xml = box_file(settings.boxes, item) if settings.boxes is not None else None
-    stamp = source_stamp(item.path)  # before the image is opened: it may be replaced meanwhile
-    found = _known_mpp(item, settings)
-    if found is not None and (done := _done(path, _parameters(settings, found.value, xml), item)) is not None:
-        return done  # without decoding the image
-    with _open_image(item.path) as slide:
-        mpp = (found or _own_mpp(item.path, slide.info.stated_mpp)).value
-        assert mpp is not None
-        parameters = _parameters(settings, mpp, xml)
-        if found is None and (done := _done(path, parameters, item)) is not None:
-            return done
-        info = slide.info
-        if min(info.width_l0, info.height_l0) < settings.size_px:
-            size = f"{info.width_l0} x {info.height_l0} pixels"
-            raise UserError(f"{item.path}: {size} hold no tile of {settings.size_px}: ask for a smaller --size")
-        plan = plan_grid(info.width_l0, info.height_l0, mpp, mpp, settings.size_px)
-        thumb = slide.thumbnail(THUMBNAIL_SIDE_PX)
-        groups: dict[str, GroupContent] = {"thumbnail": _overview(thumb, None, info.width_l0 / thumb.shape[1])}
-        counts: dict[str, Any] = {"boxes": 0}
-        box_notes: list[Note] = []
-        drawn = xml_boxes(xml) if xml is not None else drawn
-        if drawn is not None:
-            table, scaled = placed(drawn, item.path, (info.width_l0, info.height_l0))
-            boxes = clipped(table, plan.coords, settings.size_px, settings.polygons)
-            added, counts, box_notes = box_groups(table, boxes, mpp, scaled)
-            groups |= added
-        had_boxes = has_boxes(path)
-        meta = SlideMeta(
-            slide_id=item.slide_id,
-            source=item.path,
-            width_l0=info.width_l0,
-            height_l0=info.height_l0,
-            mpp=mpp,
-            mpp_level0=mpp,
-            patch_px=settings.size_px,
-            patient_id=item.patient_id,
-            parameters=parameters,
-            stamp=stamp,
-        )
-        write_slide_file(path, meta=meta, coords=plan.coords, pixels=_encoded(slide, plan.coords, settings), groups=groups)
-    notes = notes_of(
+        stamp = source_stamp(item.path)  # before the image is opened: it may be replaced meanwhile
+        existing = read_import(path)
+        if existing is not None:
+            check_same_slide(path, existing.source, existing.stamp, item.path, stamp)
+        mpp = NOMINAL_MPP if settings.nominal else settings.mpp if settings.mpp is not None else item.mpp
+        if mpp is not None and (result := _done(task, path, existing, task.parameters(settings, mpp), stamp)) is not None:
+            return result  # without decoding the image
+        with _open_image(item.path) as slide:
+            note = ""
+            if mpp is None:
+                mpp, note = _stated_mpp(item.path, slide.info.stated_mpp), slide.info.mpp_note
+                if (result := _done(task, path, existing, task.parameters(settings, mpp), stamp)) is not None:
+                    return result
+            result = _import(slide, task, path, settings, mpp, stamp)
+    has_boxes, had_boxes = "objects" in result.info, existing is not None and existing.has_boxes
+    result.notes = notes_of(
         "" if item.listed else "not in the manifest",
-        slide.info.mpp_note if found is None else "",
+        note,
         slide.info.note,
-        "not in the COCO file: no boxes" if settings.coco and drawn is None else "",
-        "no box file" if settings.boxes is not None and drawn is None else "",
-        "its boxes are gone with the old tiles: run annotate again" if had_boxes and drawn is None else "",
-        *box_notes,
+        "not in the COCO file: no boxes" if settings.coco and not has_boxes else "",
+        "no box file" if settings.boxes is not None and not has_boxes else "",
+        "its boxes are gone with the old tiles: run annotate again" if had_boxes and not has_boxes else "",
+        *result.notes,
     )
-    coords = {"coords": plan.coords.tolist()} if item.label else {}
-    return ItemResult({"tiles": len(plan.coords), **counts, **coords}, notes)
+    return result
+
+
+def _done(
+    task: ImageTask, path: Path, existing: ExistingImport | None, parameters: dict[str, Any], stamp: tuple[int, int]
+) -> ItemResult | None:
+    """Return the result of a file that is up to date, None where it must be made. Its patient_id is brought up to date."""
+    item = task.item
+    if existing is None or not existing.has_parameters(parameters) or existing.stamp != stamp:
+        return None
+    if item.patient_id and item.patient_id != existing.patient_id:
+        replace_groups(path, {}, root_attrs={"patient_id": item.patient_id})
+    if item.label:
+        existing.result.info["coords"] = existing.coords.tolist()
+    return existing.result
+
+
+def _import(
+    slide: Slide, task: ImageTask, path: Path, settings: ImportSettings, mpp: float, stamp: tuple[int, int]
+) -> ItemResult:
+    """Cut the tiles of an image, place its objects, and write the slide file; the notes are those on the boxes."""
+    item, size_px = task.item, settings.size_px
+    width, height = slide.info.width_l0, slide.info.height_l0
+    if min(width, height) < size_px:
+        raise UserError(f"{item.path}: {width} x {height} pixels hold no tile of {size_px}: ask for a smaller --size")
+    coords = plan_grid(width, height, mpp, mpp, size_px).coords
+    thumb = slide.thumbnail(THUMBNAIL_SIDE_PX)
+    xml = box_file(settings.boxes, item)
+    drawn = task.coco if xml is None else xml_boxes(xml)
+    boxes = BoxGroups(info={"boxes": 0})
+    if drawn is not None:
+        table, scaled = place_objects(drawn, item.path, (width, height))
+        boxes = box_groups(TileObjects(table, clip_objects(table, coords, size_px, settings.polygons), scaled), mpp)
+    meta = SlideMeta(
+        slide_id=item.slide_id,
+        source=item.path,
+        width_l0=width,
+        height_l0=height,
+        mpp=mpp,
+        mpp_level0=mpp,
+        patch_px=size_px,
+        patient_id=item.patient_id,
+        parameters=task.parameters(settings, mpp),
+        stamp=stamp,
+    )
+    groups = {"thumbnail": thumbnail_group(thumb, None, width / thumb.shape[1]), **boxes.groups}
+    write_slide_file(path, meta=meta, coords=coords, pixels=_encode(slide, coords, size_px), groups=groups)
+    labelled = {"coords": coords.tolist()} if item.label else {}
+    return ItemResult({"tiles": len(coords), **boxes.info, **labelled}, boxes.notes)
 
 
 def default_size_px(paths: Sequence[Path]) -> int:
-    """The side of the images where all readable ones are one square of at most 1024 pixels, else 224. Reads headers."""
+    """Choose the side of tiles from headers: that of the images where all are one square of at most 1024 pixels, else 224."""
     sizes: Counter[tuple[int, int]] = Counter()
     for path in paths:
         if (size := _header_size(path)) is not None:
@@ -259,7 +272,7 @@ def default_size_px(paths: Sequence[Path]) -> int:
 
 
 def _header_size(path: Path) -> tuple[int, int] | None:
-    """Width and height from the header; None where it cannot be read (the import of that image says why)."""
+    """Read width and height from the header; None where it cannot be read (the import of that image says why)."""
     from PIL import Image
     from PIL.TiffImagePlugin import TiffImageFile
 
@@ -279,80 +292,27 @@ def _header_size(path: Path) -> tuple[int, int] | None:
 
 
 def _open_image(path: Path) -> Slide:
-    """A TIFF through the slide libraries (it may be large), PNG and JPEG decoded into memory."""
+    """Open a TIFF through the slide libraries (it may be large), decode PNG and JPEG into memory."""
     if path.suffix.lower() in TIFF_EXTENSIONS:
         return Slide.open(path)
     try:
         reader = ImageReader(path)
     except Exception as error:  # pillow has many
-        what = describe_error(error).replace(f" {str(path)!r}", "")
-        raise UserError(f"{path}: not a readable image ({what}): copy it again or leave it out") from None
+        raise unreadable_image(path, error) from None
     return Slide(SlideInfo.of(path, reader), reader)
 
 
-def _known_mpp(item: ImageItem, settings: ImportSettings) -> Mpp | None:
-    if settings.mpp is not None:
-        return Mpp(settings.mpp, "--mpp")
-    return Mpp(item.mpp, "manifest") if item.mpp is not None else None
-
-
-def _own_mpp(path: Path, found: Mpp) -> Mpp:
-    if found.value is not None:
-        return found
-    because = f" ({found.note})" if found.note else ""
+def _stated_mpp(path: Path, stated: Mpp) -> float:
+    if stated.value is not None:
+        return stated.value
+    because = f" ({stated.note})" if stated.note else ""
     ways = "give --mpp, column mpp in a --manifest, or set the resolution tags; --no-mpp for photographs"
     raise UserError(f"{path}: no mpp in its tags{because}: {ways}")
 
 
-def _parameters(settings: ImportSettings, mpp: float | None, xml: Path | None) -> dict[str, Any]:
-    """All that changes the result; the hash of it tells whether a file is up to date."""
-    more: dict[str, Any] = {"mpp_nominal": True} if settings.nominal else {}
-    if settings.polygons:
-        more["polygons"] = True
-    if xml is not None:
-        more["box_file"] = list(source_stamp(xml))
-    return more | {
-        "format_version": FORMAT_VERSION,
-        "import": 1,
-        "mpp": mpp,
-        "size_px": settings.size_px,
-        "quality": QUALITY,
-        "coco_sha256": settings.coco,
-    }
-
-
-def _done(path: Path, parameters: dict[str, Any], item: ImageItem) -> ItemResult | None:
-    """The result of an up-to-date file (its patient_id is brought up to date), None where it must be made.
-
-    Raises UserError where it is no slide file, or another image's that is still there, and is not to be replaced.
-    """
-    if not path.exists():
-        return None
-    try:
-        with SlideFile(path) as file:
-            if was_touched(path):
-                file.check()
-            attrs, patient_id, source = file.attrs, file.patient_id, file.source
-            done = stored_result(file)
-            if item.label:
-                done.info["coords"] = file.coords.tolist()
-        stamp = (int(attrs["source_size"]), int(attrs["source_mtime_ns"]))
-        same = attrs["parameters_sha256"] == parameters_hash(parameters)[1]
-    except (UserError, OSError, KeyError, RuntimeError):
-        check_ours(path)
-        return None  # damaged: made anew
-    now = source_stamp(item.path)
-    check_same_slide(path, source, stamp, item.path, now)
-    if not same or stamp != now:
-        return None
-    if item.patient_id and item.patient_id != patient_id:
-        replace_groups(path, {}, root_attrs={"patient_id": item.patient_id})
-    return done
-
-
-def _encoded(slide: Slide, coords: np.ndarray, settings: ImportSettings) -> Iterator[bytes]:
-    """The tiles as JPEG: the image's own bytes where it is one tile and a plain JPEG, else quality 95."""
-    info, size = slide.info, settings.size_px
+def _encode(slide: Slide, coords: np.ndarray, size: int) -> Iterator[bytes]:
+    """Encode the tiles as JPEG: the image's own bytes where it is one tile and a plain JPEG, else quality 95."""
+    info = slide.info
     if (info.width_l0, info.height_l0) == (size, size) and (data := plain_jpeg(info.path)) is not None:
         yield data
         return
@@ -370,11 +330,3 @@ def _write_labels(path: Path, rows: Sequence[LabelRow]) -> None:
     columns = (*LABEL_COLUMNS, "split") if split else LABEL_COLUMNS
     values = [(slide_id, x, y, item.label, item.patient_id, item.key, item.split) for item, slide_id, x, y in rows]
     write_csv_file(path, [columns, *(row[: len(columns)] for row in values)])
-
-
-def _file_of(pair: Work, out: Path) -> Path:
-    return out / f"{pair[0].slide_id}.h5"
-
-
-def _name(pair: Work) -> str:
-    return pair[0].slide_id

@@ -11,56 +11,35 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import ceil, sqrt
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from annotations.errors import UserError
-from tiling.images.boxes import ImageObjects, box_groups, clipped, joined, placed, stored_result, xml_boxes
-from tiling.images.fit import QUALITY, FitMap, FittedImage, fit_map, probe_image, read_as_tile
+from tiling.images.boxes import (
+    BoxGroups,
+    ImageObjects,
+    TileObjects,
+    box_groups,
+    clip_objects,
+    join_tiles,
+    place_objects,
+    xml_boxes,
+)
+from tiling.images.fit import FittedImage, fit_map, probe_image, read_as_tile
 from tiling.images.listing import ImageItem, box_file
+from tiling.images.settings import NOMINAL_MPP, ImportSettings, read_import
 from tiling.jobs.outcome import ItemResult, Note, Outcome, describe_error, notes_of
-from tiling.jobs.run import run_cohort
-from tiling.slide_file.read import SlideFile
-from tiling.slide_file.write import FORMAT_VERSION, GroupContent, SlideMeta, parameters_hash, source_stamp, write_slide_file
+from tiling.slide_file.write import Columns, SlideMeta, source_stamp, write_slide_file
 from tiling.storage.locks import lock_file
 from tiling.storage.paths import printable
 from tiling.storage.slide_id import safe_id
-from tiling.storage.touched import was_touched
-from tiling.tiles.resume import has_boxes
-from tiling.tiles.run import THUMBNAIL_SIDE_PX, _overview
-
-if TYPE_CHECKING:
-    from annotations.geometry.clip import TileBoxes
-    from annotations.objects import ObjectTable
-
-NOMINAL_MPP = 1.0  # what a file says where there is no scale; its parameters and /images say so too
-
-
-@dataclass(frozen=True)
-class ShardSettings:
-    """fit: crop or squash. boxes: folder of XML files. coco: sha256 of the COCO file, empty without one.
-
-    mpp: micrometres per pixel of every image, None to look further. nominal: the images have no scale. polygons: keep the
-    outlines of the boxes.
-    """
-
-    fit: str
-    size_px: int
-    boxes: Path | None = None
-    coco: str = ""
-    mpp: float | None = None
-    nominal: bool = False
-    polygons: bool = False
-
-    @property
-    def boxed(self) -> bool:
-        return self.boxes is not None or bool(self.coco)
+from tiling.tiles.run import THUMBNAIL_SIDE_PX, thumbnail_group
 
 
 @dataclass(frozen=True)
@@ -78,47 +57,78 @@ class Shard:
 
     @property
     def patient_id(self) -> str:
+        """The patient of all its images; may be empty."""
         return self.items[0].patient_id
-
-    def coords(self, size_px: int) -> np.ndarray:
-        """int64 (n, 2): the place of each image, row by row."""
-        columns = self.columns
-        at = np.arange(len(self.items), dtype=np.int64)
-        return np.stack([at % columns, at // columns], axis=1) * size_px
 
     @property
     def columns(self) -> int:
+        """The number of tiles in a row of the grid."""
         return ceil(sqrt(len(self.items)))
+
+    @property
+    def rows(self) -> int:
+        """The number of rows of the grid."""
+        return ceil(len(self.items) / self.columns)
+
+    def coords(self, size_px: int) -> np.ndarray:
+        """int64 (n, 2): the place of each image, row by row."""
+        at = np.arange(len(self.items), dtype=np.int64)
+        return np.stack([at % self.columns, at // self.columns], axis=1) * size_px
+
+    def file(self, out: Path) -> Path:
+        """The slide file in the output folder."""
+        return out / f"{self.slide_id}.h5"
+
+    def parameters(self, settings: ImportSettings) -> dict[str, Any]:
+        """All that changes the slide file, with size and time of each image and box file."""
+        digest = hashlib.sha256()
+        for item in self.items:
+            xml = box_file(settings.boxes, item)
+            stamps = (*source_stamp(item.path), *(source_stamp(xml) if xml is not None else ()))
+            digest.update(f"{item.key}\0{stamps}\n".encode())
+        source = {"fit": settings.fit, "mpp_nominal": self.mpp is None, "boxes": settings.boxes is not None}
+        source |= {"patient_id": self.patient_id, "images_sha256": digest.hexdigest()}
+        return settings.parameters(NOMINAL_MPP if self.mpp is None else self.mpp, source)
+
+
+@dataclass(frozen=True)
+class ShardTile:
+    """One image of a shard that could be read. row: its number in the shard; objects: None where it has no boxes."""
+
+    row: int
+    key: str
+    fitted: FittedImage
+    objects: TileObjects | None
 
 
 def import_shards(
     items: Sequence[ImageItem],
     coco: Mapping[Path, ImageObjects],
     out: Path,
-    settings: ShardSettings,
+    settings: ImportSettings,
     per_shard: int,
-    how: dict[str, Any],
+    run: Callable[..., list[Outcome]],
 ) -> tuple[list[Outcome], list[tuple[ImageItem, str, int, int]]]:
-    """A slide file per shard; outcomes (shards, then failed images), and image, slide_id, x, y of every tile.
+    """Write a slide file per shard; return outcomes (shards, then failed images), and image, slide_id, x, y of every tile.
 
-    how: of `run_cohort`.
+    run: `run_cohort` with its options.
     """
     mpps, failed = (None, []) if settings.nominal else fitted_mpps(items, settings)
     shards = plan_shards(items, coco, mpps, per_shard)
     refuse_leftovers(out, shards)
-    work = partial(import_shard, out=out, settings=settings)
-    outcomes = run_cohort(shards, work, name=Shard.__str__, wrote=partial(_file_of, out=out), **how)
+    outcomes = run(shards, partial(import_shard, out=out, settings=settings), wrote=partial(Shard.file, out=out))
     rows = []
     for shard, outcome in zip(shards, outcomes, strict=True):
         coords = shard.coords(settings.size_px).tolist()
         rows += [(shard.items[i], shard.slide_id, *coords[i]) for i in outcome.info.pop("present", ())]
-    return [*outcomes, *failed, *failed_images(outcomes)], rows
+    unreadable = [image for outcome in outcomes for image in outcome.info.pop("bad", ())]
+    return [*outcomes, *failed, *(Outcome(key, ok=False, error=error) for key, error in unreadable)], rows
 
 
 def plan_shards(
     items: Sequence[ImageItem], coco: Mapping[Path, ImageObjects], mpps: Mapping[Path, float] | None, per_shard: int
 ) -> list[Shard]:
-    """Shards of at most `per_shard` images of one folder, one patient and one mpp, named `<folder>-<number>`.
+    """Divide images into shards of at most `per_shard` of one folder, one patient and one mpp, named `<folder>-<number>`.
 
     mpps: mpp of the tile of each image (images without are left out); None where there is no scale.
     """
@@ -142,8 +152,8 @@ class NoMppError(UserError):
     """An image states no resolution."""
 
 
-def fitted_mpps(items: Sequence[ImageItem], settings: ShardSettings) -> tuple[dict[Path, float], list[Outcome]]:
-    """mpp of the tile of each image: the image's (given, the manifest's, its tags') times the factor it is resized by.
+def fitted_mpps(items: Sequence[ImageItem], settings: ImportSettings) -> tuple[dict[Path, float], list[Outcome]]:
+    """Compute the mpp of each image's tile: the image's (given, the manifest's, its tags') times the factor of its resizing.
 
     Images without one are failed outcomes. Raises UserError where no image has any.
     """
@@ -151,10 +161,10 @@ def fitted_mpps(items: Sequence[ImageItem], settings: ShardSettings) -> tuple[di
     errors: list[tuple[str, UserError]] = []
     for item in items:
         try:
-            (width, height), found = probe_image(item.path)
-            mpp = next((value for value in (settings.mpp, item.mpp, found.value) if value is not None), None)
+            (width, height), stated = probe_image(item.path)
+            mpp = next((value for value in (settings.mpp, item.mpp, stated.value) if value is not None), None)
             if mpp is None:
-                because = f" ({found.note})" if found.note else ""
+                because = f" ({stated.note})" if stated.note else ""
                 ways = "give --mpp, column mpp in a --manifest, or --no-mpp for photographs"
                 raise NoMppError(f"{item.path}: no mpp in its tags{because}: {ways}")
             if settings.fit == "squash" and width != height:
@@ -169,7 +179,7 @@ def fitted_mpps(items: Sequence[ImageItem], settings: ShardSettings) -> tuple[di
 
 
 def refuse_leftovers(out: Path, shards: Sequence[Shard]) -> None:
-    """Raises UserError where `out` holds shards of the same folders that this import would not write: images twice."""
+    """Raise UserError where `out` holds shards of the same folders that this import would not write: images twice."""
     wanted = {shard.slide_id for shard in shards}
     folders = {shard.slide_id.rpartition("-")[0] for shard in shards}
     for path in sorted(out.glob("*.h5")):
@@ -180,175 +190,108 @@ def refuse_leftovers(out: Path, shards: Sequence[Shard]) -> None:
             )
 
 
-def import_shard(shard: Shard, out: Path, settings: ShardSettings) -> ItemResult:
+def import_shard(shard: Shard, out: Path, settings: ImportSettings) -> ItemResult:
     """Write one slide file; info: tiles, objects, boxes, outside, result, present (rows of its images), bad (image, error).
 
     A shard is done when its file has the same parameters, images and boxes (by size and time) and no image failed.
     """
-    path = _file_of(shard, out)
+    path = shard.file(out)
     with lock_file(path):
-        return _imported(shard, path, settings)
+        parameters, existing = shard.parameters(settings), read_import(path)
+        if existing is not None and existing.has_parameters(parameters) and not existing.failed:
+            existing.result.info["present"] = list(range(len(shard.items)))
+            return existing.result
+        tiles, bad = _read_tiles(shard, settings)
+        stored = BoxGroups()
+        if tiles and settings.has_boxes:
+            scaled_images = sum(tile.objects is not None and bool(tile.objects.scaled) for tile in tiles)
+            stored = box_groups(join_tiles([tile.objects for tile in tiles]), parameters["mpp"], scaled_images)
+        if tiles:
+            _write(path, shard, settings, parameters, tiles, stored.groups)
+    had_boxes = existing is not None and existing.has_boxes and not settings.has_boxes
+    gone = "its boxes are gone with the old tiles: run annotate or propose again" if had_boxes else ""
+    info = {"tiles": len(tiles), "boxes": 0, "objects": 0, "outside": 0} | stored.info
+    info |= {"present": [tile.row for tile in tiles], "bad": bad}
+    return ItemResult(info, [*_notes(shard, settings, tiles), *notes_of(gone), *stored.notes])
 
 
-def _file_of(shard: Shard, out: Path) -> Path:
-    return out / f"{shard.slide_id}.h5"
-
-
-def _imported(shard: Shard, path: Path, settings: ShardSettings) -> ItemResult:
-    parameters = _parameters(shard, settings)
-    if (done := _done(path, parameters)) is not None:
-        done.info["present"] = list(range(len(shard.items)))
-        return done
-    tiles: list[FittedImage] = []
-    objects: list[tuple[ObjectTable, TileBoxes] | None] = []
-    present, bad, scaled = [], [], 0
-    for i, item in enumerate(shard.items):
+def _read_tiles(shard: Shard, settings: ImportSettings) -> tuple[list[ShardTile], list[tuple[str, str]]]:
+    """Make a tile of each image, with its objects; return the tiles, and key and error of images that cannot be read."""
+    tiles, bad = [], []
+    for row, (item, drawn) in enumerate(zip(shard.items, shard.coco, strict=True)):
         try:
-            tile = read_as_tile(item.path, settings.fit, settings.size_px)
-            drawn = shard.coco[i] or _box_file(item, settings)
-            table, boxes, remark = (None, None, "") if drawn is None else _placed(drawn, item, tile, settings)
-            objects.append(None if table is None or boxes is None else (table, boxes))
-            scaled += bool(remark)
+            fitted = read_as_tile(item.path, settings.fit, settings.size_px)
+            xml = box_file(settings.boxes, item) if drawn is None else None
+            drawn = drawn if xml is None else xml_boxes(xml)
+            objects = None if drawn is None else _objects_in_tile(drawn, item, fitted, settings)
+            tiles.append(ShardTile(row, item.key, fitted, objects))
         except Exception as error:  # one bad image must not stop its shard
             bad.append((item.key, describe_error(error)))
-            continue
-        tiles.append(tile)
-        present.append(i)
-    counts: dict[str, Any] = {"tiles": len(tiles), "boxes": 0, "objects": 0, "outside": 0}
-    notes = [*_notes(shard, settings, objects), *notes_of(*_left_out(tiles))]
-    if not settings.boxed and has_boxes(path):
-        notes.append(Note("its boxes are gone with the old tiles: run annotate or propose again"))
-    if tiles:
-        box_counts, box_notes = _write(path, shard, settings, parameters, present, tiles, objects, len(bad), scaled)
-        counts |= box_counts
-        notes += box_notes
-    return ItemResult({**counts, "present": present, "bad": bad}, notes)
+    return tiles, bad
 
 
-def failed_images(outcomes: Sequence[Outcome]) -> list[Outcome]:
-    """A failed outcome for each image that a shard left out."""
-    bad = [pair for outcome in outcomes for pair in outcome.info.pop("bad", ())]
-    return [Outcome(key, ok=False, error=error) for key, error in bad]
-
-
-def _parameters(shard: Shard, settings: ShardSettings) -> dict[str, Any]:
-    """All that changes the result; the hash of it tells whether a file is up to date."""
-    digest = hashlib.sha256()
-    for item in shard.items:
-        xml = box_file(settings.boxes, item) if settings.boxes is not None else None
-        stamps = (*source_stamp(item.path), *(source_stamp(xml) if xml is not None else ()))
-        digest.update(f"{item.key}\0{stamps}\n".encode())
-    more = {"polygons": True} if settings.polygons else {}
-    return more | {
-        "format_version": FORMAT_VERSION,
-        "import": 1,
-        "fit": settings.fit,
-        "mpp": shard.mpp if shard.mpp is not None else NOMINAL_MPP,
-        "mpp_nominal": shard.mpp is None,
-        "size_px": settings.size_px,
-        "quality": QUALITY,
-        "coco_sha256": settings.coco,
-        "boxes": settings.boxes is not None,
-        "patient_id": shard.patient_id,
-        "images_sha256": digest.hexdigest(),
-    }
-
-
-def _done(path: Path, parameters: dict[str, Any]) -> ItemResult | None:
-    if not path.exists():
-        return None
-    try:
-        with SlideFile(path) as file:
-            if was_touched(path):
-                file.check()
-            if file.attrs["parameters_sha256"] != parameters_hash(parameters)[1] or int(file.group_attrs("images")["failed"]):
-                return None
-            return stored_result(file)
-    except (UserError, OSError, KeyError, RuntimeError):
-        return None  # damaged, or not ours: made anew
-
-
-def _box_file(item: ImageItem, settings: ShardSettings) -> ImageObjects | None:
-    path = box_file(settings.boxes, item) if settings.boxes is not None else None
-    return None if path is None else xml_boxes(path)
-
-
-def _placed(
-    drawn: ImageObjects, item: ImageItem, tile: FittedImage, settings: ShardSettings
-) -> tuple[ObjectTable, TileBoxes, str]:
-    """The objects of an image in pixels of its tile, whole; their boxes, clipped; and a remark where they were scaled."""
-    table, scaled = placed(drawn, item.path, tile.size)
-    part: FitMap = fit_map(tile.size, settings.fit, settings.size_px)
-    table = table.moved(part.to_tile)
-    return table, clipped(table, np.zeros((1, 2)), settings.size_px, settings.polygons), scaled
+def _objects_in_tile(drawn: ImageObjects, item: ImageItem, fitted: FittedImage, settings: ImportSettings) -> TileObjects:
+    """Move the objects of an image, whole, to pixels of its tile, and clip their boxes."""
+    table, scaled = place_objects(drawn, item.path, fitted.size)
+    table = table.moved(fit_map(fitted.size, settings.fit, settings.size_px).to_tile)
+    return TileObjects(table, clip_objects(table, np.zeros((1, 2)), settings.size_px, settings.polygons), scaled)
 
 
 def _write(
     path: Path,
     shard: Shard,
-    settings: ShardSettings,
+    settings: ImportSettings,
     parameters: dict[str, Any],
-    present: list[int],
-    tiles: list[FittedImage],
-    objects: list[tuple[ObjectTable, TileBoxes] | None],
-    failed: int,
-    scaled: int,
-) -> tuple[dict[str, Any], list[Note]]:
-    """Write the slide file; return the numbers and notes of `box_groups`."""
+    tiles: Sequence[ShardTile],
+    boxes: Mapping[str, Columns],
+) -> None:
     size, mpp = settings.size_px, float(parameters["mpp"])
-    groups: dict[str, GroupContent] = {
-        "thumbnail": _mosaic(shard, settings, present, tiles),
-        "images": {
-            "name": [shard.items[i].key for i in present],
-            "size": np.array([tile.size for tile in tiles], dtype=np.int32),
-            "attrs": {"fit": settings.fit, "mpp_nominal": shard.mpp is None, "failed": failed},
-        },
-    }
-    counts: dict[str, Any] = {}
-    notes: list[Note] = []
-    if settings.boxed:
-        boxes, counts, notes = box_groups(*joined(objects), mpp, scaled_images=scaled)
-        groups |= boxes
     meta = SlideMeta(
         slide_id=shard.slide_id,
         source=shard.source,
         width_l0=shard.columns * size,
-        height_l0=ceil(len(shard.items) / shard.columns) * size,
+        height_l0=shard.rows * size,
         mpp=mpp,
         mpp_level0=mpp,
         patch_px=size,
         patient_id=shard.patient_id,
         parameters=parameters,
     )
-    write_slide_file(path, meta=meta, coords=shard.coords(size)[present], pixels=(tile.jpeg for tile in tiles), groups=groups)
-    return counts, notes
+    failed = len(shard.items) - len(tiles)
+    images: Columns = {
+        "name": [tile.key for tile in tiles],
+        "size": np.array([tile.fitted.size for tile in tiles], dtype=np.int32),
+        "attrs": {"fit": settings.fit, "mpp_nominal": shard.mpp is None, "failed": failed},
+    }
+    write_slide_file(
+        path,
+        meta=meta,
+        coords=shard.coords(size)[[tile.row for tile in tiles]],
+        pixels=(tile.fitted.jpeg for tile in tiles),
+        groups={"thumbnail": _mosaic(shard, size, tiles), "images": images, **boxes},
+    )
 
 
-def _mosaic(shard: Shard, settings: ShardSettings, present: list[int], tiles: list[FittedImage]) -> dict[str, GroupContent]:
-    """The group /thumbnail: the grid of tiles, small."""
+def _mosaic(shard: Shard, size_px: int, tiles: Sequence[ShardTile]) -> Columns:
+    """Draw the grid of tiles, small: the group /thumbnail."""
     import simplejpeg
     from PIL import Image
 
-    cell = max(1, min(settings.size_px, THUMBNAIL_SIDE_PX // shard.columns))
-    rows = ceil(len(shard.items) / shard.columns)
-    picture = np.full((rows * cell, shard.columns * cell, 3), 255, np.uint8)
-    for i, tile in zip(present, tiles, strict=True):
-        y, x = (side * cell for side in divmod(i, shard.columns))
-        small = simplejpeg.decode_jpeg(tile.jpeg, colorspace="RGB", min_width=cell, min_height=cell, min_factor=2)
+    cell = max(1, min(size_px, THUMBNAIL_SIDE_PX // shard.columns))
+    picture = np.full((shard.rows * cell, shard.columns * cell, 3), 255, np.uint8)
+    for tile in tiles:
+        y, x = (side * cell for side in divmod(tile.row, shard.columns))
+        small = simplejpeg.decode_jpeg(tile.fitted.jpeg, colorspace="RGB", min_width=cell, min_height=cell, min_factor=2)
         picture[y : y + cell, x : x + cell] = np.asarray(Image.fromarray(small).resize((cell, cell), Image.Resampling.BOX))
-    return dict(_overview(picture, None, settings.size_px / cell))
+    return thumbnail_group(picture, None, size_px / cell)
 
 
-def _left_out(tiles: Sequence[FittedImage]) -> list[str]:
-    """Remarks on parts of images that are left out, each with the number of images."""
-    notes = Counter(tile.note for tile in tiles if tile.note)
-    return [f"{note} ({count} images)" if count > 1 else note for note, count in notes.items()]
-
-
-def _notes(shard: Shard, settings: ShardSettings, objects: Sequence[object]) -> list[Note]:
+def _notes(shard: Shard, settings: ImportSettings, tiles: Sequence[ShardTile]) -> list[Note]:
+    """Count images that are in no manifest, have no boxes, or are shown in part only."""
     notes = []
     if unlisted := sum(not item.listed for item in shard.items):
         notes.append(Note("images are not in the manifest", unlisted))
-    if settings.boxed and (without := sum(boxes is None for boxes in objects)):
-        notes.append(Note(f"images have no {'boxes in the COCO file' if settings.coco else 'box file'}", without))
-    return notes
+    if settings.has_boxes and (bare := sum(tile.objects is None for tile in tiles)):
+        notes.append(Note(f"images have no {'boxes in the COCO file' if settings.coco else 'box file'}", bare))
+    parts = Counter(tile.fitted.note for tile in tiles if tile.fitted.note)
+    return notes + [Note(f"{note} ({count} images)" if count > 1 else note) for note, count in parts.items()]

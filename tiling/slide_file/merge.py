@@ -11,13 +11,13 @@ import h5py
 import numpy as np
 
 from annotations.errors import UserError
+from tiling.slide_file.write import Columns
 from tiling.storage.checked_file import CheckedFile
 
 if TYPE_CHECKING:
     from annotations.geometry.clip import TileBoxes
 
 PARTS_ATTR = "annotation_parts"  # JSON: the record of every run whose objects are in the groups
-Columns = dict[str, Any]  # of one group: name -> array or list of str, "attrs" -> dict, "polygon" -> the columns of that group
 Groups = dict[str, Columns]  # of "objects" and "boxes"
 Record = Mapping[str, Any]  # JSON: the settings of one run of annotate, and the stamps of its files
 

@@ -31,6 +31,7 @@ REMEDY = "run odis-path tile again (import, for imported images): it is made ane
 
 # name -> array, list of str or mapping (a group within), and "attrs" -> dict: one group; an array or (array, attrs): a
 # dataset at the root; None: the group goes away.
+Columns = dict[str, Any]  # of one group: name -> array or list of str, "attrs" -> dict, and groups within
 GroupContent = Mapping[str, Any] | np.ndarray | tuple[np.ndarray, Mapping[str, Any]] | None
 
 

@@ -36,7 +36,7 @@ class ExistingFile:
 
 
 def read_existing(path: Path) -> ExistingFile | None:
-    """The slide file at `path`; None where there is none, or a damaged one. UserError where it is no slide file at all.
+    """Read the slide file at `path`; None where there is none, or a damaged one. UserError where it is no slide file at all.
 
     All that tile wrote is compared with its checksums where something touched the file since it was written.
     """
@@ -63,59 +63,50 @@ def read_existing(path: Path) -> ExistingFile | None:
         return None
 
 
-def has_boxes(path: Path) -> bool:
-    """Tell whether there is a slide file with boxes at `path`."""
-    try:
-        with SlideFile(path) as file:
-            return file.has_boxes
-    except (UserError, OSError):
-        return False
-
-
 def check_same_slide(path: Path, source: Path, stamp: Stamp, slide: Path, now: Stamp) -> None:
-    """Raises UserError where a slide file holds the tiles of another slide, which is still there.
+    """Raise UserError where a slide file holds the tiles of another slide, which is still there.
 
     source, stamp: what the file says of the slide that it was made of. now: stamp of `slide`. One file may have many URLs
     (signed ones change by the hour), so behind them only another size tells another slide.
     """
     if now[0] == -1 or place(source) == place(slide):
         return
-    there = source_stamp(source)
-    unchanged = there == stamp and not url_of(source) and not url_of(slide)
+    old = source_stamp(source)
+    unchanged = old == stamp and not url_of(source) and not url_of(slide)
     # Of a slide that is up to date, and has another place now, a stub may be left at the old one.
-    other = there[0] != -1 and (unchanged or (stamp != now and there[0] != now[0]))
-    if other and not _same(source, slide):
+    may_differ = old[0] != -1 and (unchanged or (stamp != now and old[0] != now[0]))
+    if may_differ and not _is_copy(source, slide):
         raise UserError(
             f"{slide}: {path} holds the tiles of another slide of this name, {source}: give one of them another slide_id "
             "in a manifest, or give another --out"
         )
 
 
-def up_to_date(found: ExistingFile, parameters: Mapping[str, Any], slide: Path, now: Stamp) -> bool:
+def up_to_date(existing: ExistingFile, parameters: Mapping[str, Any], slide: Path, now: Stamp) -> bool:
     """Tell whether a slide file was made with these parameters from this slide, whose stamp is `now`."""
-    moved = not found.has_pixels and found.source != absolute(slide)  # the slide itself is read later, where it is
-    return found.digest == parameters_hash(parameters)[1] and found.stamp == now and not moved
+    moved = not existing.has_pixels and existing.source != absolute(slide)  # the slide itself is read later, where it is
+    return existing.digest == parameters_hash(parameters)[1] and existing.stamp == now and not moved
 
 
-def reason_to_redo(found: ExistingFile, parameters: Mapping[str, Any], now: Stamp) -> str:
-    """The reason why a slide file that is not up to date is made anew."""
-    if found.stamp != now:
+def reason_to_redo(existing: ExistingFile, parameters: Mapping[str, Any], now: Stamp) -> str:
+    """Say why a slide file that is not up to date is made anew."""
+    if existing.stamp != now:
         return "the slide file changed"
-    return describe_changes(found.parameters, parameters) or "the slide was moved"
+    return describe_changes(existing.parameters, parameters) or "the slide was moved"
 
 
-def _same(one: Path, other: Path) -> bool:
+def _is_copy(first: Path, second: Path) -> bool:
     """Tell whether two paths lead to one file, or to copies of one, by a sample of their bytes."""
     try:
-        if one.samefile(other):
+        if first.samefile(second):
             return True
-        size = one.stat().st_size
-        if size != other.stat().st_size:
+        size = first.stat().st_size
+        if size != second.stat().st_size:
             return False
-        with one.open("rb") as first, other.open("rb") as second:
+        with first.open("rb") as one, second.open("rb") as two:
             for i in range(BLOCKS_COMPARED):
                 at = max(0, size - BLOCK_BYTES) * i // (BLOCKS_COMPARED - 1)
-                if os.pread(first.fileno(), BLOCK_BYTES, at) != os.pread(second.fileno(), BLOCK_BYTES, at):
+                if os.pread(one.fileno(), BLOCK_BYTES, at) != os.pread(two.fileno(), BLOCK_BYTES, at):
                     return False
         return True
     except OSError:  # a URL, or gone in this moment

@@ -20,7 +20,7 @@ from tiling.jobs.outcome import ItemResult, Note, notes_of
 from tiling.jobs.run import available_cpus, run_cohort
 from tiling.jobs.summary import Outcomes
 from tiling.slide_file.read import SlideFile
-from tiling.slide_file.write import FORMAT_VERSION, GroupContent, SlideFileWriter, SlideMeta, replace_groups, source_stamp
+from tiling.slide_file.write import FORMAT_VERSION, Columns, SlideFileWriter, SlideMeta, replace_groups, source_stamp
 from tiling.storage.checksums import DAMAGED
 from tiling.storage.locks import lock_file, lock_settings
 from tiling.storage.paths import absolute, place, shown, url_of
@@ -30,7 +30,7 @@ from tiling.tiles.resume import ExistingFile, Stamp, check_same_slide, read_exis
 from tiling.tiles.settings import TileSettings
 from tiling.tissue.drawn_regions import MASK_SUFFIXES, OUTLINE_SUFFIXES, region_file
 from tiling.tissue.outlines_out import clear_tissue, write_tissue
-from tiling.tissue.overview import Overview, pen_shares, read_overview, remarks
+from tiling.tissue.overview import Overview, overview_warnings, pen_shares, read_overview
 from tiling.wsi import codec
 from tiling.wsi.level_alignment import describe_placements
 from tiling.wsi.level_view import SlideInfo
@@ -96,27 +96,33 @@ def tile(
 def _tile_all(
     inputs: Path | str | Sequence[Path | str],
     out: Path | str,
-    wanted: TileSettings,
+    settings: TileSettings,
     workers: int | None,
     scheduler: str | None,
     timeout: float | None,
 ) -> Outcomes:
     begun = perf_counter()
     items = [replace(item, path=absolute(item.path)) for item in slide_items(inputs)]
-    folder = _made(Path(out))
-    if wanted.tissue_out:
-        _made(Path(wanted.tissue_out), "--tissue-out")
+    folder = output_folder(Path(out))
+    if settings.tissue_out:
+        output_folder(Path(settings.tissue_out), "--tissue-out")
     cores = 1 if scheduler else available_cpus() if workers is None else workers
-    work = partial(tile_slide, out=folder, settings=wanted, threads=max(1, cores // max(1, len(items))))
-    how: dict[str, Any] = {"workers": workers, "scheduler": scheduler, "timeout": timeout, "folder": folder}
-    how["wrote"] = partial(_file_of, out=folder)
-    with lock_settings(folder, "tile", asdict(wanted)):
-        outcomes = run_cohort(items, work, title="tile", name=str, **how)
+    with lock_settings(folder, "tile", asdict(settings)):
+        outcomes = run_cohort(
+            items,
+            partial(tile_slide, out=folder, settings=settings, threads=max(1, cores // max(1, len(items)))),
+            title="tile",
+            workers=workers,
+            scheduler=scheduler,
+            timeout=timeout,
+            folder=folder,
+            wrote=partial(_file_of, out=folder),
+        )
     return Outcomes(outcomes, "tile", out, ("tiles", "bad_tiles", "megapixels"), perf_counter() - begun)
 
 
 def _one_mpp(mpp: float | None, mag: float | None) -> float:
-    """The resolution that was asked for in one of two ways."""
+    """Settle the resolution, asked for in one of two ways: micrometres per target pixel."""
     if (mpp is None) == (mag is None):
         raise UserError("give the resolution of the tiles once: --mpp 0.5, or --mag 20 for the same")
     if mag is not None and mag <= 0:
@@ -130,9 +136,9 @@ def _file_of(item: SlideItem, out: Path) -> Path:
 
 @dataclass(frozen=True)
 class Task:
-    """A slide and where its tiles go. stamp: of the slide before it was opened; None behind a URL. there: what `path` holds.
+    """A slide and where its tiles go. outlines, exclude: files of regions that people drew, as `_regions` finds them.
 
-    outlines, exclude: as `_regions` finds them. damaged: a file is at `path` that is none.
+    stamp: of the slide before it was opened; (-1, -1) behind a URL that is not tiled yet. existing: what `path` holds.
     """
 
     item: SlideItem
@@ -140,12 +146,75 @@ class Task:
     settings: TileSettings
     outlines: Path | None
     exclude: Path | None
-    stamp: Stamp | None
+    stamp: Stamp
     existing: ExistingFile | None
-    damaged: bool
+
+    @classmethod
+    def of(cls, item: SlideItem, path: Path, settings: TileSettings) -> Task:
+        """Gather what is known before the slide is opened.
+
+        Raises UserError where another slide's tiles, or no tiles at all, lie where this one's are to go.
+        """
+        outlines, exclude = _regions(settings, item)
+        existing = read_existing(path)
+        stamp = source_stamp(item.path) if existing is not None or not url_of(item.path) else (-1, -1)
+        if existing is not None:
+            check_same_slide(path, existing.source, existing.stamp, item.path, stamp)
+        return cls(item, path, settings, outlines, exclude, stamp, existing)
 
     def parameters(self, mpp_level0: float) -> dict[str, Any]:
-        return _parameters(self.settings, mpp_level0, self.outlines, self.exclude)
+        """All that changes the result; the hash of it tells whether a file is up to date."""
+        settings, tissue = self.settings, self.settings.tissue
+        parameters: dict[str, Any] = {
+            "format_version": FORMAT_VERSION,
+            "mpp": settings.mpp,
+            "mpp_level0": mpp_level0,
+            "size_px": settings.size,
+            "overlap_px": settings.overlap,
+            "min_tissue": settings.min_tissue,
+            "tissue": tissue if self.outlines is None else f"outlines {_sha256(self.outlines)}",
+            "pixels": settings.stores_pixels,
+            "quality": settings.quality if settings.stores_pixels else None,
+        }
+        if tissue == "auto":
+            parameters |= {"tissue_method": TISSUE_METHOD, "pen": settings.pen}
+        if self.exclude is not None:
+            parameters["exclude"] = _sha256(self.exclude)
+        if settings.pixels == "copy":
+            parameters["copy"] = True
+        defaults = TileSettings(settings.mpp)
+        if settings.reader != defaults.reader:
+            parameters["reader"] = settings.reader
+        if settings.resample != defaults.resample:
+            parameters["resample"] = settings.resample
+        return parameters
+
+    def is_done(self, mpp_level0: float) -> bool:
+        """Tell whether the slide file that is there is up to date; if so its patient_id is brought up to date."""
+        item, existing = self.item, self.existing
+        if existing is None or not up_to_date(existing, self.parameters(mpp_level0), item.path, self.stamp):
+            return False
+        if item.patient_id and item.patient_id != existing.patient_id:
+            replace_groups(self.path, {}, root_attrs={"patient_id": item.patient_id})
+        return True
+
+    def meta(self, info: SlideInfo, mpp_level0: float, parameters: dict[str, Any]) -> SlideMeta:
+        """The attributes of the slide file."""
+        item, settings = self.item, self.settings
+        return SlideMeta(
+            slide_id=item.slide_id,
+            source=item.path,
+            width_l0=info.width_l0,
+            height_l0=info.height_l0,
+            mpp=settings.mpp,
+            mpp_level0=mpp_level0,
+            patch_px=settings.size,
+            overlap_px=settings.overlap,
+            patient_id=item.patient_id,
+            bounds_xy=info.bounds_xy,
+            parameters=parameters,
+            stamp=None if url_of(item.path) else self.stamp,
+        )
 
 
 def tile_slide(item: SlideItem, out: Path, settings: TileSettings, threads: int = 1) -> ItemResult:
@@ -155,76 +224,58 @@ def tile_slide(item: SlideItem, out: Path, settings: TileSettings, threads: int 
     """
     path = _file_of(item, out)
     with lock_file(path):
-        task, now = _task(item, path, settings)
+        task = Task.of(item, path, settings)
         # With the manifest's mpp all parameters are known, and a slide that is done need not be opened.
-        if item.mpp is None or not _done(task, item.mpp, now):
+        if item.mpp is None or not task.is_done(item.mpp):
             with Slide.open(item.path, reader=settings.reader, resample=settings.resample) as slide:
                 mpp = settle_mpp(item.path, slide.info.stated_mpp, manifest_mpp=item.mpp, assume_mpp=settings.assume_mpp)
                 assert mpp.value is not None
-                if item.mpp is not None or not _done(task, mpp.value, now):
-                    return _tiled(slide, task, threads, mpp, now)
+                if item.mpp is not None or not task.is_done(mpp.value):
+                    return _tile(slide, task, threads, mpp, mpp.value)
         write_tissue(settings.tissue_out, path, again=False)
     assert task.existing is not None
     counts = {"tiles": task.existing.tiles, "bad_tiles": task.existing.bad_tiles, "megapixels": 0.0}
     return ItemResult(counts, notes_of(_unreadable(task.existing.unreadable)), skipped=True)
 
 
-def _task(item: SlideItem, path: Path, settings: TileSettings) -> tuple[Task, Stamp]:
-    """The facts known before the slide is opened, and its stamp, where there is something to compare it with.
-
-    Raises UserError where another slide's tiles, or no tiles at all, lie where this one's are to go.
-    """
-    outlines, exclude = _regions(settings, item)
-    there, is_url = read_existing(path), url_of(item.path) is not None
-    damaged = there is None and path.exists()
-    now = source_stamp(item.path) if there is not None or not is_url else (-1, -1)
-    if there is not None:
-        check_same_slide(path, there.source, there.stamp, item.path, now)
-    return Task(item, path, settings, outlines, exclude, None if is_url else now, there, damaged), now
-
-
-def _tiled(slide: Slide, task: Task, threads: int, mpp: Mpp, now: Stamp) -> ItemResult:
-    """Look, plan, read, write; returns what `tile_slide` does."""
-    item, path, settings, info, mpp_l0 = task.item, task.path, task.settings, slide.info, mpp.value
-    assert mpp_l0 is not None
-    parameters = task.parameters(mpp_l0)
+def _tile(slide: Slide, task: Task, threads: int, mpp: Mpp, mpp_l0: float) -> ItemResult:
+    """Find the tissue, plan the grid, read, encode and write the tiles."""
+    path, settings, info, existing = task.path, task.settings, slide.info, task.existing
     find, keep_pen = settings.tissue == "auto", settings.pen == "keep"
     overview = read_overview(
         slide, mpp_l0, task.outlines, task.exclude, find=find, keep_pen=keep_pen, side_px=THUMBNAIL_SIDE_PX
     )
     plan = _plan(settings, info, mpp_l0, overview)
-    twin = _twin(path, item)
+    twin, parameters = _twin(path, task.item), task.parameters(mpp_l0)
+    redone = reason_to_redo(existing, parameters, task.stamp) if existing is not None else DAMAGED if path.exists() else ""
     clear_tissue(settings.tissue_out, path, overview, info.bounds_xy)
-    meta = _meta(task, info, mpp_l0, parameters)
+    meta = task.meta(info, mpp_l0, parameters)
     with SlideFileWriter(path, meta, plan.coords, plan.tissue_fraction, has_pixels=settings.stores_pixels) as out:
         if settings.stores_pixels:
             copy = settings.pixels == "copy"
             for tile in encode_tiles(slide, plan, quality=settings.quality, copy=copy, threads=threads):
                 out.add_tile(tile.data, blur=tile.blur, problem=tile.problem)
-        out.add_group(
-            "thumbnail", _overview(overview.thumb, overview.tissue_mask, overview.downsample, overview.unreadable.mean())
-        )
+        unreadable = float(overview.unreadable.mean())
+        out.add_group("thumbnail", thumbnail_group(overview.thumb, overview.tissue_mask, overview.downsample, unreadable))
         blur = {"blur": out.blur} if settings.stores_pixels else {}
         out.add_group("quality", {"pen": pen_shares(overview, plan)} | blur)
     write_tissue(settings.tissue_out, path, again=True)
-    had_boxes = task.existing is not None and task.existing.has_boxes
     notes = notes_of(
         mpp.note if mpp.source != "--assume-mpp" else "",
         _why_empty(plan, info, overview),
-        *remarks(overview, plan, ink_dropped=settings.tissue == "auto" and settings.pen == "drop"),
-        *_about_pixels(slide, overview, plan, settings, out.problems),
+        *overview_warnings(overview, plan, ink_dropped=find and not keep_pen),
+        *_pixel_notes(slide, overview, plan, settings, out.problems),
         twin,
-        "its boxes are gone with the old tiles: run annotate again" if had_boxes else "",
+        "its boxes are gone with the old tiles: run annotate again" if existing is not None and existing.has_boxes else "",
         f"nothing of it in --exclude {settings.exclude}" if settings.exclude and task.exclude is None else "",
     )
     megapixels = len(plan.coords) * plan.size_l0**2 / 1e6 if settings.stores_pixels else 0.0
     counts = {"tiles": len(plan.coords), "bad_tiles": len(out.problems), "megapixels": megapixels}
-    redone = reason_to_redo(task.existing, parameters, now) if task.existing is not None else DAMAGED if task.damaged else ""
     return ItemResult({**counts, "reader": info.reader, "mpp_source": mpp.source}, notes, redone)
 
 
 def _regions(settings: TileSettings, item: SlideItem) -> tuple[Path | None, Path | None]:
-    """The files of a slide's tissue outlines and of what is excluded; None where the one is not asked for, the other not there.
+    """Find the files of a slide's tissue outlines and of what is excluded; None where not asked for, or not there.
 
     Raises UserError where outlines were asked for and there are none.
     """
@@ -232,14 +283,14 @@ def _regions(settings: TileSettings, item: SlideItem) -> tuple[Path | None, Path
     if settings.tissue not in ("auto", "none"):
         outlines = region_file(Path(settings.tissue), item.slide_id, item.path, OUTLINE_SUFFIXES)
         if outlines is None:
-            said = f"no outline {item.slide_id}.geojson in {settings.tissue}: draw it, or use --tissue auto"
-            raise UserError(f"{item.path}: {said}")
+            missing = f"no outline {item.slide_id}.geojson in {settings.tissue}"
+            raise UserError(f"{item.path}: {missing}: draw it, or use --tissue auto")
     if settings.exclude:
         exclude = region_file(Path(settings.exclude), item.slide_id, item.path, (*OUTLINE_SUFFIXES, *MASK_SUFFIXES))
     return outlines, exclude
 
 
-def _made(folder: Path, option: str = "--out") -> Path:
+def output_folder(folder: Path, option: str = "--out") -> Path:
     """Make a folder for output; it is absolute, as a cluster's workers may run elsewhere."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -248,65 +299,11 @@ def _made(folder: Path, option: str = "--out") -> Path:
     return folder.absolute()
 
 
-def _parameters(settings: TileSettings, mpp_level0: float, outlines: Path | None, exclude: Path | None) -> dict[str, Any]:
-    """All that changes the result; the hash of it tells whether a file is up to date."""
-    tissue = settings.tissue if outlines is None else f"outlines {_sha256(outlines)}"
-    extra: dict[str, Any] = {"tissue_method": TISSUE_METHOD, "pen": settings.pen} if tissue == "auto" else {}
-    if exclude is not None:
-        extra["exclude"] = _sha256(exclude)
-    if settings.pixels == "copy":
-        extra["copy"] = True
-    usual = TileSettings(settings.mpp)
-    extra |= {
-        name: getattr(settings, name) for name in ("reader", "resample") if getattr(settings, name) != getattr(usual, name)
-    }
-    return {
-        **extra,
-        "format_version": FORMAT_VERSION,
-        "mpp": settings.mpp,
-        "mpp_level0": mpp_level0,
-        "size_px": settings.size,
-        "overlap_px": settings.overlap,
-        "min_tissue": settings.min_tissue,
-        "tissue": tissue,
-        "pixels": settings.stores_pixels,
-        "quality": settings.quality if settings.stores_pixels else None,
-    }
-
-
 def _sha256(path: Path) -> str:
     try:
         return f"sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}"
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}: ask for the right to read it") from None
-
-
-def _done(task: Task, mpp_level0: float, now: Stamp) -> bool:
-    """Tell whether the slide file that is there is up to date; if so its patient_id is brought up to date."""
-    item, there = task.item, task.existing
-    if there is None or not up_to_date(there, task.parameters(mpp_level0), item.path, now):
-        return False
-    if item.patient_id and item.patient_id != there.patient_id:
-        replace_groups(task.path, {}, root_attrs={"patient_id": item.patient_id})
-    return True
-
-
-def _meta(task: Task, info: SlideInfo, mpp_level0: float, parameters: dict[str, Any]) -> SlideMeta:
-    item, settings = task.item, task.settings
-    return SlideMeta(
-        slide_id=item.slide_id,
-        source=item.path,
-        width_l0=info.width_l0,
-        height_l0=info.height_l0,
-        mpp=settings.mpp,
-        mpp_level0=mpp_level0,
-        patch_px=settings.size,
-        overlap_px=settings.overlap,
-        patient_id=item.patient_id,
-        bounds_xy=info.bounds_xy,
-        parameters=parameters,
-        stamp=task.stamp,
-    )
 
 
 def _plan(settings: TileSettings, info: SlideInfo, mpp_level0: float, overview: Overview) -> GridPlan:
@@ -327,16 +324,16 @@ def _why_empty(plan: GridPlan, info: SlideInfo, overview: Overview) -> str:
     return "no tiles: no tissue found (see --tissue and --min-tissue)"
 
 
-def _about_pixels(
+def _pixel_notes(
     slide: Slide, overview: Overview, plan: GridPlan, settings: TileSettings, problems: dict[int, str]
 ) -> list[Note | str]:
-    """Notes on the pixels."""
+    """Collect notes on what was read otherwise than from whole stored tiles of the level that fits."""
     notes: list[Note | str] = [slide.info.note, describe_placements(slide)]
     if problems:
         row, problem = next(iter(problems.items()))
         text = f"tiles cannot be decoded and are marked in /bad_tiles (the first, row {row}: {problem})"
         notes.append(Note(text, len(problems)))
-    notes.append(_unreadable(overview.unreadable.mean()))
+    notes.append(_unreadable(float(overview.unreadable.mean())))
     if count := count_missing_tiles(slide, plan):
         notes.append(Note("tiles reach into what was not scanned: background colour there", count))
     if slide.skipped_levels:
@@ -351,24 +348,24 @@ def _unreadable(share: float) -> str:
     return f"{share:.2%} of the overview cannot be decoded: tissue there is told by what lies around it" if share else ""
 
 
-def _overview(thumb: np.ndarray, mask: np.ndarray | None, downsample: float, undecoded: float = 0.0) -> dict[str, GroupContent]:
-    """The group /thumbnail: what reports draw heatmaps on. undecoded: share of it that is black for that."""
+def thumbnail_group(thumb: np.ndarray, mask: np.ndarray | None, downsample: float, undecoded: float = 0.0) -> Columns:
+    """Make the group /thumbnail: what reports draw heatmaps on. undecoded: share of it that could not be decoded."""
     jpeg = np.frombuffer(codec.encode_jpeg(thumb, 85), np.uint8)
     attrs = {"downsample": float(downsample)} | ({"undecoded": float(undecoded)} if undecoded else {})
-    group: dict[str, Any] = {"jpeg": jpeg, "attrs": attrs}
+    group: Columns = {"jpeg": jpeg, "attrs": attrs}
     if mask is not None:
         group["tissue"] = mask.astype(np.uint8)
     return group
 
 
 def _twin(path: Path, item: SlideItem) -> str:
-    """A warning where the slide's tiles lie in the folder under its plain name too: its id got a folder in front since."""
-    other = path.with_name(f"{id_of(item.path)}.h5")
-    if path.exists() or not other.exists():
+    """Warn where the slide's tiles lie in the folder under its plain name too: its id got a folder in front since."""
+    plain = path.with_name(f"{id_of(item.path)}.h5")
+    if path.exists() or not plain.exists():
         return ""
     try:
-        with SlideFile(other) as file:
+        with SlideFile(plain) as file:
             same = place(file.source) == place(item.path)
     except (UserError, OSError, KeyError, RuntimeError):
         return ""
-    return f"warning: {other} and {path} are of the same slide, {shown(item.path)}: remove one of them" if same else ""
+    return f"warning: {plain} and {path} are of the same slide, {shown(item.path)}: remove one of them" if same else ""

@@ -82,7 +82,7 @@ def pen_shares(overview: Overview, plan: GridPlan) -> np.ndarray:
     return tissue_fractions(plan.coords, plan.size_l0, overview.pen, overview.downsample)
 
 
-def remarks(overview: Overview, plan: GridPlan, *, ink_dropped: bool) -> Iterator[str]:
+def overview_warnings(overview: Overview, plan: GridPlan, *, ink_dropped: bool) -> Iterator[str]:
     """Warn where the picture is black, where most tissue came into no tile, where ink makes up most of what is not glass.
 
     ink_dropped: tissue was looked for, and what has the colours of ink was not taken for it.
