@@ -184,7 +184,8 @@ def measure_here(what: str, file: Path, cells: int) -> dict[str, Any]:
 def measure(what: str, file: Path, cells: int) -> dict[str, Any]:
     command = [sys.executable, __file__, "--one", what, "--file", str(file), "--cells", str(cells)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
 
 
 def rows_of(best: dict[str, dict[str, Any]]) -> list[tuple[str, float, str, float]]:

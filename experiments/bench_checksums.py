@@ -121,7 +121,7 @@ def load(path: Path, *, checked: bool) -> Callable[[], None]:
     return work
 
 
-def timed(work: Callable[[], None]) -> float:
+def timed(work: Callable[[], object]) -> float:
     begin = time.process_time()
     work()
     return time.process_time() - begin

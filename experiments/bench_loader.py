@@ -122,7 +122,7 @@ def slide_streams(samples: TileSamples, rows: list[int]) -> Callable[[], None]:
             side = reader.pages[view.level].tile_w // view.scale
             for left, top, right, bottom in pixel_bounds(view, boxes).tolist():
                 tiles = product(range(top // side, -(-bottom // side)), range(left // side, -(-right // side)))
-                data += [reader.tile_bytes(view.level, *tile) for tile in tiles]
+                data += [jpeg for tile in tiles if (jpeg := reader.tile_bytes(view.level, *tile)) is not None]
 
     def work() -> None:
         for jpeg in data:

@@ -266,13 +266,13 @@ def count_flops(work: Callable[[], None]) -> int:
 
     with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
         work()
-    return counter.get_total_flops()
+    return int(counter.get_total_flops())
 
 
 def matrix_tflops(side: int = 8192) -> float:
     """What the GPU does in a large bf16 matrix product, the limit that utilisation is a share of."""
     a, b = (torch.randn(side, side, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    seconds = []
+    seconds: list[float] = []
     for _ in range(8):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
@@ -337,7 +337,8 @@ def attention_both_ways(bench: Bench, side_px: int, images: int) -> dict[str, fl
     import torch.nn.functional as F
 
     encoder = build_encoder(bench.options.model, {"img_size": side_px}).to(bench.ranks.device)
-    attention: Any = encoder.vit.blocks[0].attn  # type: ignore[index]
+    vit: Any = encoder.vit
+    attention = vit.blocks[0].attn
     patches = (side_px // encoder.patch_px) ** 2
     x = torch.randn(images, 1 + patches, encoder.embed_dim, device=bench.ranks.device, requires_grad=True)
     inside = torch.rand(images, patches, device=x.device) < 0.3
@@ -347,13 +348,15 @@ def attention_both_ways(bench: Bench, side_px: int, images: int) -> dict[str, fl
         mask = additive(attention_mask(inside, 0), x)
 
     def masked(x: Tensor) -> Tensor:
-        return attention(x, attn_mask=mask)
+        out: Tensor = attention(x, attn_mask=mask)
+        return out
 
     def split(x: Tensor) -> Tensor:
         q, k, v = attention.qkv(x).unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
         obj = F.scaled_dot_product_attention(q[:, :, :1], k, v, attn_mask=mask[:, :, :1])
         others = F.scaled_dot_product_attention(q[:, :, 1:], k, v)
-        return attention.proj(torch.cat([obj, others], 2).transpose(1, 2).flatten(2))
+        out: Tensor = attention.proj(torch.cat([obj, others], 2).transpose(1, 2).flatten(2))
+        return out
 
     def both_ways(forward: Callable[[Tensor], Tensor]) -> Callable[[], None]:
         if compiles(bench.config(), bench.ranks):

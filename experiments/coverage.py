@@ -73,7 +73,8 @@ def simulate(design: Design, patients: int, rng: np.random.Generator) -> Sample:
 
     def effects() -> np.ndarray:
         by_class, leaning = rng.normal(size=(patients, c, c)), rng.normal(size=(patients, 1, c))
-        return design.effect * (by_class + leaning)[patient, y if c > 1 else 0]
+        values: np.ndarray = design.effect * (by_class + leaning)[patient, y if c > 1 else 0]
+        return values
 
     shared, noise = effects(), rng.normal(size=here.shape)
     first = design.signal * here + shared + noise
@@ -128,7 +129,9 @@ def coverage(
         for name, estimate in estimates(sample, resamples, design.classes).items():
             interval = estimate.interval()
             low, high = np.nanpercentile(estimate.replicates, [2.5, 97.5]) if plain else (interval.low, interval.high)
-            held[name] += low <= truth[name] <= high
+            assert low is not None
+            assert high is not None
+            held[name] += bool(low <= truth[name] <= high)
     return {"simulations": done, **{name: held[name] / done for name in MEASURES}}
 
 

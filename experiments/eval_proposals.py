@@ -47,7 +47,8 @@ def box_iou(proposed: np.ndarray, truth: np.ndarray) -> np.ndarray:
     high = np.minimum(proposed[:, None, 2:], truth[None, :, 2:])
     shared = np.prod(np.clip(high - low, 0, None), axis=2)
     areas = [np.prod(boxes[:, 2:] - boxes[:, :2], axis=1) for boxes in (proposed, truth)]
-    return shared / (areas[0][:, None] + areas[1][None, :] - shared)
+    iou: np.ndarray = shared / (areas[0][:, None] + areas[1][None, :] - shared)
+    return iou
 
 
 def halves(data: Path, seed: int = 0) -> dict[str, dict[str, list[str]]]:

@@ -68,20 +68,21 @@ def run(tiles: Path, keys: list[str], seed: int, epochs: float, away: list[str])
         fixed = [f"data.tiles={tiles}", f"run.out={out}", f"run.seed={seed}", f"optim.epochs={epochs}"]
         config = load_config("demo", [*SMALL, *fixed, f"data.holdout_patients={json.dumps(away)}", *keys])
         encoder = load_encoder(str(pretrain(config)), device="cpu")
-    index, known = index_tiles(tiles), labels_of(tiles)
+    index, label_of = index_tiles(tiles), labels_of(tiles)
     parts = []
     for inside in (False, True):
         part = index.of_patients(set(away), inside=inside)
-        names = []
+        labels = []
         for slide, row in zip(part.slide, part.row, strict=True):
             with SlideFile(part.paths[slide]) as file:
-                names.append(known[file.slide_id, *map(int, file.coords[row])])
+                x, y = file.coords[row].tolist()
+                labels.append(label_of[file.slide_id, x, y])
         pixels = read_tiles(part)
-        parts.append((np.concatenate([encoder.encode(pixels[s]) for s in batches(len(pixels), 64)]), np.array(names)))
-    (gallery, known_names), (queries, names) = parts
-    classes, numbers = np.unique(known_names, return_inverse=True)
+        parts.append((np.concatenate([encoder.encode(pixels[s]) for s in batches(len(pixels), 64)]), np.array(labels)))
+    (gallery, gallery_labels), (queries, truth) = parts
+    classes, numbers = np.unique(gallery_labels, return_inverse=True)
     chosen = classes[knn_scores(gallery, numbers, queries, len(classes), 20).argmax(1)]
-    return chosen == names, time.process_time() - begin
+    return chosen == truth, time.process_time() - begin
 
 
 def main() -> None:

@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from annotations.errors import UserError
+from annotations.errors import UserError, one_line
 from annotations.objects import Kind
-from tiling.jobs.outcome import one_line
 
 if TYPE_CHECKING:
     from tiling.slide_file.read import SlideFile

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from annotations.errors import one_line
 from annotations.objects import Kind
 from odis_path.figures import style
 from odis_path.reporting.cohort_table import Cohort
 from odis_path.reporting.evaluations import Evaluation
 from odis_path.reporting.inventory import Inventory
-from tiling.jobs.outcome import one_line
 from tiling.jobs.summary import Result, show_lines
 from tiling.storage.atomic import atomic_path
 from tiling.storage.csv_file import write_csv_file
