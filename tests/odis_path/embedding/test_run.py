@@ -63,14 +63,14 @@ def test_full_features_are_the_encoders_on_the_tiles(tiny_tiles: Path, run_folde
 @pytest.mark.parametrize("mode", ["full", "masked", "crop", "blackout"])
 def test_object_features_follow_the_boxes(tiny_tiles: Path, run_folder: Path, tmp_path: Path, mode: str) -> None:
     embed(tiny_tiles, str(run_folder), tmp_path, level="object", mode=mode, dtype="float32", batch=7)
-    found = features.read_features(tmp_path / "S2.h5", "object")
+    embedded = features.read_features(tmp_path / "S2.h5", "object")
     with SlideFile(tiny_tiles / "S2.h5") as slide:
         table = slide.boxes_table()
-        assert np.array_equal(found.xyxy, table["xyxy"])
-        one = load_encoder(str(run_folder), device="cpu").encode(slide.tile(3)[None], table["xyxy"][7:8], mode)  # type: ignore[arg-type]
-    assert np.allclose(found.x[7], one[0], atol=1e-5)
-    assert found.label[7] == 1
-    assert found.tile[7] == 3
+        assert np.array_equal(embedded.xyxy, table["xyxy"])
+        single = load_encoder(str(run_folder), device="cpu").encode(slide.tile(3)[None], table["xyxy"][7:8], mode)  # type: ignore[arg-type]
+    assert np.allclose(embedded.x[7], single[0], atol=1e-5)
+    assert embedded.label[7] == 1
+    assert embedded.tile[7] == 3
 
 
 def test_the_modes_differ_for_a_small_box_and_agree_for_the_whole_tile(tiny_tiles: Path, run_folder: Path) -> None:
@@ -108,10 +108,10 @@ def test_what_is_done_is_skipped_and_other_settings_are_not(tiny_tiles: Path, ru
 
 def test_a_choice_of_kinds_keeps_its_own_boxes(tiny_tiles: Path, run_folder: Path, tmp_path: Path) -> None:
     embed(tiny_tiles, str(run_folder), tmp_path, level="object", mode="masked", kinds="cell")
-    found = features.read_features(tmp_path / "S0.h5", "object")
-    assert len(found) == 12
+    embedded = features.read_features(tmp_path / "S0.h5", "object")
+    assert len(embedded) == 12
     with SlideFile(tiny_tiles / "S0.h5") as slide:
-        assert np.array_equal(found.xyxy, slide.boxes_table()["xyxy"][1::2])
+        assert np.array_equal(embedded.xyxy, slide.boxes_table()["xyxy"][1::2])
 
 
 @pytest.mark.parametrize(

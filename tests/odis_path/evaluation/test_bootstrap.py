@@ -45,16 +45,16 @@ def test_replicates_are_scores_of_the_sampled_patients_rows() -> None:
     resamples = resample_patients(y, cluster, 3, 20, seed=3)
     assert resamples.is_jackknife
     assert np.allclose(resamples.weights.sum(1), 8)
-    found = estimate_classes(y, predictions, resamples, 3)
+    estimates = estimate_classes(y, predictions, resamples, 3)
     for b in range(8):
         rows = np.flatnonzero(cluster != b)
         truth, pred, scores = y[rows], predictions.pred[0][rows], predictions.scores[0][rows]
-        assert found["balanced_accuracy"].replicates[b] == pytest.approx(balanced_accuracy_score(truth, pred))
-        assert found["macro_f1"].replicates[b] == pytest.approx(f1_score(truth, pred, average="macro"))
-        assert found["accuracy"].replicates[b] == pytest.approx(accuracy_score(truth, pred))
+        assert estimates["balanced_accuracy"].replicates[b] == pytest.approx(balanced_accuracy_score(truth, pred))
+        assert estimates["macro_f1"].replicates[b] == pytest.approx(f1_score(truth, pred, average="macro"))
+        assert estimates["accuracy"].replicates[b] == pytest.approx(accuracy_score(truth, pred))
         area = np.mean([roc_auc_score(truth == c, scores[:, c]) for c in range(3)])
-        assert found["auroc"].replicates[b] == pytest.approx(area)
-    assert found["balanced_accuracy"].point == pytest.approx(balanced_accuracy_score(y, predictions.pred[0])), (
+        assert estimates["auroc"].replicates[b] == pytest.approx(area)
+    assert estimates["balanced_accuracy"].point == pytest.approx(balanced_accuracy_score(y, predictions.pred[0])), (
         "of the full sample"
     )
 
@@ -84,10 +84,10 @@ def test_samples_done_some_at_a_time_are_the_same(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("patients", [10, 100, 400])
 def test_the_spread_of_a_mean_of_patients_is_the_textbooks(patients: int) -> None:
     values = np.random.default_rng(0).uniform(0.3, 0.7, size=patients)
-    found = estimate_mean(values, resamples_of(np.arange(patients), 4000))
+    estimate = estimate_mean(values, resamples_of(np.arange(patients), 4000))
     error = values.std(ddof=1) / np.sqrt(patients)
-    assert np.sqrt(found.variance_rule.variance(found.replicates)) == pytest.approx(error, rel=0.05)
-    interval = found.interval()
+    assert np.sqrt(estimate.variance_rule.variance(estimate.replicates)) == pytest.approx(error, rel=0.05)
+    interval = estimate.interval()
     assert interval.point == pytest.approx(values.mean())
     assert interval.high - interval.low == pytest.approx(2 * t_quantile(patients - 1) * error, rel=0.07)
     assert t_quantile(4) == pytest.approx(2.776, abs=1e-3)
@@ -133,13 +133,15 @@ def test_a_class_of_one_patient_has_no_interval_and_says_why() -> None:
     resamples = resample_patients(y, cluster, 3, 1000, 0)
     assert resamples.single == (2,)
     assert resamples.lacking.sum() == 1, "a sample without the class is flagged"
-    found = estimate_classes(y, Predictions(scores.argmax(1)[None], scores[None]), resamples, 3, ("gland", "stroma", "rare"))
+    estimates = estimate_classes(
+        y, Predictions(scores.argmax(1)[None], scores[None]), resamples, 3, ("gland", "stroma", "rare")
+    )
     for name in ("balanced_accuracy", "macro_f1", "auroc"):
-        ends = found[name].interval()
+        ends = estimates[name].interval()
         assert (ends.low, ends.high) == (None, None)
         assert "one patient alone has the class rare" in ends.why
-        assert found[name].minus(found[name]).interval().why
-    ends = found["accuracy"].interval()
+        assert estimates[name].minus(estimates[name]).interval().why
+    ends = estimates["accuracy"].interval()
     assert ends.low < ends.point < ends.high
     recall = estimate_mean(np.where(y == 2, 1.0, np.nan), resamples).interval()
     assert recall.low is None
@@ -154,9 +156,9 @@ def test_samples_that_lack_a_class_are_left_out() -> None:
     assert 80 < resamples.lacking.sum() < 200
     assert resamples.single == ()
     pred = np.where(y == 2, 0, y)
-    found = estimate_classes(y, Predictions(pred[None], np.eye(3)[pred][None]), resamples, 3)["balanced_accuracy"]
-    assert np.isnan(found.replicates).sum() == resamples.lacking.sum()
-    assert found.interval().high < 0.75, "no sample is scored over two classes of three, which would be 1"
+    estimate = estimate_classes(y, Predictions(pred[None], np.eye(3)[pred][None]), resamples, 3)["balanced_accuracy"]
+    assert np.isnan(estimate.replicates).sum() == resamples.lacking.sum()
+    assert estimate.interval().high < 0.75, "no sample is scored over two classes of three, which would be 1"
 
 
 @pytest.mark.parametrize("patients", [5, 40])
@@ -186,11 +188,11 @@ def test_intervals_stay_on_their_scale_and_hold_the_point() -> None:
 def test_a_model_against_itself_differs_by_nothing() -> None:
     y, predictions, cluster = cases()
     resamples = resample_patients(y, cluster, 3, 1000, 0)
-    found = estimate_classes(y, predictions, resamples, 3)["balanced_accuracy"]
-    assert astuple(found.minus(found).interval())[:3] == pytest.approx((0, 0, 0))
+    estimate = estimate_classes(y, predictions, resamples, 3)["balanced_accuracy"]
+    assert astuple(estimate.minus(estimate).interval())[:3] == pytest.approx((0, 0, 0))
     better = Predictions(np.where(np.arange(len(y)) % 10 == 0, y, predictions.pred), predictions.scores)
-    paired = estimate_classes(y, better, resamples, 3)["balanced_accuracy"].minus(found)
-    assert np.std(paired.replicates) < 0.7 * found.replicates.std(), "pairing takes out what the patients share"
+    paired = estimate_classes(y, better, resamples, 3)["balanced_accuracy"].minus(estimate)
+    assert np.std(paired.replicates) < 0.7 * estimate.replicates.std(), "pairing takes out what the patients share"
 
 
 def test_episodes_are_averaged() -> None:
@@ -222,7 +224,7 @@ def test_95_percent_intervals_hold_the_truth_about_as_often(design: int, patient
     from coverage import DESIGNS, MEASURES, coverage, truth_of
 
     truth = truth_of(DESIGNS[design], seed=0, parts=4)
-    found = coverage(DESIGNS[design], patients, truth, simulations=400, samples=1000, seed=7)
-    assert found["simulations"] == 400
+    shares = coverage(DESIGNS[design], patients, truth, simulations=400, samples=1000, seed=7)
+    assert shares["simulations"] == 400
     for name in MEASURES:
-        assert 0.915 <= found[name] <= 0.99, f"{name}: {found[name]}"
+        assert 0.915 <= shares[name] <= 0.99, f"{name}: {shares[name]}"

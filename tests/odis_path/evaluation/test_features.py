@@ -68,9 +68,9 @@ def test_a_folder_is_read_as_one_table(cohort: Cohort) -> None:
 def test_select_reads_some_rows(cohort: Cohort) -> None:
     whole = read_features(cohort.good, "tile")
     rows = np.array([3, 17, 18, 95])
-    some = read_features(cohort.good, "tile", lambda index: rows)
-    assert np.array_equal(some.x, whole.x[rows])
-    assert some.slide_id.tolist() == ["s0", "s1", "s1", "s5"]
+    selected = read_features(cohort.good, "tile", lambda index: rows)
+    assert np.array_equal(selected.x, whole.x[rows])
+    assert selected.slide_id.tolist() == ["s0", "s1", "s1", "s5"]
 
 
 def test_a_choice_of_boxes_keeps_them_aligned(cohort: Cohort, tmp_path: Path) -> None:
@@ -79,9 +79,9 @@ def test_a_choice_of_boxes_keeps_them_aligned(cohort: Cohort, tmp_path: Path) ->
         write_features(
             tmp_path / "s0.h5", level="object", features=np.eye(3), slide_file=file, encoder="e", mode="masked", box_rows=rows
         )
-    found = read_features(tmp_path, "object")
-    assert found.tile.tolist() == [0, 2, 15]
-    assert found.object.tolist() == [0, 2, 14]
+    embedded = read_features(tmp_path, "object")
+    assert embedded.tile.tolist() == [0, 2, 15]
+    assert embedded.object.tolist() == [0, 2, 14]
 
 
 def test_levels_share_encoder_and_mode(cohort: Cohort, folder: Path) -> None:
@@ -125,8 +125,8 @@ def test_done_is_done_until_something_changes(cohort: Cohort, tmp_path: Path) ->
         put(file["objects/label"], 0, 2)
         file.attrs["patient_id"] = "changed"
     assert embedded_already(target, "tile", slide, settings), "whole tiles do not depend on annotations"
-    found = read_features(target)
-    assert (found.label[0], found.patient_id[0]) == (2, "changed"), "but their labels follow"
+    embedded = read_features(target)
+    assert (embedded.label[0], embedded.patient_id[0]) == (2, "changed"), "but their labels follow"
     with h5py.File(slide, "r+") as file:
         put(file["coords"], 0, -1)
     assert not embedded_already(target, "tile", slide, settings)

@@ -55,27 +55,27 @@ def test_it_is_said_how_many_tested_patients_the_encoder_was_pretrained_on(feats
     pretraining = trained_on("p0", "p1", "p2", "p3", out=("p4", "p5"))
     pretraining.write(feats)
     note_into(feats, pretraining.note())
-    found = run(feats, tmp_path / "out")
-    seen = found["pretraining"]
+    results = run(feats, tmp_path / "out")
+    seen = results["pretraining"]
     assert (seen["known"], seen["tested"], seen["seen"], seen["held_out"], seen["unit"]) == (True, 6, 4, 2, "patients")
     assert [f["tested"] for f in seen["per_fold"]] == [2, 2, 2]
     rows = list(csv.DictReader((tmp_path / "out" / "predictions.csv").open()))
     for fold in seen["per_fold"]:
         there = {row["patient_id"] for row in rows if int(row["fold"]) in fold["fold"]}
         assert fold["seen"] == len(there & {"p0", "p1", "p2", "p3"})
-    assert any("pretrained on 4 of the 6 tested patients" in w and "--split auto" in w for w in found["warnings"])
+    assert any("pretrained on 4 of the 6 tested patients" in w and "--split auto" in w for w in results["warnings"])
 
 
 def test_split_auto_judges_the_patients_that_the_run_held_out(feats: Path, tmp_path: Path) -> None:
     pretraining = trained_on("p0", "p1", "p2", out=("p4", "p5"))
     pretraining.write(feats)
     note_into(feats, pretraining.note())
-    found = run(feats, tmp_path / "out", split="auto")
+    results = run(feats, tmp_path / "out", split="auto")
     rows = list(csv.DictReader((tmp_path / "out" / "predictions.csv").open()))
     assert {row["patient_id"] for row in rows} == {"p4", "p5"}
-    assert found["pretraining"]["in_words"] == "the encoder was pretrained on 0 of the 2 tested patients"
-    assert not any("too high" in w for w in found["warnings"])
-    assert any("s3" in w for w in found["warnings"]), "a slide that the run did not have is told"
+    assert results["pretraining"]["in_words"] == "the encoder was pretrained on 0 of the 2 tested patients"
+    assert not any("too high" in w for w in results["warnings"])
+    assert any("s3" in w for w in results["warnings"]), "a slide that the run did not have is told"
 
 
 def test_what_cannot_be_known_is_said_and_split_auto_needs_it(feats: Path, tmp_path: Path) -> None:
@@ -109,27 +109,27 @@ def test_patients_are_compared_by_slide_where_they_have_no_name_or_another(feats
     for path in feats.glob("*.h5"):
         with h5py.File(path, "r+") as file:
             file.attrs["patient_id"] = ""
-    found = run(feats, tmp_path / "b", groups="slide_id")["pretraining"]
-    assert (found["unit"], found["tested"], found["seen"]) == ("slides", 6, 2)
+    overlap = run(feats, tmp_path / "b", groups="slide_id")["pretraining"]
+    assert (overlap["unit"], overlap["tested"], overlap["seen"]) == ("slides", 6, 2)
 
 
 def test_near_equal_patients_of_the_pretraining_are_told(feats: Path, tmp_path: Path) -> None:
     pretraining = Pretraining("run", "x", slides=(Slide("other", "P00", "train", True),))
     pretraining.write(feats)
     note_into(feats, pretraining.note())
-    found = run(feats, tmp_path / "out")
-    assert found["pretraining"]["seen"] == 0
-    assert any("P00 and p0" in w for w in found["warnings"])
+    results = run(feats, tmp_path / "out")
+    assert results["pretraining"]["seen"] == 0
+    assert any("P00 and p0" in w for w in results["warnings"])
 
 
 def test_each_baselines_encoder_has_its_own_count(cohort: Cohort, feats: Path, tmp_path: Path) -> None:
     pretraining = trained_on("p0", base="hub-model.pth")
     pretraining.write(feats)
     note_into(feats, pretraining.note())
-    found = run(cohort.noise, tmp_path / "out", baseline={"other": feats})
-    assert found["baselines"]["other"]["pretraining"]["seen"] == 1
-    assert "began from hub-model.pth" in found["baselines"]["other"]["pretraining"]["in_words"]
-    assert not found["pretraining"]["known"]
+    results = run(cohort.noise, tmp_path / "out", baseline={"other": feats})
+    assert results["baselines"]["other"]["pretraining"]["seen"] == 1
+    assert "began from hub-model.pth" in results["baselines"]["other"]["pretraining"]["in_words"]
+    assert not results["pretraining"]["known"]
 
 
 def test_older_feature_files_are_looked_up_in_the_run_folder(feats: Path, tmp_path: Path) -> None:
@@ -157,40 +157,40 @@ def test_weights_that_a_run_began_from_count_too(tmp_path: Path) -> None:
     assert kept_in_checkpoint(slides, "timm")["base"] == "timm"
     assert kept_in_checkpoint(slides, None)["base"] == ""
     torch.save({"format": "odis-path-checkpoint", "data": {"pretrained_on": kept}}, tmp_path / "second.pt")
-    found = read_note("", tmp_path, f"{tmp_path}/second.pt:1:2")
-    assert found.kind == "unknown", "an older feature file is answered by the run folder only"
+    pretraining = read_note("", tmp_path, f"{tmp_path}/second.pt:1:2")
+    assert pretraining.kind == "unknown", "an older feature file is answered by the run folder only"
 
 
 # --- 2. one preprocessing for all
 
 
-@pytest.mark.parametrize("how", ["none", "zscore", "whiten", "centre-slide"])
+@pytest.mark.parametrize("method", ["none", "zscore", "whiten", "centre-slide"])
 @pytest.mark.parametrize("probe", ["knn", "prototype", "retrieval"])
-def test_the_model_and_every_baseline_get_the_same(cohort: Cohort, tmp_path: Path, probe: str, how: str) -> None:
-    found = run(cohort.good, tmp_path, probe=probe, standardise=how, baseline={"noise": cohort.noise}, k=[5])
-    assert found["standardise"]["chosen"] == how
-    assert {name: values["standardise"] for name, values in found["baselines"].items()} == {
+def test_the_model_and_every_baseline_get_the_same(cohort: Cohort, tmp_path: Path, probe: str, method: str) -> None:
+    results = run(cohort.good, tmp_path, probe=probe, standardise=method, baseline={"noise": cohort.noise}, k=[5])
+    assert results["standardise"]["chosen"] == method
+    assert {name: values["standardise"] for name, values in results["baselines"].items()} == {
         "majority": None,
-        "rgb_mean": how,
-        "texture": how,
-        "noise": how,
+        "rgb_mean": method,
+        "texture": method,
+        "noise": method,
     }
     rows = list(csv.DictReader((tmp_path / "table.csv").open()))
-    assert {row["standardise"] for row in rows if row["what"] in ("model", "texture", "noise")} == {how}
-    assert any("slide's own rows" in w for w in found["warnings"]) == (how == "centre-slide")
+    assert {row["standardise"] for row in rows if row["what"] in ("model", "texture", "noise")} == {method}
+    assert any("slide's own rows" in w for w in results["warnings"]) == (method == "centre-slide")
 
 
 def test_auto_chooses_for_each_by_the_same_rule(cohort: Cohort, tmp_path: Path) -> None:
-    found = run(cohort.good, tmp_path)
-    assert found["standardise"]["asked"] == "auto"
-    assert set(found["standardise"]["inner_scores"]) == {"none", "zscore", "whiten"}
-    best = max(found["standardise"]["inner_scores"].values())
-    assert found["standardise"]["inner_scores"][found["standardise"]["chosen"]] > best - 0.1
-    assert found["baselines"]["texture"]["standardise"] in ("none", "zscore", "whiten")
+    results = run(cohort.good, tmp_path)
+    assert results["standardise"]["asked"] == "auto"
+    assert set(results["standardise"]["inner_scores"]) == {"none", "zscore", "whiten"}
+    best = max(results["standardise"]["inner_scores"].values())
+    assert results["standardise"]["inner_scores"][results["standardise"]["chosen"]] > best - 0.1
+    assert results["baselines"]["texture"]["standardise"] in ("none", "zscore", "whiten")
 
 
 def test_the_linear_probe_standardises_in_any_case(cohort: Cohort, tmp_path: Path) -> None:
-    a, b = (run(cohort.good, tmp_path / how, probe="linear", standardise=how) for how in ("auto", "none"))
+    a, b = (run(cohort.good, tmp_path / method, probe="linear", standardise=method) for method in ("auto", "none"))
     assert a["standardise"]["chosen"] == b["standardise"]["chosen"] == "zscore"
     assert a["headline"] == b["headline"]
     assert any("all the same" in w for w in b["warnings"])
@@ -203,7 +203,7 @@ def test_a_shift_of_each_slide_is_taken_out_by_centring(feats: Path, tmp_path: P
         with h5py.File(path, "r+") as file:
             file["features"][...] = file["features"][...] + 6 * rng.normal(size=8).astype("float16")
             del file["features"].attrs["crc32"]  # changed on purpose
-    plain, centred = (run(feats, tmp_path / how, standardise=how) for how in ("none", "centre-slide"))
+    plain, centred = (run(feats, tmp_path / method, standardise=method) for method in ("none", "centre-slide"))
     gain = centred["headline"]["balanced_accuracy"]["point"] - plain["headline"]["balanced_accuracy"]["point"]
     assert gain > 0.2
 
@@ -227,25 +227,25 @@ def csv_of(path: Path, header: str, lines: list[str]) -> Path:
 
 def test_words_for_a_missing_label_are_left_out_and_told(cohort: Cohort, tmp_path: Path) -> None:
     lines = [f"s{i},{'ab'[i % 2]}" for i in range(4)] + ["s4,nan", "s5,NA"]
-    found = run(cohort.good, tmp_path / "out", labels=csv_of(tmp_path / "l.csv", "slide_id,label", lines))
-    assert found["labels"] == ["a", "b"]
-    assert any("NA (1), nan (1)" in w for w in found["warnings"])
+    results = run(cohort.good, tmp_path / "out", labels=csv_of(tmp_path / "l.csv", "slide_id,label", lines))
+    assert results["labels"] == ["a", "b"]
+    assert any("NA (1), nan (1)" in w for w in results["warnings"])
 
 
 def test_classes_that_differ_in_case_only_are_told(cohort: Cohort, tmp_path: Path) -> None:
     lines = [f"s{i},{('Tumor', 'tumor', 'stroma')[i % 3]}" for i in range(6)]
-    found = run(cohort.good, tmp_path / "out", labels=csv_of(tmp_path / "l.csv", "slide_id,label", lines))
-    assert found["labels"] == ["Tumor", "stroma", "tumor"]
-    assert any("Tumor and tumor" in w for w in found["warnings"])
+    results = run(cohort.good, tmp_path / "out", labels=csv_of(tmp_path / "l.csv", "slide_id,label", lines))
+    assert results["labels"] == ["Tumor", "stroma", "tumor"]
+    assert any("Tumor and tumor" in w for w in results["warnings"])
 
 
 def test_near_equal_and_missing_patients_are_told(cohort: Cohort, tmp_path: Path) -> None:
     patients = ["P01", "p1", "q2", "nan", "q4", "q5"]
     lines = [f"s{i},{'ab'[i % 2]},{patients[i]}" for i in range(6)]
     labels = csv_of(tmp_path / "l.csv", "slide_id,label,patient_id", lines)
-    found = run(cohort.good, tmp_path / "out", labels=labels)
-    assert any("P01 and p1" in w for w in found["warnings"])
-    assert any("patient_id of 1 slides is a word for none" in w and "s3" in w for w in found["warnings"])
+    results = run(cohort.good, tmp_path / "out", labels=labels)
+    assert any("P01 and p1" in w for w in results["warnings"])
+    assert any("patient_id of 1 slides is a word for none" in w and "s3" in w for w in results["warnings"])
     rows = list(csv.DictReader((tmp_path / "out" / "predictions.csv").open()))
     assert {row["patient_id"] for row in rows if row["slide_id"] == "s3"} == {"p3"}, "its file's patient is taken"
 
@@ -256,16 +256,16 @@ def test_a_patient_called_nan_in_the_files_is_not_known(feats: Path, tmp_path: P
             file.attrs["patient_id"] = "nan"
     with pytest.raises(UserError, match="no patient_id for 2 slides"):
         run(feats, tmp_path / "out")
-    found = run(feats, tmp_path / "out", groups="slide_id")
-    assert any("s1, s2" in w and "not known" in w for w in found["warnings"])
+    results = run(feats, tmp_path / "out", groups="slide_id")
+    assert any("s1, s2" in w and "not known" in w for w in results["warnings"])
 
 
 def test_a_slide_without_a_site_is_told(cohort: Cohort, tmp_path: Path) -> None:
     lines = [f"s{i},{'ab'[i % 2]},{'' if i == 5 else f'x{i // 2}'}" for i in range(6)]
     labels = csv_of(tmp_path / "l.csv", "slide_id,label,site", lines)
-    found = run(cohort.good, tmp_path / "out", labels=labels, probe="retrieval", k=[3])
-    assert "other sites" not in found["retrieval"]
-    assert any("1 slides have no site (s5)" in w for w in found["warnings"])
+    results = run(cohort.good, tmp_path / "out", labels=labels, probe="retrieval", k=[3])
+    assert "other sites" not in results["retrieval"]
+    assert any("1 slides have no site (s5)" in w for w in results["warnings"])
 
 
 def test_a_split_whose_own_patients_are_on_two_sides_is_refused(cohort: Cohort, tmp_path: Path) -> None:
@@ -303,14 +303,14 @@ def test_a_result_of_another_encoder_is_kept_unless_told(cohort: Cohort, tmp_pat
 def test_a_class_of_one_patient_is_flagged_and_has_no_interval(cohort: Cohort, tmp_path: Path) -> None:
     lines = [f"s{i},{32 * x},0,{'rare' if (i, x) == (2, 0) else 'ab'[x % 2]}" for i in range(6) for x in range(4)]
     labels = csv_of(tmp_path / "l.csv", "slide_id,x,y,label", lines)
-    found = run(cohort.good, tmp_path / "out", labels=labels)
-    assert found["headline"]["balanced_accuracy"]["low"] is None
-    assert "one patient alone has the class rare" in found["headline"]["balanced_accuracy"]["why"]
-    assert found["headline"]["accuracy"]["low"] is not None
-    rare = next(row for row in found["per_class"] if row["label"] == "rare")
+    results = run(cohort.good, tmp_path / "out", labels=labels)
+    assert results["headline"]["balanced_accuracy"]["low"] is None
+    assert "one patient alone has the class rare" in results["headline"]["balanced_accuracy"]["why"]
+    assert results["headline"]["accuracy"]["low"] is not None
+    rare = next(row for row in results["per_class"] if row["label"] == "rare")
     assert (rare["groups"], rare["recall_interval"]["low"]) == (1, None)
     assert "one patient" in rare["no_interval"]
-    assert any("judged on one group alone: rare" in w for w in found["warnings"])
+    assert any("judged on one group alone: rare" in w for w in results["warnings"])
     rows = list(csv.DictReader((tmp_path / "out" / "table.csv").open()))
     assert next(row for row in rows if row["what"] == "model, class rare")["no_interval"]
     assert next(row for row in rows if row["what"] == "model, class a")["low"]
@@ -318,6 +318,6 @@ def test_a_class_of_one_patient_is_flagged_and_has_no_interval(cohort: Cohort, t
 
 def test_patients_of_one_class_are_sampled_within_it(cohort: Cohort, tmp_path: Path) -> None:
     lines = [f"s{i},{'ab'[i % 2]}" for i in range(6)]
-    found = run(cohort.good, tmp_path / "out", labels=csv_of(tmp_path / "l.csv", "slide_id,label", lines))
-    assert "within their class" in found["settings"]["interval"]
-    assert found["settings"]["samples_lacking_a_class"] == 0
+    results = run(cohort.good, tmp_path / "out", labels=csv_of(tmp_path / "l.csv", "slide_id,label", lines))
+    assert "within their class" in results["settings"]["interval"]
+    assert results["settings"]["samples_lacking_a_class"] == 0

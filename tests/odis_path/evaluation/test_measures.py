@@ -33,8 +33,8 @@ def test_knn_scores_are_those_of_the_formula(k: int, chunk: int) -> None:
     assert knn_scores(train, y, test, 3, k, chunk=chunk) == pytest.approx(
         plain_knn(train, y, test, 3, k, "temperature"), abs=1e-5
     )
-    found = knn_scores(train, y, test, 3, k, chunk=chunk, weights="majority")
-    assert found == pytest.approx(plain_knn(train, y, test, 3, k, "majority"), abs=2e-3), "a tie-breaker apart"
+    scores = knn_scores(train, y, test, 3, k, chunk=chunk, weights="majority")
+    assert scores == pytest.approx(plain_knn(train, y, test, 3, k, "majority"), abs=2e-3), "a tie-breaker apart"
 
 
 def test_knn_of_no_rows_ties_and_nonsense() -> None:
@@ -57,9 +57,9 @@ def test_scores_agree_with_scikit_learn() -> None:
     areas = [metrics.roc_auc_score(y == c, scores[:, c]) for c in range(3)]
     assert auroc(y, scores)[0] == pytest.approx(np.mean(areas))
     weights = RNG.integers(0, 4, (3, 200))
-    for row, found in zip(weights, auroc(y, scores, weights), strict=True):
-        drawn = np.repeat(np.arange(200), row)
-        assert found == pytest.approx(np.mean([metrics.roc_auc_score(y[drawn] == c, scores[drawn, c]) for c in range(3)]))
+    for row, area in zip(weights, auroc(y, scores, weights), strict=True):
+        repeated = np.repeat(np.arange(200), row)
+        assert area == pytest.approx(np.mean([metrics.roc_auc_score(y[repeated] == c, scores[repeated, c]) for c in range(3)]))
 
 
 def test_scores_of_a_case_by_hand() -> None:
@@ -71,12 +71,14 @@ def test_scores_of_a_case_by_hand() -> None:
 
 def test_bootstrap_interval_of_a_known_case() -> None:
     """400 clusters of one row each, right or wrong by a coin: the interval of a share, sqrt(p (1 - p) / n)."""
-    values, one = (np.arange(400) % 4 == 0).astype(float), np.zeros(3600, int)
-    found = estimate_mean(values, resample_patients(one[:400], np.arange(400), 1, 4000, 3)).interval()
+    values, single_class = (np.arange(400) % 4 == 0).astype(float), np.zeros(3600, int)
+    interval = estimate_mean(values, resample_patients(single_class[:400], np.arange(400), 1, 4000, 3)).interval()
     half = 1.96 * np.sqrt(0.25 * 0.75 / 400)
-    assert (found.point, found.low, found.high) == pytest.approx((0.25, 0.25 - half, 0.25 + half), abs=0.006)
-    doubled = estimate_mean(np.repeat(values, 9), resample_patients(one, np.repeat(np.arange(400), 9), 1, 4000, 3)).interval()
-    assert doubled == pytest.approx(found), "nine rows of a patient tell no more than one"
+    assert (interval.point, interval.low, interval.high) == pytest.approx((0.25, 0.25 - half, 0.25 + half), abs=0.006)
+    doubled = estimate_mean(
+        np.repeat(values, 9), resample_patients(single_class, np.repeat(np.arange(400), 9), 1, 4000, 3)
+    ).interval()
+    assert doubled == pytest.approx(interval), "nine rows of a patient tell no more than one"
 
 
 @pytest.mark.parametrize(("n_groups", "folds"), [(2, 5), (3, 5), (7, 3), (20, 5)])
@@ -149,8 +151,8 @@ def test_retrieval_by_hand() -> None:
     assert hits.index[0, :3].tolist() == [2, 3, 4]
     assert not np.isfinite(hits.similarity[0, 3])
     assert hits.relevant.tolist() == [2]
-    found = measures(hits, y, 2)
-    assert (found["precision"][0], found["hit"][0], found["map"][0]) == (0.5, 1, pytest.approx((1 / 2) / 2))
+    at_2 = measures(hits, y, 2)
+    assert (at_2["precision"][0], at_2["hit"][0], at_2["map"][0]) == (0.5, 1, pytest.approx((1 / 2) / 2))
     assert measures(hits, y, 4)["map"][0] == pytest.approx((1 / 2 + 2 / 3) / 2)
     assert predict_by_vote(hits, y, 2, 2).pred[0, 0] == 1, "one vote each: the nearer class"
     assert predict_by_vote(hits, y, 2, 3).pred[0, 0] == 0

@@ -44,8 +44,8 @@ def test_a_class_without_rows_counts_neither_for_nor_against() -> None:
 def test_weighted_auroc_is_that_of_repeated_rows() -> None:
     rng = np.random.default_rng(0)
     y, scores, weights = rng.integers(0, 3, 60), rng.integers(0, 5, (60, 3)) / 4, rng.integers(0, 4, (3, 60))
-    found = metrics.auroc(y, scores, weights)
-    for line, area in zip(weights, found, strict=True):
+    areas = metrics.auroc(y, scores, weights)
+    for line, area in zip(weights, areas, strict=True):
         again = np.repeat(np.arange(60), line)
         assert area == pytest.approx(np.mean([roc_auc_score(y[again] == c, scores[again, c]) for c in range(3)]))
     assert np.isnan(metrics.auroc(np.zeros(3, int), np.zeros((3, 2)))[0])

@@ -50,9 +50,9 @@ def test_boxes_are_cut_outward_and_never_too_small(box: list[float], shape: tupl
 def test_each_row_is_measured_where_its_embedding_was_made(cohort: Cohort) -> None:
     tiles, objects = (read_features(cohort.good, level) for level in ("tile", "object"))
     pick = np.array([40, 3, 20])
-    found = pixel_baselines(tiles.take(pick)).features
+    measured = pixel_baselines(tiles.take(pick)).features
     with SlideFile(cohort.tiles / "s2.h5") as file:
-        assert np.allclose(found["rgb_mean"][0], file.tile(8).reshape(-1, 3).mean(0), atol=1e-3)
+        assert np.allclose(measured["rgb_mean"][0], file.tile(8).reshape(-1, 3).mean(0), atol=1e-3)
         masked = replace(objects, mode="masked").take(np.array([34]))
         inside = pixel_baselines(masked).features["rgb_mean"][0]
         assert np.allclose(inside, file.tile(0)[2:30, 2:30].reshape(-1, 3).mean(0), atol=1e-3)

@@ -41,13 +41,13 @@ def test_embeddings_say_whom_their_encoder_saw(tiny_tiles: Path, run_folder: Pat
     mode = "masked" if level == "object" else "full"
     embed(tiny_tiles, str(copy), tmp_path / "feats", level=level, mode=mode)
     shutil.move(copy, tmp_path / "elsewhere")
-    found = read_features(tmp_path / "feats", level).pretraining_in(tmp_path / "feats")
-    assert found.kind == "run"
-    assert {slide.slide_id: slide.split for slide in found.slides} == seen_slides(run_folder)
-    assert all(slide.seen == (slide.split == "train") for slide in found.slides)
-    assert {slide.split for slide in found.slides} == {"train", "test"}
+    pretraining = read_features(tmp_path / "feats", level).pretraining_in(tmp_path / "feats")
+    assert pretraining.kind == "run"
+    assert {slide.slide_id: slide.split for slide in pretraining.slides} == seen_slides(run_folder)
+    assert all(slide.seen == (slide.split == "train") for slide in pretraining.slides)
+    assert {slide.split for slide in pretraining.slides} == {"train", "test"}
     shutil.copytree(tmp_path / "feats", tmp_path / "copy")
-    assert read_features(tmp_path / "copy", level).pretraining_in(tmp_path / "copy") == found, "it goes with the folder"
+    assert read_features(tmp_path / "copy", level).pretraining_in(tmp_path / "copy") == pretraining, "it goes with the folder"
     (tmp_path / "feats" / FILE).unlink()
     assert read_features(tmp_path / "feats", level).pretraining_in(tmp_path / "feats").kind == "unknown"
 
@@ -72,8 +72,8 @@ def test_older_checkpoints_are_answered_by_their_run_folder(run_folder: Path, tm
     torch.save(content, tmp_path / "old.pt")
     assert of_encoder(str(tmp_path / "old.pt"), random_weights=False).kind == "unknown"
     shutil.copy(run_folder / "split.csv", tmp_path)
-    found = of_encoder(str(tmp_path / "old.pt"), random_weights=False)
-    assert {s.slide_id: s.split for s in found.slides} == seen_slides(run_folder)
+    pretraining = of_encoder(str(tmp_path / "old.pt"), random_weights=False)
+    assert {s.slide_id: s.split for s in pretraining.slides} == seen_slides(run_folder)
 
 
 def test_others_are_not_known_and_the_untrained_saw_nobody(tiny_tiles: Path, run_folder: Path, tmp_path: Path) -> None:

@@ -129,9 +129,9 @@ def test_groups_need_to_be_known() -> None:
 def test_near_equal_patients_of_a_split_are_told(tmp_path: Path) -> None:
     path = tmp_path / "split.csv"
     path.write_text("slide_id,patient_id,split\na,P01,train\nb,p1,test\nc,nan,train\nd,nan,test\n")
-    found = read_split(path)
-    assert "P01 and p1" in found.warnings[0]
-    assert found.patient_of == {"a": "P01", "b": "p1"}, "nan is no patient, and so on no two sides"
+    split = read_split(path)
+    assert "P01 and p1" in split.warnings[0]
+    assert split.patient_of == {"a": "P01", "b": "p1"}, "nan is no patient, and so on no two sides"
 
 
 def test_what_may_be_one_thing() -> None:

@@ -62,9 +62,9 @@ def test_everything_is_where_it_was_and_is_read_back(tmp_path: Path) -> None:
     assert outcome.ok, outcome.message
     assert outcome.info == {"tissue": 2, "tiles": 8, "boxes": 3}
     path = tmp_path / "out" / "a.geojson"
-    found = features(path)
-    assert len({uuid.UUID(item["id"]) for item in found}) == 13
-    for item in found:
+    items = features(path)
+    assert len({uuid.UUID(item["id"]) for item in items}) == 13
+    for item in items:
         assert shapely.is_valid(shapely.geometry.shape(item["geometry"]))
         for name in {"classification"} & item["properties"].keys():
             assert len(item["properties"][name]["color"]) == 3
@@ -102,37 +102,37 @@ def test_predicted_labels_of_tiles_and_boxes(tmp_path: Path) -> None:
     csv.write_text(HEAD + "a,p,100,0,-1,Tumor,Stroma,0,0.25,0.75\na,p,0,100,-1,Stroma,Stroma,0,0,1\n")
     (outcome,) = export_geojson(tmp_path / "s", tmp_path / "out", predictions=csv)
     assert outcome.info == {"tissue": 2, "labels": 2}
-    one, _ = features(tmp_path / "out" / "a.geojson", "tile")
-    assert shapely.geometry.shape(one["geometry"]).bounds == (100, 0, 200, 100)
-    assert one["properties"]["classification"]["name"] == "Stroma"
-    assert one["properties"]["name"] == "true: Tumor"
-    assert one["properties"]["measurements"] == {"score Tumor": 0.25, "score Stroma": 0.75}
+    feature, _ = features(tmp_path / "out" / "a.geojson", "tile")
+    assert shapely.geometry.shape(feature["geometry"]).bounds == (100, 0, 200, 100)
+    assert feature["properties"]["classification"]["name"] == "Stroma"
+    assert feature["properties"]["name"] == "true: Tumor"
+    assert feature["properties"]["measurements"] == {"score Tumor": 0.25, "score Stroma": 0.75}
     csv.write_text(HEAD + "a,p,200,0,0,Tumor,Tumor,0,1,0\n")
     export_geojson(tmp_path / "s", tmp_path / "out", ["labels"], predictions=csv)
-    (one,) = features(tmp_path / "out" / "a.geojson")
-    assert shapely.geometry.shape(one["geometry"]).bounds == (200, 20, 250, 60)
-    assert one["properties"]["objectType"] == "detection"
-    for row, said in (
+    (feature,) = features(tmp_path / "out" / "a.geojson")
+    assert shapely.geometry.shape(feature["geometry"]).bounds == (200, 20, 250, 60)
+    assert feature["properties"]["objectType"] == "detection"
+    for row, words in (
         ("a,p,77,0,-1,Tumor,Tumor,0,1,0", "no tile at 77, 0"),
         ("a,p,0,0,0,Tumor,Tumor,0,1,0", "no box of object 0"),
     ):
         csv.write_text(f"{HEAD}{row}\n")
         (outcome,) = export_geojson(tmp_path / "s", tmp_path / "out", predictions=csv)
-        assert said in outcome.message
+        assert words in outcome.message
         assert not outcome.ok
 
 
 def test_what_cannot_be(tmp_path: Path) -> None:
     annotated(tmp_path)
     csv = tmp_path / "p.csv"
-    for text, said in (
+    for text, words in (
         ("x,y\n1,2\n", "lacks the columns"),
         (HEAD + "a,p,-1,-1,-1,b,c,0,1,0\n", "whole slides"),
         (HEAD + "a,p,one,0,-1,b,c,0,1,0\n", "one"),
         (HEAD + "z,p,0,0,-1,b,c,0,1,0\n", "no slide of"),
     ):
         csv.write_text(text)
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=words):
             export_geojson(tmp_path / "s", tmp_path / "out", predictions=csv)
     with pytest.raises(UserError, match="go together"):
         export_geojson(tmp_path / "s", tmp_path / "out", ["labels"])
@@ -150,12 +150,12 @@ def test_the_command(tmp_path: Path) -> None:
     )
     assert result.exit_code == 0, result.output
     assert len(features(tmp_path / "out" / "a.geojson")) == 8
-    for arguments, said in (
+    for arguments, words in (
         (["--to", "xml"], "there is: timm, geojson"),
         (["--to", "timm", "--what", "tiles"], "takes no --what"),
     ):
         result = run.invoke(app, ["export", str(tmp_path / "s"), "--out", str(tmp_path / "o"), *arguments])
-        assert said in str(result.exception)
+        assert words in str(result.exception)
 
 
 def test_a_table_is_written_and_read_back_with_its_measurements(tmp_path: Path) -> None:

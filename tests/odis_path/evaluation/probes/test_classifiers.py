@@ -40,10 +40,10 @@ def cv_of(y: np.ndarray, group: np.ndarray) -> CrossValidation:
 def test_knn_is_scikit_learns_with_k_chosen_inside(weights: str) -> None:
     x, y, group = labelled_points()
     cv = cv_of(y, group)
-    found = knn_probe(Features.of(x), y, cv, 3, ks=KS, weights=weights)  # type: ignore[arg-type]
+    result = knn_probe(Features.of(x), y, cv, 3, ks=KS, weights=weights)  # type: ignore[arg-type]
     vote = "uniform" if weights == "majority" else lambda d: np.exp((1 - d) / 0.07)
     scores = np.zeros((len(y), 3))
-    for outer, chosen in zip(cv.outer_folds, found.chosen, strict=True):
+    for outer, chosen in zip(cv.outer_folds, result.chosen, strict=True):
         inner = {}
         for k in KS:
             model = KNeighborsClassifier(k, metric="cosine", algorithm="brute", weights=vote)
@@ -58,20 +58,20 @@ def test_knn_is_scikit_learns_with_k_chosen_inside(weights: str) -> None:
         model = KNeighborsClassifier(int(chosen), metric="cosine", algorithm="brute", weights=vote)
         rows = cv.rows(outer.test)
         scores[rows] = model.fit(x[cv.rows(outer.train)], y[cv.rows(outer.train)]).predict_proba(x[rows])
-    assert np.allclose(found.predictions.scores[0], scores, atol=2e-3)
-    assert set(found.per_setting) == set(KS)
+    assert np.allclose(result.predictions.scores[0], scores, atol=2e-3)
+    assert set(result.per_setting) == set(KS)
 
 
 def test_linear_is_scikit_learns_with_the_chosen_c() -> None:
     x, y, group = labelled_points()
     cv = cv_of(y, group)
-    found = linear_probe(Features.of(x), y, cv, 3)
-    for outer, c in zip(cv.outer_folds, found.chosen, strict=True):
+    result = linear_probe(Features.of(x), y, cv, 3)
+    for outer, c in zip(cv.outer_folds, result.chosen, strict=True):
         model = make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=5000, tol=1e-8))
         model.fit(x[cv.rows(outer.train)].astype(float), y[cv.rows(outer.train)])
         rows = cv.rows(outer.test)
-        assert np.allclose(found.predictions.scores[0][rows], model.predict_proba(x[rows]), atol=5e-3)
-    assert not found.warnings
+        assert np.allclose(result.predictions.scores[0][rows], model.predict_proba(x[rows]), atol=5e-3)
+    assert not result.warnings
 
 
 @pytest.mark.parametrize("probe", ["knn", "linear", "prototype"])
@@ -102,19 +102,19 @@ def test_noise_is_at_chance() -> None:
     _, y, group = labelled_points(n=1200, patients=30)
     x = np.random.default_rng(5).normal(size=(1200, 16)).astype(np.float32)
     cv = cv_of(y, group)
-    for found in (
+    for result in (
         knn_probe(Features.of(x), y, cv, 3, ks=KS, weights="temperature"),
         linear_probe(Features.of(x), y, cv, 3),
     ):
-        assert balanced_accuracy(y, found.predictions.pred[0], 3) == pytest.approx(1 / 3, abs=0.06)
+        assert balanced_accuracy(y, result.predictions.pred[0], 3) == pytest.approx(1 / 3, abs=0.06)
 
 
 def test_k_beyond_the_training_rows_and_a_class_unseen_in_training() -> None:
     x, y, group = labelled_points(n=24, patients=4)
     y = np.where(group == 0, 2, y % 2)
     cv = cross_validation(y, group, 4, 0, "patient_id")
-    found = knn_probe(Features.of(x), y, cv, 3, ks=(1, 50), weights="temperature")
-    assert np.isfinite(found.predictions.scores).all()
+    result = knn_probe(Features.of(x), y, cv, 3, ks=(1, 50), weights="temperature")
+    assert np.isfinite(result.predictions.scores).all()
     assert (linear_probe(Features.of(x), y, cv, 3).predictions.pred[0][group == 0] != 2).all()
     assert (prototype_probe(Features.of(x), y, cv, 3, episodes=2).predictions.pred[:, group == 0] != 2).all()
 
@@ -159,8 +159,8 @@ def test_prototype_support_is_of_training_rows() -> None:
     """Features that name their row: the score of a row with itself would be the only high one."""
     _, y, group = labelled_points(n=60)
     cv = cv_of(y, group)
-    found = prototype_probe(Features.of(np.eye(60, dtype=np.float32)), y, cv, 3, episodes=3)
-    assert balanced_accuracy(y, found.predictions.pred[0], 3) < 0.6
+    result = prototype_probe(Features.of(np.eye(60, dtype=np.float32)), y, cv, 3, episodes=3)
+    assert balanced_accuracy(y, result.predictions.pred[0], 3) < 0.6
 
 
 def test_majority_is_the_training_rows() -> None:

@@ -23,9 +23,9 @@ def slow_scores(train: np.ndarray, y: np.ndarray, test: np.ndarray, classes: int
 def test_scores_are_the_definition(rows: int, k: int, chunk: int) -> None:
     rng = np.random.default_rng(rows)
     train, y, test = rng.normal(size=(50, 6)), rng.integers(0, 3, 50), rng.normal(size=(rows, 6))
-    found = knn_scores(train, y, test, 3, k, chunk=chunk)
-    assert found.dtype == np.float32
-    assert np.allclose(found, slow_scores(train, y, test, 3, min(k, 50)), atol=1e-5)
+    scores = knn_scores(train, y, test, 3, k, chunk=chunk)
+    assert scores.dtype == np.float32
+    assert np.allclose(scores, slow_scores(train, y, test, 3, min(k, 50)), atol=1e-5)
 
 
 def test_no_test_rows_and_no_training_rows() -> None:
