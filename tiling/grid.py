@@ -1,4 +1,4 @@
-"""The grid of tiles on a slide: pure arithmetic in level-0 pixels."""
+"""The grid of tiles on a slide: arithmetic in level-0 pixels."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def plan_grid(
 
 
 def side_l0(side_px: int, mpp: float, mpp_l0: float) -> float:
-    """Target pixels of mpp micrometres in level-0 pixels of mpp_l0, where a whole number of them is one.
+    """Convert target pixels of mpp micrometres to level-0 pixels of mpp_l0; a whole number of them stays whole.
 
     224 * 0.4942 / 0.2471 would be 447.99999999999994, which no stored tile has and no scaled decoding gives.
     """
@@ -69,7 +69,7 @@ def side_l0(side_px: int, mpp: float, mpp_l0: float) -> float:
 
 
 def tissue_fractions(coords_l0: np.ndarray, size_l0: float, mask: np.ndarray, downsample: float) -> np.ndarray:
-    """Share of each tile that the mask covers, exact to fractions of a mask pixel: float32 (N,)."""
+    """Compute the share of each tile that the mask covers, exact to fractions of a mask pixel: float32 (N,)."""
     height, width = mask.shape
     integral = np.zeros((height + 1, width + 1))
     np.cumsum(np.cumsum(mask, axis=0, dtype=np.float64), axis=1, out=integral[1:, 1:])
@@ -80,20 +80,23 @@ def tissue_fractions(coords_l0: np.ndarray, size_l0: float, mask: np.ndarray, do
     covered = _at(integral, x1, y1) - _at(integral, x0, y1) - _at(integral, x1, y0) + _at(integral, x0, y0)
     # The divisor is the part of the tile on the mask: its last row and column may be rounded away.
     area = np.maximum((x1 - x0) * (y1 - y0), 1e-9)
-    return (covered / area).clip(0, 1).astype(np.float32)
+    fractions: np.ndarray = (covered / area).clip(0, 1).astype(np.float32)
+    return fractions
 
 
 def _positions(length_l0: int, size_l0: float, stride_l0: float) -> np.ndarray:
-    """Whole starts k * stride (rounded down, so that the tile stays inside), for tiles that end within the length."""
+    """Place whole starts k * stride (rounded down, so that the tile stays inside), for tiles that end within the length."""
     count = int(np.floor((length_l0 - size_l0) / stride_l0 + 1e-9)) + 1
-    return np.floor(np.arange(max(count, 0)) * stride_l0 + 1e-6).astype(np.int64)
+    starts: np.ndarray = np.floor(np.arange(max(count, 0)) * stride_l0 + 1e-6).astype(np.int64)
+    return starts
 
 
 def _at(integral: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """The integral image between its corners (bilinear, which is exact for a mask constant over each pixel)."""
+    """Read the integral image between its corners (bilinear, which is exact for a mask constant over each pixel)."""
     left = np.minimum(x.astype(np.int64), integral.shape[1] - 2)
     top = np.minimum(y.astype(np.int64), integral.shape[0] - 2)
     fx, fy = x - left, y - top
     upper = integral[top, left] * (1 - fx) + integral[top, left + 1] * fx
     lower = integral[top + 1, left] * (1 - fx) + integral[top + 1, left + 1] * fx
-    return upper * (1 - fy) + lower * fy
+    values: np.ndarray = upper * (1 - fy) + lower * fy
+    return values

@@ -13,7 +13,7 @@ from annotations.errors import UserError
 from odis_path.evaluation.splits import Split, shorten
 from odis_path.features.read import FeatureSet, levels_in
 from odis_path.tables import alike, is_missing, numbered_rows, spell_alike
-from tiling.storage.csv_file import whole_number_in
+from tiling.storage.csv_file import parse_whole_number
 
 ANNOTATIONS = "annotations"
 LEVELS = ("tile", "object", "slide")
@@ -93,7 +93,7 @@ def _key(path: Path, number: int, row: dict[str, str], kind: str) -> tuple[str |
     numbers = []
     for name in names:
         try:
-            numbers.append(whole_number_in(row[name]))
+            numbers.append(parse_whole_number(row[name]))
         except (ValueError, OverflowError):
             raise UserError(f"{path}: line {number}: {name} {row[name]!r} is not a whole number") from None
     return (row["slide_id"], *numbers)

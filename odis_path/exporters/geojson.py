@@ -18,7 +18,7 @@ from tiling.jobs.run import run_cohort
 from tiling.jobs.summary import Outcomes
 from tiling.slide_file.read import SlideFile, h5_files, list_slide_files
 from tiling.storage.atomic import atomic_path
-from tiling.storage.csv_file import number_in, read_csv_file, whole_number_in
+from tiling.storage.csv_file import parse_number, parse_whole_number, read_csv_file
 from tiling.storage.slide_id import checked_id
 
 PARTS = ("tissue", "tiles", "boxes", "labels")
@@ -255,11 +255,13 @@ def read_predictions(path: Path) -> dict[str, Predicted]:
 
 
 def _predicted(rows: Sequence[Mapping[str, str]]) -> Predicted:
-    xy = np.array([(whole_number_in(row["x"]), whole_number_in(row["y"])) for row in rows], dtype=np.int64)
-    numbers = np.array([whole_number_in(row["object"]) for row in rows], dtype=np.int64)
+    xy = np.array([(parse_whole_number(row["x"]), parse_whole_number(row["y"])) for row in rows], dtype=np.int64)
+    numbers = np.array([parse_whole_number(row["object"]) for row in rows], dtype=np.int64)
     if (xy < 0).all() and (numbers < 0).all():
         raise ValueError("predictions of whole slides have no place on them")
-    scores = [{key: number_in(value) for key, value in row.items() if key and key.startswith(SCORE) and value} for row in rows]
+    scores = [
+        {key: parse_number(value) for key, value in row.items() if key and key.startswith(SCORE) and value} for row in rows
+    ]
     return Predicted(xy, numbers, [row["predicted"] for row in rows], [row["label"] for row in rows], scores)
 
 

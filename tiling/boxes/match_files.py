@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from annotations.errors import UserError
 from tiling.slide_file.read import SlideFile
 from tiling.slide_file.write import source_stamp
-from tiling.storage.paths import from_home
+from tiling.storage.paths import expand_home
 
 if TYPE_CHECKING:
     from annotations.readers.slide_context import SlideContext
@@ -65,7 +65,7 @@ def annotation_files(annotations: Path | str | Sequence[Path | str]) -> list[Pat
     inputs = [annotations] if isinstance(annotations, str | Path) else list(annotations)
     files: dict[Path, None] = {}
     for value in inputs:
-        path = from_home(value)
+        path = expand_home(value)
         if path.is_file():
             files[path.absolute()] = None
             continue

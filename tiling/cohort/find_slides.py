@@ -15,8 +15,8 @@ from typing import BinaryIO
 
 from annotations.errors import UserError
 from tiling.cohort.manifest import SlideItem, patient_of
-from tiling.storage.paths import file_name, path_of, place, printable, shown, url_of, urls_under
-from tiling.storage.slide_id import id_of, safe_id
+from tiling.storage.paths import display_path, file_name, list_urls, parse_path, path_key, printable, url_of
+from tiling.storage.slide_id import default_id, safe_id
 
 SLIDE_EXTENSIONS = frozenset(  # looked for in folders
     [".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide", ".dcm", ".qptiff", ".btf"]
@@ -33,13 +33,13 @@ def find_slides(inputs: Iterable[Path | str], known: Mapping[str, str] | None = 
     """Slides among files, folders (searched recursively by extension), globs and URLs, each once, in order of their paths.
 
     Of a DICOM series of many files one is taken, and a line on stderr says so. Slides of equal stems in different folders
-    get their folder's name in front. known: place of a slide (`storage.paths.place`) -> the slide_id it has already, and keeps.
+    get their folder's name in front. known: place of a slide (`storage.paths.path_key`) -> the slide_id it has already, and keeps.
     Raises UserError for a path that does not exist and for one that holds no slide.
     """
     files: dict[str, Path] = {}
     folders: dict[Path, str] = {}
     for value in inputs:
-        path = path_of(value)
+        path = parse_path(value)
         try:
             for file in _expanded(path):
                 files.setdefault(_real_place(file, folders), file)
@@ -52,7 +52,7 @@ def find_slides(inputs: Iterable[Path | str], known: Mapping[str, str] | None = 
     if extra := len(files) - len(slides):
         note = f"{extra} of {len(files)} files left out: each belongs to the DICOM series of another and is read with it"
         print(note, file=sys.stderr, flush=True)
-    items = [SlideItem(_in_utf8(path), id_of(path), patient_of(file_name(path))) for path in slides]
+    items = [SlideItem(_in_utf8(path), default_id(path), patient_of(file_name(path))) for path in slides]
     return _with_unique_ids(items, known or {})
 
 
@@ -67,7 +67,7 @@ def _real_place(path: Path, folders: dict[Path, str]) -> str:
 
 def _in_utf8(path: Path) -> Path:
     """The path if it is UTF-8, else the name of no file, which says why: no manifest and no slide file can hold the path."""
-    whole = place(path)
+    whole = path_key(path)
     if printable(whole) == whole:
         return path
     kind = "file" if printable(path.name) != path.name else "folder"
@@ -77,7 +77,7 @@ def _in_utf8(path: Path) -> Path:
 def _expanded(path: Path) -> list[Path]:
     if url := url_of(path):
         named = Path(file_name(path)).suffix.lower() in SLIDE_EXTENSIONS and "*" not in url
-        return [path] if named else urls_under(url, SLIDE_EXTENSIONS)
+        return [path] if named else list_urls(url, SLIDE_EXTENSIONS)
     if path.is_dir():
         return _slides_under(path)
     if path.exists():
@@ -141,7 +141,7 @@ def _with_unique_ids(items: list[SlideItem], known: Mapping[str, str]) -> list[S
 
     known: place -> an id that stays as it is, and that no other slide gets.
     """
-    new_id = {item.path: known[key] for item in items if (key := place(item.path)) in known}
+    new_id = {item.path: known[key] for item in items if (key := path_key(item.path)) in known}
     taken = set(new_id.values())
     groups: dict[str, list[SlideItem]] = {}
     for item in items:
@@ -154,14 +154,14 @@ def _with_unique_ids(items: list[SlideItem], known: Mapping[str, str]) -> list[S
                 taken.update(proposed.values())
                 break
         else:
-            where = ", ".join(shown(item.path) for item in group[:2])
+            where = ", ".join(display_path(item.path) for item in group[:2])
             raise UserError(f"{where}: both would be named {name}: name them in a manifest")
     return [replace(item, slide_id=new_id[item.path]) for item in items]
 
 
 def _longer_ids(group: list[SlideItem]) -> Iterator[list[str]]:
     """Ids for slides of one name: folders in front, as many as it takes; the extension behind; both; a hash of the path."""
-    folders = [Path(place(item.path)).parts[1:-1] for item in group]
+    folders = [Path(path_key(item.path)).parts[1:-1] for item in group]
     extensions = ["_" + Path(file_name(item.path)).suffix[1:] for item in group]
     depths = range(1, max(len(parts) for parts in folders) + 1)
     for suffixes, tried_depths in (([""] * len(group), depths), (extensions, (0, *depths))):
@@ -169,7 +169,7 @@ def _longer_ids(group: list[SlideItem]) -> Iterator[list[str]]:
             prefixes = [parts[max(0, len(parts) - depth) :] for parts in folders]
             names = zip(prefixes, group, suffixes, strict=True)
             yield [safe_id("_".join([*prefix, item.slide_id]) + suffix) for prefix, item, suffix in names]
-    digests = [hashlib.sha256(place(item.path).encode()).hexdigest()[:8] for item in group]
+    digests = [hashlib.sha256(path_key(item.path).encode()).hexdigest()[:8] for item in group]
     yield [safe_id(f"{item.slide_id}_{digest}") for item, digest in zip(group, digests, strict=True)]
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from annotations.errors import UserError
 from tiling.storage.atomic import atomic_path
-from tiling.storage.csv_file import CsvFile, number_in, read_csv_file
-from tiling.storage.paths import absolute, path_of, place, shown, url_of
-from tiling.storage.slide_id import id_of, id_problem
+from tiling.storage.csv_file import CsvFile, parse_number, read_csv_file
+from tiling.storage.paths import absolute, display_path, parse_path, path_key, url_of
+from tiling.storage.slide_id import default_id, id_problem
 from tiling.wsi.mpp import check_mpp
 
 TCGA_PATIENT = re.compile(r"^TCGA-\w{2}-\w{4}")
@@ -45,7 +45,7 @@ def read_manifest(path: Path) -> list[SlideItem]:
         item = _item(path, number, row)
         line, first = items.setdefault(item.slide_id, (number, item))
         if first.path != item.path:
-            both = f"{shown(first.path)} and {shown(item.path)}"
+            both = f"{display_path(first.path)} and {display_path(item.path)}"
             raise UserError(f"{path}: slide_id {item.slide_id} stands for both {both}: rename one")
         if first != item:
             twice = f"slide_id {item.slide_id} stands there twice with other values"
@@ -67,7 +67,7 @@ def slide_of(manifest: Path, row: Mapping[str, str]) -> Path:
     """The slide of a row; relative paths count from the manifest's folder, blanks around one where a file has them."""
     given = row["path"]
     for text in dict.fromkeys([given, given.strip()]):
-        slide = path_of(text)
+        slide = parse_path(text)
         slide = slide if url_of(slide) else manifest.parent / slide
         if text == given.strip() or (not url_of(slide) and os.path.lexists(slide)):
             break
@@ -78,7 +78,7 @@ def mpp_in(manifest: Path, line: int, row: Mapping[str, str]) -> float | None:
     """The mpp of a row, None where it has none. Raises UserError for what is no number above 0."""
     text, where = row.get("mpp", "").strip(), f"{manifest}: line {line}: column mpp"
     try:
-        return check_mpp(number_in(text), where) if text else None
+        return check_mpp(parse_number(text), where) if text else None
     except ValueError:
         raise UserError(f"{where}: {text}: not a number") from None
 
@@ -86,7 +86,7 @@ def mpp_in(manifest: Path, line: int, row: Mapping[str, str]) -> float | None:
 def path_from(manifest: Path, slide: Path) -> str:
     """The path of a slide in a manifest: relative where it was given so and lies below the manifest, else absolute."""
     if slide.is_absolute() or url_of(slide):
-        return shown(slide)
+        return display_path(slide)
     whole, folder = absolute(slide), absolute(manifest).parent
     text = str(whole.relative_to(folder) if whole.is_relative_to(folder) else whole)
     return f"./{text}" if text.startswith("~") else text
@@ -102,7 +102,7 @@ def _item(manifest: Path, line: int, row: dict[str, str]) -> SlideItem:
     if not row["path"].strip():
         raise UserError(f"{manifest}: line {line}: column path is empty")
     slide = slide_of(manifest, row)
-    slide_id = row.get("slide_id", "").strip() or id_of(slide)
+    slide_id = row.get("slide_id", "").strip() or default_id(slide)
     if problem := id_problem(slide_id):
         raise UserError(f"{manifest}: line {line}: {problem}")
     patient_id = row.get("patient_id", "").strip() or patient_of(slide_id)
@@ -128,7 +128,7 @@ class PreviousManifest:
 
     def with_previous_values(self, item: SlideItem) -> SlideItem:
         """The slide with the patient and the mpp it has in the manifest."""
-        key = place(item.path)
+        key = path_key(item.path)
         patient_id = self.rows.get(key, {}).get("patient_id", "").strip() or item.patient_id
         return replace(item, patient_id=patient_id, mpp=self.mpps.get(key))
 
@@ -142,7 +142,7 @@ def read_previous(out: Path) -> PreviousManifest:
         by_place: dict[str, tuple[int, dict[str, str]]] = {}
         for line, row in manifest.rows:
             if row["path"].strip():
-                by_place.setdefault(place(slide_of(out, row)), (line, row))
+                by_place.setdefault(path_key(slide_of(out, row)), (line, row))
         mpps = {key: _user_mpp(out, line, row) for key, (line, row) in by_place.items()}
     except UserError as error:
         raise UserError(f"{error}; scan does not write over it: put it right, or give another --out") from None
@@ -153,7 +153,7 @@ def _user_mpp(out: Path, line: int, row: dict[str, str]) -> float | None:
     """The mpp of a row, None where scan wrote it: the slide may have been replaced, and state another one now."""
     mpp = mpp_in(out, line, row)
     try:
-        headers = number_in(row.get("mpp_headers") or "nan")
+        headers = parse_number(row.get("mpp_headers") or "nan")
     except ValueError:
         headers = math.nan
     return mpp if is_user_value(mpp, None if math.isnan(headers) else headers) else None
@@ -166,7 +166,7 @@ def is_user_value(mpp: float | None, headers_mpp: float | None) -> bool:
 
 def report_kept_rows(out: Path, previous: PreviousManifest, items: Sequence[SlideItem]) -> None:
     """Report on stderr what the new manifest keeps of the previous one; rows of other slides go to a file beside it."""
-    kept = sum(place(item.path) in previous.rows for item in items)
+    kept = sum(path_key(item.path) in previous.rows for item in items)
     lines = []
     if kept:
         lines.append(

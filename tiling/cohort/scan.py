@@ -28,7 +28,7 @@ from tiling.jobs.run import run_cohort
 from tiling.jobs.summary import Outcomes
 from tiling.storage.atomic import check_writable
 from tiling.storage.csv_file import SUFFIXES, write_csv_file
-from tiling.storage.paths import place, printable
+from tiling.storage.paths import path_key, printable
 from tiling.wsi.level_alignment import describe_placements
 from tiling.wsi.mpp import check_mpp, missing_mpp
 from tiling.wsi.slide import Slide
@@ -79,7 +79,7 @@ def scan(
 
 def _row(out: Path, previous: PreviousManifest, item: SlideItem, outcome: Outcome) -> dict[str, Any]:
     """The row of a slide: the user's columns of the previous manifest, and those of scan."""
-    old = previous.rows.get(place(item.path), {})
+    old = previous.rows.get(path_key(item.path), {})
     row: dict[str, Any] = {name: "" if name in COLUMNS else old.get(name, "") for name in (*COLUMNS, *previous.columns)}
     row |= {"slide_id": item.slide_id, "path": path_from(out, item.path), "patient_id": item.patient_id}
     if outcome.ok:

@@ -16,7 +16,7 @@ from tiling.boxes.result import RESULT_ATTR, BoxResult, ClassCounts, reading_fac
 from tiling.images.listing import ImageItem, box_file, match_names
 from tiling.jobs.outcome import ItemResult, Note, notes_of
 from tiling.slide_file.read import SlideFile
-from tiling.storage.paths import from_home
+from tiling.storage.paths import expand_home
 from tiling.wsi.backends.tiff_pages import ORIENTATION
 from tiling.wsi.backends.upright import TURNS
 
@@ -137,7 +137,7 @@ def _report_missing(tables: dict[str, ObjectTable], total: int, coco: Path, repo
 
 def box_folder(items: Sequence[ImageItem], folder: Path) -> Path:
     """Return the folder, absolute. Raises UserError where it is missing or holds the box file of no image."""
-    folder = from_home(folder).absolute()
+    folder = expand_home(folder).absolute()
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder of box files")
     if not any(box_file(folder, item) is not None for item in items):

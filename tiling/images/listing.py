@@ -14,8 +14,8 @@ from pathlib import Path
 from annotations.errors import UserError
 from tiling.cohort import find_slides as find
 from tiling.cohort.manifest import manifest_rows, mpp_in, patient_of
-from tiling.storage.paths import from_home, printable
-from tiling.storage.slide_id import checked_id, id_of, safe_id
+from tiling.storage.paths import expand_home, printable
+from tiling.storage.slide_id import checked_id, default_id, safe_id
 
 TIFF_EXTENSIONS = frozenset([".tif", ".tiff", ".btf"])
 IMAGE_EXTENSIONS = find.IMAGE_EXTENSIONS | TIFF_EXTENSIONS
@@ -71,7 +71,7 @@ def find_images(images: Path | str | Sequence[Path | str]) -> list[ImageItem]:
     found: dict[Path, str] = {}
     root: dict[Path, str] = {}
     for each in inputs:
-        for path, key in _expanded(from_home(each)):
+        for path, key in _expanded(expand_home(each)):
             if found.setdefault(path, key) is key:
                 root[path] = (each.absolute() if each.is_dir() else path.absolute().parent).name
     if not found:
@@ -206,9 +206,9 @@ def _unique_stems(keys: Mapping[Path, str]) -> dict[Path, str]:
         times = Counter(names.values())
         return [path for path, name in names.items() if times[name] > 1]
 
-    names = {path: id_of(path) for path in keys}
+    names = {path: default_id(path) for path in keys}
     for path in clashing(names):
-        names[path] = safe_id(printable(JOINT.join([*keys[path].split("/")[:-1], id_of(path)])))
+        names[path] = safe_id(printable(JOINT.join([*keys[path].split("/")[:-1], default_id(path)])))
     for path in clashing(names):
         names[path] = safe_id(f"{names[path]}_{path.suffix[1:].lower()}")
     for path in clashing(names):

@@ -38,7 +38,7 @@ from tiling.jobs.run import available_cpus, run_cohort
 from tiling.slide_file.write import SlideMeta, replace_groups, source_stamp, write_slide_file
 from tiling.storage.csv_file import write_csv_file
 from tiling.storage.locks import lock_file, lock_settings
-from tiling.storage.paths import from_home
+from tiling.storage.paths import expand_home
 from tiling.tiles.resume import check_same_slide
 from tiling.tiles.run import THUMBNAIL_SIDE_PX, output_folder, thumbnail_group
 from tiling.wsi import codec
@@ -124,7 +124,7 @@ def import_images(
     labelled = any(item.label for item in items)
     locked = {**asdict(settings), "manifest": manifest and _sha256(Path(manifest))}
     if labelled or fit != "tiles":  # labels.csv and the numbers of shards tell of all images of a run
-        locked |= {"images": ", ".join(str(from_home(path).absolute()) for path in listed(images)), "shard": shard}
+        locked |= {"images": ", ".join(str(expand_home(path).absolute()) for path in listed(images)), "shard": shard}
     workers = workers or (1 if len(items) < POOL_FROM else available_cpus())
     run = partial(run_cohort, title="import", workers=workers, scheduler=scheduler, folder=folder)
     with lock_settings(folder, "import", locked):

@@ -12,7 +12,7 @@ from typing import Any
 from annotations.errors import UserError, one_line
 from tiling.storage.atomic import DiskFullError
 from tiling.storage.locks import FileLockedError
-from tiling.storage.paths import with_slashes
+from tiling.storage.paths import restore_slashes
 
 DIED = "the worker process died (out of memory, or killed from outside)"
 SHOWN_IDS = 5  # annotations that a note names by their ids
@@ -114,7 +114,7 @@ class Job:
 
 def describe_error(error: BaseException) -> str:
     """An exception in one line: a `UserError` speaks for itself, anything else is shown with its type."""
-    text = with_slashes(one_line(error))
+    text = restore_slashes(one_line(error))
     if isinstance(error, UserError):
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -21,7 +21,7 @@ from tiling.grid import side_l0
 from tiling.storage.checked_file import CRC_ATTR, OWN_ATTRS, CheckedFile, attr_checksums, write_attr_checksums
 from tiling.storage.checksums import DamagedError, crc32, value_crc32
 from tiling.storage.hdf5 import new_h5
-from tiling.storage.paths import absolute, shown, url_of, url_stamp
+from tiling.storage.paths import absolute, display_path, url_of, url_stamp
 from tiling.storage.touched import was_touched
 
 FORMAT = "odis-path"
@@ -203,7 +203,8 @@ class SlideFileWriter:
             self.add_group("bad_tiles", np.array(list(self.problems), np.int64))
         if self.meta.stamp is not None and source_stamp(self.meta.source) != self.meta.stamp:
             raise UserError(
-                f"{shown(self.meta.source)}: changed while it was read: run the same command again when it stays as it is"
+                f"{display_path(self.meta.source)}: changed while it was read: "
+                "run the same command again when it stays as it is"
             )
 
 
@@ -316,7 +317,7 @@ def _write_root(file: h5py.File, meta: SlideMeta) -> None:
             "format_version": FORMAT_VERSION,
             "slide_id": meta.slide_id,
             "patient_id": meta.patient_id,
-            "source": shown(source),
+            "source": display_path(source),
             "source_size": size,
             "source_mtime_ns": mtime_ns,
             "parameters": parameters,

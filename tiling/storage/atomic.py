@@ -1,4 +1,4 @@
-"""Files that appear under their final name only when they are complete, and the sweeping up after killed writers."""
+"""Files that appear under their final name only when they are complete; what killed writers left is swept up."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class DiskFullError(UserError):
 
 @lru_cache(maxsize=1)
 def machine() -> str:
-    """Eight hex digits for the machine and its space of process ids: only within it does a pid tell who is alive."""
+    """Return eight hex digits for the machine and its space of process ids: only within it does a pid tell who is alive."""
     parts = [socket.gethostname()]
     for path, read in (("/proc/sys/kernel/random/boot_id", Path.read_text), ("/proc/self/ns/pid", os.readlink)):
         with contextlib.suppress(OSError):
@@ -72,7 +72,7 @@ def atomic_path(final: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and (error.errno in FULL or error.filename == str(temporary)):
-            raise unwritten(final, error) from error
+            raise write_error(final, error) from error
         raise
 
 
@@ -82,14 +82,14 @@ def check_writable(final: Path) -> None:
     try:
         temporary.touch()
     except OSError as error:
-        raise unwritten(final, error) from error
+        raise write_error(final, error) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
 def _temporary(final: Path) -> Path:
-    """A name beside `final`, whose folder is made. UserError where it cannot be.
+    """Choose a name beside `final`, whose folder is made. Raises UserError where it cannot be.
 
     No part of it ends like the final one: a folder listing for *.h5 never meets it. No two writers share one: not two
     threads, not two machines on one network mount.
@@ -97,7 +97,7 @@ def _temporary(final: Path) -> Path:
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise unwritten(final, error) from error
+        raise write_error(final, error) from error
     return final.parent / f".{final.name}.{machine()}-{os.getpid()}-{next(_numbers)}.tmp"
 
 
@@ -107,11 +107,11 @@ def _put_in_place(temporary: Path, final: Path) -> None:
         os.replace(temporary, final)
         _fsync_path(final.parent)
     except OSError as error:
-        raise unwritten(final, error) from error
+        raise write_error(final, error) from error
 
 
-def unwritten(final: Path, error: OSError) -> UserError:
-    """The error for a file that cannot be written: a DiskFullError where there is no space."""
+def write_error(final: Path, error: OSError) -> UserError:
+    """Make the error for a file that cannot be written: a DiskFullError where there is no space."""
     if error.errno in FULL:
         return DiskFullError(
             f"{final}: cannot be written: {os.strerror(error.errno or 0)}: make room, then run the same command again "
@@ -127,8 +127,8 @@ def sweep_temporaries(folder: Path) -> int:
     """
     removed = 0
     with os.scandir(folder) as entries:
-        found = [(entry, match) for entry in entries if (match := TEMPORARY.match(entry.name))]
-    for entry, match in found:
+        temporaries = [(entry, match) for entry in entries if (match := TEMPORARY.match(entry.name))]
+    for entry, match in temporaries:
         with contextlib.suppress(OSError):
             if match["machine"] == machine():
                 dead = not _alive(int(match["pid"]))

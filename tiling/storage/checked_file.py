@@ -36,7 +36,9 @@ def write_attr_checksums(node: Node, kept: dict[str, int] | None = None) -> None
     if TEXTS_ATTR in node.attrs:
         return
     sums = {
-        _number(node, key): (kept or {}).get(key, value_crc32(value)) for key, value in node.attrs.items() if _is_text(value)
+        _creation_index(node, key): (kept or {}).get(key, value_crc32(value))
+        for key, value in node.attrs.items()
+        if _is_text(value)
     }
     if sums:
         array = np.zeros(max(sums) + 1, np.uint32)
@@ -45,14 +47,14 @@ def write_attr_checksums(node: Node, kept: dict[str, int] | None = None) -> None
 
 
 def attr_checksums(node: Node, values: dict[str, Any]) -> dict[str, int]:
-    """The stored CRC-32 of each attribute of text; one that was set anew since has a number beyond the end of the list.
+    """Return the stored CRC-32 of each attribute of text; one that was set anew since has a number beyond the end of the list.
 
     values: all attributes of the object.
     """
     sums = values.get(TEXTS_ATTR)
     if sums is None:
         return {}
-    numbers = {key: _number(node, key) for key, value in values.items() if _is_text(value)}
+    numbers = {key: _creation_index(node, key) for key, value in values.items() if _is_text(value)}
     return {key: int(sums[number]) for key, number in numbers.items() if 0 <= number < len(sums) and sums[number]}
 
 
@@ -60,8 +62,8 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str | bytes) or (isinstance(value, np.ndarray) and value.dtype.kind in "OSU")
 
 
-def _number(node: Node, key: str) -> int:
-    """The number of attributes an object had been given before this one; -1 where HDF5 does not keep it."""
+def _creation_index(node: Node, key: str) -> int:
+    """Return the number of attributes an object had been given before this one; -1 where HDF5 does not keep it."""
     info = h5py.h5a.get_info(node.id, key.encode())
     return int(info.corder) if info.corder_valid else -1
 
@@ -105,7 +107,7 @@ class CheckedFile:
             return name in self.h5
 
     def array(self, name: str) -> np.ndarray:
-        """A dataset as a whole; texts are bytes."""
+        """Read a dataset as a whole; texts are bytes."""
         with self.reading(name, f"/{name}"):
             node = self.h5[name]
             if node.nbytes > MOST_PACKED * max(os.path.getsize(self.path), 1 << 20):
@@ -117,13 +119,13 @@ class CheckedFile:
         return value
 
     def texts(self, name: str) -> np.ndarray:
-        """A dataset of texts: object (str) (n,)."""
+        """Read a dataset of texts: object (str) (n,)."""
         value = self.array(name)
         with self.reading(name, f"/{name}"):
             return np.array([text.decode() for text in value.tolist()], dtype=object)
 
     def attrs(self, name: str = "") -> dict[str, Any]:
-        """The attributes of an object, of the root where none is named; without the checksums."""
+        """Read the attributes of an object, of the root where none is named; without the checksums."""
         with self.reading(name, f"the attributes of /{name}"):
             node = self.h5[name] if name else self.h5
             values = dict(node.attrs)
@@ -146,13 +148,13 @@ class CheckedFile:
                 self.array(name)
 
     def damaged(self, name: str, what: str) -> DamagedError:
-        """The error for a damaged object. What wrote the file will look through all of it when it runs again."""
+        """Make the error for a damaged object. What wrote the file will look through all of it when it runs again."""
         touch(self.path)
         return DamagedError(f"{self.path}: damaged ({what}): {self._remedy(name)}", what)
 
     @contextmanager
     def reading(self, name: str, what: str) -> Iterator[None]:
-        """Whatever HDF5, NumPy and Python raise while an object is read becomes a DamagedError."""
+        """Turn whatever HDF5, NumPy and Python raise while an object is read into a DamagedError."""
         try:
             yield
         except UserError:

@@ -67,22 +67,22 @@ def write_csv_file(path: Path, lines: Iterable[Iterable[Any]]) -> None:
         csv.writer(file).writerows(lines)
 
 
-def number_in(text: str) -> float:
-    """A number with a point or a comma before its decimals: "0.25" and "0,25". Raises ValueError for anything else."""
+def parse_number(text: str) -> float:
+    """Parse a number with a point or a comma before its decimals: "0.25" and "0,25". Raises ValueError for anything else."""
     text = text.strip()
     return float(text.replace(",", ".") if _DECIMAL_COMMA.fullmatch(text) else text)
 
 
-def whole_number_in(text: str) -> int:
-    """A whole number, "512,0" too. Raises ValueError for others, and for "1,024", where the comma may part thousands."""
-    value = number_in(text)
+def parse_whole_number(text: str) -> int:
+    """Parse a whole number, "512,0" too. Raises ValueError for others, and for "1,024", where the comma may part thousands."""
+    value = parse_number(text)
     if _THOUSANDS.fullmatch(text.strip()) or not value.is_integer():
         raise ValueError(f"{text!r} is not a whole number")
     return int(value)
 
 
 def _separator(text: str, needed: Sequence[str]) -> str:
-    """The separator that splits the header into the most columns with the needed names among them; else a comma."""
+    """Choose the separator that splits the header into the most columns with the needed names among them; else a comma."""
 
     def fits(separator: str) -> tuple[int, int]:
         try:
@@ -95,7 +95,7 @@ def _separator(text: str, needed: Sequence[str]) -> str:
 
 
 def _columns(path: Path, header: list[str]) -> list[str]:
-    """The names in a header, without the nameless ones at its end."""
+    """Return the names in a header, without the nameless ones at its end."""
     columns = [name.strip() for name in header]
     while columns and not columns[-1]:
         columns.pop()

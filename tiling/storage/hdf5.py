@@ -25,7 +25,7 @@ from tiling.storage.touched import mark_untouched
 FORMAT_VERSIONS = ("v110", "v110")
 
 
-class NewFile(h5py.File):
+class NewFile(h5py.File):  # type: ignore[misc, unused-ignore]  # h5py has no types
     """An HDF5 file being written by `new_h5`."""
 
     sink: _Sink
@@ -36,7 +36,7 @@ class NewFile(h5py.File):
             raise self.sink.error
 
     def checked(self, values: Iterable[Any]) -> Iterator[Any]:
-        """`values`, as long as what was written before them arrived."""
+        """Yield `values`, as long as what was written before them arrived."""
         for value in values:
             self.check()
             yield value
@@ -44,7 +44,7 @@ class NewFile(h5py.File):
 
 @contextmanager
 def new_h5(final: Path, *, mark: bool = True) -> Iterator[NewFile]:
-    """An HDF5 file open for writing, which appears as `final`, its attributes with checksums, when the block ends well.
+    """Open an HDF5 file for writing, which appears as `final`, its attributes with checksums, when the block ends well.
 
     mark: as not touched since it was written (see `tiling.storage.touched`); False where something unchecked is copied into it.
     Raises DiskFullError where there is no space, OSError where writing fails otherwise.
@@ -73,7 +73,7 @@ def new_h5(final: Path, *, mark: bool = True) -> Iterator[NewFile]:
 
 
 class _Sink:
-    """The file object HDF5 writes to. After a failed write all others are let go."""
+    """The file object HDF5 writes to; after a failed write nothing more is written."""
 
     def __init__(self, path: Path) -> None:
         self.error: OSError | None = None
@@ -88,9 +88,9 @@ class _Sink:
 
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer).cast("B")
-        found = os.pread(self._descriptor, len(view), self._at)
-        view[: len(found)] = found
-        view[len(found) :] = bytes(len(view) - len(found))
+        data = os.pread(self._descriptor, len(view), self._at)
+        view[: len(data)] = data
+        view[len(data) :] = bytes(len(view) - len(data))
         self._at += len(view)
         return len(view)
 

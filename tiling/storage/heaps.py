@@ -1,4 +1,4 @@
-"""Where HDF5 keeps texts: its global heaps, the one structure of a file that it reads without a checksum, and trusts.
+"""The global heaps in which HDF5 keeps texts, the one structure of a file that it reads without a checksum, and trusts.
 
 A damaged size in one makes HDF5 loop for ever. So a file of ours lists its heaps with their CRC-32, and they are looked at
 before any text is read.
@@ -19,7 +19,7 @@ LARGEST_BYTES = 1 << 20  # written at once: what is larger is pixels
 
 
 def heaps_in(data: bytes, address: int) -> Iterator[int]:
-    """The addresses of heaps that begin in a piece of a file, which lies at `address`."""
+    """Yield the addresses of heaps that begin in a piece of a file, which lies at `address`."""
     at = data.find(MAGIC)
     while at >= 0:
         yield address + at
@@ -27,7 +27,7 @@ def heaps_in(data: bytes, address: int) -> Iterator[int]:
 
 
 def heap_table(descriptor: int, addresses: Iterable[int]) -> np.ndarray:
-    """Address, bytes and CRC-32 of the heaps of a file, those that lie end to end in one row: uint64 (k, 3)."""
+    """Collect address, bytes and CRC-32 of the heaps of a file, those that lie end to end in one row: uint64 (k, 3)."""
     runs: list[list[int]] = []
     for address in sorted(addresses):
         size = int.from_bytes(os.pread(descriptor, 8, address + 8), "little")
@@ -40,7 +40,7 @@ def heap_table(descriptor: int, addresses: Iterable[int]) -> np.ndarray:
 
 
 def heaps_are_sound(descriptor: int, table: np.ndarray) -> bool:
-    """Whether the heaps of a file are as they were written or, where a program added texts, at least well formed."""
+    """Tell whether the heaps of a file are as they were written or, where a program added texts, at least well formed."""
     for address, size, total in table.tolist():
         data = os.pread(descriptor, size, address)
         if crc32(data) != total and not _is_well_formed(data, size):
@@ -49,7 +49,7 @@ def heaps_are_sound(descriptor: int, table: np.ndarray) -> bool:
 
 
 def _is_well_formed(data: bytes, size: int) -> bool:
-    """Whether the objects of heaps that lie end to end fill them exactly, as HDF5 goes from one to the next by their sizes."""
+    """Tell whether objects fill heaps that lie end to end exactly, as HDF5 goes from one to the next by their sizes."""
     at = 0
     while at < size:
         heap = int.from_bytes(data[at + 8 : at + 16], "little")

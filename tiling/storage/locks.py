@@ -30,7 +30,7 @@ SETTLE_S = 5.0  # longer than another run takes to write down its settings
 
 
 class FileLockedError(Exception):
-    """Another run works on it. `lock`: the lock it holds."""
+    """Another run works on a file. `lock`: the lock it holds."""
 
     def __init__(self, lock: Path) -> None:
         super().__init__(str(lock))
@@ -38,7 +38,7 @@ class FileLockedError(Exception):
 
 
 def lock_path(path: Path) -> Path:
-    """The lock file of a file that is worked on."""
+    """Return the lock file of a file that is worked on."""
     return path.parent / f".{path.name}{SUFFIX}"
 
 
@@ -77,16 +77,16 @@ def lock_settings(folder: Path, command: str, settings: Mapping[str, Any]) -> It
     """
     lock = folder / f".{command}{SUFFIX}"
     text = json.dumps(dict(settings), sort_keys=True, default=str)
-    descriptor = _joined(lock, text)
+    descriptor = _join(lock, text)
     if descriptor is None:
         yield
         return
     try:
-        theirs = os.pread(descriptor, 1 << 20, 0).decode()
-        if theirs != text:
-            what = describe_changes(json.loads(theirs), json.loads(text))
+        held_text = os.pread(descriptor, 1 << 20, 0).decode()
+        if held_text != text:
+            changes = describe_changes(json.loads(held_text), json.loads(text))
             raise UserError(
-                f"{folder}: another run of odis-path {command} is at work here with other settings ({what}): wait for it, "
+                f"{folder}: another run of odis-path {command} is at work here with other settings ({changes}): wait for it, "
                 "or give another folder"
             )
         yield
@@ -97,16 +97,19 @@ def lock_settings(folder: Path, command: str, settings: Mapping[str, Any]) -> It
         _close(descriptor)
 
 
-def _joined(lock: Path, text: str) -> int | None:
-    """A shared hold on `lock`, whose file says the settings of the runs that hold it; `text` where we are the first."""
+def _join(lock: Path, text: str) -> int | None:
+    """Take a shared hold on `lock`, whose file says the settings of the runs that hold it: `text` where this is the first.
+
+    Returns its descriptor, None where there are no locks. Raises UserError where a run holds it without settings.
+    """
     end = time.monotonic() + SETTLE_S
     while time.monotonic() < end:
         try:
             descriptor = _take(lock, shared=False)
-            if descriptor is not None and _read_only(descriptor):  # a killed run of another user left it
+            if descriptor is not None and _is_is_is_read_only(descriptor):  # a killed run of another user left it
                 _drop(lock, descriptor)
                 descriptor = _take(lock, shared=False)
-            if descriptor is None or not _write_down(descriptor, text):
+            if descriptor is None or not _write_settings(descriptor, text):
                 return None
             fcntl.flock(descriptor, fcntl.LOCK_SH)
         except FileLockedError:
@@ -124,7 +127,7 @@ def _joined(lock: Path, text: str) -> int | None:
     raise UserError(f"{lock}: is held by a run that does not go on: end that run, or give another folder")
 
 
-def _write_down(descriptor: int, text: str) -> bool:
+def _write_settings(descriptor: int, text: str) -> bool:
     try:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, text.encode(), 0)
@@ -158,27 +161,27 @@ def sweep(folder: Path) -> None:
 
 
 def _take(lock: Path, *, shared: bool) -> int | None:
-    """A file descriptor that holds the lock; None where there are no locks.
+    """Take the lock and return the file descriptor that holds it; None where there are no locks.
 
     Raises FileLockedError where it is held, UserError where something else has its name.
     """
     if fcntl is None:
         return None
-    how = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB
+    operation = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB
     while True:
         try:
             lock.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = _opened(lock)
+            descriptor = _open(lock)
         except OSError:
             return None  # a folder that cannot be written to: the work itself will say so, if it has to write
         try:
-            fcntl.flock(descriptor, how)
+            fcntl.flock(descriptor, operation)
         except BlockingIOError:
             _close(descriptor)
             raise FileLockedError(lock) from None
         except OSError:
             with contextlib.suppress(OSError):
-                if not _read_only(descriptor):  # else another user's, who may hold it
+                if not _is_is_is_read_only(descriptor):  # else another user's, who may hold it
                     lock.unlink()
             _close(descriptor)
             return None
@@ -188,8 +191,8 @@ def _take(lock: Path, *, shared: bool) -> int | None:
         _close(descriptor)  # its last holder removed the file meanwhile: take the new one
 
 
-def _opened(lock: Path) -> int:
-    """The lock file, made where there is none. Another user's may be for reading only, which is enough to lock it.
+def _open(lock: Path) -> int:
+    """Open the lock file, made where there is none. Another user's may be for reading only, which is enough to lock it.
 
     Raises UserError where something else has its name: that is neither followed nor written to.
     """
@@ -198,32 +201,32 @@ def _opened(lock: Path) -> int:
             descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         except FileExistsError:
             with contextlib.suppress(FileNotFoundError):  # its last holder removed it meanwhile: make it anew
-                return _opened_again(lock)
+                return _reopen(lock)
         except PermissionError:
-            return _opened_again(lock)
+            return _reopen(lock)
         else:
             with contextlib.suppress(OSError):
                 os.fchmod(descriptor, 0o666)  # whatever the umask: others who may write here take this lock, too
             return descriptor
 
 
-def _opened_again(lock: Path) -> int:
-    """A lock file that is there. Raises OSError where there is none, UserError where something else has its name."""
-    _refuse_others(lock, os.lstat(lock))
-    how = os.O_NOFOLLOW | os.O_NONBLOCK  # it may be replaced after the look
+def _reopen(lock: Path) -> int:
+    """Open a lock file that is there. Raises OSError where there is none, UserError where something else has its name."""
+    _check_plain_file(lock, os.lstat(lock))
+    flags = os.O_NOFOLLOW | os.O_NONBLOCK  # it may be replaced after the look
     try:
-        descriptor = os.open(lock, os.O_RDWR | how)
+        descriptor = os.open(lock, os.O_RDWR | flags)
     except PermissionError:
-        descriptor = os.open(lock, os.O_RDONLY | how)
+        descriptor = os.open(lock, os.O_RDONLY | flags)
     try:
-        _refuse_others(lock, os.fstat(descriptor))
+        _check_plain_file(lock, os.fstat(descriptor))
     except UserError:
         os.close(descriptor)
         raise
     return descriptor
 
 
-def _refuse_others(lock: Path, status: os.stat_result) -> None:
+def _check_plain_file(lock: Path, status: os.stat_result) -> None:
     """Raises UserError for what is no plain file with this name alone."""
     kinds = ((stat.S_ISLNK, "a symbolic link"), (stat.S_ISDIR, "a folder"), (stat.S_ISREG, ""))
     what = next((name for is_kind, name in kinds if is_kind(status.st_mode)), "no plain file")
@@ -233,7 +236,7 @@ def _refuse_others(lock: Path, status: os.stat_result) -> None:
         raise UserError(f"{lock}: is {what}, not a lock of odis-path: nothing was written to it; take it away, then run again")
 
 
-def _read_only(descriptor: int) -> bool:
+def _is_is_is_read_only(descriptor: int) -> bool:
     return fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
 
 

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from urllib.parse import unquote
 
-from annotations.errors import UserError
+from annotations.errors import UserError, one_line
 
 URL = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):/+(.+)$")
 SHORT = re.compile(r"(?<![\w/])(https?|ftp|s3a?|gs|gcs|az|abfss?|memory|hdfs|sftp):/(?=[^/])")  # with its slash taken
@@ -20,28 +20,28 @@ VERSIONS = ("ETag", "mtime", "LastModified", "last_modified", "Last-Modified", "
 
 
 def url_of(path: Path | str) -> str | None:
-    """The URL a path stands for, also where pathlib took one of its slashes; None for a file of this machine."""
-    found = URL.match(str(path))
-    if found is None:
+    """Return the URL a path stands for, also where pathlib took one of its slashes; None for a file of this machine."""
+    match = URL.match(str(path))
+    if match is None:
         return None
-    scheme, rest = found.groups()
+    scheme, rest = match.groups()
     return f"{scheme}:///{rest}" if scheme in (*LOCAL, "memory") else f"{scheme}://{rest}"
 
 
-def path_of(given: Path | str) -> Path:
-    """The path of a file or URL as a user gives it; of file:///folder/a.svs the file on this machine."""
-    url = url_of(given)
+def parse_path(path: Path | str) -> Path:
+    """Parse a file or URL as a user gives it; of file:///folder/a.svs the file on this machine."""
+    url = url_of(path)
     if url is None:
-        return from_home(given)
+        return expand_home(path)
     scheme, _, rest = url.partition("://")
     if scheme in LOCAL:
         return Path(unquote(rest) if scheme == "file" else rest)
     return Path(url)
 
 
-def from_home(given: Path | str) -> Path:
-    """A path with `~` or `~user` in front replaced by that home; others, as `~$lock.svs`, stay as they are."""
-    return Path(os.path.expanduser(given))
+def expand_home(path: Path | str) -> Path:
+    """Replace `~` or `~user` in front of a path by that home; another name with a tilde, as `~$lock.svs`, stays."""
+    return Path(os.path.expanduser(path))
 
 
 def absolute(path: Path) -> Path:
@@ -49,23 +49,23 @@ def absolute(path: Path) -> Path:
     return path if url_of(path) else path.absolute()
 
 
-def place(path: Path) -> str:
-    """One text for one file, however its path is written: absolute, without . and .. in it; a URL stays as it is."""
+def path_key(path: Path) -> str:
+    """Return one text for one file, however its path is written: absolute, without . and .. in it; a URL stays as it is."""
     return url_of(path) or os.path.normpath(path.absolute())
 
 
-def shown(path: Path) -> str:
-    """A path as the user knows it."""
+def display_path(path: Path) -> str:
+    """Return a path as the user knows it."""
     return url_of(path) or str(path)
 
 
 def printable(path: Path | str) -> str:
-    """A path as text that any file holds: of a name that is not UTF-8 the odd bytes as \\xe9."""
+    """Return a path as text that any file holds: of a name that is not UTF-8 the odd bytes as \\xe9."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def with_slashes(text: str) -> str:
-    """A message with the slashes put back that pathlib took of the URLs in it."""
+def restore_slashes(text: str) -> str:
+    """Put the slashes back that pathlib took of the URLs in a message."""
     return SHORT.sub(r"\1://", text)
 
 
@@ -75,7 +75,7 @@ def file_name(path: Path) -> str:
 
 
 def url_stamp(url: str) -> tuple[int, int]:
-    """Size in bytes, and a number that changes with the file's tag or time (0 where the server tells neither).
+    """Return the size in bytes, and a number that changes with the file's tag or time (0 where the server tells neither).
 
     (-1, -1) where there is no such file, or nothing opens such URLs.
     """
@@ -91,8 +91,8 @@ def url_stamp(url: str) -> tuple[int, int]:
     return int(info.get("size") or -1), int.from_bytes(digest[:7], "big")
 
 
-def urls_under(url: str, suffixes: frozenset[str]) -> list[Path]:
-    """Files with these suffixes below a URL (searched recursively) or that match it (with * in it), in order.
+def list_urls(url: str, suffixes: frozenset[str]) -> list[Path]:
+    """List files with these suffixes below a URL (searched recursively) or that match it (with * in it), in order.
 
     Raises UserError where it cannot be listed or holds none.
     """
@@ -102,8 +102,8 @@ def urls_under(url: str, suffixes: frozenset[str]) -> list[Path]:
         system, name = url_to_fs(url)
         names = system.glob(name) if "*" in name else system.find(name)
     except Exception as error:  # each kind of store has errors of its own
-        raise UserError(f"{url}: cannot be listed: {' '.join(str(error).split()) or type(error).__name__}") from None
-    found = [Path(system.unstrip_protocol(each)) for each in sorted(names)]
-    if not (slides := [path for path in found if Path(file_name(path)).suffix.lower() in suffixes]):
+        raise UserError(f"{url}: cannot be listed: {one_line(error) or type(error).__name__}") from None
+    paths = [Path(system.unstrip_protocol(name)) for name in sorted(names)]
+    if not (slides := [path for path in paths if Path(file_name(path)).suffix.lower() in suffixes]):
         raise UserError(f"{url}: no slide is listed there (looked for {' '.join(sorted(suffixes))}): name each by its URL")
     return slides

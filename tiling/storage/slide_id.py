@@ -14,18 +14,18 @@ LONGEST_ID = 200  # bytes: of the 255 that file systems allow, what is left is f
 
 
 def slide_stem(path: Path) -> str:
-    """File name without its extension, and without `.ome` before it."""
+    """Return the file name without its extension, and without `.ome` before it."""
     stem = Path(file_name(path)).stem
     return stem[:-4] if stem.lower().endswith(".ome") else stem
 
 
-def id_of(slide: Path) -> str:
-    """The default id of a slide: the stem of its path, without characters that a file name may not have."""
+def default_id(slide: Path) -> str:
+    """Derive the default id of a slide: the stem of its path, without characters that a file name may not have."""
     return safe_id(printable(slide_stem(slide))) or "slide"
 
 
 def safe_id(text: str) -> str:
-    """A text as the name of files: no blanks around it, no dot in front, which would hide it, no slashes or line ends.
+    """Turn a text into the name of files: no blanks around it, no dot in front, which would hide it, no slashes or line ends.
 
     What is too long is cut, and ends in eight hex digits that the whole text decides.
     """
@@ -37,7 +37,7 @@ def safe_id(text: str) -> str:
 
 
 def id_problem(slide_id: str) -> str:
-    """The reason why a given slide_id is not allowed; empty where it is."""
+    """Say why a given slide_id is not allowed; empty where it is."""
     if not slide_id.strip():
         return "slide_id is empty: give one"
     if NO_FILE_NAME.search(slide_id):
@@ -45,13 +45,13 @@ def id_problem(slide_id: str) -> str:
         shown = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in letters)
         return f"slide_id {shown} cannot be a file name: leave out slashes, line ends and a dot in front"
     if (size := len(slide_id.encode())) > LONGEST_ID:
-        said = f"is {size} bytes long: give one of at most {LONGEST_ID} in the column slide_id"
-        return f"slide_id {slide_id[:40]}... {said}"
+        limit = f"give one of at most {LONGEST_ID} in the column slide_id"
+        return f"slide_id {slide_id[:40]}... is {size} bytes long: {limit}"
     return ""
 
 
 def checked_id(slide_id: str, where: object) -> str:
-    """A slide_id as it stands in the file `where`. Raises UserError, which names both, for one that cannot name files."""
+    """Return a slide_id that stands in the file `where`. Raises UserError, which names both, where it cannot name files."""
     if problem := id_problem(slide_id):
         raise UserError(f"{where}: {problem}")
     return slide_id

@@ -12,7 +12,7 @@ from annotations.errors import UserError
 from tiling.slide_file.read import SlideFile
 from tiling.slide_file.write import check_ours, parameters_hash, source_stamp
 from tiling.storage.locks import describe_changes
-from tiling.storage.paths import absolute, place, url_of
+from tiling.storage.paths import absolute, path_key, url_of
 from tiling.storage.touched import was_touched
 
 BLOCKS_COMPARED, BLOCK_BYTES = 17, 65536  # of two slides that may be copies: over all of them
@@ -69,7 +69,7 @@ def check_same_slide(path: Path, source: Path, stamp: Stamp, slide: Path, now: S
     source, stamp: what the file says of the slide that it was made of. now: stamp of `slide`. One file may have many URLs
     (signed ones change by the hour), so behind them only another size tells another slide.
     """
-    if now[0] == -1 or place(source) == place(slide):
+    if now[0] == -1 or path_key(source) == path_key(slide):
         return
     old = source_stamp(source)
     unchanged = old == stamp and not url_of(source) and not url_of(slide)

@@ -23,8 +23,8 @@ from tiling.slide_file.read import SlideFile
 from tiling.slide_file.write import FORMAT_VERSION, Columns, SlideFileWriter, SlideMeta, replace_groups, source_stamp
 from tiling.storage.checksums import DAMAGED
 from tiling.storage.locks import lock_file, lock_settings
-from tiling.storage.paths import absolute, place, shown, url_of
-from tiling.storage.slide_id import id_of
+from tiling.storage.paths import absolute, display_path, path_key, url_of
+from tiling.storage.slide_id import default_id
 from tiling.tiles.encode import count_missing_tiles, encode_tiles, stored_level
 from tiling.tiles.resume import ExistingFile, Stamp, check_same_slide, read_existing, reason_to_redo, up_to_date
 from tiling.tiles.settings import TileSettings
@@ -360,12 +360,12 @@ def thumbnail_group(thumb: np.ndarray, mask: np.ndarray | None, downsample: floa
 
 def _twin(path: Path, item: SlideItem) -> str:
     """Warn where the slide's tiles lie in the folder under its plain name too: its id got a folder in front since."""
-    plain = path.with_name(f"{id_of(item.path)}.h5")
+    plain = path.with_name(f"{default_id(item.path)}.h5")
     if path.exists() or not plain.exists():
         return ""
     try:
         with SlideFile(plain) as file:
-            same = place(file.source) == place(item.path)
+            same = path_key(file.source) == path_key(item.path)
     except (UserError, OSError, KeyError, RuntimeError):
         return ""
-    return f"warning: {plain} and {path} are of the same slide, {shown(item.path)}: remove one of them" if same else ""
+    return f"warning: {plain} and {path} are of the same slide, {display_path(item.path)}: remove one of them" if same else ""

@@ -13,25 +13,28 @@ PNG_MAGIC = b"\x89PNG"
 
 
 def encode_jpeg(rgb: np.ndarray, quality: int = 90) -> bytes:
-    """uint8 (h, w, 3) -> JPEG bytes, colour at full resolution (4:4:4), so that stains keep their edges."""
+    """Encode uint8 (h, w, 3) as JPEG, colour at full resolution (4:4:4), so that stains keep their edges."""
     import simplejpeg
 
-    return simplejpeg.encode_jpeg(np.ascontiguousarray(rgb), quality=quality, colorspace="RGB", colorsubsampling="444")
+    rgb = np.ascontiguousarray(rgb)
+    data: bytes = simplejpeg.encode_jpeg(rgb, quality=quality, colorspace="RGB", colorsubsampling="444")
+    return data
 
 
 def decode_jpeg(data: bytes, height: int, width: int) -> np.ndarray:
-    """JPEG bytes -> uint8 (h, w, 3), scaled in the DCT to the smallest size that is not below height x width.
+    """Decode JPEG bytes to uint8 (h, w, 3), scaled in the DCT to the smallest size that is not below height x width.
 
     Raises ValueError where it cannot be decoded whole, or to RGB.
     """
     import simplejpeg
 
+    rgb: np.ndarray
+    buffer = _cached_buffer(height * width * 3)
     try:
-        return simplejpeg.decode_jpeg(
-            data, "RGB", min_height=height, min_width=width, buffer=_cached_buffer(height * width * 3)
-        )
+        rgb = simplejpeg.decode_jpeg(data, "RGB", min_height=height, min_width=width, buffer=buffer)
     except ValueError:  # it is larger than the buffer, or corrupt, which this says
-        return simplejpeg.decode_jpeg(data, "RGB", min_height=height, min_width=width)
+        rgb = simplejpeg.decode_jpeg(data, "RGB", min_height=height, min_width=width)
+    return rgb
 
 
 def _cached_buffer(size: int) -> np.ndarray:
@@ -51,7 +54,7 @@ def encoding_of(data: bytes) -> Literal["jpeg", "png", "other"]:
 
 
 def decode(data: bytes) -> np.ndarray:
-    """JPEG or PNG (or whatever else pillow reads) -> uint8 (h, w, 3). Raises ValueError where it is none of them."""
+    """Decode JPEG or PNG (or whatever else Pillow reads) to uint8 (h, w, 3). Raises ValueError where it is none of them."""
     if encoding_of(data) == "jpeg":
         import simplejpeg
 

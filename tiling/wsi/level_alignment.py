@@ -68,8 +68,10 @@ def place_level(slide: Levels, level: int) -> Placement:
         return Placement(stated if _is_power_of_two(slide, level) else None, alignment)
     nearest = round(math.log2(stated))
     powers = sorted((2.0**power for power in range(max(1, nearest - 1), nearest + 3)), key=lambda s: abs(math.log(s / stated)))
-    others = (s for s in powers if s != stated)
-    return Placement(next((s for s in others if compare_level(slide, level, s, 0.0) is Alignment.ALIGNED), None), alignment)
+    scales = (scale for scale in powers if scale != stated)
+    return Placement(
+        next((scale for scale in scales if compare_level(slide, level, scale, 0.0) is Alignment.ALIGNED), None), alignment
+    )
 
 
 def compare_level(slide: Levels, level: int, downsample: float, most_against: float = MOST_AGAINST) -> Alignment:
@@ -87,10 +89,10 @@ def compare_level(slide: Levels, level: int, downsample: float, most_against: fl
     against = telling = 0
     axes_seen = np.zeros(2, bool)
     for corner in _corners(slide, level, side, downsample):
-        pair = _pair(slide, level, finer, corner, side, downsample)
+        pair = _read_pair(slide, level, finer, corner, side, downsample)
         if pair is None:
             continue
-        differs, axes = _judged(*pair)
+        differs, axes = _compare_patches(*pair)
         against += differs
         telling += differs or bool(axes.any())
         axes_seen |= axes
@@ -102,25 +104,25 @@ def compare_level(slide: Levels, level: int, downsample: float, most_against: fl
 
 
 def textured_places(slide: Levels) -> np.ndarray:
-    """float (N, 2) x, y in level-0 pixels: middles of parts with structure, up to `CELLS` x `CELLS`, far apart.
+    """Find middles of parts with structure: float (N, 2) x, y in level-0 pixels, up to `CELLS` x `CELLS`, far apart.
 
     The bytes of compressed tiles tell of structure; where there are none, some small places are read.
     """
-    structure, places = _stored(slide) or _probed(slide)
+    structure, places = _structure_by_bytes(slide) or _structure_by_pixels(slide)
     busiest = np.sort(structure)[::-1][min(BUSIEST, structure.size // 50)]
     busy = structure >= max(BUSY_SHARE * busiest, 1e-6)
-    structure, places = structure[busy], places[busy]
+    structure, places = structure[busy], np.asarray(places[busy])
     if not len(places):
         return places
     low, high = places.min(axis=0), places.max(axis=0)
     column, row = ((places - low) * CELLS // (high - low + 1)).astype(int).T
     cell = row * CELLS + column
     by_cell = np.lexsort((-structure, cell))
-    return _spread(places[by_cell[np.unique(cell[by_cell], return_index=True)[1]]])
+    return _spread_apart(places[by_cell[np.unique(cell[by_cell], return_index=True)[1]]])
 
 
-def _stored(slide: Levels) -> tuple[np.ndarray, np.ndarray] | None:
-    """Bytes of the compressed tiles of a TIFF's level 0, float (N,), and their middles (N, 2) in pixels; None without."""
+def _structure_by_bytes(slide: Levels) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return the bytes of compressed tiles of a TIFF's level 0, float (N,), and their middles (N, 2) in pixels; None without."""
     size = slide.info.size_l0
     pages = [page for page in pages_of(slide.info.path) if size_of(page) == size and page.is_tiled and page.compression != 1]
     if not pages:
@@ -133,8 +135,8 @@ def _stored(slide: Levels) -> tuple[np.ndarray, np.ndarray] | None:
     return (counts, np.minimum(places, size)) if len(counts) else None
 
 
-def _spread(places: np.ndarray) -> np.ndarray:
-    """Places in an order in which the first few lie far apart, and the first far from the origin, where a scale shows most."""
+def _spread_apart(places: np.ndarray) -> np.ndarray:
+    """Order places so that the first few lie far apart, and the first far from the origin, where a scale shows most."""
     order = [int(places.sum(axis=1).argmax())]
     while len(order) < len(places):
         gaps = np.abs(places[:, None] - places[order]).max(axis=2).min(axis=1)
@@ -143,8 +145,8 @@ def _spread(places: np.ndarray) -> np.ndarray:
     return places[order]
 
 
-def _probed(slide: Levels) -> tuple[np.ndarray, np.ndarray]:
-    """Structure of level 0 in grey levels, float (N,), at N places (N, 2) in pixels of it, no two in one row or column."""
+def _structure_by_pixels(slide: Levels) -> tuple[np.ndarray, np.ndarray]:
+    """Measure structure of level 0 in grey levels, float (N,), at places (N, 2) in pixels, no two in one row or column."""
     view = slide.full_view(0)
     row, column = np.indices((PROBES, PROBES)).reshape(2, -1)
     skewed = np.stack([column + (row + 0.5) / PROBES, row + (column + 0.5) / PROBES], axis=1) / PROBES
@@ -159,9 +161,9 @@ def _probed(slide: Levels) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _finer(slide: Levels, level: int, downsample: float) -> LevelView | None:
-    """The level to compare with: the finest that lies right and is not much finer; None where none is finer at all."""
+    """Choose the level to compare with: the finest that lies right and is not much finer; None where none is finer at all."""
     sizes = slide.info.level_downsamples
-    views = [slide.full_view(other) for other, size in enumerate(sizes) if size < sizes[level] and slide.downsample(other)]
+    views = [slide.full_view(finer) for finer, size in enumerate(sizes) if size < sizes[level] and slide.downsample(finer)]
     finer = [view for view in views if view.downsample < downsample]
     near = [view for view in finer if downsample / view.downsample <= MOST_RATIO]
     if near:
@@ -170,7 +172,7 @@ def _finer(slide: Levels, level: int, downsample: float) -> LevelView | None:
 
 
 def _corners(slide: Levels, level: int, side: int, downsample: float) -> list[tuple[int, int]]:
-    """Top left corners of the places to look at in a level, in its pixels; no two that are half the same."""
+    """List top left corners of the places to look at in a level, in its pixels; no two that are half the same."""
     info = slide.info
     ends = [
         min(own, math.ceil(whole / downsample)) for own, whole in zip(info.level_dimensions[level], info.size_l0, strict=True)
@@ -183,10 +185,10 @@ def _corners(slide: Levels, level: int, side: int, downsample: float) -> list[tu
     return corners
 
 
-def _pair(
+def _read_pair(
     slide: Levels, level: int, finer: LevelView, corner: tuple[int, int], side: int, downsample: float
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """A place out of a finer level, `REACH_PX` wider all round, and out of the level: smoothed grey. None: not decoded."""
+    """Read a place out of a finer level, `REACH_PX` wider all round, and out of the level: smoothed grey. None: not decoded."""
     from tiling.wsi.level_view import LevelView, pixel_bounds
 
     x, y = corner
@@ -198,20 +200,20 @@ def _pair(
     if own is None or block is None:
         return None
     wide = side + 2 * REACH_PX
-    return _smoothed(slide.resample_block(finer, edges, block, box, wide, wide)), _smoothed(own)
+    return _smoothed_grey(slide.resample_block(finer, edges, block, box, wide, wide)), _smoothed_grey(own)
 
 
-def _judged(wide: np.ndarray, own: np.ndarray) -> tuple[bool, np.ndarray]:
+def _compare_patches(wide: np.ndarray, own: np.ndarray) -> tuple[bool, np.ndarray]:
     """Tell whether a place differs from level 0, and whether it would show shifts along x and y: bool (2,).
 
-    wide, own: as from `_pair`. A place that differs tells of neither; nor does one that is flat in both.
+    wide, own: as from `_read_pair`. A place that differs tells of neither; nor does one that is flat in both.
     """
     neither = np.zeros(2, bool)
     windows = np.lib.stride_tricks.sliding_window_view(wide, own.shape)
     middle = windows[REACH_PX, REACH_PX]
     if abs(float(middle.mean() - own.mean())) > OTHER_TONE:
         return True, neither
-    spread, own_spread = _spreads(wide, own.shape), float(own.std())
+    spread, own_spread = _window_deviations(wide, own.shape), float(own.std())
     if max(float(spread[REACH_PX, REACH_PX]), own_spread) < FLAT:
         return False, neither
     products = np.einsum("abij,ij->ab", windows, own - own.mean()) / own.size
@@ -226,7 +228,7 @@ def _judged(wide: np.ndarray, own: np.ndarray) -> tuple[bool, np.ndarray]:
 
 
 def _decoded(slide: Levels, view: LevelView, edges: tuple[int, ...]) -> np.ndarray | None:
-    """uint8 (h, w, 3): pixels of a view; None where they cannot be decoded."""
+    """Read pixels of a view, uint8 (h, w, 3); None where they cannot be decoded."""
     left, top, right, bottom = edges
     try:
         return slide.read_block(view, (left, top, right, bottom))
@@ -236,11 +238,12 @@ def _decoded(slide: Levels, view: LevelView, edges: tuple[int, ...]) -> np.ndarr
 
 
 def _grey(rgb: np.ndarray) -> np.ndarray:
-    return rgb.mean(axis=2, dtype=np.float32)
+    grey: np.ndarray = rgb.mean(axis=2, dtype=np.float32)
+    return grey
 
 
-def _smoothed(rgb: np.ndarray) -> np.ndarray:
-    """Grey, float (h, w), each pixel with its neighbours: levels made of every other pixel are noisy."""
+def _smoothed_grey(rgb: np.ndarray) -> np.ndarray:
+    """Average each pixel with its neighbours to grey, float (h, w): levels made of every other pixel are noisy."""
     grey = _grey(rgb)
     for _ in range(2):
         wide = np.pad(grey, 1, mode="edge")
@@ -249,14 +252,15 @@ def _smoothed(rgb: np.ndarray) -> np.ndarray:
     return grey
 
 
-def _spreads(wide: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Standard deviation of every window of this shape."""
+def _window_deviations(wide: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Compute the standard deviation of every window of this shape."""
     sums = []
     for values in (wide.astype(np.float64), wide.astype(np.float64) ** 2):
         total = np.pad(values.cumsum(axis=0).cumsum(axis=1), ((1, 0), (1, 0)))
         h, w = shape
         sums.append((total[h:, w:] - total[:-h, w:] - total[h:, :-w] + total[:-h, :-w]) / (h * w))
-    return np.sqrt(np.maximum(sums[1] - sums[0] ** 2, 0))
+    deviations: np.ndarray = np.sqrt(np.maximum(sums[1] - sums[0] ** 2, 0))
+    return deviations
 
 
 def _is_power_of_two(slide: Levels, level: int) -> bool:
@@ -267,7 +271,7 @@ def _is_power_of_two(slide: Levels, level: int) -> bool:
 
 
 def describe_placements(slide: Levels, *, odd: bool = False) -> str:
-    """A line on levels that do not lie where their size says, or may not; empty where there are none.
+    """Describe in one line the levels that do not lie where their size says, or may not; empty where there are none.
 
     odd: look at those whose size is no half, quarter and so on of level 0, beside those that were wanted so far.
     """
@@ -277,14 +281,14 @@ def describe_placements(slide: Levels, *, odd: bool = False) -> str:
             slide.downsample(level)
     placed = sorted(slide.placements.items())
     unused = {level: placement.alignment for level, placement in placed if placement.downsample is None}
-    lost = [level for level, alignment in unused.items() if alignment is Alignment.MISALIGNED]
-    silent = [level for level, alignment in unused.items() if alignment is Alignment.UNDECIDED]
+    misaligned = [level for level, alignment in unused.items() if alignment is Alignment.MISALIGNED]
+    undecided = [level for level, alignment in unused.items() if alignment is Alignment.UNDECIDED]
     moved = {level: own for level, placement in placed if (own := placement.downsample) not in (None, stated[level])}
     remarks = []
-    if lost:
-        remarks.append(f"size and content of {_levels(lost)} disagree: not used")
-    if silent:
-        remarks.append(f"neither size nor content of {_levels(silent)} tells the scale: not used")
+    if misaligned:
+        remarks.append(f"size and content of {_levels(misaligned)} disagree: not used")
+    if undecided:
+        remarks.append(f"neither size nor content of {_levels(undecided)} tells the scale: not used")
     if moved:
         scales = ", ".join(f"1/{own:g}" for own in moved.values())
         remarks.append(f"size and content of {_levels(list(moved))} disagree, as of padded ones: read as {scales} of level 0")

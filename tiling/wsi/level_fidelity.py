@@ -45,7 +45,7 @@ def matches_area_average(slide: Levels, level: int, downsample: float) -> bool:
             if (pixels := _read(slide, level, box, side)) is not None:
                 # By differences of neighbours: the edge of the tissue varies more than all else, and averages well.
                 seen.append((float(np.abs(np.diff(pixels.astype(np.int16), axis=1)).mean()), box, pixels))
-    for _, box, pixels in sorted(seen, key=lambda each: -each[0])[:PLACES]:
+    for _, box, pixels in sorted(seen, key=lambda place: -place[0])[:PLACES]:
         average = _read(slide, 0, box, side)
         if average is not None and np.abs(pixels.astype(np.int16) - average).mean() > MAX_DEVIATION:
             return False
@@ -63,13 +63,14 @@ def scale_matches_average(reader: DirectReader, level: int, scale: int) -> bool:
     ranks = np.linspace(0, max(0, int((page.counts > 0).sum() * MOST_BYTES) - 1), count).astype(int)
     for at in np.unique(by_bytes[ranks]).tolist():
         try:
-            whole, scaled = (reader.decode_tile(level, each, *divmod(at, page.counts.shape[1])) for each in (1, scale))
+            row, column = divmod(at, page.counts.shape[1])
+            full, scaled = (reader.decode_tile(level, factor, row, column) for factor in (1, scale))
         except (ValueError, OSError):
             continue
-        if whole is None or scaled is None:
+        if full is None or scaled is None:
             continue
-        height, width = whole.shape[0] // scale, whole.shape[1] // scale
-        sums = whole[: height * scale, : width * scale].reshape(height, scale, width, scale, 3).sum((1, 3), dtype=np.float32)
+        height, width = full.shape[0] // scale, full.shape[1] // scale
+        sums = full[: height * scale, : width * scale].reshape(height, scale, width, scale, 3).sum((1, 3), dtype=np.float32)
         if np.abs(scaled[:height, :width] - sums / scale**2).mean() > MAX_DEVIATION:
             return False
     return True

@@ -113,7 +113,7 @@ class Levels(Protocol):
 
 
 def pixel_bounds(view: LevelView, boxes_l0: np.ndarray) -> np.ndarray:
-    """The whole pixels of a view that cover level-0 boxes: (N, 4) x0, y0, x1, y1 -> int64 (N, 4) in its pixels."""
+    """Find the whole pixels of a view that cover level-0 boxes: (N, 4) x0, y0, x1, y1 -> int64 (N, 4) in its pixels."""
     scaled = np.asarray(boxes_l0, np.float64) / view.downsample
     low = np.floor(scaled[:, :2] + 1e-6)
     high = np.maximum(low + 1, np.ceil(scaled[:, 2:] - 1e-6))

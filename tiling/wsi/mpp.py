@@ -18,7 +18,7 @@ WAYS_OUT = "give it in the manifest column mpp, pass --assume-mpp, or set the TI
 UM_PER_UNIT = {"inch": 25400.0, "centimeter": 10000.0, "millimeter": 1000.0, "micrometer": 1.0}
 OME_UNITS = {"µm": 1.0, "um": 1.0, "μm": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6, "": 1.0}
 
-Found = tuple[float | None, float]  # mpp where there is one, and the longer side of a pixel over the shorter one
+Value = tuple[float | None, float]  # mpp where there is one, and the longer side of a pixel over the shorter one
 
 
 @dataclass(frozen=True)
@@ -53,40 +53,40 @@ def mpp_of(properties: Mapping[str, Any], *, tags_only: bool = False) -> Mpp:
     return Mpp(None, "", rejected)
 
 
-def settle_mpp(path: object, found: Mpp, *, manifest_mpp: float | None = None, assume_mpp: float | None = None) -> Mpp:
-    """The mpp to work with: the manifest's, else the file's own, else the assumed one. Raises UserError without any."""
+def settle_mpp(path: object, stated: Mpp, *, manifest_mpp: float | None = None, assume_mpp: float | None = None) -> Mpp:
+    """Choose the mpp to work with: the manifest's, else the file's own, else the assumed one. Raises UserError without any."""
     if manifest_mpp is not None:
         return Mpp(manifest_mpp, "manifest")
-    if found.value is not None:
-        return found
+    if stated.value is not None:
+        return stated
     if assume_mpp is not None:
         return Mpp(assume_mpp, "--assume-mpp")
-    raise UserError(f"{path}: {missing_mpp(found)}")
+    raise UserError(f"{path}: {missing_mpp(stated)}")
 
 
-def missing_mpp(found: Mpp) -> str:
-    """The error message for a missing mpp: the reason and the three ways out, in one line."""
-    because = f" ({found.note})" if found.note else ""
-    return f"no mpp: looked at {KEYS}{because}: {WAYS_OUT}"
+def missing_mpp(stated: Mpp) -> str:
+    """Say that an mpp is missing: the reason and the three ways out, in one line."""
+    reason = f" ({stated.note})" if stated.note else ""
+    return f"no mpp: looked at {KEYS}{reason}: {WAYS_OUT}"
 
 
 def check_mpp(value: float | None, where: str) -> float | None:
-    """A value a user gave: finite and above 0. Raises UserError naming `where`."""
+    """Return a value a user gave, which is finite and above 0. Raises UserError naming `where`."""
     if value is None or (math.isfinite(value) and value > 0):
         return value
     raise UserError(f"{where}: {value}: mpp is micrometres per pixel, a number above 0, for instance 0.5")
 
 
-def _candidates(texts: Mapping[str, str], tags_only: bool) -> list[tuple[str, Found, bool]]:
-    """(key, what it says, is a bare resolution tag), best first."""
-    found: list[tuple[str, Found, bool]] = [("OME PhysicalSizeX", _ome(texts), False)]
+def _candidates(texts: Mapping[str, str], tags_only: bool) -> list[tuple[str, Value, bool]]:
+    """List (key, its value, whether it is a bare resolution tag), best first."""
+    candidates: list[tuple[str, Value, bool]] = [("OME PhysicalSizeX", _ome(texts), False)]
     for x, y in (("openslide.mpp-x", "openslide.mpp-y"), ("tiffslide.mpp-x", "tiffslide.mpp-y")):
         sides = _number(texts.get(x)), _number(texts.get(y))
-        found.append((x, (_mean(*sides), _stretch(*sides)), tags_only))
-    found.append(("aperio.MPP", (_number(texts.get("aperio.MPP")), 1.0), False))
-    found.append(("DICOM PixelSpacing", _pixel_spacing(texts), False))
-    found.append(("TIFF XResolution", _resolution_tags(texts), True))
-    return found
+        candidates.append((x, (_mean(*sides), _stretch(*sides)), tags_only))
+    candidates.append(("aperio.MPP", (_number(texts.get("aperio.MPP")), 1.0), False))
+    candidates.append(("DICOM PixelSpacing", _pixel_spacing(texts), False))
+    candidates.append(("TIFF XResolution", _resolution_tags(texts), True))
+    return candidates
 
 
 def _number(text: str | None) -> float | None:
@@ -106,7 +106,7 @@ def _stretch(x: float | None, y: float | None) -> float:
     return 1.0 if x is None or y is None else max(x, y) / min(x, y)
 
 
-def _ome(texts: Mapping[str, str]) -> Found:
+def _ome(texts: Mapping[str, str]) -> Value:
     for key in ("tiff.ImageDescription", "openslide.comment", "tiffslide.comment"):
         x, y = (_physical_size(texts.get(key, ""), axis) for axis in "XY")
         if x is not None:
@@ -115,10 +115,10 @@ def _ome(texts: Mapping[str, str]) -> Found:
 
 
 def pixels_of(text: str, size: tuple[int, int]) -> str:
-    """Of the images an OME description tells of, the one of this width and height: its element Pixels; else empty."""
+    """Return the element Pixels of the image of this width and height in an OME description; empty where there is none."""
     of_size = [rf'Size{axis}\s*=\s*"{side}"' for axis, side in zip("XY", size, strict=True)]
     elements = re.findall(r"<(?:\w+:)?Pixels\b[^>]*>", text)
-    return next((each for each in elements if all(re.search(side, each) for side in of_size)), "")
+    return next((element for element in elements if all(re.search(side, element) for side in of_size)), "")
 
 
 def _physical_size(text: str, axis: str) -> float | None:
@@ -129,14 +129,14 @@ def _physical_size(text: str, axis: str) -> float | None:
     return None if value is None or factor is None else value * factor
 
 
-def _pixel_spacing(texts: Mapping[str, str]) -> Found:
+def _pixel_spacing(texts: Mapping[str, str]) -> Value:
     spacing = [_number(value) for key, value in sorted(texts.items()) if "PixelSpacing" in key]
     x, y = (*spacing[:2], None, None)[:2]
     millimetres = _mean(x, y)
     return None if millimetres is None else millimetres * 1000, _stretch(x, y)
 
 
-def _resolution_tags(texts: Mapping[str, str]) -> Found:
+def _resolution_tags(texts: Mapping[str, str]) -> Value:
     factor = UM_PER_UNIT.get(texts.get("tiff.ResolutionUnit", "").lower())
     x, y = _number(texts.get("tiff.XResolution")), _number(texts.get("tiff.YResolution"))
     per_unit = _mean(x, y)

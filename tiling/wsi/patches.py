@@ -56,7 +56,7 @@ def map_patches(
 
 
 def read_tiles(slide: Slide, coords_l0: np.ndarray, size_l0: float, patch_px: int) -> Iterator[np.ndarray]:
-    """Tiles of side `size_l0` at `coords_l0` (int64 (N, 2), ordered by (y, x)) as uint8 (patch_px, patch_px, 3).
+    """Yield tiles of side `size_l0` at `coords_l0` (int64 (N, 2), ordered by (y, x)) as uint8 (patch_px, patch_px, 3).
 
     What neighbours share is decoded once; memory stays bounded whatever N is. Raises UserError at the first tile that
     cannot be decoded; `map_patches` goes on past it, in several threads.

@@ -31,7 +31,7 @@ def area_resize(rgb: np.ndarray, box: tuple[float, float, float, float], out_w: 
 
 
 def _cropped(rgb: np.ndarray, box: tuple[float, float, float, float]) -> tuple[np.ndarray, tuple[float, float, float, float]]:
-    """The part of a picture that a box needs, and the box in it."""
+    """Return the part of a picture that a box needs, and the box in it."""
     left, top = int(box[0]), int(box[1])
     right, bottom = int(np.ceil(box[2])), int(np.ceil(box[3]))
     return rgb[top:bottom, left:right], (box[0] - left, box[1] - top, box[2] - left, box[3] - top)
@@ -49,7 +49,7 @@ def _weighted(rgb: np.ndarray, box: tuple[float, float, float, float], out_w: in
 
 @lru_cache(maxsize=64)
 def _weights(length: int, start: float, extent: float, count: int, channels: int):  # type: ignore[no-untyped-def]
-    """Sparse float32 (count * channels, length * channels), for a line of pixels with their channels side by side.
+    """Compute sparse float32 (count * channels, length * channels) for a line of pixels with their channels side by side.
 
     Output i averages [start + i * step, start + (i + 1) * step] of the line, each channel by itself.
     """
@@ -60,12 +60,12 @@ def _weights(length: int, start: float, extent: float, count: int, channels: int
     first = np.floor(low).astype(int)
     reach = int(np.max(np.ceil(high).astype(int) - first))
     pixel = first[:, None] + np.arange(reach)
-    cover = np.minimum(high[:, None], pixel + 1) - np.maximum(low[:, None], pixel)
-    cover = np.clip(cover, 0, None) * (pixel < length)
-    cover /= cover.sum(axis=1, keepdims=True)
+    coverage = np.minimum(high[:, None], pixel + 1) - np.maximum(low[:, None], pixel)
+    coverage = np.clip(coverage, 0, None) * (pixel < length)
+    coverage /= coverage.sum(axis=1, keepdims=True)
     row = np.repeat(np.arange(count), reach)
-    used = cover.ravel() > 1e-9
+    used = coverage.ravel() > 1e-9
     channel = np.arange(channels)
     at = [(index[:, None] * channels + channel).ravel() for index in (row[used], pixel.ravel()[used])]
-    share = np.repeat(cover.ravel()[used].astype(np.float32), channels)
+    share = np.repeat(coverage.ravel()[used].astype(np.float32), channels)
     return csr_array((share, (at[0], at[1])), shape=(count * channels, length * channels))

@@ -80,7 +80,7 @@ class Slide:
         return textured_places(self)
 
     def downsample(self, level: int) -> float | None:
-        """Level-0 pixels per pixel of a level, held against level 0; None where the level is not to be used."""
+        """Return level-0 pixels per pixel of a level, held against level 0; None where the level is not to be used."""
         if level == 0:
             return self.info.level_downsamples[0]
         if level not in self.placements:
@@ -88,7 +88,7 @@ class Slide:
         return self.placements[level].downsample
 
     def full_view(self, level: int) -> LevelView:
-        """A level as it is stored, without what it is padded with. Only of a level that is to be used."""
+        """Return a level as it is stored, without what it is padded with. Only of a level that is to be used."""
         own = self.downsample(level)
         assert own is not None
         width, height = self.info.level_dimensions[level]
@@ -99,20 +99,20 @@ class Slide:
         return LevelView(level, 1, own, width, height)
 
     def fine_enough_levels(self, downsample: float) -> Iterator[int]:
-        """Levels at least as fine as `downsample` (level-0 pixels per wanted pixel), the coarsest first, level 0 at the end."""
-        most = downsample * LEVEL_TOLERANCE
+        """Yield levels at least as fine as `downsample` (level-0 pixels per wanted pixel), the coarsest first."""
+        limit = downsample * LEVEL_TOLERANCE
         sizes = self.info.level_downsamples
         for level in sorted(range(1, len(sizes)), key=lambda i: -sizes[i]):
-            if sizes[0] < sizes[level] <= most and (own := self.downsample(level)) is not None and own <= most:
+            if sizes[0] < sizes[level] <= limit and (own := self.downsample(level)) is not None and own <= limit:
                 yield level
         yield 0
 
     def best_level(self, downsample: float) -> int:
-        """The coarsest level that lies right and is at least as fine as `downsample` (level-0 pixels per wanted pixel)."""
+        """Return the coarsest level that lies right and is as fine as `downsample` (level-0 pixels per wanted pixel)."""
         return next(self.fine_enough_levels(downsample))
 
     def faithful_level(self, downsample: float) -> int:
-        """The coarsest fine enough level that looks like an average of level 0 (see level_fidelity)."""
+        """Return the coarsest fine enough level that looks like an average of level 0 (see level_fidelity)."""
         key = round(downsample, 2)
         if key not in self._faithful_levels:
             for level in self.fine_enough_levels(downsample):
@@ -158,7 +158,7 @@ class Slide:
     def read_region(
         self, x_l0: float, y_l0: float, w_l0: float, h_l0: float, out_w: int, out_h: int, resample: str | None = None
     ) -> np.ndarray:
-        """uint8 (out_h, out_w, 3): the area x, y, w, h in level-0 pixels, area-averaged from the best level.
+        """Read the area x, y, w, h in level-0 pixels, area-averaged from the best level: uint8 (out_h, out_w, 3).
 
         What lies beyond the slide or was not scanned has the background colour. resample: as in `open`, None for the slide's
         own. Raises UserError for pixels that cannot be decoded.
@@ -176,7 +176,7 @@ class Slide:
         read: Read | None = None,
         max_block_px: int = BLOCK_PIXELS,
     ) -> np.ndarray:
-        """A level-0 box of a view, area-averaged, however large it is: uint8 (out_h, out_w, 3).
+        """Read a level-0 box of a view, area-averaged, however large it is: uint8 (out_h, out_w, 3).
 
         read: as in `block`. max_block_px: pixels of the view that are decoded in one piece (at least one row of the output).
         """
@@ -192,7 +192,7 @@ class Slide:
         return bands[0] if len(bands) == 1 else np.concatenate(bands)
 
     def thumbnail(self, max_side_px: int) -> np.ndarray:
-        """uint8 (h, w, 3): the whole slide, its longer side `max_side_px`; never enlarged. As `read_thumbnail` reads it."""
+        """Read the whole slide as `read_thumbnail`, its longer side `max_side_px`, never enlarged: uint8 (h, w, 3)."""
         return self.read_thumbnail(max_side_px).rgb
 
     def read_thumbnail(self, max_side_px: int) -> Thumbnail:
@@ -211,7 +211,7 @@ class Slide:
         return Thumbnail(rgb, np.zeros((out_h, out_w), bool))
 
     def read_block(self, view: LevelView, edges: tuple[int, int, int, int], read: Read | None = None) -> np.ndarray:
-        """uint8 (bottom - top, right - left, 3): pixels of a view, background where they lie beyond it.
+        """Read pixels of a view, background where they lie beyond it: uint8 (bottom - top, right - left, 3).
 
         edges: left, top, right, bottom in pixels of the view. read: called with x, y, w, h inside the view, in place of the
         slide's reader.
@@ -231,18 +231,19 @@ class Slide:
     def resample_block(
         self, view: LevelView, edges: tuple[int, ...], block: np.ndarray, box_l0: tuple[float, ...], out_w: int, out_h: int
     ) -> np.ndarray:
-        """A level-0 box out of the block of a view that has these edges: uint8 (out_h, out_w, 3)."""
+        """Resample a level-0 box out of the block of a view that has these edges: uint8 (out_h, out_w, 3)."""
         x0, y0, x1, y1 = (round(value / view.downsample - edges[i % 2], 6) for i, value in enumerate(box_l0))
         return area_resize(block, (x0, y0, x1, y1), out_w, out_h)
 
     def read_view(self, view: LevelView, x: int, y: int, w: int, h: int) -> np.ndarray:
-        """uint8 (h, w, 3): pixels x, y, w, h of a view, inside it. Raises UserError where they cannot be decoded."""
+        """Read pixels x, y, w, h of a view, inside it: uint8 (h, w, 3). Raises UserError where they cannot be decoded."""
         try:
             return self.reader.read(view.level, x, y, w, h, view.scale)
         except Exception as error:  # each library has errors of its own
-            what = one_line(error)
-            where = f"level {view.level}, x {x * view.scale}, y {y * view.scale}, {w * view.scale} x {h * view.scale}"
-            raise UserError(f"{self.info.path}: cannot decode pixels at {where}: {what}: is the file whole?") from None
+            place = f"level {view.level}, x {x * view.scale}, y {y * view.scale}, {w * view.scale} x {h * view.scale}"
+            raise UserError(
+                f"{self.info.path}: cannot decode pixels at {place}: {one_line(error)}: is the file whole?"
+            ) from None
 
     def reopen(self) -> None:
         """Open the file once more: some libraries refuse all work after their first error."""

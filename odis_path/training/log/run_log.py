@@ -22,7 +22,7 @@ from odis_path.training.knn_monitor import IdentityWatch
 from odis_path.training.log.live_table import LiveTable, Progress
 from odis_path.training.log.rows import read_rows
 from odis_path.training.log.trackers import Tracker
-from tiling.storage.atomic import atomic_path, unwritten
+from tiling.storage.atomic import atomic_path, write_error
 
 _QUIET_SECONDS = 30.0  # between plain lines
 
@@ -130,7 +130,7 @@ class RunLog:
         try:
             yield
         except OSError as error:
-            raise unwritten(self._path, error) from error
+            raise write_error(self._path, error) from error
 
     def _say_line(self, now: float) -> None:
         self._printed, self._unsaid = now, False

@@ -23,7 +23,7 @@ from tiling.jobs.dask import run_dask
 from tiling.jobs.outcome import Job, Outcome
 from tiling.slide_file.read import SlideFile
 from tiling.storage.atomic import atomic_path
-from tiling.storage.paths import path_of
+from tiling.storage.paths import parse_path
 from tiling.tiles.run import tile
 
 OPTIONS = {"mpp": 1.0, "size": 64, "workers": 1}
@@ -248,8 +248,8 @@ def test_a_slide_that_lies_in_the_folder_under_another_name_is_told(slide_path: 
 
 
 def test_a_path_of_a_url_is_decoded() -> None:
-    assert path_of("file:///a/x%20y.svs") == Path("/a/x y.svs")
-    assert str(path_of("https://host/x%20y.svs")).endswith("x%20y.svs")
+    assert parse_path("file:///a/x%20y.svs") == Path("/a/x y.svs")
+    assert str(parse_path("https://host/x%20y.svs")).endswith("x%20y.svs")
 
 
 def test_a_folder_of_images_is_told_what_to_do(tmp_path: Path) -> None:

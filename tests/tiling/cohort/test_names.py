@@ -16,8 +16,8 @@ from tiling.cohort.manifest import SlideItem, read_manifest
 from tiling.cohort.scan import scan
 from tiling.images.listing import find_images
 from tiling.jobs.outcome import Outcome
-from tiling.storage.paths import path_of
-from tiling.storage.slide_id import LONGEST_ID, id_of, safe_id
+from tiling.storage.paths import parse_path
+from tiling.storage.slide_id import LONGEST_ID, default_id, safe_id
 from tiling.tiles.run import tile
 
 OPTIONS = {"mpp": 1.0, "size": 64, "workers": 1}
@@ -69,8 +69,8 @@ def test_names_with_a_tilde_are_names_and_only_homes_are_homes(tmp_path: Path, m
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     touched(tmp_path, "~$lock.svs", "~nobody-of-this-name/a.png", "~$b.geojson", "home/x.svs")
     monkeypatch.chdir(tmp_path)
-    assert path_of("~/x.svs") == tmp_path / "home" / "x.svs"
-    assert path_of("~") == tmp_path / "home"
+    assert parse_path("~/x.svs") == tmp_path / "home" / "x.svs"
+    assert parse_path("~") == tmp_path / "home"
     assert [item.path for item in find_slides(["~$lock.svs", "~/x.svs"])] == [Path("~$lock.svs"), tmp_path / "home" / "x.svs"]
     assert [item.path.name for item in find_images("~nobody-of-this-name")] == ["a.png"]
     assert annotation_files("~$b.geojson") == [tmp_path / "~$b.geojson"]
@@ -120,7 +120,7 @@ def test_a_safe_id_can_be_a_file_name_and_stays_itself(text: str) -> None:
     assert not set(made) & set("/\\\t\n")
     assert not made.startswith(".")
     assert len(made.encode()) <= LONGEST_ID
-    assert id_of(Path("/x/.svs")) == "svs"
+    assert default_id(Path("/x/.svs")) == "svs"
 
 
 def test_blanks_around_a_path_are_its_own_only_where_there_is_such_a_file(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from odis_path.exporters.geojson import read_predictions
 from tiling import SlideFile, import_images
 from tiling.cohort.manifest import read_manifest
 from tiling.cohort.scan import scan
-from tiling.storage.csv_file import number_in, read_csv_file, whole_number_in
+from tiling.storage.csv_file import parse_number, parse_whole_number, read_csv_file
 from tiling.tiles.run import tile
 
 TABLE = [["slide_id", "path", "patient_id", "mpp"], ["A", "a.tif", "P1", "0,5"], ["B", "b.tif", "P2", "0,25"]]
@@ -83,7 +83,7 @@ def test_what_cannot_be_read_is_one_line_with_its_place(text: str, says: str, tm
 
 
 def test_numbers_have_a_point_or_a_comma() -> None:
-    assert [number_in(text) for text in ("0.25", "0,25", " 0,5 ", ",5", "2", "-1,5", "1,5e-1")] == [
+    assert [parse_number(text) for text in ("0.25", "0,25", " 0,5 ", ",5", "2", "-1,5", "1,5e-1")] == [
         0.25,
         0.25,
         0.5,
@@ -92,10 +92,10 @@ def test_numbers_have_a_point_or_a_comma() -> None:
         -1.5,
         0.15,
     ]
-    assert [whole_number_in(text) for text in ("512", "512.0", "512,0", "0", "-3")] == [512, 512, 512, 0, -3]
+    assert [parse_whole_number(text) for text in ("512", "512.0", "512,0", "0", "-3")] == [512, 512, 512, 0, -3]
     for text in ("1,024", "12,345,678", "0,5", "512.5", "inf", "", "x"):
         with pytest.raises(ValueError, match=r"whole number|convert"):
-            whole_number_in(text)
+            parse_whole_number(text)
 
 
 def test_a_manifest_of_semicolons_and_decimal_commas_is_tiled(

@@ -23,7 +23,7 @@ from tiling.cohort.find_slides import find_slides
 from tiling.cohort.manifest import read_manifest
 from tiling.cohort.scan import scan
 from tiling.slide_file.read import SlideFile
-from tiling.storage.paths import path_of, url_of, url_stamp, with_slashes
+from tiling.storage.paths import parse_path, restore_slashes, url_of, url_stamp
 from tiling.storage.slide_id import slide_stem
 from tiling.tiles.run import tile
 from tiling.wsi.slide import Slide
@@ -178,8 +178,8 @@ def test_names_times_and_messages_of_urls() -> None:
     import fsspec
 
     assert slide_stem(Path("https://host/x/S1.svs?signature=a.b/c")) == "S1"
-    assert path_of("file:///x/a.svs") == Path("/x/a.svs")
-    assert with_slashes("http:/h/a.svs: bad (s3:/b/c), C:/x, a:/b, https://h/d") == (
+    assert parse_path("file:///x/a.svs") == Path("/x/a.svs")
+    assert restore_slashes("http:/h/a.svs: bad (s3:/b/c), C:/x, a:/b, https://h/d") == (
         "http://h/a.svs: bad (s3://b/c), C:/x, a:/b, https://h/d"
     )
     assert url_stamp("memory://nothing/here.svs") == url_stamp("nosuch://x/y.svs") == (-1, -1)

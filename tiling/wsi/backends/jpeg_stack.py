@@ -24,14 +24,14 @@ MAX_UNITS = 65535  # between restart markers
 class JpegHeader:
     """The header of a JPEG stream, up to its coded data.
 
-    own: its bytes, with which every stream that goes into a stack has to begin. before, behind: the bytes of the stack's head
+    own: its bytes, with which every stream that goes into a stack has to begin. front, rest: the bytes of the stack's head
     around the two of its height. height, width: of the picture, in pixels. seams: at which scales rows of colour are made from
     those above and below them, so that pictures one above the other are not decoded as each alone: "none", "full", "all".
     """
 
     own: bytes
-    before: bytes
-    behind: bytes
+    front: bytes
+    rest: bytes
     height: int
     width: int
     seams: str
@@ -39,7 +39,7 @@ class JpegHeader:
     def stack(self, streams: Sequence[bytes]) -> bytes | None:
         """One JPEG of all streams, one above the other; None where one of them has another head or no end."""
         skip = len(self.own)
-        parts = [self.before, (self.height * len(streams)).to_bytes(2, "big"), self.behind]
+        parts = [self.front, (self.height * len(streams)).to_bytes(2, "big"), self.rest]
         for i, stream in enumerate(streams):
             if not stream.startswith(self.own) or not stream.endswith(EOI):
                 return None

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from annotations.errors import UserError, one_line
-from tiling.storage.paths import shown, url_of
+from tiling.storage.paths import display_path, url_of
 from tiling.wsi.backends.base import Reader
 from tiling.wsi.backends.image import ImageReader
 from tiling.wsi.backends.openslide import OpenSlideReader
@@ -34,7 +34,9 @@ def open_reader(path: Path, wanted: str = "auto") -> tuple[Reader, str]:
     try:
         pages_of(path)
     except LoopedTiffError as error:
-        raise UserError(f"{shown(path)}: not a readable slide: {error}: copy it again or convert it to a tiled TIFF") from None
+        raise UserError(
+            f"{display_path(path)}: not a readable slide: {error}: copy it again or convert it to a tiled TIFF"
+        ) from None
     refusals: list[str] = []
     for name in (wanted,) if wanted != "auto" else ("tiffslide",) if url else READERS:
         try:
@@ -49,4 +51,4 @@ def open_reader(path: Path, wanted: str = "auto") -> tuple[Reader, str]:
     hint = "copy it again or convert it to a tiled TIFF" if wanted == "auto" else "leave out --reader to try the others"
     if url:
         hint = "is it there, and does its server give parts of files (ranges)? Else download it"
-    raise UserError(f"{shown(path)}: not a readable slide ({'; '.join(refusals)}): {hint}")
+    raise UserError(f"{display_path(path)}: not a readable slide ({'; '.join(refusals)}): {hint}")

@@ -33,7 +33,7 @@ SCALES = (1, 2, 4, 8)
 VENDORS = ("aperio", "generic-tiff", "")  # stored tiles lie edge to edge; others overlap, turn or hide some
 PARTS_CHECKED = (0.5, 0.3, 0.7, 0.15, 0.85)  # where in a level stored tiles are looked at
 MOST_CHECKED_PX = 1024  # of a side of such a tile
-MOST_DIFFERENT = 1.5  # grey levels, mean over a stored tile, between this decoder and the slide library's
+MAX_DIFFERENCE = 1.5  # grey levels, mean over a stored tile, between this decoder and the slide library's
 
 
 class NotDirectError(Exception):
@@ -62,7 +62,7 @@ class Page:
         return -(-self.width // scale), -(-self.height // scale)
 
 
-Get = Callable[[int, int], np.ndarray | None]  # (row, column) -> a decoded stored tile, None where nothing is stored
+GetTile = Callable[[int, int], np.ndarray | None]  # (row, column) -> a decoded stored tile, None where nothing is stored
 
 
 class DirectReader:
@@ -118,7 +118,7 @@ class DirectReader:
         self._fd = -1
 
     def read(self, level: int, x: int, y: int, w: int, h: int, scale: int = 1) -> np.ndarray:
-        """uint8 (h, w, 3) of a level decoded at 1 / scale, in pixels of that. Raises ValueError for a bad stored tile."""
+        """Read uint8 (h, w, 3) of a level decoded at 1 / scale, in pixels of that. Raises ValueError for a bad stored tile."""
         pixels, problem = self.read_region(
             level, scale, (x, y, x + w, y + h), lambda row, column: self.decode_tile(level, scale, row, column)
         )
@@ -126,7 +126,7 @@ class DirectReader:
             raise ValueError(problem)
         return pixels
 
-    def read_region(self, level: int, scale: int, box: tuple[int, int, int, int], get: Get) -> tuple[np.ndarray, str]:
+    def read_region(self, level: int, scale: int, box: tuple[int, int, int, int], get_tile: GetTile) -> tuple[np.ndarray, str]:
         """Put stored tiles together: uint8 (h, w, 3), and what is wrong with it ("" where nothing is).
 
         box: x0, y0, x1, y1 inside the scaled level. Where nothing is stored the background shows; where a stored tile
@@ -145,7 +145,7 @@ class DirectReader:
                 c, d = max(left, x0), min(left + tile_w, x1)
                 target = out[a - y0 : b - y0, c - x0 : d - x0]
                 try:
-                    tile = get(row, column)
+                    tile = get_tile(row, column)
                 except (ValueError, OSError) as error:
                     target[...] = 0
                     problem = f"stored tile {column}, {row} of level {level}: {error}"
@@ -154,7 +154,7 @@ class DirectReader:
         return out, problem
 
     def sparse_tiles(self, level: int) -> SparseTiles | None:
-        """The parts of a level that were not scanned; None where everything is stored."""
+        """Return the parts of a level that were not scanned; None where everything is stored."""
         page = self.pages[level]
         missing = page.counts == 0
         return SparseTiles(page.tile_w, page.tile_h, missing) if missing.any() else None
@@ -188,7 +188,7 @@ class DirectReader:
         return out
 
     def _header(self, level: int) -> JpegHeader | None:
-        """The common header of the stored tiles of a level; None where they cannot be decoded in one call."""
+        """Return the common header of the stored tiles of a level; None where they cannot be decoded in one call."""
         if level not in self._headers:
             page, header = self.pages[level], None
             row, column = (int(size) // 2 for size in page.counts.shape)
@@ -201,7 +201,7 @@ class DirectReader:
         return self._headers[level]
 
     def decode_tile(self, level: int, scale: int, row: int, column: int) -> np.ndarray | None:
-        """One stored tile at 1 / scale: uint8 (tile_h / scale, tile_w / scale, 3), or None where nothing is stored.
+        """Decode one stored tile at 1 / scale: uint8 (tile_h / scale, tile_w / scale, 3), or None where nothing is stored.
 
         Raises ValueError where it cannot be decoded whole.
         """
@@ -218,7 +218,7 @@ class DirectReader:
         return tile
 
     def tile_bytes(self, level: int, row: int, column: int) -> bytes | None:
-        """One stored tile as a JPEG or JPEG 2000 file of its own; None where nothing is stored.
+        """Return one stored tile as a JPEG or JPEG 2000 file of its own; None where nothing is stored.
 
         Raises ValueError where it is cut off.
         """
@@ -232,7 +232,7 @@ class DirectReader:
         return page.head + without_colour_markers(data) if page.codec == "jpeg" else data
 
     def _from_finer(self, level: int, scale: int, row: int, column: int) -> np.ndarray | None:
-        """Aperio leaves out single tiles of coarser levels by mistake: they are made from the level below, if it has them."""
+        """Make a tile from the finer level, if that has it: Aperio leaves out single tiles of coarser levels by mistake."""
         from PIL import Image
 
         page, finer = self.pages[level], self.pages[level - 1]
@@ -259,20 +259,19 @@ class DirectReader:
             x, y = column * page.tile_w, row * page.tile_h
             w, h = min(page.tile_w, page.width - x, MOST_CHECKED_PX), min(page.tile_h, page.height - y, MOST_CHECKED_PX)
             try:
-                mine = self.decode_tile(level, 1, row, column) if page.counts[row, column] else None
+                tile = self.decode_tile(level, 1, row, column) if page.counts[row, column] else None
             except ValueError as error:
                 problem = f"stored tile {column}, {row} of level {level}: {error}"
                 continue
-            if mine is None:
+            if tile is None:
                 continue
-            theirs = header.read(level, x, y, w, h)
-            mine = mine[:h, :w]
+            expected, tile = header.read(level, x, y, w, h), tile[:h, :w]
             if not header.level_downsamples[level].is_integer():
                 # The library shifts such a level by up to half a level-0 pixel, since it takes places in those.
-                mine, theirs = _means(mine), _means(theirs)
-            away = float(np.abs(mine.astype(np.float32) - theirs).mean())
-            if away > MOST_DIFFERENT:
-                raise NotDirectError(f"level {level} decodes {away:.1f} grey levels away from {header.name}'s pixels")
+                tile, expected = _means(tile), _means(expected)
+            difference = float(np.abs(tile.astype(np.float32) - expected).mean())
+            if difference > MAX_DIFFERENCE:
+                raise NotDirectError(f"level {level} decodes {difference:.1f} grey levels away from {header.name}'s pixels")
             return
         if problem:
             raise NotDirectError(problem)
@@ -298,15 +297,16 @@ def _decoded(data: bytes, codec: str, height: int, width: int) -> np.ndarray:
 
 
 def _means(rgb: np.ndarray, side: int = 8) -> np.ndarray:
-    """Means of blocks of side x side pixels: float (h // side, w // side, 3); a picture smaller than one as it is."""
+    """Average blocks of side x side pixels: float (h // side, w // side, 3); a picture smaller than one as it is."""
     rows, columns = rgb.shape[0] // side, rgb.shape[1] // side
     if not rows or not columns:
         return rgb
-    return rgb[: rows * side, : columns * side].reshape(rows, side, columns, side, 3).mean(axis=(1, 3))
+    means: np.ndarray = rgb[: rows * side, : columns * side].reshape(rows, side, columns, side, 3).mean(axis=(1, 3))
+    return means
 
 
 def _repeat_edge(tile: np.ndarray, page: Page, scale: int, row: int, column: int) -> None:
-    """The last part pixel of a level mixes in what lies beyond it: it takes its neighbour's value instead."""
+    """Give the last part pixel of a level its neighbour's value: what lies beyond the level is mixed into it."""
     spare_w = page.width - column * page.tile_w
     spare_h = page.height - row * page.tile_h
     if scale <= spare_w < page.tile_w and spare_w % scale:
@@ -317,7 +317,7 @@ def _repeat_edge(tile: np.ndarray, page: Page, scale: int, row: int, column: int
 
 @lru_cache(maxsize=8)
 def stored_pages(path: Path, size: int, mtime_ns: int) -> tuple[Page, ...]:
-    """The pages of a TIFF in tiles of JPEG or JPEG 2000, parsed once per process and file.
+    """Parse the pages of a TIFF in tiles of JPEG or JPEG 2000, parsed once per process and file.
 
     size and mtime_ns only tell versions of the file apart.
 
@@ -356,7 +356,7 @@ def _page(page: Any) -> Page:
 
 
 def _page_of(pages: tuple[Page, ...], width: int, height: int) -> Page:
-    """The one page of a size. Raises NotDirectError where there is none, or more than one."""
+    """Return the one page of a size. Raises NotDirectError where there is none, or more than one."""
     fitting = [page for page in pages if (page.width, page.height) == (width, height)]
     if len(fitting) != 1:
         stored = "not stored as JPEG or JPEG 2000 tiles" if not fitting else f"stored {len(fitting)} times"

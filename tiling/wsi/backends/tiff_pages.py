@@ -1,4 +1,4 @@
-"""The pages of a TIFF: how they are chained, which of them is the picture, which of their tiles hold nothing, and more."""
+"""The pages of a TIFF: their chain, the picture among them, their levels, and tiles that hold nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HEAD_BYTES = 65536  # of a stored tile, to find its markers in
 SAMPLES = {"MINISBLACK": 1, "MINISWHITE": 1, "PALETTE": 1, "SEPARATED": 4}  # of a colour; elsewhere 3
 UNSPECIFIED = 0  # of what a TIFF may say of its extra samples: neither of the two kinds of transparency
 ORIENTATION = 274  # TIFF tag
-MOST_NAMED = 4  # pages in one line
+MAX_NAMED = 4  # pages in one line
 REDUCED, MASK = 1, 4  # bits of a page's subfile type: a coarser copy of another page, and a transparency mask
 
 
@@ -25,7 +25,7 @@ class LoopedTiffError(ValueError):
 
 @lru_cache(maxsize=1)  # for whoever asks next about the same file: lists of a million offsets are not kept for others
 def tiff_pages(path: Path, size: int, mtime_ns: int) -> tuple[Any, ...]:
-    """The pages of a TIFF with those beneath them, as tifffile parses them. Raises its errors where it is no TIFF.
+    """Parse the pages of a TIFF with those beneath them, as tifffile parses them. Raises its errors where it is no TIFF.
 
     Raises LoopedTiffError where a page is followed by an earlier one: every other library would read on for ever.
     """
@@ -36,7 +36,7 @@ def tiff_pages(path: Path, size: int, mtime_ns: int) -> tuple[Any, ...]:
 
 
 def all_pages(file: Any) -> tuple[Any, ...]:
-    """The pages of an open TiffFile with those beneath them, in order. Raises LoopedTiffError."""
+    """List the pages of an open TiffFile with those beneath them, in order. Raises LoopedTiffError."""
     import tifffile
 
     pages: list[Any] = []
@@ -52,7 +52,7 @@ def all_pages(file: Any) -> tuple[Any, ...]:
 
 
 def pages_of(path: Path) -> tuple[Any, ...]:
-    """The pages of a file, none where it is no TIFF that tifffile parses. Raises LoopedTiffError."""
+    """List the pages of a file, none where it is no TIFF that tifffile parses. Raises LoopedTiffError."""
     try:
         stat = path.stat()
         return tiff_pages(path, stat.st_size, stat.st_mtime_ns)
@@ -63,35 +63,35 @@ def pages_of(path: Path) -> tuple[Any, ...]:
 
 
 def colours_of(page: Any) -> str:
-    """The kind of samples that a page of tifffile's states: "RGB", "MINISBLACK" and so on."""
+    """Return the kind of samples that a page of tifffile's states: "RGB", "MINISBLACK" and so on."""
     return str(getattr(page.photometric, "name", page.photometric))
 
 
 def compression_of(page: Any) -> str:
-    """The name of a page's compression, or its number where it has none."""
+    """Return the name of a page's compression, or its number where it has none."""
     return str(getattr(page.compression, "name", page.compression))
 
 
 def extras_of(page: Any) -> tuple[int, ...]:
-    """The kinds of a page's samples beyond those of its colours; what it does not tell is unspecified."""
+    """Return the kinds of a page's samples beyond those of its colours; what it does not tell is unspecified."""
     count = max(0, page.samplesperpixel - SAMPLES.get(colours_of(page), 3))
-    told = tuple(int(kind) for kind in page.extrasamples)[:count]
-    return told + (UNSPECIFIED,) * (count - len(told))
+    stated = tuple(int(kind) for kind in page.extrasamples)[:count]
+    return (*stated, *(UNSPECIFIED for _ in range(count - len(stated))))
 
 
 def size_of(page: Any) -> tuple[int, int]:
-    """Width and height of a page of tifffile's, or of a frame that shares another's tags."""
+    """Return width and height of a page of tifffile's, or of a frame that shares another's tags."""
     return page.keyframe.imagewidth, page.keyframe.imagelength
 
 
 def orientation_of(page: Any) -> int:
-    """The orientation of a page, 1 to 8 as in EXIF; 1 where its tag is missing or means nothing."""
+    """Return the orientation of a page, 1 to 8 as in EXIF; 1 where its tag is missing or means nothing."""
     value = page.keyframe.tags.valueof(ORIENTATION, 1)
     return int(value) if value in range(1, 9) else 1
 
 
 def main_page(pages: Sequence[Any]) -> Any:
-    """The picture among the pages of a plain TIFF: the largest, and the first of those; None without any."""
+    """Return the picture among the pages of a plain TIFF: the largest, and the first of those; None without any."""
     return max((page for page in pages if not page.subfiletype & MASK), key=lambda page: math.prod(size_of(page)), default=None)
 
 
@@ -104,7 +104,7 @@ def is_reduction(page: Any, whole: Any) -> bool:
 
 
 def skipped_pages(pages: Sequence[Any], series: Any, sizes: Sequence[tuple[int, int]]) -> str:
-    """Which pages are neither shown nor said to be reductions of what is; an empty string where there are none.
+    """Say which pages are neither shown nor said to be reductions of what is; an empty string where there are none.
 
     series: tifffile's that is shown, whose planes are told elsewhere. sizes: width and height of the levels that are read.
     """
@@ -115,13 +115,14 @@ def skipped_pages(pages: Sequence[Any], series: Any, sizes: Sequence[tuple[int, 
         is_said_reduced = page.subfiletype & REDUCED or len(page.treeindex) > 1
         return is_level or page.offset in shown or (is_said_reduced and is_reduction(page, whole))
 
-    left = [size_of(page) for page in pages if not is_there(page)]
-    some = ", ".join(f"{width} x {height}" for width, height in left[:MOST_NAMED]) + (", ..." if left[MOST_NAMED:] else "")
-    return f"leaves out {len(left)} of its {len(pages)} pages ({some} pixels)" if left else ""
+    skipped = [size_of(page) for page in pages if not is_there(page)]
+    sizes_text = ", ".join(f"{width} x {height}" for width, height in skipped[:MAX_NAMED])
+    sizes_text += ", ..." if skipped[MAX_NAMED:] else ""
+    return f"leaves out {len(skipped)} of its {len(pages)} pages ({sizes_text} pixels)" if skipped else ""
 
 
 def not_shown(path: Path, sizes: Sequence[tuple[int, int]]) -> str:
-    """Which channels, planes and pages of a TIFF one picture of its largest page leaves out; an empty string where none.
+    """Say which channels, planes and pages of a TIFF one picture of its largest page leaves out; an empty string where none.
 
     sizes: width and height of the levels that are read.
     """
@@ -131,7 +132,7 @@ def not_shown(path: Path, sizes: Sequence[tuple[int, int]]) -> str:
         with tifffile.TiffFile(path) as file:
             pages = all_pages(file)
             size = size_of(main_page(pages))
-            alike = (each for each in file.series if size_of(each.keyframe) == size and not each.keyframe.subfiletype & MASK)
+            alike = (s for s in file.series if size_of(s.keyframe) == size and not s.keyframe.subfiletype & MASK)
             series = next(alike, file.series[0])
             return joined(planes(series), skipped_pages(pages, series, sizes))
     except Exception:  # tifffile has many errors of its own
@@ -143,7 +144,7 @@ def joined(*notes: str) -> str:
 
 
 def planes(series: Any) -> str:
-    """The number of channels or planes of a series of tifffile's, where that is more than one picture shows."""
+    """Say how many channels or planes there are of a series of tifffile's, where that is more than one picture shows."""
     sizes = dict(zip(series.axes, series.shape, strict=True))
     samples = sizes.pop("S", 1)
     planes = int(np.prod([size for axis, size in sizes.items() if axis not in "YX"]))
@@ -156,9 +157,9 @@ def planes(series: Any) -> str:
 
 @dataclass(frozen=True)
 class SparseTiles:
-    """Which stored tiles of a level hold nothing: bool (rows, columns). tile_w, tile_h: of one, in pixels of the level.
+    """The stored tiles of a level that hold nothing. missing: bool (rows, columns).
 
-    cut_x, cut_y: by how many pixels the first column and row are smaller, in a level that is turned.
+    tile_w, tile_h: the size of a tile in pixels of the level. cut_x, cut_y: by how many pixels the first column and row are smaller, in a level that is turned.
     """
 
     tile_w: int
@@ -178,7 +179,7 @@ class SparseTiles:
 
 
 def sparse_tiles_of(page: Any) -> SparseTiles | None:
-    """The empty tiles or strips of a page of tifffile's, None where there are none; of its first plane, where they are apart.
+    """Return the empty tiles or strips of a page of tifffile's (of its first plane, where they are apart); None of none.
 
     Those that a file does not list count as empty: some leave out the last ones.
     """
@@ -196,7 +197,7 @@ def sparse_tiles_of(page: Any) -> SparseTiles | None:
 
 
 def first_stored(page: Any) -> bytes:
-    """The first bytes of the first stored tile or strip that is not empty."""
+    """Read the first bytes of the first stored tile or strip that is not empty."""
     file = page.parent.filehandle
     for offset, count in zip(page.dataoffsets, page.databytecounts, strict=False):
         if offset and count:

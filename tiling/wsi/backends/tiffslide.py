@@ -44,7 +44,7 @@ class TiffSlideReader:
             warnings.simplefilter("ignore")
             # Pages that open and cannot be decoded are found out here.
             self._slide = probed(
-                lambda: _opened_tiff(url_of(path) or str(path)),
+                lambda: _open_tiff(url_of(path) or str(path)),
                 lambda slide, at: as_rgb(np.asarray(slide.read_region(at, 0, (1, 1), as_array=True))),
             )
             self.properties: Mapping[str, Any] = {str(key): value for key, value in self._slide.properties.items()}
@@ -54,7 +54,7 @@ class TiffSlideReader:
             )
             pages = [level[0] for level in series.levels]
             self.orientation = _orientation(series)
-            others = skipped_pages(all_pages(self._slide.ts_tifffile), series, self.level_dimensions)
+            skipped = skipped_pages(all_pages(self._slide.ts_tifffile), series, self.level_dimensions)
             self._empty = {
                 size: sparse_tiles_of(page)
                 for page in pages
@@ -63,7 +63,7 @@ class TiffSlideReader:
         channels = {axis: size for axis, size in zip(series.axes, series.shape, strict=True) if axis in "CS"}
         is_three_channels = series.axes in ("CYX", "YXS") and 3 in channels.values()  # shown as red, green and blue
         is_plain = not _scanner_of(self._slide.ts_tifffile)
-        self.note = joined("" if is_three_channels else planes(series), others if is_plain else "")
+        self.note = joined("" if is_three_channels else planes(series), skipped if is_plain else "")
         self._channels = slice(3 if colours_of(series.keyframe) == "RGB" else None)
         self.vendor = str(self.properties.get("tiffslide.vendor") or "")
         self.tags_only = self.vendor in ("", "generic-tiff")
@@ -99,11 +99,11 @@ def _scanner_of(file: Any) -> str:
     return next((kind for kind in TIFFS_OF_SCANNERS if getattr(file, f"is_{kind}")), "")
 
 
-def _opened_tiff(where: str) -> Any:
+def _open_tiff(path: str) -> Any:
     """A TiffSlide. Raises ValueError where what is stored are no colours: it would be shown as if it were."""
     import tiffslide
 
-    slide = tiffslide.TiffSlide(where)
+    slide = tiffslide.TiffSlide(path)
     try:
         if not _scanner_of(slide.ts_tifffile):
             _show_main(slide)

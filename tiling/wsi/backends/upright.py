@@ -96,12 +96,12 @@ class UprightReader:
 
     def sparse_tiles(self, level: int) -> SparseTiles | None:
         """The parts of a level that were not scanned; None where nothing is known to be missing."""
-        found, turn = self._stored.sparse_tiles(level), self._turn
-        if found is None:
+        stored, turn = self._stored.sparse_tiles(level), self._turn
+        if stored is None:
             return None
         width, height = self._stored.level_dimensions[level]
-        cut = (-width % found.tile_w if turn.flip_x else 0), (-height % found.tile_h if turn.flip_y else 0)
-        return SparseTiles(*turn.size(found.tile_w, found.tile_h), turn.array(found.missing), *turn.size(*cut))
+        cut = (-width % stored.tile_w if turn.flip_x else 0), (-height % stored.tile_h if turn.flip_y else 0)
+        return SparseTiles(*turn.size(stored.tile_w, stored.tile_h), turn.array(stored.missing), *turn.size(*cut))
 
     def close(self) -> None:
         self._stored.close()
