@@ -51,8 +51,8 @@ def test_tissue_fraction_is_the_covered_area(seed: int, downsample: float, size_
     height, width = (side * downsample for side in mask.shape)
     coords = np.stack([random.uniform(0, width - size_l0, 5), random.uniform(0, height - size_l0, 5)], axis=1)
     coords = np.maximum(coords, 0).astype(np.int64)
-    found = tissue_fractions(coords, size_l0, mask, downsample)
-    for (x, y), fraction in zip(coords, found, strict=True):
+    fractions = tissue_fractions(coords, size_l0, mask, downsample)
+    for (x, y), fraction in zip(coords, fractions, strict=True):
         edges_x, edges_y = np.arange(mask.shape[1] + 1) * downsample, np.arange(mask.shape[0] + 1) * downsample
         cover_x = np.clip(np.minimum(edges_x[1:], x + size_l0) - np.maximum(edges_x[:-1], x), 0, None)
         cover_y = np.clip(np.minimum(edges_y[1:], y + size_l0) - np.maximum(edges_y[:-1], y), 0, None)

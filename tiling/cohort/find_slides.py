@@ -33,7 +33,7 @@ def find_slides(inputs: Iterable[Path | str], known: Mapping[str, str] | None = 
     """Slides among files, folders (searched recursively by extension), globs and URLs, each once, in order of their paths.
 
     Of a DICOM series of many files one is taken, and a line on stderr says so. Slides of equal stems in different folders
-    get their folder's name in front. known: place of a slide (`storage.paths.path_key`) -> the slide_id it has already, and keeps.
+    get their folder's name in front. known: `path_key` of a slide -> the slide_id it has already, and keeps.
     Raises UserError for a path that does not exist and for one that holds no slide.
     """
     files: dict[str, Path] = {}

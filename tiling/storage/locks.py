@@ -106,7 +106,7 @@ def _join(lock: Path, text: str) -> int | None:
     while time.monotonic() < end:
         try:
             descriptor = _take(lock, shared=False)
-            if descriptor is not None and _is_is_is_read_only(descriptor):  # a killed run of another user left it
+            if descriptor is not None and _is_read_only(descriptor):  # a killed run of another user left it
                 _drop(lock, descriptor)
                 descriptor = _take(lock, shared=False)
             if descriptor is None or not _write_settings(descriptor, text):
@@ -181,7 +181,7 @@ def _take(lock: Path, *, shared: bool) -> int | None:
             raise FileLockedError(lock) from None
         except OSError:
             with contextlib.suppress(OSError):
-                if not _is_is_is_read_only(descriptor):  # else another user's, who may hold it
+                if not _is_read_only(descriptor):  # else another user's, who may hold it
                     lock.unlink()
             _close(descriptor)
             return None
@@ -236,7 +236,7 @@ def _check_plain_file(lock: Path, status: os.stat_result) -> None:
         raise UserError(f"{lock}: is {what}, not a lock of odis-path: nothing was written to it; take it away, then run again")
 
 
-def _is_is_is_read_only(descriptor: int) -> bool:
+def _is_read_only(descriptor: int) -> bool:
     return fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
 
 

@@ -122,7 +122,7 @@ def textured_places(slide: Levels) -> np.ndarray:
 
 
 def _structure_by_bytes(slide: Levels) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return the bytes of compressed tiles of a TIFF's level 0, float (N,), and their middles (N, 2) in pixels; None without."""
+    """Return the bytes of compressed tiles of level 0 of a TIFF, float (N,), and their middles (N, 2); None without."""
     size = slide.info.size_l0
     pages = [page for page in pages_of(slide.info.path) if size_of(page) == size and page.is_tiled and page.compression != 1]
     if not pages:

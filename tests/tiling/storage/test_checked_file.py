@@ -64,13 +64,15 @@ def outlines(folder: Path) -> Path:
 
 def contents(path: Path) -> dict[str, Any]:
     """Every value of an HDF5 file."""
-    found: dict[str, Any] = {}
+    contents: dict[str, Any] = {}
     with h5py.File(path, locking=False) as file:
-        file.visititems(lambda name, node: found.update({name: node[...].tolist()}) if isinstance(node, h5py.Dataset) else None)
-        for name in ("/", *found, "objects", "boxes", "thumbnail"):
+        file.visititems(
+            lambda name, node: contents.update({name: node[...].tolist()}) if isinstance(node, h5py.Dataset) else None
+        )
+        for name in ("/", *contents, "objects", "boxes", "thumbnail"):
             if name in file:
-                found[f"{name}@"] = {key: np.asarray(value).tolist() for key, value in file[name].attrs.items()}
-    return found
+                contents[f"{name}@"] = {key: np.asarray(value).tolist() for key, value in file[name].attrs.items()}
+    return contents
 
 
 def place(path: Path, name: str) -> int:
@@ -313,12 +315,12 @@ def test_no_damage_to_texts_makes_hdf5_loop(annotated: Path, tmp_path: Path) -> 
     with h5py.File(annotated, locking=False) as file:
         heaps = file.attrs["heaps"].tolist()
     assert heaps
-    path, told = tmp_path / "S.h5", 0
+    path, damaged_count = tmp_path / "S.h5", 0
     for address, size, _ in heaps:
         for at in range(address + 8, address + min(size, 2000), 8):
             path.write_bytes(data[:at] + (-16 % 2**64).to_bytes(8, "little") + data[at + 8 :])
-            told += is_damaged(path)
-    assert told > 100
+            damaged_count += is_damaged(path)
+    assert damaged_count > 100
 
 
 def is_damaged(path: Path) -> bool:

@@ -39,8 +39,8 @@ def test_a_manifest_is_read_however_a_spreadsheet_saved_it(form: str, mark: str,
         pytest.skip("no program writes the hint so")
     path = tmp_path / "m.csv"
     path.write_bytes((mark + AS_SAVED[form].replace("\n", line_end)).encode())
-    found = [(item.slide_id, item.path.name, item.patient_id, item.mpp) for item in read_manifest(path)]
-    assert found == [("A", "a.tif", "P1", 0.5), ("B", "b.tif", "P2", 0.25)]
+    slides = [(item.slide_id, item.path.name, item.patient_id, item.mpp) for item in read_manifest(path)]
+    assert slides == [("A", "a.tif", "P1", 0.5), ("B", "b.tif", "P2", 0.25)]
 
 
 @pytest.mark.parametrize(
@@ -75,11 +75,11 @@ def test_separators_in_the_name_of_a_slide_stay_part_of_it(text: str, name: str,
 )
 def test_what_cannot_be_read_is_one_line_with_its_place(text: str, says: str, tmp_path: Path) -> None:
     (tmp_path / "m.csv").write_text(text)
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as raised:
         read_manifest(tmp_path / "m.csv")
-    assert str(told.value).startswith(f"{tmp_path / 'm.csv'}: ")
-    assert says in str(told.value)
-    assert "\n" not in str(told.value)
+    assert str(raised.value).startswith(f"{tmp_path / 'm.csv'}: ")
+    assert says in str(raised.value)
+    assert "\n" not in str(raised.value)
 
 
 def test_numbers_have_a_point_or_a_comma() -> None:
@@ -149,9 +149,9 @@ def test_labels_splits_predictions_and_the_manifest_of_an_import_are_read_alike(
     split.write_text("slide_id\tsplit\nA\ttrain\nB\ttest\n")
     sides = read_split(split)
     assert (sides.key, sides.side) == ("slide_id", {"A": "train", "B": "test"})
-    told = tmp_path / "predictions.csv"
-    told.write_text("slide_id;x;y;object;label;predicted;score a\nS;64;0;-1;a;a;0,75\n")
-    assert read_predictions(told)["S"].scores == [{"score a": 0.75}]
+    predictions = tmp_path / "predictions.csv"
+    predictions.write_text("slide_id;x;y;object;label;predicted;score a\nS;64;0;-1;a;a;0,75\n")
+    assert read_predictions(predictions)["S"].scores == [{"score a": 0.75}]
 
 
 def test_the_manifest_of_an_import_may_have_semicolons(tmp_path: Path) -> None:

@@ -72,12 +72,12 @@ def test_what_has_the_name_of_a_lock_is_left_alone_and_named(plant: Plant, victi
     of_run, of_file = out / ".tile.odis-lock", lock_path(out / "a.h5")
     for lock in (of_run, of_file):
         plant(lock, victim)
-    with pytest.raises(UserError) as told, lock_settings(out, "tile", {"mpp": 1}):
+    with pytest.raises(UserError) as raised, lock_settings(out, "tile", {"mpp": 1}):
         pass
-    assert str(told.value).startswith(f"{of_run}: {KINDS[plant]}")
-    with pytest.raises(UserError) as told, lock_file(out / "a.h5"):
+    assert str(raised.value).startswith(f"{of_run}: {KINDS[plant]}")
+    with pytest.raises(UserError) as raised, lock_file(out / "a.h5"):
         pass
-    assert str(told.value).startswith(f"{of_file}: {KINDS[plant]}")
+    assert str(raised.value).startswith(f"{of_file}: {KINDS[plant]}")
     assert not is_locked(of_file)
     sweep(out)
     assert os.path.lexists(of_run)

@@ -39,11 +39,11 @@ class Handler(SimpleHTTPRequestHandler):
 
     def send_head(self) -> Any:
         path = Path(self.translate_path(self.path))
-        found = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if found is None or not path.is_file():
+        match = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if match is None or not path.is_file():
             return super().send_head()
         size = path.stat().st_size
-        start, stop = int(found[1]), min(size, int(found[2]) + 1) if found[2] else size
+        start, stop = int(match[1]), min(size, int(match[2]) + 1) if match[2] else size
         self.send_response(206)
         self.send_header("Content-Length", str(stop - start))
         self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{size}")

@@ -163,8 +163,8 @@ def test_stored_tiles_of_a_padded_level_are_copied_from_where_they_lie(padded_le
     from tiling.slide_file.read import SlideFile
 
     write(tmp_path / "padded.tif", padded_levels)
-    how: dict[str, Any] = {"tissue": "none", "pixels": "copy", "resample": "pyramid", "workers": 1}
-    (outcome,) = tile([tmp_path / "padded.tif"], tmp_path / "t", 1.0, TILE, **how)
+    options: dict[str, Any] = {"tissue": "none", "pixels": "copy", "resample": "pyramid", "workers": 1}
+    (outcome,) = tile([tmp_path / "padded.tif"], tmp_path / "t", 1.0, TILE, **options)
     assert outcome.ok
     assert "recoded" not in outcome.message
     level = padded_levels[1]

@@ -58,10 +58,10 @@ def cut(path: Path, ratio: int, resample: str = "fast", threads: int = 1, px: in
         size = px * ratio
         width, height = opened.info.width_l0, opened.info.height_l0
         coords = np.array([(x, y) for y in range(0, height - size + 1, size) for x in range(0, width - size + 1, size)])
-        found = list(map_patches(opened, coords, float(size), px, np.copy, threads))
-        assert not any(problem for _, problem in found)
+        results = list(map_patches(opened, coords, float(size), px, np.copy, threads))
+        assert not any(problem for _, problem in results)
         boxes = np.concatenate([coords, coords + size], axis=1)
-        return np.stack([pixels for pixels, _ in found]), opened.choose_view(float(ratio), boxes).scale
+        return np.stack([pixels for pixels, _ in results]), opened.choose_view(float(ratio), boxes).scale
 
 
 @pytest.mark.parametrize("ratio", [2, 4])
@@ -146,11 +146,11 @@ def test_opening_compares_no_more_than_a_part_of_a_large_stored_tile(tmp_path: P
     asked: list[tuple[int, int]] = []
     plain = OpenSlideReader.read
 
-    def told(self: OpenSlideReader, level: int, x: int, y: int, w: int, h: int, scale: int = 1) -> np.ndarray:
+    def counted(self: OpenSlideReader, level: int, x: int, y: int, w: int, h: int, scale: int = 1) -> np.ndarray:
         asked.append((w, h))
         return plain(self, level, x, y, w, h, scale)
 
-    monkeypatch.setattr(OpenSlideReader, "read", told)
+    monkeypatch.setattr(OpenSlideReader, "read", counted)
     DirectReader(path).close()
     assert asked == [(MOST_CHECKED_PX, MOST_CHECKED_PX)]
 

@@ -45,9 +45,9 @@ def test_info_tells_what_the_headers_say(slide_path: Path) -> None:
 )
 def test_regions_are_area_averages_of_the_picture(slide_path: Path, picture: np.ndarray, region: tuple) -> None:
     with Slide.open(slide_path) as slide:
-        found = slide.read_region(*region)
-    assert found.shape == (region[5], region[4], 3)
-    assert np.abs(found - area_reference(picture, *region)).mean() <= 2
+        pixels = slide.read_region(*region)
+    assert pixels.shape == (region[5], region[4], 3)
+    assert np.abs(pixels - area_reference(picture, *region)).mean() <= 2
 
 
 def test_beyond_the_slide_is_background(slide_path: Path) -> None:
@@ -75,9 +75,9 @@ def test_area_resize_against_brute_force(seed: int) -> None:
     rgb = random.integers(0, 255, (60, 70, 3), dtype=np.uint8)
     x0, y0 = random.uniform(0, 10, 2)
     box = (x0, y0, x0 + random.uniform(30, 59), y0 + random.uniform(30, 49))
-    found = area_resize(rgb, box, 17, 13)
+    pixels = area_resize(rgb, box, 17, 13)
     expected = area_reference(rgb, x0, y0, box[2] - x0, box[3] - y0, 17, 13, fine=64)
-    assert np.abs(found - expected).mean() < 1
+    assert np.abs(pixels - expected).mean() < 1
 
 
 def test_plain_images_are_slides_of_one_level(tmp_path: Path, picture: np.ndarray) -> None:
@@ -138,9 +138,9 @@ def test_what_nobody_reads_is_named_in_one_line(tmp_path: Path) -> None:
     ],
 )
 def test_where_mpp_is_found(properties: dict, tags_only: bool, value: float | None, source: str) -> None:
-    found = mpp_of(properties, tags_only=tags_only)
-    assert found.value == (None if value is None else pytest.approx(value))
-    assert found.source == source
+    stated = mpp_of(properties, tags_only=tags_only)
+    assert stated.value == (None if value is None else pytest.approx(value))
+    assert stated.source == source
 
 
 def test_mpp_of_the_manifest_goes_first_and_the_assumed_one_last() -> None:
@@ -153,10 +153,10 @@ def test_mpp_of_the_manifest_goes_first_and_the_assumed_one_last() -> None:
 
 
 def test_pixels_that_are_not_square_are_told_and_an_mpp_is_asked_for() -> None:
-    found = mpp_of({"openslide.mpp-x": "0.5", "openslide.mpp-y": "0.25"})
+    stated = mpp_of({"openslide.mpp-x": "0.5", "openslide.mpp-y": "0.25"})
     with pytest.raises(UserError, match=r"a\.svs: no mpp.*pixels are not square, one side is 2 times the other.*--assume-mpp"):
-        settle_mpp("a.svs", found)
-    assert settle_mpp("a.svs", found, assume_mpp=0.5).value == 0.5
+        settle_mpp("a.svs", stated)
+    assert settle_mpp("a.svs", stated, assume_mpp=0.5).value == 0.5
 
 
 def test_an_overview_of_which_nothing_can_be_decoded_is_no_black_picture(
@@ -239,9 +239,9 @@ def test_real_pixels_are_area_averages_of_level_0(test_data: Path, name: str) ->
     with Slide.open(test_data / "slides" / name) as slide:
         level0 = slide.read_region(600, 1200, 900, 900, 900, 900)
         for size, out in ((448.9, 224), (300.0, 224), (800.0, 200)):
-            found = slide.read_region(640, 1231, size, size, out, out)
+            pixels = slide.read_region(640, 1231, size, size, out, out)
             away = {
-                shift: np.abs(found - area_reference(level0, 40 + shift[0], 31 + shift[1], size, size, out, out)).mean()
+                shift: np.abs(pixels - area_reference(level0, 40 + shift[0], 31 + shift[1], size, size, out, out)).mean()
                 for shift in ((0, 0), (2, 0), (-2, 0), (0, 2), (0, -2))
             }
             assert min(away, key=lambda shift: away[shift]) == (0, 0)

@@ -159,7 +159,8 @@ def planes(series: Any) -> str:
 class SparseTiles:
     """The stored tiles of a level that hold nothing. missing: bool (rows, columns).
 
-    tile_w, tile_h: the size of a tile in pixels of the level. cut_x, cut_y: by how many pixels the first column and row are smaller, in a level that is turned.
+    tile_w, tile_h: the size of a tile in pixels of the level. cut_x, cut_y: by how many pixels the first column and row are
+    smaller, in a level that is turned.
     """
 
     tile_w: int

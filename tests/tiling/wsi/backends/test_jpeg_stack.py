@@ -23,8 +23,8 @@ def picture(seed: int, side: int = SIDE) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (side, side, 3)).astype(np.uint8)
 
 
-def encoded(seed: int, sampling: str = "422", **how: object) -> bytes:
-    return imagecodecs.jpeg8_encode(picture(seed), level=90, subsampling=SAMPLINGS[sampling], **how)
+def encoded(seed: int, sampling: str = "422", **options: object) -> bytes:
+    return imagecodecs.jpeg8_encode(picture(seed), level=90, subsampling=SAMPLINGS[sampling], **options)
 
 
 def alone(stream: bytes, scale: int) -> np.ndarray:
@@ -37,11 +37,11 @@ def test_a_stack_is_each_alone_at_every_sampling_and_scale(sampling: str, scale:
     streams = [encoded(seed, sampling) for seed in range(11)]  # more than there are restart markers
     head = parse_jpeg_header(streams[0])
     assert head is not None
-    found = head.decode(streams, scale)
+    decoded = head.decode(streams, scale)
     refused = sampling == "440" or (sampling == "420" and scale == 1)  # rows of colour are mixed with their neighbours'
-    assert (found is None) == refused
-    if found is not None:
-        np.testing.assert_array_equal(found, [alone(stream, scale) for stream in streams])
+    assert (decoded is None) == refused
+    if decoded is not None:
+        np.testing.assert_array_equal(decoded, [alone(stream, scale) for stream in streams])
 
 
 def test_grey_and_untransformed_colours_and_one_alone() -> None:
@@ -91,6 +91,6 @@ def test_a_damaged_stream_is_told_or_decoded_as_alone(which: int, where: float, 
     assert head is not None
     at = len(head.own) + int(where * (len(streams[which]) - len(head.own) - 2))
     streams[which] = streams[which][:at] + put + streams[which][at + cut :]
-    found = head.decode(streams, 2)
-    if found is not None:
-        np.testing.assert_array_equal(found, [alone(stream, 2) for stream in streams])
+    decoded = head.decode(streams, 2)
+    if decoded is not None:
+        np.testing.assert_array_equal(decoded, [alone(stream, 2) for stream in streams])

@@ -20,9 +20,9 @@ from tiling.wsi.slide import Slide
 
 def rgba(picture: np.ndarray) -> np.ndarray:
     """The picture with its upper 100 rows black and transparent."""
-    found = np.dstack([picture, np.full(picture.shape[:2], 255, np.uint8)])
-    found[:100] = 0
-    return found
+    pixels = np.dstack([picture, np.full(picture.shape[:2], 255, np.uint8)])
+    pixels[:100] = 0
+    return pixels
 
 
 def as_stored(mode: str) -> Callable[[Path, np.ndarray], None]:
@@ -51,8 +51,8 @@ def test_strips_of_odd_colours_are_shown_as_the_picture(tmp_path: Path, picture:
         expected[:100] = 255
     with Slide.open(tmp_path / "a.tif") as slide:
         assert slide.info.reader == "image"
-        found = slide.read_region(0, 0, 1024, 768, 1024, 768)
-    assert np.abs(found - expected).mean() < 4
+        pixels = slide.read_region(0, 0, 1024, 768, 1024, 768)
+    assert np.abs(pixels - expected).mean() < 4
     with pytest.raises(UserError, match=rf"a\.tif: not a readable slide \(tiffslide: its colours are {colours}.*not convert"):
         Slide.open(tmp_path / "a.tif", reader="tiffslide")
 
@@ -81,13 +81,13 @@ def test_pixels_of_other_depths_are_refused_at_once(tmp_path: Path, picture: np.
 def test_pixels_of_1_bit_and_of_16_in_either_byte_order_are_read(tmp_path: Path, picture: np.ndarray) -> None:
     Image.fromarray(picture[..., 1] > 200).save(tmp_path / "bit.tif")
     with Slide.open(tmp_path / "bit.tif") as slide:
-        found = slide.read_region(0, 0, 1024, 768, 1024, 768)
-    np.testing.assert_array_equal(found[..., 0], (picture[..., 1] > 200) * 255)
+        pixels = slide.read_region(0, 0, 1024, 768, 1024, 768)
+    np.testing.assert_array_equal(pixels[..., 0], (picture[..., 1] > 200) * 255)
     tifffile.imwrite(tmp_path / "big.tif", picture[..., 1].astype(np.uint16) * 257, photometric="minisblack", byteorder=">")
     for reader in ("tiffslide", "image"):
         with Slide.open(tmp_path / "big.tif", reader=reader) as slide:
-            found = slide.read_region(0, 0, 1024, 768, 1024, 768)
-        np.testing.assert_array_equal(found[..., 0], picture[..., 1])
+            pixels = slide.read_region(0, 0, 1024, 768, 1024, 768)
+        np.testing.assert_array_equal(pixels[..., 0], picture[..., 1])
 
 
 @pytest.mark.parametrize("options", [{}, {"tile": (256, 256)}], ids=["strips", "tiles"])
@@ -116,12 +116,12 @@ def test_channels_and_planes_that_are_not_shown_are_told_by_every_reader(
     photometric = "minisblack" if axes == "CYX" else "rgb"
     tifffile.imwrite(tmp_path / "a.ome.tif", pixels, photometric=photometric, metadata={"axes": axes})
     with Slide.open(tmp_path / "a.ome.tif") as slide:
-        found, info = slide.read_region(0, 0, 1024, 768, 1024, 768), slide.info
+        pixels, info = slide.read_region(0, 0, 1024, 768, 1024, 768), slide.info
     together = axes == "CYX" and count == 3  # shown as red, green and blue
     assert info.reader == reader
     assert info.note == ("" if together else f"shows the first of its {count} channels or planes only")
     first = picture if together or axes == "ZYXS" else np.repeat(picture[..., :1], 3, axis=2)
-    np.testing.assert_array_equal(found, first)
+    np.testing.assert_array_equal(pixels, first)
 
 
 def noise(side: int, mean: float, spread: float) -> np.ndarray:

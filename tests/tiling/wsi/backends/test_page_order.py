@@ -45,10 +45,10 @@ def macro() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 255, (300, 128, 3), np.uint8)
 
 
-def write(path: Path, pages: Sequence[np.ndarray], flags: Sequence[int], hows: Sequence[str], **options: Any) -> Path:
-    """Pages of 0.5 mpp where they are 1024 wide and in proportion else. flags: their subfile types; hows: keys of STORED."""
+def write(path: Path, pages: Sequence[np.ndarray], flags: Sequence[int], storages: Sequence[str], **options: Any) -> Path:
+    """Pages of 0.5 mpp where they are 1024 wide and in proportion else. flags: their subfile types; storages: of STORED."""
     with tifffile.TiffWriter(path, bigtiff=options.pop("bigtiff", False)) as file:
-        for pixels, flag, how in zip(pages, flags, hows, strict=True):
+        for pixels, flag, storage in zip(pages, flags, storages, strict=True):
             file.write(
                 pixels,
                 photometric="rgb",
@@ -56,7 +56,7 @@ def write(path: Path, pages: Sequence[np.ndarray], flags: Sequence[int], hows: S
                 subfiletype=flag,
                 resolutionunit="CENTIMETER",
                 resolution=(20000 * pixels.shape[1] / 1024,) * 2,
-                **STORED[how],
+                **STORED[storage],
                 **options,
             )
     return path
@@ -223,14 +223,14 @@ def test_a_scanners_own_file_is_as_before(
     """Aperio: level 0, thumbnail, levels, label, macro."""
     text = "Aperio Image Library v11\n1024x768 (128x128) JPEG/RGB Q=95|AppMag = 20|MPP = 0.5"
     with tifffile.TiffWriter(tmp_path / "a.svs") as file:
-        for pixels, how, flag in (
+        for pixels, storage, flag in (
             (levels[0], "tiles jpeg", 0),
             (levels[2], "strips", 0),
             (levels[1], "tiles jpeg", 0),
             (macro, "strips", 1),
             (macro[:, :120].copy(), "strips", 9),
         ):
-            file.write(pixels, photometric="rgb", metadata=None, description=text, subfiletype=flag, **STORED[how])
+            file.write(pixels, photometric="rgb", metadata=None, description=text, subfiletype=flag, **STORED[storage])
     for reader in ("auto", "openslide", "tiffslide"):
         assert check_is_the_largest(tmp_path / "a.svs", levels[0], reader) == ""
         with Slide.open(tmp_path / "a.svs", reader=reader) as slide:

@@ -41,7 +41,7 @@ def test_a_reader_can_be_asked_for(slide_path: Path, tmp_path: Path) -> None:
         with Slide.open(slide_path, reader=name) as slide:
             assert (slide.info.reader, slide.info.reader_why) == (name, "asked for")
             shown.append(slide.read_region(100, 100, 300, 300, 150, 150).astype(int))
-    assert max(np.abs(each - shown[0]).mean() for each in shown) < 1
+    assert max(np.abs(pixels - shown[0]).mean() for pixels in shown) < 1
     (tmp_path / "a.png").write_bytes(b"\x89PNG")
     with pytest.raises(UserError, match=r"a\.png: not a readable slide \(direct: no TIFF.*leave out --reader"):
         Slide.open(tmp_path / "a.png", reader="direct")
@@ -79,15 +79,15 @@ def test_one_torn_tile_costs_openslide_only_that_tile(
     with path.open("r+b") as raw:
         raw.seek(offset)
         raw.write(bytes(count))
-    found = {}
+    bad_rows = {}
     for reader in ("openslide", "direct"):
         (outcome,) = tile([path], tmp_path / reader, 1.0, 128, tissue="none", workers=1, reader=reader)
         assert outcome.ok, outcome.message
         with SlideFile(tmp_path / reader / "a.h5") as file:
-            found[reader] = file._file["bad_tiles"][...].tolist()
-            assert file.tile(found[reader][0]).max() < 20
-            assert all(file.tile(i).mean() > 60 for i in range(len(file)) if i not in found[reader])
-    assert found["openslide"] == found["direct"] == [5]
+            bad_rows[reader] = file._file["bad_tiles"][...].tolist()
+            assert file.tile(bad_rows[reader][0]).max() < 20
+            assert all(file.tile(i).mean() > 60 for i in range(len(file)) if i not in bad_rows[reader])
+    assert bad_rows["openslide"] == bad_rows["direct"] == [5]
 
 
 def test_urls_are_read_through_tiffslide(slide_path: Path) -> None:

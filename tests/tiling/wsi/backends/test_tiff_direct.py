@@ -126,7 +126,7 @@ def area(rgb: np.ndarray, x: float, y: float, size: float, out: int) -> np.ndarr
 
 
 @pytest.mark.parametrize(
-    "how",
+    "layout",
     [
         {"colours": "ycbcr"},
         {"colours": "rgb"},
@@ -136,12 +136,12 @@ def area(rgb: np.ndarray, x: float, y: float, size: float, out: int) -> np.ndarr
         {"colours": "ycbcr", "stated": "rgb"},  # a file that lies about its colours looks the same everywhere
     ],
 )
-def test_level_0_is_openslides_to_one_grey_level(tmp_path: Path, texture: np.ndarray, how: dict) -> None:
-    path = write(tmp_path / "a.svs", texture, **how)
+def test_level_0_is_openslides_to_one_grey_level(tmp_path: Path, texture: np.ndarray, layout: dict) -> None:
+    path = write(tmp_path / "a.svs", texture, **layout)
     with Slide.open(path, assume_mpp=0.25) as slide:
         assert slide.info.reader == "direct", slide.info.reader_why
-        found = slide.read_region(0, 0, 1300, 1000, 1300, 1000)
-    assert np.abs(found.astype(int) - openslide_pixels(path)).max() <= 1
+        pixels = slide.read_region(0, 0, 1300, 1000, 1300, 1000)
+    assert np.abs(pixels.astype(int) - openslide_pixels(path)).max() <= 1
 
 
 def write_j2k(path: Path, rgb: np.ndarray, compression: int, change: Callable = list) -> Path:
@@ -215,12 +215,12 @@ def test_a_level_that_is_no_average_is_not_read(tmp_path: Path, texture: np.ndar
     with Slide.open(tmp_path / "a.svs") as slide:
         assert slide.info.reader == "direct"
         assert slide.faithful_level(2.0) == (1 if made == "average" else 0)
-        found = slide.read_region(101, 99, 800, 800, 400, 400)
+        pixels = slide.read_region(101, 99, 800, 800, 400, 400)
         level0 = slide.read_region(101, 99, 800, 800, 800, 800)
         assert slide.faithful_level(2.0) == (1 if made == "average" else 0)
     with Slide.open(tmp_path / "a.svs", resample="pyramid") as slide:
         assert slide.choose_level(2.0) == 1
-    assert np.abs(found - area(level0, 0, 0, 800, 400)).mean() <= 2
+    assert np.abs(pixels - area(level0, 0, 0, 800, 400)).mean() <= 2
     (outcome,) = tile([tmp_path / "a.svs"], tmp_path, 0.5, 128, tissue="none", workers=1)
     assert ("its level of 1/2 is no average of level 0, so a finer one is read" in outcome.message) == (made != "average")
 
@@ -246,8 +246,8 @@ def test_levels_that_are_no_whole_part_are_read_directly(tmp_path: Path, texture
             )
     with Slide.open(path) as slide:
         assert (slide.info.reader, slide.info.level_downsamples[1].is_integer()) == ("direct", False)
-        found = slide.reader.read(1, 0, 0, 649, 499)
-    assert np.abs(found.astype(int) - picture).mean() <= 5  # of its JPEG
+        pixels = slide.reader.read(1, 0, 0, 649, 499)
+    assert np.abs(pixels.astype(int) - picture).mean() <= 5  # of its JPEG
 
 
 def test_grey_levels_and_real_slides_are_openslides(tmp_path: Path, texture: np.ndarray, test_data: Path) -> None:
@@ -255,8 +255,8 @@ def test_grey_levels_and_real_slides_are_openslides(tmp_path: Path, texture: np.
     tifffile.imwrite(grey, texture[..., 1], tile=(SIDE, SIDE), compression="jpeg", photometric="minisblack")
     for path in (grey, test_data / "slides" / "CMU-1-Small-Region.svs"):
         with Slide.open(path, assume_mpp=0.5, reader="direct") as slide:
-            found = slide.read_region(0, 0, 900, 900, 900, 900)
-        assert np.abs(found.astype(int) - openslide_pixels(path)[:900, :900]).max() <= 1
+            pixels = slide.read_region(0, 0, 900, 900, 900, 900)
+        assert np.abs(pixels.astype(int) - openslide_pixels(path)[:900, :900]).max() <= 1
 
 
 @pytest.mark.parametrize("size", [512.0, 526.5, 500.3, 512.128, 290.0, 768.0, 800.0])
@@ -281,11 +281,11 @@ def test_the_decoder_scales_where_boxes_hold_whole_pixels_of_it(tmp_path: Path, 
 def test_patches_at_the_right_and_lower_edge_take_no_filling_in(tmp_path: Path, texture: np.ndarray) -> None:
     path = write(tmp_path / "a.svs", texture[:997, :1299])  # black filling in the stored tiles, sides of no even length
     with Slide.open(path) as slide:
-        found = slide.read_region(1200, 900, 100, 100, 50, 50)
+        pixels = slide.read_region(1200, 900, 100, 100, 50, 50)
     expected = openslide_pixels(path)[900:996, 1200:1298].reshape(48, 2, 49, 2, 3).mean(axis=(1, 3))
-    assert np.abs(found[:48, :49] - expected).mean() <= 2
-    assert found.min() > 20
-    np.testing.assert_array_equal(found[48, :49], found[47, :49])
+    assert np.abs(pixels[:48, :49] - expected).mean() <= 2
+    assert pixels.min() > 20
+    np.testing.assert_array_equal(pixels[48, :49], pixels[47, :49])
 
 
 def test_what_is_not_stored_is_background_and_is_counted(tmp_path: Path, texture: np.ndarray) -> None:
@@ -319,13 +319,13 @@ def test_a_tile_left_out_of_a_coarser_level_comes_from_the_finer_one(tmp_path: P
             )
     with (
         Slide.open(tmp_path / "a.svs", resample="pyramid") as slide,
-        openslide.OpenSlide(str(tmp_path / "a.svs")) as theirs,
+        openslide.OpenSlide(str(tmp_path / "a.svs")) as library,
     ):
         assert (slide.info.reader, slide.info.level_downsamples) == ("direct", (1.0, 2.0))
-        found = slide.read_region(0, 0, 1280, 1000, 640, 500)
-        expected = np.asarray(theirs.read_region((0, 0), 1, (640, 500)).convert("RGB"))
-    assert np.abs(found.astype(int) - expected).mean() <= 1
-    assert np.abs(found[:256, 256:512].astype(int) - coarse[:256, 256:512]).mean() <= 2
+        pixels = slide.read_region(0, 0, 1280, 1000, 640, 500)
+        expected = np.asarray(library.read_region((0, 0), 1, (640, 500)).convert("RGB"))
+    assert np.abs(pixels.astype(int) - expected).mean() <= 1
+    assert np.abs(pixels[:256, 256:512].astype(int) - coarse[:256, 256:512]).mean() <= 2
 
 
 def test_a_torn_stored_tile_is_marked_and_the_others_are_as_before(tmp_path: Path, texture: np.ndarray) -> None:
@@ -427,9 +427,9 @@ def test_patches_of_whole_stored_tiles_are_decoded_in_one_and_are_the_same(
     calls: list[bool] = []
 
     def counted(self: DirectReader, *where: int) -> np.ndarray | None:
-        found = whole(self, *where)
-        calls.append(found is not None)
-        return found
+        decoded = whole(self, *where)
+        calls.append(decoded is not None)
+        return decoded
 
     for name, edit in (("good.svs", None), ("bad.svs", change)):
         with Slide.open(write(tmp_path / name, texture, change=edit)) as slide:
@@ -437,9 +437,9 @@ def test_patches_of_whole_stored_tiles_are_decoded_in_one_and_are_the_same(
             in_one = list(map_patches(slide, coords, 512.0, 256, lambda tile: tile, threads=2))
             monkeypatch.setattr(DirectReader, "decode_stack", lambda *_: None)
             single = list(map_patches(slide, coords, 512.0, 256, lambda tile: tile))
-        for (found, said), (expected, told) in zip(in_one, single, strict=True):
-            np.testing.assert_array_equal(found, expected)
-            assert said == told
+        for (pixels, problem), (expected, expected_problem) in zip(in_one, single, strict=True):
+            np.testing.assert_array_equal(pixels, expected)
+            assert problem == expected_problem
     # Of the good slide those that do not reach over its edge; of the other, one has a torn tile and one a tile left out.
     assert (len(calls), sum(calls)) == (12, 2)
 

@@ -33,7 +33,7 @@ def deep(array: np.ndarray) -> np.ndarray:
 
 def write(path: Path, pixels: np.ndarray, photometric: str, extras: str = "", **options: Any) -> Path:
     """extras: kinds of the extra samples, "x" unspecified, "a" unassociated alpha, "p" associated (premultiplied) alpha."""
-    kinds = [{"x": "unspecified", "a": "unassalpha", "p": "assocalpha"}[each] for each in extras]
+    kinds = [{"x": "unspecified", "a": "unassalpha", "p": "assocalpha"}[extra] for extra in extras]
     options = {"tile": (SIDE, SIDE), "compression": "deflate", "metadata": None, "extrasamples": kinds or None} | options
     tifffile.imwrite(path, pixels, photometric=photometric, **options)
     return path
@@ -72,8 +72,8 @@ GREYS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], str, str, str, str]] 
 def test_tiles_of_grey_in_more_than_8_bits_are_not_left_to_openslide(tmp_path: Path, small: np.ndarray, kind: str) -> None:
     made, photometric, extras, reader, note = GREYS[kind]
     path = write(tmp_path / "a.tif", made(small[..., 1]), photometric, extras, planarconfig="contig" if extras else None)
-    pixels, *found = shown(path)
-    assert found == [reader, note]
+    pixels, *reader_and_note = shown(path)
+    assert reader_and_note == [reader, note]
     np.testing.assert_array_equal(pixels, np.repeat(small[..., 1:2], 3, axis=2))
     with pytest.raises(UserError, match=r"a\.tif: not a readable slide \(openslide: it would mix up the last column of tiles"):
         Slide.open(path, reader="openslide")
@@ -94,8 +94,8 @@ def test_grey_that_openslide_reads_right_stays_with_it(tmp_path: Path, small: np
     whole = write(tmp_path / "whole.tif", deep(grey[:, :256]), "minisblack")
     plain = write(tmp_path / "plain.tif", grey, "minisblack")
     for path, note in ((apart, first_of(2)), (whole, ""), (plain, "")):
-        pixels, *found = shown(path)
-        assert found == ["openslide", note]
+        pixels, *reader_and_note = shown(path)
+        assert reader_and_note == ["openslide", note]
         np.testing.assert_array_equal(pixels, np.repeat(grey[:, : pixels.shape[1], None], 3, axis=2))
 
 
@@ -115,9 +115,9 @@ def test_channels_beside_rgb_are_not_taken_for_transparency(tmp_path: Path, smal
     others = [np.zeros((HEIGHT, WIDTH), np.uint8)] * len(extras)
     pixels = np.dstack([small, *others])
     path = write(tmp_path / "a.tif", pixels if bits == 8 else deep(pixels), "rgb", extras)
-    found, reader, note = shown(path)
+    pixels, reader, note = shown(path)
     assert (reader, note) == ("tiffslide", f"shows the first 3 of its {3 + len(extras)} channels only")
-    np.testing.assert_array_equal(found, small)
+    np.testing.assert_array_equal(pixels, small)
     with pytest.raises(UserError, match=rf"openslide: it would take one of {3 + len(extras)} channels for transparency"):
         Slide.open(path, reader="openslide")
 
@@ -137,20 +137,20 @@ def test_a_fourth_channel_of_which_the_file_says_nothing_is_not_taken_for_transp
 def test_channels_apart_are_not_taken_for_transparency(tmp_path: Path, small: np.ndarray) -> None:
     planes = np.dstack([small, np.zeros((HEIGHT, WIDTH), np.uint8)]).transpose(2, 0, 1)
     path = write(tmp_path / "rgb.tif", planes, "rgb", "x", planarconfig="separate")
-    pixels, *found = shown(path)
-    assert found == ["image", "shows the first 3 of its 4 channels only"]
+    pixels, *reader_and_note = shown(path)
+    assert reader_and_note == ["image", "shows the first 3 of its 4 channels only"]
     np.testing.assert_array_equal(pixels, small)
     path = write(tmp_path / "grey.tif", planes[[1, 0, 2, 3]], "minisblack", "xxx", planarconfig="separate")
-    pixels, *found = shown(path)
-    assert found == ["image", first_of(4)]
+    pixels, *reader_and_note = shown(path)
+    assert reader_and_note == ["image", first_of(4)]
     np.testing.assert_array_equal(pixels[..., 0], small[..., 1])
 
 
 def test_transparency_that_is_told_is_still_shown(tmp_path: Path, small: np.ndarray) -> None:
     alpha = np.full((HEIGHT, WIDTH), 255, np.uint8)
     alpha[:100] = 0
-    pixels, *found = shown(write(tmp_path / "a.tif", np.dstack([small, alpha]), "rgb", "a"))
-    assert found == ["openslide", ""]
+    pixels, *reader_and_note = shown(write(tmp_path / "a.tif", np.dstack([small, alpha]), "rgb", "a"))
+    assert reader_and_note == ["openslide", ""]
     assert (pixels[:100] == 255).all()
     np.testing.assert_array_equal(pixels[100:], small[100:])
 
@@ -220,10 +220,10 @@ def test_what_was_not_scanned_is_white_in_each_level_where_it_is(tmp_path: Path,
         assert reader.level_dimensions == ((601, 401), (300, 200))
         for x in (*range(1, 128, 7), *range(256, 300)):
             np.testing.assert_array_equal(reader.read(1, x, 3, 1, 1), coarse[3:4, x : x + 1])
-        found = [reader.read(0, 0, 0, 601, 401), reader.read(1, 0, 0, 300, 200)]
+        levels = [reader.read(0, 0, 0, 601, 401), reader.read(1, 0, 0, 300, 200)]
     fine[:SIDE, 3 * SIDE : 4 * SIDE] = coarse[SIDE:, SIDE : 2 * SIDE] = 255
-    np.testing.assert_array_equal(found[0], fine)
-    np.testing.assert_array_equal(found[1], coarse)
+    np.testing.assert_array_equal(levels[0], fine)
+    np.testing.assert_array_equal(levels[1], coarse)
 
 
 def test_strips_that_were_not_stored_are_white(tmp_path: Path, small: np.ndarray) -> None:
