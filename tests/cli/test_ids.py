@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import h5py
-import imagecodecs
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -20,6 +19,7 @@ from odis_path.cli.app import app
 from odis_path.exporters.geojson import export_geojson, read_predictions
 from odis_path.features.read import read_features
 from odis_path.features.write import write_features, write_slides_parquet
+from tests.png import encode_png
 from tiling.images.run import import_images
 from tiling.slide_file.read import SlideFile
 from tiling.slide_file.write import SlideMeta, write_slide_file
@@ -31,7 +31,7 @@ BAD = ["../../../escaped", "/tmp/odis-escaped", "..", ".hidden", "a/b", "a\\b", 
 def slide_file(folder: Path, name: str) -> Path:
     meta = SlideMeta(name, folder / "none.svs", 64, 64, 0.5, 0.5, 32, patient_id="P")
     coords = np.array([[0, 0], [32, 0], [0, 32], [32, 32]])
-    picture = imagecodecs.png_encode(np.random.default_rng(0).integers(0, 255, (32, 32, 3)).astype(np.uint8))
+    picture = encode_png(np.random.default_rng(0).integers(0, 255, (32, 32, 3)).astype(np.uint8))
     write_slide_file(folder / f"{name}.h5", meta=meta, coords=coords, pixels=[picture] * 4)
     return folder / f"{name}.h5"
 
@@ -132,7 +132,7 @@ def test_names_in_a_coco_file_and_names_of_images_stay_inside(tmp_path: Path) ->
 
     images, out = tmp_path / "a" / "images", tmp_path / "a" / "out"
     images.mkdir(parents=True)
-    picture = imagecodecs.png_encode(np.full((64, 64, 3), 90, np.uint8))
+    picture = encode_png(np.full((64, 64, 3), 90, np.uint8))
     for name in ("plain.png", "back\\slash.png", "new\nline.png", f"{'n' * 230}.png"):
         (images / name).write_bytes(picture)
     names = ["../../../escaped.png", "/tmp/odis-escaped.png", "plain.png"]
@@ -155,7 +155,7 @@ def test_names_in_a_coco_file_and_names_of_images_stay_inside(tmp_path: Path) ->
 
 def test_a_manifest_of_images_may_not_lead_elsewhere_either(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
-    (tmp_path / "images" / "a.png").write_bytes(imagecodecs.png_encode(np.full((64, 64, 3), 90, np.uint8)))
+    (tmp_path / "images" / "a.png").write_bytes(encode_png(np.full((64, 64, 3), 90, np.uint8)))
     for slide_id in ("../up", "x" * 201, ".h"):
         (tmp_path / "m.csv").write_text(f"image,slide_id\na.png,{slide_id}\n")
         with pytest.raises(UserError, match=r"m\.csv: slide_id"):

@@ -8,12 +8,12 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import imagecodecs
 import numpy as np
 import pytest
 import yaml
 
 from tests.cli.conftest import Run
+from tests.png import encode_png
 from tiling.slide_file.read import SlideFile, list_slide_files
 
 WRITER = """
@@ -78,7 +78,7 @@ def import_(run: Run, cohort: Path, tiles: Path, out: Path) -> tuple[list[str | 
     for label in ("x", "y"):
         folder = out.parent / "images" / label
         folder.mkdir(parents=True)
-        (folder / f"{label}.png").write_bytes(imagecodecs.png_encode(np.full((64, 64, 3), 90, np.uint8)))
+        (folder / f"{label}.png").write_bytes(encode_png(np.full((64, 64, 3), 90, np.uint8)))
     command: list[str | Path] = ["import", out.parent / "images", "--out", out, "--mpp", "0.5", "--size", "64"]
     return command, [out / "x.h5", out / "labels.csv"]
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import imagecodecs
 import numpy as np
 import pytest
 
 from odis_path.features.write import write_features, write_slides_parquet
+from tests.png import encode_png
 from tiling.slide_file.read import SlideFile
 from tiling.slide_file.write import SlideMeta, write_slide_file
 
@@ -64,7 +64,7 @@ def write_slide(path: Path, patient_id: str, rng: np.random.Generator, *, plain:
             "attrs": {"labels": list(CLASSES)},
         },
     }
-    write_slide_file(path, meta=meta, coords=coords, pixels=[imagecodecs.png_encode(tile) for tile in tiles], groups=groups)
+    write_slide_file(path, meta=meta, coords=coords, pixels=[encode_png(tile) for tile in tiles], groups=groups)
 
 
 def write_cohort(root: Path, *, plain: bool = False) -> Cohort:
