@@ -73,7 +73,8 @@ def make(folder: Path) -> None:
         bare.parent.mkdir(exist_ok=True)
         bare.write_bytes(path.read_bytes())
         strip(bare)
-    state = {name: {str(i): torch.randn(1000, 1000) for i in range(12)} for name in ("student", "teacher")}
+    student, teacher = ({str(i): torch.randn(1000, 1000) for i in range(12)} for _ in range(2))
+    state = checkpoint.TrainedState(student=student, teacher=teacher)
     checkpoint.save_checkpoint(folder / "run", 1, 1.0, PretrainConfig(), state, keep=1)
 
 

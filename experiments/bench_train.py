@@ -38,7 +38,8 @@ from odis_path.model.layers import additive, attention_kernels
 from odis_path.model.network import Views
 from odis_path.model.vit import attention_mask, build_encoder
 from odis_path.training.compile import compiles
-from odis_path.training.log.meter import Row, StepMeter
+from odis_path.training.log.meter import StepMeter
+from odis_path.training.log.rows import Row
 from odis_path.training.optim import set_schedule, step_values
 from odis_path.training.setup import Run, batch_loader, prepare
 from odis_path.training.step import apply_gradients, forward_backward, make_views, train_step

@@ -220,7 +220,7 @@ def make_kinds(base: Path) -> list[Kind]:
         Kind("slide file, training", tiles[0], read_training),
         Kind("feature file", features, lambda path: [_set(read_features(path, level)) for level in ("tile", "object")]),
         Kind("slides.parquet", embeddings, lambda path: _set(read_slides_parquet(path))),
-        Kind("checkpoint", checkpoint, lambda path: _without_names(load_checkpoint(path).state)),
+        Kind("checkpoint", checkpoint, lambda path: _without_names(vars(load_checkpoint(path).state))),
         Kind("start weights", weights, read_weights),
         Kind("exported weights", base / "exported.safetensors", read_weights),
         Kind("train.jsonl", base / "run" / "train.jsonl", read_log, guarded=False),

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, NotRequired, TypedDict, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from annotations.errors import UserError
 from odis_path import __version__
@@ -22,15 +22,40 @@ FORMAT = "odis-path-checkpoint"
 COPY_AGAIN = "copy it again"
 
 
+class DataFacts(TypedDict):
+    """Facts about the tiles of a run: counts of all slides and tiles, the held-out patients, a hash of all that matters.
+
+    pretrained_on: the slides of the run and of what it started from, see `odis_path.features.pretraining`.
+    """
+
+    slides: int
+    tiles: int
+    held_out: list[str]
+    sha256: str
+    pretrained_on: NotRequired[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class TrainedState:
+    """State dicts of what training moves, on the CPU when loaded; data: None in checkpoints of older versions."""
+
+    student: dict[str, Tensor] = field(default_factory=dict)
+    teacher: dict[str, Tensor] = field(default_factory=dict)
+    criterion: dict[str, Tensor] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    data: DataFacts | None = None
+
+
 @dataclass(frozen=True)
 class Checkpoint:
-    """A loaded checkpoint: the configuration it was trained with and its tensors (on the CPU)."""
+    """A loaded checkpoint. config: what it was trained with; stored_config: the same as it was written, keys may lack."""
 
     path: Path
     step: int
     epoch: float
     config: PretrainConfig
-    state: dict[str, Any]
+    stored_config: dict[str, Any]
+    state: TrainedState
 
 
 class _Sink(io.RawIOBase):
@@ -65,7 +90,7 @@ def save_checkpoint(
     step: int,
     epoch: float,
     config: PretrainConfig,
-    state: dict[str, Any],
+    state: TrainedState,
     keep: int,
     damaged: Sequence[Path] = (),
 ) -> Path:
@@ -82,7 +107,7 @@ def save_checkpoint(
         "step": step,
         "epoch": epoch,
         "config": config.model_dump(mode="json"),
-        **state,
+        **vars(state),
     }
     with atomic_path(final) as temporary:
         _write(content, temporary)
@@ -95,7 +120,7 @@ def save_checkpoint(
 
 
 def _write(content: dict[str, Any], path: Path) -> None:
-    """torch.save through a Python file, so that a write that fails is an OSError of that file."""
+    """Call torch.save through a Python file, so that a write that fails is an OSError of that file."""
     sink = _Sink(path)
     try:
         torch.save(content, cast(IO[bytes], sink))
@@ -108,7 +133,7 @@ def _write(content: dict[str, Any], path: Path) -> None:
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint of a run folder, None where there is none."""
+    """Find the newest checkpoint of a run folder, None where there is none."""
     return max(folder.glob("checkpoint-*.pt"), default=None)
 
 
@@ -119,10 +144,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
     where one does not match or the file is torn, UserError where it is missing or another program's.
     """
     if path.is_dir():
-        found = latest_checkpoint(path)
-        if found is None:
+        newest = latest_checkpoint(path)
+        if newest is None:
             raise UserError(f"{path}: no checkpoint-*.pt in this folder: give a run folder of `odis-path pretrain`")
-        path = found
+        path = newest
     try:
         return _read(path)
     except DamagedError as error:
@@ -131,7 +156,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def newest_checkpoint(folder: Path, *, from_previous: bool) -> tuple[Checkpoint | None, list[Path]]:
-    """The checkpoint a run in this folder goes on from, None where it begins, and the damaged ones that are newer.
+    """Load the checkpoint a run in this folder goes on from, None where it begins, and the damaged ones that are newer.
 
     Raises DamagedError, which says what can be done, where the newest is damaged; from_previous: where all are.
     """
@@ -153,9 +178,9 @@ def newest_checkpoint(folder: Path, *, from_previous: bool) -> tuple[Checkpoint 
 
 
 def sound_before(path: Path) -> tuple[Path | None, list[Path]]:
-    """The newest older checkpoint beside one that matches its checksums (None where none does), and the damaged between."""
+    """Find the newest older checkpoint beside one that matches its checksums (None: none does), and the damaged between."""
     damaged: list[Path] = []
-    for older in sorted((other for other in path.parent.glob("checkpoint-*.pt") if other < path), reverse=True):
+    for older in sorted((p for p in path.parent.glob("checkpoint-*.pt") if p < path), reverse=True):
         try:
             if check_zip(older, "a readable checkpoint", COPY_AGAIN):
                 return older, damaged
@@ -183,11 +208,12 @@ def _read(path: Path) -> Checkpoint:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path}: not an odis-path checkpoint; to start from other weights set model.weights={path}")
     config = parse_config(with_old_values(content["config"]), f"{path} (stored config)")
-    return Checkpoint(path, int(content["step"]), float(content["epoch"]), config, content)
+    state = TrainedState(**{part.name: content[part.name] for part in fields(TrainedState) if part.name in content})
+    return Checkpoint(path, int(content["step"]), float(content["epoch"]), config, content["config"], state)
 
 
 def read_data_facts(path: Path) -> dict[str, Any] | None:
-    """The facts a checkpoint keeps about its tiles, without reading its tensors; empty for an older one.
+    """Read the facts a checkpoint keeps about its tiles, without reading its tensors; empty for an older one.
 
     None for any other file.
     """
@@ -198,12 +224,12 @@ def read_data_facts(path: Path) -> dict[str, Any] | None:
     return (content.get("data") or {}) if isinstance(content, dict) and content.get("format") == FORMAT else None
 
 
-def load_into(module: nn.Module, state: dict[str, torch.Tensor], path: Path, what: str) -> None:
+def load_into(module: nn.Module, state: Mapping[str, Tensor], path: Path, what: str) -> None:
     """Load with strict keys and shapes; what does not fit is one UserError naming the first difference."""
-    mine = module.state_dict()
-    missing, extra = sorted(set(mine) - set(state)), sorted(set(state) - set(mine))
-    unequal = [key for key in mine if key in state and state[key].shape != mine[key].shape]
-    shapes = [f"{key}: {tuple(state[key].shape)} there, {tuple(mine[key].shape)} here" for key in unequal]
+    own = module.state_dict()
+    missing, extra = sorted(set(own) - set(state)), sorted(set(state) - set(own))
+    unequal = [key for key in own if key in state and state[key].shape != own[key].shape]
+    shapes = [f"{key}: {tuple(state[key].shape)} there, {tuple(own[key].shape)} here" for key in unequal]
     if missing or extra or shapes:
         first = shapes[0] if shapes else f"missing {missing[0]}" if missing else f"unexpected {extra[0]}"
         count = len(missing) + len(extra) + len(shapes)
@@ -219,7 +245,7 @@ CAME_LATER: dict[str, dict[str, Any]] = {"target": {"whole_share": 1.0}}
 
 
 def with_old_values(stored: dict[str, Any]) -> dict[str, Any]:
-    """A stored configuration with what its run did in the place of keys that it lacks."""
+    """Complete a stored configuration with what its run did in the place of keys that it lacks."""
     filled = {section: {**keys, **_section(stored, section)} for section, keys in CAME_LATER.items()}
     return {**stored, **filled}
 
@@ -230,7 +256,7 @@ def _section(stored: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def as_begun(config: PretrainConfig, stored: dict[str, Any]) -> tuple[PretrainConfig, list[str]]:
-    """A configuration under which a run that lacks some keys goes on as it began, and what was changed, as key=value."""
+    """Set the keys that a stored configuration lacks to what its run did; also what was changed, as key=value."""
     changed = []
     for section, keys in CAME_LATER.items():
         part = getattr(config, section)

@@ -293,7 +293,7 @@ def windows_a_tile(config: PretrainConfig) -> int:
 
 
 def find_config(name: str) -> Path:
-    """The YAML file `name`: a path, or the name of a recipe that comes with odis-path (with or without .yaml)."""
+    """Find the YAML file `name`: a path, or the name of a recipe that comes with odis-path (with or without .yaml)."""
     path = Path(name)
     if path.is_file():
         return path
@@ -306,7 +306,7 @@ def find_config(name: str) -> Path:
 
 
 def config_folders() -> list[Path]:
-    """The folder of the recipes: inside the installed package, or beside it in a checkout."""
+    """Find the folder of the recipes: inside the installed package, or beside it in a checkout."""
     package = Path(__file__).resolve().parent.parent
     return [folder for folder in (package / "configs", package.parent / "configs") if folder.is_dir()]
 
@@ -367,9 +367,9 @@ def _siblings(key: str) -> list[str]:
 def _nearest(key: str) -> str | None:
     from difflib import get_close_matches
 
-    everything = [f"{s}.{k}" for s, f in PretrainConfig.model_fields.items() for k in _keys(f.annotation)]
-    everything += list(PretrainConfig.model_fields)
-    close = get_close_matches(key, everything, n=1, cutoff=0.6)
+    known = [f"{s}.{k}" for s, f in PretrainConfig.model_fields.items() for k in _keys(f.annotation)]
+    known += list(PretrainConfig.model_fields)
+    close = get_close_matches(key, known, n=1, cutoff=0.6)
     return close[0] if close else None
 
 

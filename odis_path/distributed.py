@@ -19,12 +19,12 @@ Result = TypeVar("Result")
 
 
 def world_size() -> int:
-    """Number of ranks, 1 without torch.distributed."""
+    """Return the number of ranks, 1 without torch.distributed."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def all_reduce_sum(value: Tensor) -> Tensor:
-    """The sum of a tensor over all ranks (in place); no gradient passes."""
+    """Sum a tensor over all ranks (in place); no gradient passes."""
     if world_size() > 1:
         dist.all_reduce(value)
     return value
@@ -75,7 +75,7 @@ def stop_ranks() -> None:
 
 
 def any_rank(flag: bool, ranks: Ranks) -> bool:
-    """True on every rank when it is true on one."""
+    """Return True on every rank when the flag is true on one."""
     if ranks.world == 1:
         return flag
     value = torch.tensor([float(flag)], device=ranks.device)
@@ -84,7 +84,7 @@ def any_rank(flag: bool, ranks: Ranks) -> bool:
 
 
 def on_first_rank(ranks: Ranks, work: Callable[[], Result], failed: str) -> Result | None:
-    """Do on rank 0 what only it does; its result there, None on the others.
+    """Do on rank 0 what only it does; returns the result there, None on the others.
 
     Every rank calls, and all end where a UserError is raised: one that went on would wait for the first for ever. failed: what
     the others say.
@@ -101,7 +101,7 @@ def on_first_rank(ranks: Ranks, work: Callable[[], Result], failed: str) -> Resu
 
 
 def mean_of_ranks(values: torch.Tensor, ranks: Ranks) -> torch.Tensor:
-    """The mean over ranks of a small tensor of figures."""
+    """Average a small tensor of figures over ranks."""
     if ranks.world > 1:
         dist.all_reduce(values)
     return values / ranks.world

@@ -47,8 +47,8 @@ def check_zip(path: Path, what: str, remedy: str) -> bool:
 
 
 def _member_crc32(file: BufferedReader, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> int:
-    """CRC-32 of a member, read as torch reads it: where its local header says that it begins."""
-    value, left = 0, info.file_size
+    """Compute the CRC-32 of a member, read as torch reads it: where its local header says that it begins."""
+    value, remaining = 0, info.file_size
     if info.compress_type != zipfile.ZIP_STORED:
         with archive.open(info) as member:
             while block := member.read(BLOCK_BYTES):
@@ -60,14 +60,14 @@ def _member_crc32(file: BufferedReader, archive: zipfile.ZipFile, info: zipfile.
         raise zipfile.BadZipFile(f"{info.filename} has no header")
     file.seek(name_bytes + extra_bytes, 1)
     buffer = memoryview(bytearray(BLOCK_BYTES))
-    while left and (count := file.readinto(buffer[: min(left, BLOCK_BYTES)])):
+    while remaining and (count := file.readinto(buffer[: min(remaining, BLOCK_BYTES)])):
         value = crc32(buffer[:count], value)
-        left -= count
+        remaining -= count
     return value
 
 
 def state_crc32(state: Mapping[str, Tensor]) -> str:
-    """CRC-32, eight hex digits, of tensors with their names, types and shapes; for the metadata of a .safetensors file."""
+    """Compute the CRC-32, eight hex digits, of tensors with names, types and shapes; for a .safetensors file's metadata."""
     value = 0
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
@@ -78,7 +78,7 @@ def state_crc32(state: Mapping[str, Tensor]) -> str:
 
 
 def load_safetensors(path: Path, remedy: str) -> tuple[dict[str, Tensor], bool]:
-    """The tensors of a .safetensors file, and whether it holds a checksum (ours do, others' do not) that they match.
+    """Load the tensors of a .safetensors file, and whether it holds a checksum (ours do, others' do not) that they match.
 
     Raises DamagedError where they do not match it, and what safetensors raises for a file that is cut off or of another kind.
     """

@@ -72,7 +72,7 @@ class Colours:
 
 
 def draw_colours(rng: np.random.Generator, rules: tuple[ColourRule, ...]) -> np.ndarray:
-    """The changes of one view a rule, packed: float32 (n, 24) = density 12, linear 9, contrast, sigma, solarise.
+    """Draw the changes of one view a rule, packed: float32 (n, 24) = density 12, linear 9, contrast, sigma, solarise.
 
     (n, 25) where a rule turns the hue in HSV: the turn is the last column. How much is drawn depends on n only.
     """
@@ -179,23 +179,24 @@ def turn_hue(channels: Tensor, turns: Tensor) -> Tensor:
 
 
 def _mix(matrix: Tensor, channels: Tensor) -> Tensor:
-    """(n, 3, 3) times (n, 3, p) -> (n, 3, p); spelled out for the compiler, which then needs no pass over memory of its own."""
+    """Multiply (n, 3, 3) by (n, 3, p) -> (n, 3, p); spelled out for the compiler, which then needs no pass over memory."""
     if torch.compiler.is_compiling():
         return (matrix[..., None] * channels[:, None]).sum(2)
     return torch.bmm(matrix, channels)
 
 
 def blur(images: Tensor, sigma: Tensor, radius: int = 4) -> Tensor:
-    """Gaussian blur with one sigma (px) an image, 0 leaves it as it is: (n, 3, h, w), (n,) -> (n, 3, h, w)."""
+    """Blur by a Gaussian with one sigma (px) an image, 0 leaves it as it is: (n, 3, h, w), (n,) -> (n, 3, h, w)."""
     n, channels, h, w = images.shape
     steps = torch.arange(-radius, radius + 1, device=images.device, dtype=images.dtype)
     kernel = torch.exp(-0.5 * (steps[None] / sigma.clamp_min(1e-3)[:, None]) ** 2)
     kernel = kernel / kernel.sum(1, keepdim=True)
     if torch.compiler.is_compiling():
         wide = F.pad(images, (radius, radius, 0, 0), mode="reflect")
-        images = sum(kernel[:, k, None, None, None] * wide[..., k : k + w] for k in range(2 * radius + 1))  # type: ignore[assignment]
-        high = F.pad(images, (0, 0, radius, radius), mode="reflect")
-        return sum(kernel[:, k, None, None, None] * high[..., k : k + h, :] for k in range(2 * radius + 1))  # type: ignore[return-value]
+        terms = [kernel[:, k, None, None, None] * wide[..., k : k + w] for k in range(2 * radius + 1)]
+        high = F.pad(sum(terms[1:], start=terms[0]), (0, 0, radius, radius), mode="reflect")
+        terms = [kernel[:, k, None, None, None] * high[..., k : k + h, :] for k in range(2 * radius + 1)]
+        return sum(terms[1:], start=terms[0])
     kernel = kernel.repeat_interleave(channels, 0)
     flat = images.reshape(1, n * channels, h, w)
     flat = F.conv2d(F.pad(flat, (radius, radius, 0, 0), mode="reflect"), kernel[:, None, None, :], groups=n * channels)

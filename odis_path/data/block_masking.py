@@ -15,12 +15,12 @@ TRIES = 10  # for one block
 
 
 def draw_ratio(rng: np.random.Generator, probability: float, ratio: tuple[float, float]) -> float:
-    """0 with probability 1 - `probability`, else uniform in `ratio` (iBOT's pred_ratio {0, 0.3}, variance {0, 0.2})."""
+    """Draw 0 with probability 1 - `probability`, else uniformly in `ratio` (iBOT's pred_ratio {0, 0.3}, variance {0, 0.2})."""
     return float(rng.uniform(*ratio)) if rng.random() < probability else 0.0
 
 
 def block_mask(rng: np.random.Generator, grid: int, ratio: float, blocks: Blocks = "filled") -> np.ndarray:
-    """Rectangular blocks that hide patches of a view: bool (grid, grid).
+    """Draw rectangular blocks that hide patches of a view: bool (grid, grid).
 
     ibot: an area between the square of a third of the side (16 of 14 x 14 patches) and what is left of ratio * grid^2, until
     none fits in 10 tries: at most that many patches, mostly a few less, in one or two pieces. filled: blocks from 4 patches
@@ -28,17 +28,17 @@ def block_mask(rng: np.random.Generator, grid: int, ratio: float, blocks: Blocks
     """
     mask = np.zeros((grid, grid), dtype=bool)
     if blocks == "ibot":
-        left, least, longest = ratio * grid * grid, (grid // 3) ** 2, grid - 1
+        remaining, least, longest = ratio * grid * grid, (grid // 3) ** 2, grid - 1
     else:
-        left, least, longest = int(ratio * grid * grid), LEAST_FILLED, grid
-    while left > 0:
-        added = _add_block(rng, mask, left, least if blocks == "ibot" else min(least, left), longest)
+        remaining, least, longest = int(ratio * grid * grid), LEAST_FILLED, grid
+    while remaining > 0:
+        added = _add_block(rng, mask, remaining, least if blocks == "ibot" else min(least, remaining), longest)
         if added == 0:
             break
-        left -= added
-    if blocks == "filled" and left:
+        remaining -= added
+    if blocks == "filled" and remaining:
         free = np.flatnonzero(~mask)
-        mask.flat[rng.choice(free, int(left), replace=False)] = True
+        mask.flat[rng.choice(free, int(remaining), replace=False)] = True
     return mask
 
 

@@ -63,7 +63,7 @@ class CropRule:
 
 
 def draw_turns(rng: np.random.Generator, turns: str, count: int) -> np.ndarray:
-    """Symmetries of the square, int64 (count,): 0 (none), 0 or 4 (flip), 0..7 (dihedral)."""
+    """Draw symmetries of the square, int64 (count,): 0 (none), 0 or 4 (flip), 0..7 (dihedral)."""
     if turns == "none":
         return np.zeros(count, dtype=np.int64)
     return rng.integers(8, size=count) if turns == "dihedral" else 4 * rng.integers(2, size=count)
@@ -72,7 +72,7 @@ def draw_turns(rng: np.random.Generator, turns: str, count: int) -> np.ndarray:
 def draw_sizes(
     rng: np.random.Generator, side_px: int, rule: CropRule, count: int, need: tuple[int, int] = (1, 1)
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Widths and heights in tile px, int64 (count,), of random resized crops of a (side_px, side_px) tile.
+    """Draw widths and heights in tile px, int64 (count,), of random resized crops of a (side_px, side_px) tile.
 
     need: width and height that a crop has at least. Area and aspect are uniform (the latter in its logarithm) over those of
     the rule that leave such a crop inside the tile; sides are rounded to whole px. Where the rule has none (see
@@ -108,7 +108,7 @@ def aspects(side_px: int, rule: CropRule, need: tuple[int, int]) -> tuple[float,
 def _sizes_within(
     rng: np.random.Generator, side_px: int, rule: CropRule, count: int, need: tuple[int, int], span: tuple[float, float]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Sizes as rejection would leave them, drawn directly: an aspect by how much area it leaves, then the area.
+    """Draw sizes as rejection would leave them, directly: an aspect by how much area it leaves, then the area.
 
     span: what `aspects` says; the aspect is one of `_CELLS` in it.
     """
@@ -117,16 +117,16 @@ def _sizes_within(
     w, h, end = need[0] - 0.5, need[1] - 0.5, side_px + 0.5
     least = np.maximum(np.maximum(w * w * inverse, h * h * ratio), rule.scale[0] * side_px * side_px)
     most = np.minimum(end * end * np.minimum(ratio, inverse), rule.scale[1] * side_px * side_px)
-    room = np.maximum(most - least, 1e-9)  # never all 0, for a rule of one size
-    upto = room.cumsum()
+    slack = np.maximum(most - least, 1e-9)  # never all 0, for a rule of one size
+    upto = slack.cumsum()
     where, within = rng.random((2, count))
     cell = np.minimum(upto.searchsorted(where * upto[-1]), _CELLS - 1)
-    area = least[cell] + within * room[cell]
+    area = least[cell] + within * slack[cell]
     return np.rint(np.sqrt(area * ratio[cell])), np.rint(np.sqrt(area * inverse[cell]))
 
 
 def _offset_range(lo: float, hi: float, length: int, side_px: int, rule: CropRule) -> tuple[int, int]:
-    """First and last integer offset of a crop side `length` that overlaps [lo, hi] as the rule asks, inside the tile."""
+    """Find the first and last offset in the tile of a crop side `length` that overlaps [lo, hi] as the rule asks."""
     span = hi - lo
     if rule.containment == "any":
         need = min(ANY_PX, span, length)
@@ -143,12 +143,12 @@ def _offset_range(lo: float, hi: float, length: int, side_px: int, rule: CropRul
 
 
 def sample_crop(rng: np.random.Generator, side_px: int, box: np.ndarray | None, rule: CropRule) -> Crop:
-    """One random crop; see `sample_crops`."""
+    """Draw one random crop; see `sample_crops`."""
     return sample_crops(rng, side_px, box, rule, 1)[0]
 
 
 def sample_crops(rng: np.random.Generator, side_px: int, box: np.ndarray | None, rule: CropRule, count: int) -> list[Crop]:
-    """Random crops of a tile that show the box.
+    """Draw random crops of a tile that show the box.
 
     box: (4,) x0, y0, x1, y1 in tile px, or None for free crops. Every crop has scale and aspect of the rule. With full
     containment it contains the box if a crop of the rule can; else it does so along the axes on which it is long enough, and
@@ -176,7 +176,7 @@ def sample_crops(rng: np.random.Generator, side_px: int, box: np.ndarray | None,
 
 
 def _by_rejection(rng: np.random.Generator, side_px: int, box: np.ndarray, rule: CropRule, count: int) -> list[Crop]:
-    """For each crop free crops until one shows the box, as in the post; what follows the last try is the rule's fallback."""
+    """Draw free crops until one shows the box, `count` times; what follows the last try is the rule's fallback."""
     free = _free_crops(rng, side_px, rule)
     whole = rule.containment == "full" and _can_fit(box, side_px, rule)
     crops = []
@@ -193,7 +193,7 @@ def _by_rejection(rng: np.random.Generator, side_px: int, box: np.ndarray, rule:
 
 
 def _free_crops(rng: np.random.Generator, side_px: int, rule: CropRule) -> Iterator[Crop]:
-    """Free crops without end, drawn some at a time."""
+    """Draw free crops without end, a few at a time."""
     while True:
         yield from sample_crops(rng, side_px, None, rule, _CHUNK)
 
@@ -213,10 +213,11 @@ def _overlaps(crop: Crop, box: np.ndarray, side_px: int, rule: CropRule) -> bool
 
 
 def visible_share(crop: Crop, boxes: np.ndarray) -> np.ndarray:
-    """The share of each box's area that lies in the crop: (k, 4) -> float64 (k,)."""
+    """Compute the share of each box's area that lies in the crop: (k, 4) -> float64 (k,)."""
     corner = np.array([crop.x, crop.y], dtype=np.float64)
     low, high = np.maximum(boxes[:, :2], corner), np.minimum(boxes[:, 2:], corner + np.array([crop.w, crop.h]))
-    return (high - low).clip(0).prod(1) / (boxes[:, 2:] - boxes[:, :2]).prod(1)
+    share: np.ndarray = (high - low).clip(0).prod(1) / (boxes[:, 2:] - boxes[:, :2]).prod(1)
+    return share
 
 
 def _can_fit(box: np.ndarray, side_px: int, rule: CropRule) -> bool:
@@ -245,19 +246,20 @@ def turn_grid(grid: np.ndarray, turn: int) -> np.ndarray:
 def patch_mask(
     crop: Crop, box: np.ndarray, grid: int, *, rule: MaskRule = "any", fraction: float = 0.5, margin: int = 0
 ) -> np.ndarray:
-    """Patches of the crop that belong to the box: bool (grid, grid), rows are y.
+    """Find the patches of the crop that belong to the box: bool (grid, grid), rows are y.
 
     any: the patch overlaps the box; fraction: by at least that share of the patch's area; centre: the patch's centre lies
     in the box. margin: patches added on each side. All False where the box lies outside the crop.
     """
-    return patch_masks([crop], box, grid, rule=rule, fraction=fraction, margin=margin)[0]
+    mask: np.ndarray = patch_masks([crop], box, grid, rule=rule, fraction=fraction, margin=margin)[0]
+    return mask
 
 
 def patch_masks(
     crops: Sequence[Crop], box: np.ndarray, grid: int, *, rule: MaskRule = "any", fraction: float = 0.5, margin: int = 0
 ) -> np.ndarray:
-    """`patch_mask` of several crops of one tile: bool (crops, grid, grid)."""
-    frame = np.array([(v.x, v.y, v.w, v.h) for v in crops], dtype=np.float64)
+    """Compute `patch_mask` of several crops of one tile: bool (crops, grid, grid)."""
+    frame = np.array([(c.x, c.y, c.w, c.h) for c in crops], dtype=np.float64)
     # (crops, x or y, low or high), in patches of the unturned crop
     span = (box.reshape(1, 2, 2) - frame[:, None, :2]).transpose(0, 2, 1) * grid / frame[:, 2:, None]
     cells = np.arange(grid, dtype=np.float64)
@@ -283,12 +285,12 @@ def patch_masks(
 
 
 def crop_matrices(crops: Sequence[Crop], side_px: int) -> np.ndarray:
-    """Crops as affine maps for `torch.nn.functional.grid_sample` (align_corners=False): float32 (crops, 2, 3).
+    """Turn crops into affine maps for `torch.nn.functional.grid_sample` (align_corners=False): float32 (crops, 2, 3).
 
     Each maps output coordinates in [-1, 1] to tile coordinates in [-1, 1], turn included.
     """
-    frame = np.array([(v.x, v.y, v.w, v.h) for v in crops], dtype=np.float64).reshape(-1, 2, 2)  # (crops, corner or size, axis)
+    frame = np.array([(c.x, c.y, c.w, c.h) for c in crops], dtype=np.float64).reshape(-1, 2, 2)  # (crops, corner or size, axis)
     theta = np.empty((len(crops), 2, 3), dtype=np.float32)
-    theta[:, :, :2] = _UNTURN[[v.turn for v in crops]] * (frame[:, 1] / side_px)[:, :, None]
+    theta[:, :, :2] = _UNTURN[[c.turn for c in crops]] * (frame[:, 1] / side_px)[:, :, None]
     theta[:, :, 2] = (2 * frame[:, 0] + frame[:, 1]) / side_px - 1
     return theta

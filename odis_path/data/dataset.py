@@ -292,11 +292,11 @@ class TileSamples(torch.utils.data.Dataset[TileSample | list[TileSample]]):
         ]
 
     def _object_masks(self, crops: list[Crop], objects: list[SampledObject], *, local: bool) -> np.ndarray:
-        """The patches of global or local crops in each object: bool (crops, K, N)."""
+        """Find the patches of global or local crops in each object: bool (crops, K, N)."""
         return np.stack([self._object_mask(crops, obj, local) for obj in objects], axis=1)
 
     def _object_mask(self, crops: list[Crop], obj: SampledObject, local: bool) -> np.ndarray:
-        """The patches of crops in one object: bool (crops, N).
+        """Find the patches of crops in one object: bool (crops, N).
 
         All False where there is no object, where its outline lies beside a crop, or where rejection gave up on a crop that was
         to show it.
@@ -316,18 +316,18 @@ class TileSamples(torch.utils.data.Dataset[TileSample | list[TileSample]]):
         return masks.reshape(len(crops), -1)
 
     def _outlines_mask(self, crop: Crop, outlines: list[list[np.ndarray]], grid: int) -> np.ndarray:
-        """The patches of a crop in any of the outlines, bool (grid, grid); of one too small for the rule those it touches."""
+        """Find the patches of a crop in any outline, bool (grid, grid); of one too small for the rule those it touches."""
         mask: np.ndarray = np.logical_or.reduce([self._outline_mask(crop, rings, grid) for rings in outlines])
         return mask if mask.any() else np.logical_or.reduce([polygon_mask(crop, rings, grid) for rings in outlines])
 
 
 def kinds_of(config: PretrainConfig) -> np.ndarray:
-    """The kinds of boxes that may be targets, as slide files number them: uint8."""
+    """List the kinds of boxes that may be targets, as slide files number them: uint8."""
     return np.array([kind for kind in Kind if kind.word in config.data.kinds], dtype=np.uint8)
 
 
 def crop_rules(config: PretrainConfig) -> tuple[CropRule, CropRule]:
-    """The rules by which global and local crops are drawn."""
+    """Return the rules by which global and local crops are drawn."""
     v, t = config.views, config.target
     global_rule = CropRule(
         scale=v.global_scale,
@@ -344,7 +344,7 @@ def crop_rules(config: PretrainConfig) -> tuple[CropRule, CropRule]:
 
 
 def colour_rules(config: PretrainConfig) -> tuple[ColourRule, ...]:
-    """Colour changes of each view: the first global one, the second, and the locals."""
+    """Return the colour changes of each view: the first global one, the second, and the locals."""
     v = config.views
     local = ColourRule(
         brightness=v.brightness,

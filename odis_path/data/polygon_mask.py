@@ -21,7 +21,7 @@ Edges = tuple[np.ndarray, np.ndarray, np.ndarray]  # start (E, 2), end (E, 2) in
 def polygon_mask(
     crop: Crop, rings: list[np.ndarray], grid: int, *, rule: MaskRule = "any", fraction: float = 0.5, margin: int = 0
 ) -> np.ndarray:
-    """Patches of the crop that belong to the polygon: bool (grid, grid), rows are y, turned as the crop is.
+    """Find patches of the crop that belong to the polygon: bool (grid, grid), rows are y, turned as the crop is.
 
     rings: (k, 2) x, y in tile px, open or closed, filled by the even-odd rule; none crosses itself or another, as in a valid
     polygon, whatever their directions and order. any: the patch overlaps the polygon; fraction: by at least that share of the
@@ -49,7 +49,7 @@ def polygon_mask(
 
 
 def polygon_cover(crop: Crop, rings: list[np.ndarray], grid: int) -> np.ndarray:
-    """The share of each patch's area that the polygon covers: float64 (grid, grid), rows are y, before the crop's turn."""
+    """Compute the share of each patch's area that the polygon covers: float64 (grid, grid), rows are y, before the turn."""
     edges = _edges(crop, [ring for ring in rings if len(ring) >= 3], grid)
     return np.zeros((grid, grid)) if edges is None else _cover(edges, grid)
 
@@ -65,7 +65,7 @@ def _is_box(ring: np.ndarray) -> bool:
 
 
 def _edges(crop: Crop, rings: list[np.ndarray], grid: int) -> Edges | None:
-    """The edges of the rings in units of the crop's patches; None where the polygon lies outside the crop.
+    """Express the rings' edges in units of the crop's patches; None where the polygon lies outside the crop.
 
     sign: +1 or -1, such that the polygon's area is the sum over its edges of sign * rise * (what lies to the right).
     """
@@ -87,7 +87,7 @@ def _edges(crop: Crop, rings: list[np.ndarray], grid: int) -> Edges | None:
 
 
 def _depth(xy: np.ndarray, first: np.ndarray, length: np.ndarray, area: np.ndarray) -> np.ndarray:
-    """The number of rings that each ring lies in, (R,) int64: holes lie in an odd number, whatever a rounded vertex touches."""
+    """Count the rings that each ring lies in, (R,) int64: holes lie in an odd number, whatever a rounded vertex touches."""
     import shapely
 
     polygons = shapely.polygons(shapely.linearrings(xy, indices=np.repeat(np.arange(len(first)), length)))
@@ -116,7 +116,7 @@ def _cover(edges: Edges, grid: int) -> np.ndarray:
 
 
 def _split(edges: Edges, axis: int, grid: int) -> Edges:
-    """Edges cut where they cross the lines 0..grid of an axis, in order along each edge."""
+    """Cut edges where they cross the lines 0..grid of an axis, in order along each edge."""
     start, end, sign = edges
     a, b = start[:, axis], end[:, axis]
     low = np.maximum(np.floor(np.minimum(a, b)) + 1, 0)  # the first line above the lower end
@@ -140,7 +140,7 @@ def _split(edges: Edges, axis: int, grid: int) -> Edges:
 
 
 def _centres(edges: Edges, grid: int) -> np.ndarray:
-    """Patches whose centre is in the polygon: an odd number of edges to the left of it or through it."""
+    """Find patches whose centre is in the polygon: an odd number of edges to the left of it or through it."""
     start, end, _ = edges
     centres = np.arange(grid) + 0.5
     edge, row = np.nonzero((start[:, 1:] <= centres) != (end[:, 1:] <= centres))
@@ -148,4 +148,5 @@ def _centres(edges: Edges, grid: int) -> np.ndarray:
     x = a[:, 0] + (centres[row] - a[:, 1]) / (b[:, 1] - a[:, 1]) * (b[:, 0] - a[:, 0])
     first = np.clip(np.ceil(x - 0.5), 0, grid).astype(np.int64)  # the first centre that the edge is left of
     crossed = np.bincount(row * (grid + 1) + first, minlength=grid * (grid + 1)).reshape(grid, grid + 1)
-    return crossed.cumsum(1)[:, :grid] % 2 == 1
+    inside: np.ndarray = crossed.cumsum(1)[:, :grid] % 2 == 1
+    return inside

@@ -21,12 +21,12 @@ class Target(NamedTuple):
 
 
 def whole_tile(side_px: int, rows: np.ndarray | None = None) -> Target:
-    """The tile itself as target; rows: the boxes that nearly fill it, if it stands for those."""
+    """Make the tile itself a target; rows: the boxes that nearly fill it, if it stands for those."""
     return Target(np.array([0.0, 0.0, side_px, side_px]), np.zeros(0, dtype=np.int64) if rows is None else rows, True)
 
 
 def tile_share(box: np.ndarray, side_px: int) -> float:
-    """The share of a tile's area that a box (4,) covers."""
+    """Compute the share of a tile's area that a box (4,) covers."""
     return float((box[2] - box[0]) * (box[3] - box[1])) / side_px**2
 
 
@@ -39,7 +39,7 @@ def choose_box(
     min_side_px: float = 0.0,
     side_px: int,
 ) -> Target | None:
-    """The target object of a tile, or None where there is no box.
+    """Draw the target object of a tile; None where there is no box.
 
     boxes: (k, 4); groups: (k,) label of each box, used by choice="label" (a label first, uniformly, then one of its boxes).
     uniform draws among the boxes whose area is at least min_side_px squared, if there are any; a smaller box is
@@ -67,7 +67,7 @@ def choose_box(
 def further_targets(
     rng: np.random.Generator, boxes: np.ndarray, allowed: np.ndarray, count: int, first: Target
 ) -> list[Target | None]:
-    """`count` further targets, drawn among the allowed boxes, bool (k,), that the first is not made of; None fills up."""
+    """Draw `count` targets among the allowed boxes, bool (k,), that the first is not made of; None fills up."""
     pool = np.setdiff1d(np.flatnonzero(allowed), first.rows)
     picked = rng.permutation(pool)[:count]
     targets: list[Target | None] = [Target(boxes[i].astype(np.float64), np.array([i])) for i in picked]
@@ -77,7 +77,7 @@ def further_targets(
 def noisy_boxes(
     rng: np.random.Generator, boxes: np.ndarray, *, jitter: float, drop: float, false: float, side_px: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes as a poor detector would give them, for studies of robustness: (m, 4), and the row each was, -1 for a false one.
+    """Make boxes as a poor detector would give them, for studies of robustness: (m, 4), and the row each was, -1 if false.
 
     boxes: (k, 4) in tile px. jitter: every edge moves by up to this share of the side, uniformly, and stays in the tile; no
     side gets shorter than a pixel. drop: probability that a box is missing. false: probability that a box brings along a false
@@ -97,7 +97,7 @@ def noisy_boxes(
 
 
 def grow_box(boxes: np.ndarray, pick: int, min_side_px: float, side_px: int) -> Target:
-    """The union of a small box with its nearest neighbours until it covers min_side_px squared, else widened."""
+    """Unite a small box with its nearest neighbours until it covers min_side_px squared, else widen it."""
     centre = (boxes[:, :2] + boxes[:, 2:]) / 2
     box, rows = boxes[pick].copy(), [pick]
     order = np.argsort(((centre - centre[pick]) ** 2).sum(1), kind="stable")

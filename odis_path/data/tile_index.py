@@ -18,7 +18,7 @@ _MOST_OPEN = 512
 
 
 def open_files() -> int:
-    """The number of slide files a process keeps open: each may hold its slide open as well, and others need descriptors too."""
+    """Return how many slide files a process may keep open: each may hold its slide open too, and others need descriptors."""
     try:
         import resource
     except ImportError:  # not a POSIX system
@@ -86,17 +86,17 @@ class TileIndex:
         return len(self.slide)
 
     def of_patients(self, patients: set[str], *, inside: bool) -> TileIndex:
-        """The tiles of these patients, or of all others."""
+        """Return the tiles of these patients, or of all others."""
         chosen = np.array([(p in patients) == inside for p in self.patients], dtype=bool)
         return self.rows(np.flatnonzero(chosen[self.slide]))
 
     def rows(self, keep: np.ndarray) -> TileIndex:
-        """The tiles `keep`, int (m,)."""
+        """Return the tiles `keep`, int (m,)."""
         return TileIndex(self.paths, self.slide[keep], self.row[keep], self.slide_ids, self.patients, self.tile_px, self.mpp)
 
 
 def index_tiles(folder: str | Path, *, need_boxes: np.ndarray | None = None, need_polygons: bool = False) -> TileIndex:
-    """All tiles of a folder of slide files.
+    """Index all tiles of a folder of slide files.
 
     need_boxes: uint8 kinds; only tiles with a box of one of them. need_polygons: boxes have outlines. Raises UserError where
     sizes or mpp differ between files, none holds a tile, or outlines are missing.
@@ -127,8 +127,8 @@ def index_tiles(folder: str | Path, *, need_boxes: np.ndarray | None = None, nee
             if len(file):
                 sizes.setdefault((file.patch_size, round(file.mpp, 4)), path.name)
     if len(sizes) > 1:
-        found = "; ".join(f"{name}: {size} px at {mpp} mpp" for (size, mpp), name in sizes.items())
-        raise UserError(f"{folder}: tiles of several sizes or resolutions ({found}); tile them alike into one folder")
+        listed = "; ".join(f"{name}: {size} px at {mpp} mpp" for (size, mpp), name in sizes.items())
+        raise UserError(f"{folder}: tiles of several sizes or resolutions ({listed}); tile them alike into one folder")
     if not sizes or not sum(map(len, rows)):
         raise UserError(f"{folder}: no tile{' with a box' if need_boxes is not None else ''} in its {len(paths)} slide files")
     (tile_px, mpp), _ = sizes.popitem()
@@ -136,7 +136,7 @@ def index_tiles(folder: str | Path, *, need_boxes: np.ndarray | None = None, nee
 
 
 def _has_kind(file: SlideFile, kinds: np.ndarray) -> np.ndarray:
-    """Which tiles hold a box of one of these kinds: bool (N,)."""
+    """Tell which tiles hold a box of one of these kinds: bool (N,)."""
     table = file.boxes_table()
     if not len(table["object"]):
         return np.zeros(len(file), bool)

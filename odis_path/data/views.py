@@ -14,7 +14,7 @@ from odis_path.data.augment import apply_colours
 
 
 def cut_views(tiles: Tensor, theta: Tensor, size_px: int, max_shrink: float = 1.0) -> Tensor:
-    """Views of tiles by bilinear sampling.
+    """Cut views of tiles by bilinear sampling.
 
     tiles: float (B, 3, S, S) in [0, 1]; theta: float32 (V, B, 2, 3) from `odis_path.data.crops.crop_matrices`. Returns float
     (V * B, 3, size_px, size_px), view-major. Where a view may shrink its crop (max_shrink > 1.5 tile px a view px), it is
@@ -27,7 +27,7 @@ def cut_views(tiles: Tensor, theta: Tensor, size_px: int, max_shrink: float = 1.
     affine = theta.transpose(0, 1).reshape(-1, 2, 3).to(tiles.dtype)
     grid = F.affine_grid(affine, [views * batch, 3, out, out], align_corners=False).view(batch, views * out, out, 2)
     images = F.grid_sample(tiles, grid, mode="bilinear", padding_mode="border", align_corners=False)
-    images = images.unflatten(2, (views, out)).permute(2, 0, 1, 3, 4).flatten(0, 1)
+    images = images.reshape(batch, 3, views, out, out).permute(2, 0, 1, 3, 4).flatten(0, 1)
     return F.avg_pool2d(images, finer) if finer > 1 else images
 
 
@@ -41,7 +41,7 @@ def view_images(
     mean: tuple[float, ...],
     std: tuple[float, ...],
 ) -> Tensor:
-    """All views of one size of a batch, ready for the network.
+    """Make all views of one size of a batch, ready for the network.
 
     tiles: uint8 (B, S, S, 3); theta: (V, B, 2, 3), see `cut_views`; colours: (V, B, 24) and blurred, see `apply_colours`.
     Returns float32 (V * B, 3, size_px, size_px), view-major.
@@ -52,12 +52,12 @@ def view_images(
 
 @cache
 def compiled_view_images() -> Callable[..., Tensor]:
-    """`view_images` as a few kernels, in place of a hundred passes over memory; give it blurred=None."""
+    """Compile `view_images` to a few kernels, in place of a hundred passes over memory; give it blurred=None."""
     return torch.compile(view_images, dynamic=False)
 
 
 def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """(n, 3, h, w) in [0, 1] to zero mean and unit spread by channel."""
+    """Bring (n, 3, h, w) in [0, 1] to zero mean and unit spread by channel."""
     shift = torch.tensor(mean, device=images.device, dtype=images.dtype)[:, None, None]
     scale = torch.tensor(std, device=images.device, dtype=images.dtype)[:, None, None]
     return (images - shift) / scale

@@ -155,7 +155,7 @@ def _from_timm(source: str, device: torch.device, random_weights: bool, pool: st
         reason = "its config names none"
     if start.norm_assumed:
         reason += "; mean and std of ImageNet, as its config.json states none"
-    module = wrapped(start, embedding_pool(start, source, pool), where=source)
+    module = wrapped(start, embedding_pool(start, source, pool), source=source)
     assert start.norm is not None
     mean, std = start.norm
     name = f"random:{source}" if random_weights else source
@@ -164,7 +164,7 @@ def _from_timm(source: str, device: torch.device, random_weights: bool, pool: st
 
 def teacher_encoder(checkpoint: Checkpoint, *, random_weights: bool = False) -> ObjViT:
     """Build the teacher's encoder of a checkpoint, without the heads; with its weights unless they are to be random."""
-    state = checkpoint.state["teacher"]
+    state = checkpoint.state.teacher
     network = build_network(checkpoint.config, student=False, like=state)
     if not random_weights:
         load_into(network, state, checkpoint.path, "teacher")

@@ -51,12 +51,12 @@ class Center(nn.Module):
 
 
 def teacher_probabilities(logits: Tensor, center: Tensor, temperature: float | Tensor) -> Tensor:
-    """Teacher probabilities softmax((z - c) / tau), in the type of the center: (.., K), (K,) -> (.., K)."""
+    """Compute softmax((z - c) / tau), in the type of the center: (.., K), (K,) -> (.., K)."""
     return F.softmax((logits.to(center.dtype) - center) / temperature, dim=-1)
 
 
 def count_view_pairs(seen: Tensor, queries: int = 2) -> Tensor:
-    """Number of pairs of a teacher view and another student view: bool or 0 and 1 (V, ...), globals first -> scalar."""
+    """Count pairs of a teacher view and another student view: bool or 0 and 1 (V, ...), globals first -> scalar."""
     seen = seen.to(torch.float64)
     return (seen[:queries].sum(0) * seen.sum(0)).sum() - seen[:queries].sum()
 
@@ -64,7 +64,7 @@ def count_view_pairs(seen: Tensor, queries: int = 2) -> Tensor:
 def cross_view_loss(
     teacher: Tensor, student_logits: Tensor, temperature: float, weight: Tensor | None = None, pairs: Tensor | None = None
 ) -> Tensor:
-    """L_obj: the mean over teacher view q and student view v != q of H(P_t(q), P_s(v)).
+    """Compute L_obj, the mean over teacher view q and student view v != q of H(P_t(q), P_s(v)).
 
     teacher: probabilities (Q, B, K) of the global views; student_logits: (V, B, K), the first Q of them the same
     views; weight: (V, B), 0 where a view lacks its box, so that no pair with it counts. pairs: how many pairs count over all
@@ -90,7 +90,7 @@ def masked_patch_loss(
     temperature: float,
     counts: Tensor | None = None,
 ) -> Tensor:
-    """L_patch: mean over images of sum_i m_i H_i / max(sum m, 1), on masked patches only.
+    """Compute L_patch, the mean over images of sum_i m_i H_i / max(sum m, 1), on masked patches only.
 
     teacher: probabilities (n, K) of the n masked patches; student_logits: (n, K); image: int64 (n,) the image of each row,
     below `images` (global views of this rank, the same number on every rank); counts: (images,) masked patches an image,
@@ -107,9 +107,9 @@ def masked_patch_loss(
 
 @torch.no_grad()
 def entropy(probabilities: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Mean entropy of rows in nats: (.., K) -> scalar. log K means uniform, 0 means one prototype: both are collapse.
+    """Compute the mean entropy of rows in nats: (.., K) -> scalar. log K means uniform, 0 one prototype: both are collapse.
 
     weight: (..), rows of weight 0 do not count.
     """
-    rows = -torch.special.xlogy(probabilities, probabilities).sum(-1)
+    rows: Tensor = -torch.special.xlogy(probabilities, probabilities).sum(-1)
     return rows.mean() if weight is None else (rows * weight).sum() / weight.sum().clamp_min(1)

@@ -22,7 +22,7 @@ EPSILON = 1e-8  # in the log of KoLeo: two equal rows cost log(1e8), not infinit
 
 
 def koleo(tokens: Tensor, weight: Tensor | None = None, rows: int | None = None) -> Tensor:
-    """-mean_i log(min_{j != i} ||z_i - z_j|| + 1e-8), z the tokens at unit length: (n, D) -> scalar to be minimised.
+    """Compute -mean_i log(min_{j != i} ||z_i - z_j|| + 1e-8), z the tokens at unit length: (n, D) -> scalar, to be minimised.
 
     The Kozachenko-Leonenko estimate of the entropy, with the sign turned (Sablayrolles et al., arXiv 1806.03198;
     DINOv2, arXiv 2304.07193). The nearest row is looked up without gradient, its distance computed again with it; two equal
@@ -34,17 +34,17 @@ def koleo(tokens: Tensor, weight: Tensor | None = None, rows: int | None = None)
     """
     with torch.autocast(tokens.device.type, enabled=False):
         pool = _pool_of_ranks(tokens, weight, rows)
-        if not len(pool.every):
-            return pool.mine.sum()
+        if not len(pool.all_rows):
+            return pool.own.sum()
         with torch.no_grad():
-            nearest = (pool.mine @ pool.every.T).masked_fill(~pool.pairs, -torch.inf).argmax(1)
-        difference = torch.where(pool.counted[:, None], pool.mine - pool.every[nearest], 1.0)
+            nearest = (pool.own @ pool.all_rows.T).masked_fill(~pool.pairs, -torch.inf).argmax(1)
+        difference = torch.where(pool.counted[:, None], pool.own - pool.all_rows[nearest], 1.0)
         distance = torch.linalg.vector_norm(difference, dim=1)
         return pool.mean(-(distance + EPSILON).log())
 
 
 def kde(tokens: Tensor, concentration: float = 5.0, weight: Tensor | None = None, rows: int | None = None) -> Tensor:
-    """mean_i log sum_{j != i} exp(k z_i.z_j), z the tokens at unit length: (n, D) -> scalar to be minimised.
+    """Compute mean_i log sum_{j != i} exp(k z_i.z_j), z the tokens at unit length: (n, D) -> scalar, to be minimised.
 
     The log density at each row that a von Mises-Fisher kernel of concentration k puts there from all other rows, without
     its constant (Wang and Isola, arXiv 2005.10242; in place of KoLeo in Virchow2, arXiv 2408.00738). It is lower the
@@ -52,7 +52,7 @@ def kde(tokens: Tensor, concentration: float = 5.0, weight: Tensor | None = None
     """
     with torch.autocast(tokens.device.type, enabled=False):
         pool = _pool_of_ranks(tokens, weight, rows)
-        scores = (concentration * pool.mine @ pool.every.T).masked_fill(~pool.pairs, -torch.inf)
+        scores = (concentration * pool.own @ pool.all_rows.T).masked_fill(~pool.pairs, -torch.inf)
         scores = torch.where(pool.counted[:, None], scores, 0.0)  # a row of -inf alone would have a gradient of NaN
         return pool.mean(torch.logsumexp(scores, dim=1))
 
@@ -60,14 +60,14 @@ def kde(tokens: Tensor, concentration: float = 5.0, weight: Tensor | None = None
 class _Pool(NamedTuple):
     """The rows of this rank among those of all ranks, padding included; all of them at unit length."""
 
-    mine: Tensor  # (n, D)
-    every: Tensor  # (M, D)
+    own: Tensor  # (n, D)
+    all_rows: Tensor  # (M, D)
     pairs: Tensor  # bool (n, M), row j of `every` is another row than i, and of weight 1
     counted: Tensor  # bool (n,), row i has weight 1 and there is another one
     total: Tensor  # int64 scalar, rows of weight 1 on all ranks
 
     def mean(self, values: Tensor) -> Tensor:
-        """(n,) -> scalar: the share of this rank of the mean over all rows, times world."""
+        """Compute the share of this rank of the mean over all rows, times world: (n,) -> scalar."""
         return torch.where(self.counted, values, 0.0).sum() * world_size() / self.total.clamp_min(1)
 
 
@@ -76,23 +76,25 @@ def _pool_of_ranks(tokens: Tensor, weight: Tensor | None, rows: int | None) -> _
     n = len(tokens)
     keep = torch.ones(n, dtype=torch.bool, device=tokens.device) if weight is None else weight > 0
     tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32)).masked_fill(~keep[:, None], 0)
-    mine = F.normalize(tokens, dim=1)
-    every, live, first = mine, keep, 0
+    own = F.normalize(tokens, dim=1)
+    all_rows, live, first = own, keep, 0
     if world_size() > 1:
         rows = _largest(n, tokens.device) if rows is None else rows
         if n > rows:
             raise ValueError(f"{n} rows on rank {dist.get_rank()}, but rows={rows}")
-        block = F.pad(torch.cat([mine, keep[:, None].to(mine.dtype)], dim=1), (0, 0, 0, rows - n))
-        every = _Gather.apply(block)
+        block = F.pad(torch.cat([own, keep[:, None].to(own.dtype)], dim=1), (0, 0, 0, rows - n))
+        all_rows = _Gather.apply(block)
         first = rows * dist.get_rank()
-        every, live = every[:, :-1], every[:, -1].detach() > 0
-    other = torch.arange(len(every), device=every.device) != torch.arange(first, first + n, device=every.device)[:, None]
+        all_rows, live = all_rows[:, :-1], all_rows[:, -1].detach() > 0
+    other = (
+        torch.arange(len(all_rows), device=all_rows.device) != torch.arange(first, first + n, device=all_rows.device)[:, None]
+    )
     total = live.sum()
-    return _Pool(mine, every, other & live, keep & (total > 1), total)
+    return _Pool(own, all_rows, other & live, keep & (total > 1), total)
 
 
 def _largest(n: int, device: torch.device) -> int:
-    """The largest n of all ranks. Waits for the device."""
+    """Find the largest n of all ranks. Waits for the device."""
     size = torch.tensor(n, device=device)
     dist.all_reduce(size, op=dist.ReduceOp.MAX)
     return int(size.item())

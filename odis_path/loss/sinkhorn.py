@@ -15,7 +15,7 @@ from odis_path.distributed import all_reduce_sum, world_size
 
 @torch.no_grad()
 def sinkhorn(logits: Tensor, temperature: float, weight: Tensor | None = None, iterations: int = 3) -> Tensor:
-    """Q = exp(z / tau), its columns and then its rows divided by their sums, `iterations` times: (n, K) -> (n, K).
+    """Compute Q: exp(z / tau), its columns and then its rows divided by their sums, `iterations` times: (n, K) -> (n, K).
 
     logits: (n, K) rows of this rank; n may differ between ranks and be 0, columns are summed over all ranks. weight: (n,)
     0 or 1; a row of weight 0, whatever is in it, takes no part and comes out as zeros. All other rows sum to 1. float32,
@@ -37,7 +37,7 @@ def sinkhorn(logits: Tensor, temperature: float, weight: Tensor | None = None, i
 
 
 def _logsumexp_of_ranks(local: Tensor) -> Tensor:
-    """log of the sum over ranks of exp: (K,) of this rank, -inf where it has no row -> (K,), the same on every rank."""
+    """Compute log of the sum over ranks of exp: (K,) of this rank, -inf where it has no row -> (K,), alike on all ranks."""
     if world_size() == 1:
         return local
     top = local.clone()

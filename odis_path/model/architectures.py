@@ -22,8 +22,10 @@ SHORT_NAMES = {
     "g/14": "vit_giant_patch14_reg4_dinov2",
 }
 
+TimmArguments = dict[str, Any]  # of timm.create_model
+
 # What every encoder here is built with: no classifier, [OBJ] in the place of the class token, any grid of patches.
-BASE_KWARGS: dict[str, Any] = {"num_classes": 0, "global_pool": "token", "class_token": True, "dynamic_img_size": True}
+BASE_KWARGS: TimmArguments = {"num_classes": 0, "global_pool": "token", "class_token": True, "dynamic_img_size": True}
 
 
 SHORT = re.compile(r"(?:vit[-_])?([a-z]{1,2}/\d+)", re.IGNORECASE)
@@ -34,16 +36,16 @@ def is_model_name(source: str) -> bool:
     return bool(SHORT.fullmatch(source.strip()) or re.match(r"(hf[-_]hub|local-dir):", source))
 
 
-def resolve_model(name: str, kwargs: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """A timm name and arguments for timm.create_model.
+def resolve_model(name: str, kwargs: TimmArguments) -> tuple[str, TimmArguments]:
+    """Resolve a model to a timm name and arguments for timm.create_model.
 
     name: `S/16`, `ViT-B/14` and the like (in any case), or any name of timm, which is returned as it is. kwargs: words
     under keys that end in `_layer` (mlp_layer: SwiGLUPacked) become the classes of timm.layers or torch.nn.
     Raises UserError for a short name or a word that is not known.
     """
-    found = SHORT.fullmatch(name.strip())
-    if found:
-        short = found[1].lower()
+    match = SHORT.fullmatch(name.strip())
+    if match:
+        short = match[1].lower()
         if short not in SHORT_NAMES:
             known = ", ".join(f"{size[0].upper()}{size[1:]}" for size in SHORT_NAMES)
             raise UserError(f"model.name is {name!r}: no such short name; take one of {known}, or a full name of timm")
@@ -65,7 +67,7 @@ def patch_px(name: str, kwargs: Mapping[str, Any]) -> int:
 
 
 def find_layer(key: str, word: str) -> tuple[str, Any]:
-    """The dotted name and the class behind `word`: timm.layers first, then torch.nn; the case is forgiven.
+    """Find the dotted name and the class behind `word`: timm.layers first, then torch.nn; the case is forgiven.
 
     key: which argument asked, for the error. timm's LayerNorm has the eps of its vision transformers (1e-6).
     """

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from annotations.errors import UserError, one_line
-from odis_path.model.architectures import BASE_KWARGS, resolve_model
+from odis_path.model.architectures import BASE_KWARGS, TimmArguments, resolve_model
 from odis_path.model.pretrained import Backbone, LoadReport, find_backbone, is_gated, load_backbone, read_backbone
 from odis_path.model.published import RGB, Published, published
 from odis_path.model.source import HubFolder, hub_folder
@@ -44,14 +44,14 @@ class Start:
 
 def create_vit(
     name: str,
-    kwargs: dict[str, Any] | None = None,
+    kwargs: TimmArguments | None = None,
     *,
     weights: str | None = None,
     drop_path: float = 0.0,
     like: Mapping[str, Tensor] | None = None,
     native: bool = False,
 ) -> Start:
-    """A vision transformer of timm.
+    """Build a vision transformer of timm.
 
     weights: None (random), "timm" (those that timm, the hub or a `local-dir:` folder has under the name), or a local file.
     Without weights it is built for [OBJ], with a class token and a norm before it; like: with the tokens and the norm of this
@@ -75,10 +75,10 @@ def create_vit(
     sketch = _sketch(name, options)
     backbone = _backbone_of(name, folder, sketch, weights)
     if backbone is not None and known is not None and known.kwargs:  # a folder of its name need not be what its authors publish
-        plain = _own_options(None, folder, resolved) | {"drop_path_rate": drop_path}
-        other = _sketch(name, plain)
-        if _differences(other, backbone) < _differences(sketch, backbone):
-            sketch, options = other, plain
+        plain_options = _own_options(None, folder, resolved) | {"drop_path_rate": drop_path}
+        plain = _sketch(name, plain_options)
+        if _differences(plain, backbone) < _differences(sketch, backbone):
+            sketch, options = plain, plain_options
     if backbone is not None:
         options |= _fitting(backbone, sketch, from_file=weights not in (None, "timm"))
     options = _layers(known, folder is None if backbone is None else is_gated(backbone.state)) | options
@@ -92,14 +92,14 @@ def create_vit(
     return Start(vit, pool, _trained_px(vit, report, known), norm, report, known, assumed)
 
 
-def _layers(known: Published | None, gated: bool) -> dict[str, Any]:
-    """The classes of layers that a model is known to have beside a gated MLP."""
+def _layers(known: Published | None, gated: bool) -> TimmArguments:
+    """Return the classes of layers that a model is known to have beside a gated MLP."""
     return resolve_model("", dict(known.layers))[1] if known is not None and gated else {}
 
 
-def _own_options(known: Published | None, folder: HubFolder | None, resolved: dict[str, Any]) -> dict[str, Any]:
-    """The options that a name is built with where its own tokens and pooling stay; its folder's come before its authors'."""
-    stated: dict[str, Any] = {}
+def _own_options(known: Published | None, folder: HubFolder | None, resolved: TimmArguments) -> TimmArguments:
+    """Return what a name is built with where its own tokens and pooling stay; its folder's come before its authors'."""
+    stated: TimmArguments = {}
     if folder is not None:
         stated = resolve_model(folder.architecture, dict(folder.arguments))[1]
         if folder.global_pool is not None:
@@ -108,8 +108,8 @@ def _own_options(known: Published | None, folder: HubFolder | None, resolved: di
     return {**(known.kwargs if known is not None else {}), **stated, **resolved, **asked}
 
 
-def _build(name: str, options: dict[str, Any]) -> Any:
-    """timm's model, plain or refused."""
+def _build(name: str, options: TimmArguments) -> Any:
+    """Build timm's model; refuse one that is not plain."""
     import timm
 
     try:
@@ -125,15 +125,15 @@ def _build(name: str, options: dict[str, Any]) -> Any:
     return vit
 
 
-def _sketch(name: str, options: dict[str, Any]) -> Any:
-    """The same without memory for its tensors."""
+def _sketch(name: str, options: TimmArguments) -> Any:
+    """Build the same without memory for its tensors."""
     with torch.device("meta"):
         return _build(name, options)
 
 
 def is_plain(vit: Any) -> bool:
     """Tell whether `ObjViT` can wrap a timm model: patches cut by one convolution, no second class token, blocks."""
-    from timm.layers import PatchEmbed
+    from timm.layers.patch_embed import PatchEmbed
     from timm.models.eva import Eva
     from timm.models.vision_transformer import VisionTransformer
 
@@ -145,7 +145,7 @@ def is_plain(vit: Any) -> bool:
 
 
 def _backbone_of(name: str, folder: HubFolder | None, sketch: Any, weights: str | None) -> Backbone | None:
-    """The weights to load, or those of a folder to be built like; None where there are none at hand."""
+    """Read the weights to load, or those of a folder to be built like; None where there are none at hand."""
     if weights not in (None, "timm"):
         return read_backbone(Path(weights))
     if folder is not None:
@@ -154,11 +154,15 @@ def _backbone_of(name: str, folder: HubFolder | None, sketch: Any, weights: str 
 
 
 class _FetchedWeights(Exception):  # noqa: N818 - it carries what was asked for
-    """Ends timm's loading once the weights are there; args[0] is the state dict."""
+    """End timm's loading once the weights are there."""
+
+    def __init__(self, state: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.state = state
 
 
 def _fetched(name: str, sketch: Any) -> Mapping[str, Any]:
-    """The weights that timm or the hub has of a model, as they are there: timm itself would load them leniently."""
+    """Fetch the weights that timm or the hub has of a model, as they are there: timm itself would load them leniently."""
     from timm.models import load_pretrained
 
     def keep(state: Mapping[str, Any], _model: Any = None) -> Mapping[str, Any]:
@@ -167,7 +171,7 @@ def _fetched(name: str, sketch: Any) -> Mapping[str, Any]:
     try:
         load_pretrained(sketch, num_classes=sketch.pretrained_cfg.get("num_classes", 0), filter_fn=keep)
     except _FetchedWeights as fetched:
-        return fetched.args[0]
+        return fetched.state
     except Exception as error:
         line = one_line(error)[:300]
         raise UserError(f"model {name}: its weights cannot be fetched: {line}") from None
@@ -175,14 +179,14 @@ def _fetched(name: str, sketch: Any) -> Mapping[str, Any]:
 
 
 def _differences(sketch: Any, backbone: Backbone) -> int:
-    """In how many tensors a backbone differs from a model, but for grid and size of its patches."""
-    here, there = sketch.state_dict(), backbone.state
-    unequal = [key for key in here.keys() & there.keys() if here[key].shape[-1:] != there[key].shape[-1:]]
-    return len(here.keys() ^ there.keys()) + len([key for key in unequal if not key.startswith("patch_embed.")])
+    """Count the tensors in which a backbone differs from a model, but for grid and size of its patches."""
+    model, loaded = sketch.state_dict(), backbone.state
+    unequal = [key for key in model.keys() & loaded.keys() if model[key].shape[-1:] != loaded[key].shape[-1:]]
+    return len(model.keys() ^ loaded.keys()) + len([key for key in unequal if not key.startswith("patch_embed.")])
 
 
-def _fitting(backbone: Backbone, sketch: Any, *, from_file: bool) -> dict[str, Any]:
-    """Arguments that give timm's model the tokens and the last norm that the weights have, where they allow a choice.
+def _fitting(backbone: Backbone, sketch: Any, *, from_file: bool) -> TimmArguments:
+    """Choose arguments that give timm's model the tokens and last norm that the weights have, where they allow a choice.
 
     What a name is by itself and what its weights lack is not made up: the strict comparison says it. A file, which says
     nothing of pooling, is taken for one with a trained class token where it has that token and a norm before pooling.
@@ -197,13 +201,13 @@ def _fitting(backbone: Backbone, sketch: Any, *, from_file: bool) -> dict[str, A
     return _norm(sketch, after)
 
 
-def tokens_and_norm(vit: Any, token: bool, norm_after_pool: bool) -> dict[str, Any]:
-    """Arguments of timm for a model of this class with or without a class token, its last norm before or after pooling."""
+def tokens_and_norm(vit: Any, token: bool, norm_after_pool: bool) -> TimmArguments:
+    """Return timm's arguments for a model with or without a class token, its last norm before or after pooling."""
     pool = {"class_token": token, "global_pool": "token" if token else "avg"}
     return {**pool, **_norm(vit, norm_after_pool)}
 
 
-def _norm(vit: Any, after_pool: bool) -> dict[str, Any]:
+def _norm(vit: Any, after_pool: bool) -> TimmArguments:
     from timm.models.eva import Eva
 
     if isinstance(vit, Eva):
@@ -212,7 +216,7 @@ def _norm(vit: Any, after_pool: bool) -> dict[str, Any]:
 
 
 def _trained_px(vit: Any, report: LoadReport | None, known: Published | None) -> int | None:
-    """Side of the images trained on: as the authors say it of these positions, by the positions alone, or the model's own."""
+    """Find the side of the images trained on: as the authors state it, by the positions alone, or the model's own."""
     positions_px = report.trained_px if report is not None else None
     if known is not None and positions_px in (None, known.size_px, known.positions_px):
         return known.size_px
@@ -220,7 +224,7 @@ def _trained_px(vit: Any, report: LoadReport | None, known: Published | None) ->
 
 
 def _norm_of_pixels(vit: Any, folder: HubFolder | None, known: Published | None) -> tuple[RGB, RGB]:
-    """Mean and std of pixels: as config.json states them, else as the model's authors do, else timm's."""
+    """Find mean and std of pixels: as config.json states them, else as the model's authors do, else timm's."""
     cfg = vit.pretrained_cfg
     if known is not None and not (folder is not None and folder.states_norm):
         return known.norm
@@ -228,7 +232,7 @@ def _norm_of_pixels(vit: Any, folder: HubFolder | None, known: Published | None)
 
 
 def start_pool(start: Start, name: str) -> Literal["obj", "linear"]:
-    """Pooling to train on with: [OBJ] takes the place of a class token that was trained to be the embedding.
+    """Choose the pooling to train on with: [OBJ] replaces a class token that was trained to be the embedding.
 
     DINOv3's was, though timm averages its patches. Raises UserError for pooling that cannot be gone on with.
     """
@@ -245,7 +249,7 @@ def start_pool(start: Start, name: str) -> Literal["obj", "linear"]:
 
 
 def embedding_pool(start: Start, source: str, asked: str | None) -> EncoderPool:
-    """The pooling of `embed`: as asked (a word of --pool), or as the model was trained. UserError where it cannot."""
+    """Choose the pooling of `embed`: as asked (a word of --pool), or as the model was trained. UserError where it cannot."""
     pool = POOL_WORDS[asked] if asked is not None else start.pool
     if pool == "" and start.vit.cls_token is not None:
         pool = "obj"

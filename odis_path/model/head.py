@@ -55,8 +55,9 @@ class DinoHead(nn.Module):
         self.last_layer = PrototypeLayer(bottleneck_dim, out_dim, fixed_gain=norm_last_layer, init=prototype_init)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last_layer(self.embed(x))
+        logits: Tensor = self.last_layer(self.embed(x))
+        return logits
 
     def embed(self, x: Tensor) -> Tensor:
-        """The bottleneck that prototypes are compared with: float (.., D) -> unit vectors (.., bottleneck_dim)."""
+        """Project to the bottleneck that prototypes are compared with: float (.., D) -> unit vectors (.., bottleneck_dim)."""
         return F.normalize(self.mlp(x), dim=-1)

@@ -36,7 +36,7 @@ class DropPath(nn.Module):
 
 def replace_drop_paths(module: nn.Module) -> None:
     """Put `DropPath` in the place of timm's, in place; where blocks have any, the first one too, whose probability is 0."""
-    from timm.layers import DropPath as TimmDropPath
+    from timm.layers.drop import DropPath as TimmDropPath
 
     if not any(isinstance(child, TimmDropPath) for child in module.modules()):
         return
@@ -47,20 +47,24 @@ def replace_drop_paths(module: nn.Module) -> None:
 
 
 def embed_patches(patch_embed: Any, images: Tensor) -> Tensor:
-    """timm's patch embedding of (B, 3, H, W) as one matrix product, (B, h, w, D): on a GPU faster than the convolution.
+    """Compute timm's patch embedding of (B, 3, H, W) as one matrix product, (B, h, w, D): on a GPU faster than a convolution.
 
     Anything but a convolution whose patches lie side by side is left to timm.
     """
     conv, p = patch_embed.proj, patch_embed.patch_size[0]
     plain = isinstance(conv, nn.Conv2d) and conv.kernel_size == conv.stride == (p, p) and conv.padding == (0, 0)
-    if not plain or images.shape[-2] % p or images.shape[-1] % p:
-        return patch_embed(images)
-    pixels = images.unflatten(-1, (-1, p)).unflatten(-3, (-1, p)).permute(0, 2, 4, 1, 3, 5).flatten(-3)
-    return patch_embed.norm(F.linear(pixels, conv.weight.flatten(1), conv.bias))
+    batch, channels, h, w = images.shape
+    patches: Tensor
+    if not plain or h % p or w % p:
+        patches = patch_embed(images)
+    else:
+        pixels = images.reshape(batch, channels, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5).flatten(-3)
+        patches = patch_embed.norm(F.linear(pixels, conv.weight.flatten(1), conv.bias))
+    return patches
 
 
 def additive(mask: Tensor, like: Tensor) -> Tensor:
-    """A bool mask as what attention adds to its scores: 0 where True, -inf elsewhere; bool (B, 1, T, T) -> float (B, 1, T, T).
+    """Turn a mask into what attention adds to its scores, 0 where True, else -inf: bool (B, 1, T, T) -> float (B, 1, T, T).
 
     Made once a forward pass, in the type that attention runs in (autocast's, or that of the tokens `like`): a bool one is
     turned into this anew by every layer. Rows start at multiples of 8 numbers, as the attention kernels of a GPU ask for.
@@ -68,8 +72,8 @@ def additive(mask: Tensor, like: Tensor) -> Tensor:
     kind = like.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like.dtype
     total = mask.shape[-1]
-    room = mask.new_zeros(*mask.shape[:-1], -(-total // 8) * 8, dtype=dtype)
-    return room[..., :total].masked_fill_(~mask, float("-inf"))
+    padded = mask.new_zeros(*mask.shape[:-1], -(-total // 8) * 8, dtype=dtype)
+    return padded[..., :total].masked_fill_(~mask, float("-inf"))
 
 
 def attention_kernels(tokens: Tensor) -> AbstractContextManager[Any]:

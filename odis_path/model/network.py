@@ -51,33 +51,38 @@ class Network(nn.Module):
         self.patch_head = patch_head  # None: shared with [OBJ]
 
     def forward(self, views: Views, *, with_locals: bool, mask_patches: bool, patches: bool, mean: bool = False) -> Encoded:
-        """mask_patches: replace masked patches by the mask token (the student); patches: project them; mean: of all."""
+        """Encode the views of a batch and project their [OBJ].
+
+        mask_patches: replace masked patches by the mask token (the student). patches: project those of the global views too;
+        mean: and return the mean logits of all of their patches.
+        """
         batch = views.object_visible.shape[1]
         tokens = self.encoder(views.globals_, views.object_masks_global, views.masked_patches if mask_patches else None)
         objects = [by_object(tokens.obj)]
         if with_locals and len(views.locals_):
             objects.append(by_object(self.encoder(views.locals_, views.object_masks_local).obj))
-        every = torch.cat(objects).unflatten(0, (-1, batch))  # (V, B, K, D)
-        logits = self.head(every)
+        rows = torch.cat(objects)
+        embeddings = rows.reshape(-1, batch, *rows.shape[1:])  # (V, B, K, D)
+        logits, first = self.head(embeddings), embeddings[:2, :, 0]
         if not patches:
-            return Encoded(logits, None, every[:2, :, 0])
+            return Encoded(logits, None, first)
         head, flat = self.patch_head or self.head, tokens.patches.flatten(0, 1)
         if not mean:
-            return Encoded(logits, head(flat[views.masked_rows]), every[:2, :, 0])
+            return Encoded(logits, head(flat[views.masked_rows]), first)
         embedded = head.embed(flat)
         masked = head.last_layer(embedded[views.masked_rows])
         with torch.autocast(flat.device.type, enabled=False):  # the last layer is linear: the mean goes through it once
             average = head.last_layer(embedded.to(head.last_layer.weight.dtype).mean(0))
-        return Encoded(logits, masked, every[:2, :, 0], average)
+        return Encoded(logits, masked, first, average)
 
 
 def by_object(obj: Tensor) -> Tensor:
-    """[OBJ] embeddings as (B, K, D): K = 1 where the encoder was given no mask an object."""
+    """View [OBJ] embeddings as (B, K, D): K = 1 where the encoder was given no mask an object."""
     return obj if obj.ndim == 3 else obj[:, None]
 
 
 def obj_tokens(config: PretrainConfig) -> int:
-    """Learned [OBJ] tokens: one an object, and one for the whole image; a read-only [OBJ], or linear pooling, serves all."""
+    """Count learned [OBJ] tokens: one an object, one for the whole image; read-only or with linear pooling one serves all."""
     if config.model.read_only or config.model.pool == "linear":
         return 1
     return config.target.objects // windows_a_tile(config) + (config.loss.image_weight > 0)
@@ -86,7 +91,7 @@ def obj_tokens(config: PretrainConfig) -> int:
 def build_network(
     config: PretrainConfig, *, student: bool, weights: bool = False, like: Mapping[str, Tensor] | None = None
 ) -> Network:
-    """Student (drop path on) or teacher of a configuration.
+    """Build the student (drop path on) or teacher of a configuration.
 
     weights: load those the configuration starts from. like: a state dict of such a network that it is to take; with neither,
     the network is that of an [OBJ] model.

@@ -65,11 +65,11 @@ TRANSFORMERS = (
 class Backbone:
     """The backbone found in a file, before it is fitted to a model.
 
-    where: the file, for errors. state: its tensors without prefix, in the names of timm or of DINOv2. outside: keys that are
+    source: the file, for errors. state: its tensors without prefix, in the names of timm or of DINOv2. outside: keys that are
     no part of it. mask_token, more_obj, checked: as in `LoadReport`, the tensors of any shape.
     """
 
-    where: str
+    source: str
     state: State
     outside: tuple[str, ...]
     layout: str
@@ -128,33 +128,33 @@ def load_weights(vit: nn.Module, path: Path | str) -> LoadReport:
 
 
 def read_backbone(path: Path) -> Backbone:
-    """The backbone in a local file. Raises UserError where it cannot be read or holds none."""
+    """Read the backbone in a local file. Raises UserError where it cannot be read or holds none."""
     content, checked = _read(path)
     return find_backbone(content, str(path), checked)
 
 
-def find_backbone(content: Mapping[str, Any], where: str, checked: bool = False) -> Backbone:
-    """The backbone in what a file or a hub gave. Raises UserError where there is none, or more than one."""
-    inner, part, spare = _unwrap(content, where)
-    state, outside, layout, token = _backbone(inner, where)
+def find_backbone(content: Mapping[str, Any], source: str, checked: bool = False) -> Backbone:
+    """Find the backbone in what a file or a hub gave. Raises UserError where there is none, or more than one."""
+    inner, part, spare = _unwrap(content, source)
+    state, outside, layout, token = _backbone(inner, source)
     if part in ("teacher", "student"):
         layout = f"{layout}, {part}"
     if token is None:  # iBOT gives the mask token to the student alone
         token = next((v for k, v in spare.items() if k.endswith(MASK_TOKENS) and isinstance(v, Tensor)), None)
-    more = next((inner[key] for key in outside if key.endswith("encoder.more_obj")), None)
+    more_obj = next((inner[key] for key in outside if key.endswith("encoder.more_obj")), None)
     # DINOv2 splits its blocks for sharding, as blocks.<chunk>.<block>, with the block's own number.
     state = {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", key): value for key, value in state.items()}
-    return Backbone(where, state, tuple(outside), layout, token, more, checked)
+    return Backbone(source, state, tuple(outside), layout, token, more_obj, checked)
 
 
 def load_backbone(vit: nn.Module, backbone: Backbone) -> LoadReport:
     """Load a backbone into a timm VisionTransformer or Eva, in place, with strict keys. Raises as `load_weights` does."""
     model: Any = vit
-    state, resampled, trained_px = _fit(dict(backbone.state), model, backbone.where)
+    state, resampled, trained_px = _fit(dict(backbone.state), model, backbone.source)
     in_model = model.state_dict()
     aside = [key for key in state if key not in in_model and (HEADS.match(key) or _another_pool(key, model))]
     state = {key: value for key, value in state.items() if key not in aside}
-    _check(state, in_model, backbone.where)
+    _check(state, in_model, backbone.source)
     model.load_state_dict(state)
     return LoadReport(
         backbone.layout,
@@ -174,7 +174,7 @@ def _another_pool(key: str, model: Any) -> bool:
 
 
 def _read(path: Path) -> tuple[Mapping[str, Any], bool]:
-    """The content of a file, and whether it matches checksums that the file holds.
+    """Read the content of a file, and whether it matches checksums that the file holds.
 
     Nothing in it is ever executed (argparse.Namespace, DINO's and iBOT's `args`, is let in).
     """
@@ -203,7 +203,7 @@ def _read(path: Path) -> tuple[Mapping[str, Any], bool]:
 
 
 def _foreign(path: Path) -> list[str]:
-    """Classes a pickle asks for beyond what is let in; empty where the file is no such pickle."""
+    """List classes a pickle asks for beyond what is let in; empty where the file is no such pickle."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
@@ -211,8 +211,8 @@ def _foreign(path: Path) -> list[str]:
         return []
 
 
-def _unwrap(content: Mapping[str, Any], where: str) -> tuple[Mapping[str, Any], str, Mapping[str, Any]]:
-    """The mapping that holds a patch embedding, the wrapper it lay in, and the student beside a teacher (or nothing)."""
+def _unwrap(content: Mapping[str, Any], source: str) -> tuple[Mapping[str, Any], str, Mapping[str, Any]]:
+    """Find the mapping that holds a patch embedding, the wrapper it lay in, and the student beside a teacher (or nothing)."""
     part = ""
     spare: Mapping[str, Any] = {}
     for _ in range(4):
@@ -226,19 +226,19 @@ def _unwrap(content: Mapping[str, Any], where: str) -> tuple[Mapping[str, Any], 
         part, content = wrapper, content[wrapper]
     keys = ", ".join(str(key) for key in list(content)[:3])
     raise UserError(
-        f"{where}: no vision transformer in a known layout (keys such as {keys or 'none'}); needed is a key that ends in "
+        f"{source}: no vision transformer in a known layout (keys such as {keys or 'none'}); needed is a key that ends in "
         f"{TIMM_ANCHOR}, as timm, DINO, iBOT, DINOv2 and odis-path write it"
     )
 
 
-def _backbone(content: Mapping[str, Any], where: str) -> tuple[State, list[str], str, Tensor | None]:
-    """The backbone's tensors without their prefix, the keys outside, the layout's name, and the mask token."""
+def _backbone(content: Mapping[str, Any], source: str) -> tuple[State, list[str], str, Tensor | None]:
+    """Separate the backbone's tensors, without their prefix, the keys outside, the layout's name, and the mask token."""
     anchor = TIMM_ANCHOR if any(key.endswith(TIMM_ANCHOR) for key in content) else TRANSFORMERS_ANCHOR
     prefixes = [key.removesuffix(anchor) for key in content if key.endswith(anchor)]
     if len(prefixes) > 1:
         prefixes = [p for p in prefixes if re.search(r"teacher|ema", p)] or prefixes
     if len(prefixes) > 1:
-        raise UserError(f"{where}: holds {len(prefixes)} backbones ({', '.join(prefixes[:3])}); save the wanted one alone")
+        raise UserError(f"{source}: holds {len(prefixes)} backbones ({', '.join(prefixes[:3])}); save the wanted one alone")
     prefix = prefixes[0]
     outside = [key for key in content if not key.startswith(prefix)]
     state: State = {
@@ -266,7 +266,7 @@ def _backbone(content: Mapping[str, Any], where: str) -> tuple[State, list[str],
 
 
 def _from_transformers(state: State) -> State:
-    """transformers' names to the original ones; its three projections become one."""
+    """Rename transformers' tensors to the original names; its three projections become one."""
     renamed: State = {}
     for key, value in state.items():
         for pattern, name in TRANSFORMERS:
@@ -279,8 +279,8 @@ def _from_transformers(state: State) -> State:
     return renamed
 
 
-def _fit(state: State, vit: Any, where: str) -> tuple[State, bool, int | None]:
-    """timm's own renames and resampling for this model; whether a grid or a kernel was resampled; the side trained on in px."""
+def _fit(state: State, vit: Any, source: str) -> tuple[State, bool, int | None]:
+    """Rename and resample as timm does; also whether a grid or kernel was resampled, and the side trained on in px."""
     from timm.models import eva, vision_transformer
 
     for key in ("pos_embed", "cls_token", TIMM_ANCHOR):
@@ -294,20 +294,20 @@ def _fit(state: State, vit: Any, where: str) -> tuple[State, bool, int | None]:
         resampled |= positions != prod(vit.patch_embed.grid_size)
         trained_px = isqrt(max(0, positions)) * (kernel.shape[-1] if kernel.ndim == 4 else own_kernel[-1])
     is_eva = isinstance(vit, eva.Eva)
-    more: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     if is_eva:
-        _drop_zero_bias(state, vit, where)
+        _drop_zero_bias(state, vit, source)
     else:
-        more = {"adapt_layer_scale": True}
+        options = {"adapt_layer_scale": True}
         if "register_tokens" in state or any(".mlp.w12." in key for key in state):
             state["mask_token"] = torch.zeros(1)  # by this key timm tells DINOv2's layout from its own
     if "flexi" in str(vit.pretrained_cfg.get("architecture")):  # as timm resamples these
-        more |= {"interpolation": "bilinear", "antialias": False}
+        options |= {"interpolation": "bilinear", "antialias": False}
     try:
-        fitted = (eva if is_eva else vision_transformer).checkpoint_filter_fn(state, vit, **more)
+        fitted = (eva if is_eva else vision_transformer).checkpoint_filter_fn(state, vit, **options)
     except Exception as error:  # an impossible grid, for example
         raise UserError(
-            f"{where}: cannot be fitted to the model ({one_line(error)[:120]}); check model.name and model.kwargs"
+            f"{source}: cannot be fitted to the model ({one_line(error)[:120]}); check model.name and model.kwargs"
         ) from None
     return fitted, bool(resampled), trained_px
 
@@ -328,18 +328,18 @@ def _fold_position(state: State, vit: Any) -> int:
     return 0
 
 
-def _drop_zero_bias(state: State, vit: Any, where: str) -> None:
-    """DINOv3's files keep a bias of query, key and value that training left at zero; timm's plain names have none."""
+def _drop_zero_bias(state: State, vit: Any, source: str) -> None:
+    """Drop the bias of query, key and value that DINOv3's files keep at zero; timm's plain names have none."""
     if "storage_tokens" not in state or getattr(vit.blocks[0].attn, "q_bias", None) is not None:
         return
     for key in [key for key in state if key.endswith("attn.qkv.bias")]:
         if state[key].any():
-            raise UserError(f"{where}: {key} is not zero and the model has no such bias; take the _qkvb name of the model")
+            raise UserError(f"{source}: {key} is not zero and the model has no such bias; take the _qkvb name of the model")
         del state[key]
 
 
-def _check(state: State, in_model: State, where: str) -> None:
-    """Strict: every tensor of the model, none besides, each of its shape."""
+def _check(state: State, in_model: State, source: str) -> None:
+    """Check strictly: every tensor of the model, none besides, each of its shape."""
     differences = [
         f"{key}: {tuple(state[key].shape)} there, {tuple(in_model[key].shape)} in the model"
         for key in in_model
@@ -349,14 +349,14 @@ def _check(state: State, in_model: State, where: str) -> None:
     differences += [f"{key}: {tuple(state[key].shape)} there, none in the model" for key in state if key not in in_model]
     if differences:
         raise UserError(
-            f"{where}: does not fit the model, first at {differences[0]} ({len(differences)} differences); "
+            f"{source}: does not fit the model, first at {differences[0]} ({len(differences)} differences); "
             "set model.name and model.kwargs (in a folder, model_args of config.json) to the architecture of these weights, or "
             "give weights that are whole"
         )
 
 
 def _as_token(token: Any, width: int) -> Tensor | None:
-    """A mask token as float (1, 1, D), None where there is none of this width."""
+    """Return a mask token as float (1, 1, D), None where there is none of this width."""
     if not isinstance(token, Tensor) or token.numel() != width:
         return None
     return token.detach().float().reshape(1, 1, width).clone()

@@ -96,14 +96,14 @@ def published(source: str) -> Published | None:
         for name, (key, why) in NOT_PLAIN.items():
             if re.fullmatch(key, word):
                 raise UserError(f"{source}: {name} {why}: odis-path cannot embed with it")
-        for one in PUBLISHED:
-            if re.fullmatch(one.key, word):
-                return one
+        for model in PUBLISHED:
+            if re.fullmatch(model.key, word):
+                return model
     return None
 
 
 def _names_in(source: str) -> list[str]:
-    """The words a source may have the model's name in: the last of its path, and `models--owner--name` of the hub's cache."""
+    """List the words a source may have the model's name in: the last of its path, `models--owner--name` of the hub's cache."""
     kind, _, rest = source.partition(":")
     if not re.fullmatch(r"hf[-_]hub|local-dir", kind):
         return []

@@ -10,10 +10,9 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from annotations.errors import UserError
-from odis_path.model.architectures import is_model_name
+from odis_path.model.architectures import TimmArguments, is_model_name
 from odis_path.model.published import POOLS, published
 
 LOCAL = "local-dir:"
@@ -33,7 +32,7 @@ class HubFolder:
 
     path: Path
     architecture: str
-    arguments: dict[str, Any]
+    arguments: TimmArguments
     global_pool: str | None
     states_norm: bool
 
@@ -44,7 +43,7 @@ class HubFolder:
 
 
 def settled_source(source: str) -> str:
-    """The same source with the path of a folder in the form of the hub made absolute, and marked as `local-dir:`."""
+    """Make the path of a folder in the form of the hub absolute, and mark it as `local-dir:`; leave other sources alone."""
     if source.startswith(LOCAL):
         return LOCAL + str(Path(source.removeprefix(LOCAL)).absolute())
     path = Path(source)
@@ -62,7 +61,7 @@ def is_checkpoint(source: str) -> bool:
 
 
 def hub_folder(source: str) -> HubFolder | None:
-    """The folder of a `local-dir:` source; None for any other source. UserError where the folder cannot be used."""
+    """Open the folder of a `local-dir:` source; None for any other source. UserError where the folder cannot be used."""
     source = settled_source(source)
     if not source.startswith(LOCAL):
         return None
@@ -92,7 +91,7 @@ def hub_folder(source: str) -> HubFolder | None:
             raise UserError(f"{file}: {key} is {type(value).__name__}, not an object")
     for key in ("mean", "std"):
         values = stated.get(key, [1, 1, 1])
-        if not (isinstance(values, list) and len(values) == 3 and all(isinstance(one, int | float) for one in values)):
+        if not (isinstance(values, list) and len(values) == 3 and all(isinstance(value, int | float) for value in values)):
             raise UserError(f"{file}: {key} is {values!r}, not three numbers")
     pool = arguments.get("global_pool", config.get("global_pool"))
     return HubFolder(path, config["architecture"], arguments, pool, {"mean", "std"} <= stated.keys())
@@ -113,7 +112,7 @@ def _weights_in(folder: Path) -> Path:
 
 
 def files_of(source: str) -> list[Path]:
-    """The files that decide what a source is: a checkpoint, or config and weights of a folder; none for other names."""
+    """List the files that decide what a source is: a checkpoint, or config and weights of a folder; none for other names."""
     folder = hub_folder(source)
     if folder is not None:
         return [folder.path / CONFIG, folder.weights]
@@ -121,13 +120,13 @@ def files_of(source: str) -> list[Path]:
 
 
 def fingerprint(source: str) -> str:
-    """Size and time of the files of a source; empty where it has none here."""
+    """Join size and time of the files of a source; empty where it has none here."""
     states = [path.stat() for path in files_of(source)]
     return ":".join(f"{state.st_size}:{state.st_mtime_ns}" for state in states)
 
 
 def no_file(path: Path) -> str:
-    """The reason why model.weights cannot be this path, which is no file."""
+    """Say why model.weights cannot be this path, which is no file."""
     if not path.is_dir():
         return f"{path}: no such file; model.weights takes a local .safetensors, .pth, .pt or .bin file, or 'timm'"
     if (path / CONFIG).is_file():

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from annotations.errors import UserError
+from odis_path.model.architectures import TimmArguments
 from odis_path.model.create import EncoderPool, Start, create_vit, start_pool
 from odis_path.model.layers import additive, attention_kernels, embed_patches, replace_drop_paths
 from odis_path.model.pretrained import LoadReport
@@ -39,7 +40,7 @@ class Tokens(NamedTuple):
 
 
 def attention_mask(obj_mask: Tensor, registers: int, *, read_only: bool = False) -> Tensor:
-    """The row mask of masked attention: bool (B, N) or (B, K, N) in-box patches -> bool (B, 1, T, T), True = may attend.
+    """Build the row mask of masked attention: bool (B, N) or (B, K, N) in-box patches -> bool (B, 1, T, T), True = may attend.
 
     T = K + registers + N. An [OBJ] row is restricted to itself and its patches; all other rows see everything, but for the
     [OBJ] columns where these are read-only. A mask of shape (B, 1, 1, T) would hit every query.
@@ -66,9 +67,11 @@ class ObjViT(nn.Module):
     image_token: the last of the tokens is that of the image-level term, which always sees the whole image.
     """
 
+    vit: Any  # timm's, whose attributes nn.Module does not know
+
     def __init__(
         self,
-        vit: nn.Module,
+        vit: Any,
         *,
         pool: EncoderPool = "obj",
         tokens: int = 1,
@@ -87,10 +90,10 @@ class ObjViT(nn.Module):
         self.read_only = read_only
         self.image_token = image_token and tokens > 1
         self.checkpoint_blocks = checkpoint_blocks
-        self.embed_dim: int = vit.embed_dim  # type: ignore[assignment]
+        self.embed_dim: int = vit.embed_dim
         self.has_obj = vit.cls_token is not None
-        self.registers: int = vit.num_prefix_tokens - self.has_obj  # type: ignore[operator,assignment]
-        self.patch_px: int = vit.patch_embed.patch_size[0]  # type: ignore[union-attr,index,assignment]
+        self.registers: int = vit.num_prefix_tokens - self.has_obj
+        self.patch_px: int = vit.patch_embed.patch_size[0]
         self.mask_token = nn.Parameter(torch.zeros(1, 1, self.embed_dim))
         self.trained_px: int | None = None  # side of the images that its weights were trained on, where something says it
         self.norm: tuple[RGB, RGB] | None = None  # mean and std of pixels that its weights want, where something says it
@@ -110,7 +113,7 @@ class ObjViT(nn.Module):
 
     def adapted(self) -> str:
         """Describe weights that were resampled when loaded, as the end of a line; empty where none were."""
-        grid: Any = self.vit.patch_embed.grid_size  # type: ignore[union-attr]
+        grid: Any = self.vit.patch_embed.grid_size
         if self.loaded is None or not self.loaded.resampled:
             return ""
         patches = f"{grid[0]} x {grid[1]} patches of {self.patch_px} px"
@@ -149,8 +152,8 @@ class ObjViT(nn.Module):
         return Tokens(tokens.obj[:, :objects].mean(1), tokens.patches)
 
     def _encode(self, images: Tensor, obj_mask: Tensor | None, masked_patches: Tensor | None) -> Tokens:
-        """One pass with masks (B, K, N), or None: plain attention with one [OBJ]."""
-        vit: Any = self.vit
+        """Run one pass with masks (B, K, N), or None: plain attention with one [OBJ]."""
+        vit = self.vit
         objects = obj_mask.shape[1] if obj_mask is not None and self.masks_attention else int(self.has_obj)
         x, rope = self._embed(images, objects, masked_patches)
         mask = None
@@ -165,8 +168,8 @@ class ObjViT(nn.Module):
         return Tokens(obj, vit.fc_norm(patches) if isinstance(vit.norm, nn.Identity) else patches)
 
     def _pooled(self, x: Tensor, objects: int, obj_mask: Tensor | None) -> Tensor:
-        """Embeddings (B, K, D) of tokens (B, T, D) after the last block, of which the first `objects` are [OBJ]."""
-        vit: Any = self.vit
+        """Pool tokens (B, T, D) after the last block, of which the first `objects` are [OBJ]: (B, K, D)."""
+        vit = self.vit
         patches = x[:, objects + self.registers :]
         if self.pool == "map":
             return attention_pooled(vit, x, objects + self.registers, obj_mask)
@@ -176,11 +179,11 @@ class ObjViT(nn.Module):
         return torch.cat([vit.fc_norm(part) for part in parts], dim=-1)
 
     def _embed(self, images: Tensor, objects: int, masked_patches: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Tokens (B, objects + registers + N, D) before the first block, and the rotary position embedding if there is one.
+        """Embed images: tokens (B, objects + registers + N, D) before the first block, and rotary positions if there are any.
 
         objects: 0 for a model without a class token.
         """
-        vit: Any = self.vit
+        vit = self.vit
         # (B, h, w, D): the model is built with dynamic_img_size
         x = embed_patches(vit.patch_embed, images) if images.is_cuda else vit.patch_embed(images)
         if masked_patches is not None:
@@ -204,22 +207,23 @@ class ObjViT(nn.Module):
         return x, rope
 
     def _block(self, block: nn.Module, x: Tensor, mask: Tensor | None, rope: Tensor | None) -> Tensor:
-        more = {} if rope is None else {"rope": rope}
+        rope_argument = {} if rope is None else {"rope": rope}
 
         def masked(x: Tensor) -> Tensor:
             with attention_kernels(x):  # here, so that a checkpointed block takes the same kernel when it is run again
-                return block(x, attn_mask=mask, **more)
+                tokens: Tensor = block(x, attn_mask=mask, **rope_argument)
+                return tokens
 
         if self.checkpoint_blocks and self.training:
             return checkpoint(masked, x, use_reentrant=False)
         return masked(x)
 
     def obj_attention(self, images: Tensor, obj_mask: Tensor | None = None) -> Tensor:
-        """Attention of the (first) [OBJ] over patches in the last layer, mean over heads: float (B, N), rows sum to <= 1.
+        """Return the (first) [OBJ]'s attention over patches in the last layer, mean over heads: float (B, N), rows sum to <= 1.
 
         Of a model without one: the weight of each patch in the mean.
         """
-        vit: Any = self.vit
+        vit = self.vit
         if not self.has_obj:
             patches = images.shape[-2] // self.patch_px * (images.shape[-1] // self.patch_px)
             weight = images.new_ones(len(images), patches) if obj_mask is None else obj_mask.to(images.dtype)
@@ -237,7 +241,7 @@ class ObjViT(nn.Module):
 
 
 def mean_in_box(patches: Tensor, obj_mask: Tensor | None) -> Tensor:
-    """Mean of in-box patch embeddings: (B, N, D), bool (B, K, N) -> (B, K, D); None: of all patches, K = 1."""
+    """Average in-box patch embeddings: (B, N, D), bool (B, K, N) -> (B, K, D); None: all patches, K = 1."""
     if obj_mask is None:
         return patches.mean(1, keepdim=True)
     weight = obj_mask.to(patches.dtype)
@@ -245,7 +249,7 @@ def mean_in_box(patches: Tensor, obj_mask: Tensor | None) -> Tensor:
 
 
 def attention_pooled(vit: Any, x: Tensor, prefix: int, obj_mask: Tensor | None) -> Tensor:
-    """timm's attention pooling of tokens (B, T, D) over the in-box patches of masks (B, K, N): (B, K, D); None: all, K = 1.
+    """Pool tokens (B, T, D) by timm's attention over the in-box patches of masks (B, K, N): (B, K, D); None: all, K = 1.
 
     A pooling that takes in the prefix tokens does so for a whole image alone, as they are of the whole image.
     """
@@ -253,17 +257,20 @@ def attention_pooled(vit: Any, x: Tensor, prefix: int, obj_mask: Tensor | None) 
 
     if not (isinstance(vit, Eva) or vit.pool_include_prefix):
         x, prefix = x[:, prefix:], 0
+    embeddings: Tensor
     if obj_mask is None:
-        return vit.fc_norm(vit.attn_pool(x))[:, None]
+        embeddings = vit.fc_norm(vit.attn_pool(x))[:, None]
+        return embeddings
     objects = obj_mask.shape[1]
     allowed = torch.cat([obj_mask.all(2, keepdim=True).expand(-1, -1, prefix), obj_mask], dim=2).flatten(0, 1)[:, None, None]
     pooled = vit.attn_pool(x.repeat_interleave(objects, 0), attn_mask=additive(allowed, x))
-    return vit.fc_norm(pooled).unflatten(0, (-1, objects))
+    embeddings = vit.fc_norm(pooled).unflatten(0, (-1, objects))
+    return embeddings
 
 
 def build_encoder(
     name: str,
-    kwargs: dict[str, Any] | None = None,
+    kwargs: TimmArguments | None = None,
     *,
     weights: str | None = None,
     drop_path: float = 0.0,
@@ -274,7 +281,7 @@ def build_encoder(
     checkpoint_blocks: bool = False,
     like: Mapping[str, Tensor] | None = None,
 ) -> ObjViT:
-    """An [OBJ] ViT from a timm name, or a short one such as S/16, to be trained or to take the weights of a checkpoint.
+    """Build an [OBJ] ViT from a timm name or a short one such as S/16, to be trained or to take a checkpoint's weights.
 
     weights: None (random), "timm" (the published weights), or a local file (see `pretrained`). pool "auto": as the
     weights were trained. tokens: of "linear" pooling one, whatever is given. like: as in `create_vit`.
@@ -285,13 +292,19 @@ def build_encoder(
         pool = start_pool(start, name)
     if pool == "obj" and start.vit.cls_token is None:
         raise UserError(f"model.name={name}: has no class token that [OBJ] could go on from: set model.pool=linear (or auto)")
-    one = pool == "linear"
-    form: dict[str, Any] = {"tokens": 1 if one else tokens, "read_only": read_only, "image_token": image_token}
-    return wrapped(start, pool, where=weights or name, checkpoint_blocks=checkpoint_blocks, **form)
+    return wrapped(
+        start,
+        pool,
+        source=weights or name,
+        tokens=1 if pool == "linear" else tokens,
+        read_only=read_only,
+        image_token=image_token,
+        checkpoint_blocks=checkpoint_blocks,
+    )
 
 
-def wrapped(start: Start, pool: EncoderPool, *, where: str, tokens: int = 1, **form: Any) -> ObjViT:
-    """The encoder of a vision transformer, with what its weights have beside it: the mask token, further [OBJ] tokens."""
+def wrapped(start: Start, pool: EncoderPool, *, source: str, tokens: int = 1, **form: bool) -> ObjViT:
+    """Wrap a vision transformer, with what its weights have beside it: the mask token, further [OBJ] tokens."""
     if pool != "map":
         start.vit.attn_pool = None
     replace_drop_paths(start.vit)
@@ -302,7 +315,7 @@ def wrapped(start: Start, pool: EncoderPool, *, where: str, tokens: int = 1, **f
     if report is not None and report.more_obj is not None and encoder.more_obj is not None:
         if report.more_obj.shape != encoder.more_obj.shape:
             raise UserError(
-                f"{where}: has {1 + len(report.more_obj)} [OBJ] tokens, the model {tokens}; set target.objects as there"
+                f"{source}: has {1 + len(report.more_obj)} [OBJ] tokens, the model {tokens}; set target.objects as there"
             )
         encoder.more_obj.data.copy_(report.more_obj)
     encoder.trained_px, encoder.norm, encoder.loaded = start.trained_px, start.norm, report

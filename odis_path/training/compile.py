@@ -49,5 +49,5 @@ def compile_blocks(*networks: Network) -> None:
     # Past so many kinds of block in a process the compiler silently gives up; a run has three, a study of runs many.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _KINDS_OF_BLOCK)
     for network in networks:
-        for block in network.encoder.vit.blocks:  # type: ignore[union-attr]
+        for block in network.encoder.vit.blocks:
             block.compile(dynamic=False)

@@ -39,7 +39,7 @@ class Criterion(nn.Module):
         pairs: Tensor | None = None,
         last: bool = True,
     ) -> dict[str, Tensor]:
-        """Losses of a micro-batch and figures for the log; after the last of a step the centers move (DINO eq. 4).
+        """Compute losses of a micro-batch and figures for the log; after the last of a step the centers move (DINO eq. 4).
 
         pairs: as in `cross_view_loss`, for a step of several micro-batches.
         """
@@ -80,7 +80,7 @@ class Criterion(nn.Module):
         }
 
     def targets(self, center: Center, logits: Tensor, temperature: float, weight: Tensor | None = None) -> Tensor:
-        """Teacher probabilities of (n, P) logits: centered and sharpened, or by Sinkhorn-Knopp."""
+        """Compute teacher probabilities of (n, P) logits: centered and sharpened, or by Sinkhorn-Knopp."""
         if self.config.centering == "sinkhorn":
             return sinkhorn(logits, temperature, weight, self.config.sinkhorn_iterations)
         return self.teacher_probabilities(
@@ -89,12 +89,12 @@ class Criterion(nn.Module):
 
     @staticmethod
     def spread(tokens: Tensor, seen: Tensor, measure: Callable[..., Tensor]) -> Tensor:
-        """A regulariser of (2, B, D) tokens with weights (2, B), one view at a time; every rank has B rows."""
+        """Compute a regulariser of (2, B, D) tokens with weights (2, B), one view at a time; every rank has B rows."""
         views = zip(tokens, seen, strict=True)
         return torch.stack([measure(token, weight=weight, rows=len(token)) for token, weight in views]).mean()
 
     def patch_loss(self, encoded: Encoded, student: Tensor | None, views: Views, temperature: float, nothing: Tensor) -> Tensor:
-        """L_patch on masked patches, or on those of them that lie in an object; `nothing` where it is off.
+        """Compute L_patch on masked patches, or on those of them that lie in an object; `nothing` where it is off.
 
         encoded: what the teacher says.
         """
@@ -130,7 +130,7 @@ def centred_in_tile(logits: Tensor, weight: Tensor, objects: int, share: float) 
 
 
 def feature_std(obj: Tensor) -> Tensor:
-    """Spread of unit [OBJ] embeddings (..., B, D) of B tiles: mean standard deviation over the tiles times sqrt(D).
+    """Measure how [OBJ] embeddings (..., B, D) of B tiles spread: mean standard deviation at unit length times sqrt(D).
 
     1 for a uniform sphere, 0 when collapsed; the mean over whatever comes before the tiles (the views).
     """

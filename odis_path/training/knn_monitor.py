@@ -21,14 +21,14 @@ IDENTITY_SHARE = 0.05  # of pairs of global views that are one and the same crop
 
 
 def labelled_tiles(index: TileIndex, names: dict[str, int], limit: int, seed: int) -> tuple[TileIndex, np.ndarray]:
-    """At most `limit` tiles that carry a tissue label, and the labels int64 (n,); `names` grows by the classes met."""
+    """Choose at most `limit` tiles with a tissue label, and the labels int64 (n,); `names` grows by the classes met."""
     labels = np.full(len(index), -1, dtype=np.int64)
     for slide in np.unique(index.slide):
         with SlideFile(index.paths[slide]) as file:
-            found, classes = tile_labels(file)
+            tile_label, classes = tile_labels(file)
         numbers = np.array([names.setdefault(name, len(names)) for name in classes] + [-1], dtype=np.int64)
         here = index.slide == slide
-        labels[here] = numbers[found[index.row[here]]]
+        labels[here] = numbers[tile_label[index.row[here]]]
     keep = np.flatnonzero(labels >= 0)
     if len(keep) > limit:
         keep = np.sort(np.random.default_rng(seed).choice(keep, limit, replace=False))
@@ -36,7 +36,7 @@ def labelled_tiles(index: TileIndex, names: dict[str, int], limit: int, seed: in
 
 
 def read_tiles(index: TileIndex) -> np.ndarray:
-    """Pixels of all tiles of an index: uint8 (n, S, S, 3); black where a slide is torn, which training tells."""
+    """Read the pixels of all tiles of an index: uint8 (n, S, S, 3); black where a slide is torn there."""
     tiles = np.zeros((len(index), index.tile_px, index.tile_px, 3), dtype=np.uint8)
     for slide in np.unique(index.slide):
         with SlideFile(index.paths[slide]) as file:
@@ -66,7 +66,7 @@ class KnnProbe:
             self.gallery, self.queries = read_tiles(gallery), read_tiles(queries)
 
     def score(self, encoder: FrozenEncoder) -> dict[str, float]:
-        """Balanced accuracy on the queries, and the spread of their embeddings (0: collapsed)."""
+        """Compute the balanced accuracy on the queries, and the spread of their embeddings (0: collapsed)."""
         from odis_path.evaluation.metrics import balanced_accuracy
         from odis_path.evaluation.probes.knn import knn_scores, unit_rows
 
@@ -97,18 +97,18 @@ class IdentityWatch:
         self.batch, self.share, self.scale = config.optim.batch_size, config.target.whole_share, config.views.global_scale
         self.step = self.pairs = 0
         self.identical = 0.0
-        self.told = False
+        self.warned = False
 
     def see(self, row: Mapping[str, float]) -> str | None:
-        """Look at a row of the log (it holds `step`); the line to show, or None."""
+        """Look at a row of the log (it holds `step`); returns the line to show, or None."""
         if "identity_pairs" not in row:
             return None
         pairs = (int(row["step"]) - self.step) * self.batch
         self.step = int(row["step"])
         self.pairs, self.identical = self.pairs + pairs, self.identical + row["identity_pairs"] * pairs
-        if self.told or self.identical - 2 * sqrt(self.identical) <= IDENTITY_SHARE * self.pairs:
+        if self.warned or self.identical - 2 * sqrt(self.identical) <= IDENTITY_SHARE * self.pairs:
             return None
-        self.told = True
+        self.warned = True
         return (
             f"step {self.step}: in {self.identical / self.pairs:.0%} of the samples so far both global views are the same crop "
             f"of their tile: lower target.whole_share (now {self.share:g}), above which a box counts as the whole tile, or the "

@@ -14,13 +14,14 @@ import numpy as np
 import torch
 
 from annotations.errors import UserError
-from odis_path.checkpoint import latest_checkpoint, save_checkpoint
+from odis_path.checkpoint import TrainedState, latest_checkpoint, save_checkpoint
 from odis_path.config import PretrainConfig
 from odis_path.data.sampler import next_batch
 from odis_path.distributed import any_rank, on_first_rank, start_ranks, stop_ranks
 from odis_path.embedding.encoder import FrozenEncoder
 from odis_path.training.knn_monitor import IdentityWatch, KnnProbe
-from odis_path.training.log.meter import Row, StepMeter
+from odis_path.training.log.meter import StepMeter
+from odis_path.training.log.rows import Row
 from odis_path.training.log.run_log import RunLog, record_start
 from odis_path.training.log.trackers import open_trackers
 from odis_path.training.optim import step_values
@@ -169,12 +170,12 @@ def write_checkpoint(run: Run) -> None:
     largest = torch.stack([p.detach().float().abs().max() for p in run.student.parameters()]).max()
     if not torch.isfinite(largest):
         raise UserError(f"{run.folder}: the weights are not finite at step {run.step}: not saved; lower optim.lr")
-    state = {
-        "student": run.student.state_dict(),
-        "teacher": run.teacher.state_dict(),
-        "criterion": run.criterion.state_dict(),
-        "optimizer": run.optimizer.state_dict(),
-        "data": run.data,
-    }
+    state = TrainedState(
+        student=run.student.state_dict(),
+        teacher=run.teacher.state_dict(),
+        criterion=run.criterion.state_dict(),
+        optimizer=run.optimizer.state_dict(),
+        data=run.data,
+    )
     save_checkpoint(run.folder, run.step, run.epoch, run.config, state, run.config.run.keep, run.damaged)
     run.damaged = []

@@ -14,24 +14,24 @@ from odis_path.model.network import Network
 
 
 def parameter_groups(network: Network, layer_decay: float = 1.0, *, decay_gain: bool = False) -> list[dict[str, Any]]:
-    """AdamW groups: no weight decay on biases and 1-D parameters as in iBOT; layer-wise learning rates as in BEiT.
+    """Group parameters for AdamW: no decay of biases and 1-D ones as in iBOT; layer-wise learning rates as in BEiT.
 
     decay_gain: the gain of the last layer decays too; iBOT's is a column, and so not 1-D.
 
     A block's rate is layer_decay times the next one's; heads, [OBJ] extras and the last norm have the full rate, tokens,
     position and patch embedding that of a block before the first.
     """
-    depth = len(network.encoder.vit.blocks)  # type: ignore[arg-type]
+    depth = len(network.encoder.vit.blocks)
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:
             decays = (parameter.ndim > 1 and not name.endswith(".bias")) or (decay_gain and name.endswith("last_layer.gain"))
             groups.setdefault((decays, layer_decay ** (depth + 1 - layer_of(name, depth))), []).append(parameter)
-    return [{"params": found, "decays": decays, "lr_scale": scale} for (decays, scale), found in groups.items()]
+    return [{"params": parameters, "decays": decays, "lr_scale": scale} for (decays, scale), parameters in groups.items()]
 
 
 def layer_of(name: str, depth: int) -> int:
-    """The depth of a parameter: 0 for what comes before the first block, i + 1 for block i, depth + 1 for what comes after."""
+    """Return the depth of a parameter: 0 before the first block, i + 1 for block i, depth + 1 after the last."""
     if name.startswith("encoder.vit.blocks."):
         return int(name.split(".")[3]) + 1
     early = ("patch_embed.", "cls_token", "reg_token", "pos_embed", "norm_pre.", "rope.")
@@ -60,12 +60,12 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, mode: str) 
 
 @torch.no_grad()
 def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
-    """EMA by name over parameters (teacher <- m teacher + (1 - m) student); buffers are copied."""
-    mine, theirs = dict(teacher.named_parameters()), dict(student.named_parameters())
-    torch._foreach_lerp_(list(mine.values()), [theirs[name] for name in mine], 1.0 - momentum)
-    source = dict(student.named_buffers())
+    """Move the teacher by name, m teacher + (1 - m) student, over parameters; buffers are copied."""
+    averaged, current = dict(teacher.named_parameters()), dict(student.named_parameters())
+    torch._foreach_lerp_(list(averaged.values()), [current[name] for name in averaged], 1.0 - momentum)
+    buffers = dict(student.named_buffers())
     for name, buffer in teacher.named_buffers():
-        buffer.copy_(source[name])
+        buffer.copy_(buffers[name])
 
 
 class StepValues(NamedTuple):
@@ -80,12 +80,12 @@ class StepValues(NamedTuple):
 
 
 def cosine(start: float, end: float, at: float) -> float:
-    """From `start` at 0 to `end` at 1 along half a cosine."""
+    """Go from `start` at 0 to `end` at 1 along half a cosine."""
     return end + 0.5 * (start - end) * (1 + cos(pi * min(1.0, max(0.0, at))))
 
 
 def step_values(config: PretrainConfig, step: int, steps_per_epoch: int, total_steps: int) -> StepValues:
-    """All scheduled values at a step (0-based), as in DINO's recipe: warm-up then cosine, per step, not per epoch."""
+    """Compute all scheduled values at a step (0-based), as in DINO's recipe: warm-up then cosine, per step, not per epoch."""
     o, loss = config.optim, config.loss
     peak = o.lr * o.batch_size / 256
     warm = min(int(o.warmup_epochs * steps_per_epoch), total_steps - 1)

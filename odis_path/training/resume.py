@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 from annotations.errors import UserError
+from odis_path.checkpoint import DataFacts
 from odis_path.config import PretrainConfig
 from odis_path.data.tile_index import TileIndex
 
@@ -26,7 +27,7 @@ FREE = {
 
 
 def check_sizes(config: PretrainConfig, world: int) -> None:
-    """UserError where batch and ranks do not divide."""
+    """Raise UserError where batch and ranks do not divide."""
     share = world * config.optim.accumulate
     if config.optim.batch_size % share:
         raise UserError(
@@ -36,7 +37,7 @@ def check_sizes(config: PretrainConfig, world: int) -> None:
 
 
 def check_views(config: PretrainConfig, patch_px: int) -> None:
-    """UserError where a view holds no whole number of patches."""
+    """Raise UserError where a view holds no whole number of patches."""
     sizes = {"global_size": config.views.global_size}
     if config.views.local_count:
         sizes["local_size"] = config.views.local_size
@@ -50,7 +51,7 @@ def check_views(config: PretrainConfig, patch_px: int) -> None:
 
 
 def config_difference(new: PretrainConfig, old: PretrainConfig) -> str:
-    """The first key that makes two runs different runs, as "key=old, now key=new"; empty where none does."""
+    """Find the first key that makes two runs different runs, as "key=old, now key=new"; empty where none does."""
 
     def flat(config: PretrainConfig) -> dict[str, Any]:
         return {
@@ -67,8 +68,8 @@ def config_difference(new: PretrainConfig, old: PretrainConfig) -> str:
     return ""
 
 
-def data_facts(index: TileIndex, away: set[str]) -> dict[str, Any]:
-    """Facts about the data of a run, to be kept in its checkpoints: counts to tell a user, and a hash of all that matters.
+def data_facts(index: TileIndex, away: set[str]) -> DataFacts:
+    """Collect facts about the data of a run, for its checkpoints: counts to tell a user, and a hash of all that matters.
 
     index: every tile, held out or not. away: the held-out patients.
     """
@@ -82,7 +83,7 @@ def data_facts(index: TileIndex, away: set[str]) -> dict[str, Any]:
     }
 
 
-def data_difference(new: dict[str, Any], old: dict[str, Any] | None) -> str:
+def data_difference(new: DataFacts, old: DataFacts | None) -> str:
     """Describe how the tiles changed since a checkpoint; empty where they did not, or where it does not say (an older one)."""
     if old is None or new["sha256"] == old["sha256"]:
         return ""

@@ -36,7 +36,7 @@ def pretrain(
 
 
 def override_words(overrides: Mapping[str, Any] | Sequence[str] | None) -> list[str]:
-    """Overrides as the command line spells them: key.sub=value, the value in YAML where it is more than a word."""
+    """Spell overrides as the command line does: key.sub=value, the value in YAML where it is more than a word."""
     if not isinstance(overrides, Mapping):
         return list(overrides or ())
     return [f"{key}={_yaml(value)}" for key, value in overrides.items()]
@@ -47,7 +47,8 @@ def _yaml(value: Any) -> str:
 
     if isinstance(value, os.PathLike | str):
         return os.fspath(value)  # read as the command line reads it
-    return yaml.safe_dump(value, default_flow_style=True, width=float("inf")).removesuffix("\n").removesuffix("\n...")
+    text: str = yaml.safe_dump(value, default_flow_style=True, width=float("inf"))
+    return text.removesuffix("\n").removesuffix("\n...")
 
 
 @dataclass(frozen=True)
@@ -64,14 +65,14 @@ class TrainedRun(Result, os.PathLike[str]):
         return str(self.checkpoint)
 
     def figures(self) -> dict[str, Any]:
-        """The last value of every figure in its log."""
+        """Return the last value of every figure in its log."""
         last: dict[str, Any] = {}
         for row in read_log(self.folder):
             last.update(row)
         return last
 
     def show(self, console: Console) -> None:
-        """A table of the last figures, and where the run lies."""
+        """Print a table of the last figures, and where the run lies."""
         from rich.table import Table
 
         last = self.figures()

@@ -8,13 +8,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from annotations.errors import UserError
-from odis_path.checkpoint import Checkpoint, as_begun, load_into, newest_checkpoint
+from odis_path.checkpoint import Checkpoint, DataFacts, as_begun, load_into, newest_checkpoint
 from odis_path.config import PretrainConfig
 from odis_path.data.dataset import kinds_of
 from odis_path.data.sampler import Batch, StepSampler, collate
@@ -46,7 +45,7 @@ class Run:
     criterion: Criterion
     optimizer: torch.optim.Optimizer
     compiled: bool
-    data: dict[str, Any]  # what it trains on, see odis_path.training.resume
+    data: DataFacts
     step: int = 0
     damaged: list[Path] = field(default_factory=list)  # newer checkpoints than the one it went on from, gone at the next
     folder: Path = field(init=False)
@@ -63,7 +62,7 @@ class Run:
         return self.step / self.steps_per_epoch
 
     def steps_of(self, epochs: float) -> int:
-        """The nearest number of steps to some epochs, at least one."""
+        """Return the nearest number of steps to some epochs, at least one."""
         return max(1, round(epochs * self.steps_per_epoch))
 
 
@@ -123,23 +122,24 @@ def prepare(config: PretrainConfig, ranks: Ranks, *, from_previous: bool = False
 
 def resume(run: Run, checkpoint: Checkpoint) -> None:
     """Put a checkpoint's state into a run. Raises UserError where it was made by another configuration, or on other tiles."""
-    run.config, kept = as_begun(run.config, checkpoint.state["config"])
-    difference = config_difference(run.config, checkpoint.config)
-    if difference:
+    state = checkpoint.state
+    run.config, kept = as_begun(run.config, checkpoint.stored_config)
+    if difference := config_difference(run.config, checkpoint.config):
         raise UserError(
             f"{checkpoint.path}: was trained with {difference}; use the same configuration to go on (it lies in "
             f"{run.folder / 'config.yaml'}), or another run.out"
         )
-    if other := data_difference(run.data, checkpoint.state.get("data")):
+    if difference := data_difference(run.data, state.data):
         raise UserError(
-            f"{checkpoint.path}: was trained on other tiles than {run.config.data.tiles} holds now ({other}): give those to go "
-            "on, or another run.out (and model.weights to start from what was learned)"
+            f"{checkpoint.path}: was trained on other tiles than {run.config.data.tiles} holds now ({difference}): give those "
+            "to go on, or another run.out (and model.weights to start from what was learned)"
         )
-    for module, key in ((run.student, "student"), (run.teacher, "teacher"), (run.criterion, "criterion")):
-        load_into(module, checkpoint.state[key], checkpoint.path, key)
-    run.optimizer.load_state_dict(checkpoint.state["optimizer"])
-    if "pretrained_on" in (checkpoint.state.get("data") or {}):
-        run.data["pretrained_on"] = checkpoint.state["data"]["pretrained_on"]
+    load_into(run.student, state.student, checkpoint.path, "student")
+    load_into(run.teacher, state.teacher, checkpoint.path, "teacher")
+    load_into(run.criterion, state.criterion, checkpoint.path, "criterion")
+    run.optimizer.load_state_dict(state.optimizer)
+    if state.data is not None and "pretrained_on" in state.data:
+        run.data["pretrained_on"] = state.data["pretrained_on"]
     run.step = checkpoint.step
     if run.ranks.first:
         old = f", with {' '.join(kept)} as it began" if kept else ""
@@ -164,7 +164,7 @@ def build_networks(
 
 
 def build_student(config: PretrainConfig, checkpoint: Checkpoint | None) -> tuple[PretrainConfig, Network]:
-    """The student, with the weights it starts from, or shaped as in the checkpoint that it is to take; and how it pools.
+    """Build the student, with the weights it starts from, or shaped as in the checkpoint that it is to take.
 
     The configuration comes back with model.pool settled: `auto` is what the weights, or the checkpoint, were trained with.
     """
@@ -173,12 +173,12 @@ def build_student(config: PretrainConfig, checkpoint: Checkpoint | None) -> tupl
     else:
         if config.model.pool == "auto":
             config = with_pool(config, checkpoint.config.model.pool)
-        student = build_network(config, student=True, like=checkpoint.state["student"])
+        student = build_network(config, student=True, like=checkpoint.state.student)
     return with_pool(config, student.encoder.pool), student
 
 
 def with_pool(config: PretrainConfig, pool: str) -> PretrainConfig:
-    """The configuration with this model.pool."""
+    """Return the configuration with this model.pool."""
     return config.model_copy(update={"model": config.model.model_copy(update={"pool": pool})})
 
 
@@ -189,10 +189,10 @@ def start_line(config: PretrainConfig, encoder: ObjViT) -> str:
     obj = encoder.pool == "obj"
     parts = [f"{loaded.layout} layout, {loaded.loaded} tensors"]
     parts.append("[OBJ] goes on from the class token" if obj else "pooled by the mean of in-box patches (model.pool=linear)")
-    size, other = config.views.global_size, ", positions are interpolated" if encoder.has_positions else ""
+    size, resized = config.views.global_size, ", positions are interpolated" if encoder.has_positions else ""
     if encoder.trained_px is not None:
         same = size == encoder.trained_px
-        parts.append(f"views.global_size={size}, " + ("as trained" if same else f"trained at {encoder.trained_px} px{other}"))
+        parts.append(f"views.global_size={size}, " + ("as trained" if same else f"trained at {encoder.trained_px} px{resized}"))
     if encoder.norm is not None and encoder.norm != (config.data.mean, config.data.std):
         mean, std = (list(values) for values in encoder.norm)
         parts.append(f"trained with another mean and std: set data.mean={mean} data.std={std}")
@@ -201,7 +201,7 @@ def start_line(config: PretrainConfig, encoder: ObjViT) -> str:
 
 
 def batch_loader(run: Run) -> Iterable[Batch]:
-    """The micro-batches of this rank from run.step on, accumulate a step; see `odis_path.data.sampler.next_batch`."""
+    """Load the micro-batches of this rank from run.step on; see `odis_path.data.sampler.next_batch`."""
     config, ranks = run.config, run.ranks
     sampler = StepSampler(
         len(run.train),

@@ -62,7 +62,7 @@ def forward_backward(
                 teacher = run.teacher(views, with_locals=False, mask_patches=False, patches=with_patches, mean=patch_mean)
             student = run.wrapped(views, with_locals=True, mask_patches=with_patches, patches=with_patches)
         parts: dict[str, Tensor] = run.criterion(teacher, student, views, values.teacher_temperature, pairs=pairs, last=last)
-        (parts["loss"] / config.optim.accumulate).backward()
+        torch.autograd.backward(parts["loss"] / config.optim.accumulate)
     return parts
 
 

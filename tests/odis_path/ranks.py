@@ -25,8 +25,8 @@ def _enter(rank: int, world: int, port: int, work: Callable[..., Any], out: str,
         torch.save(work(rank, world, *args), Path(out) / f"rank{rank}.pt")
     finally:
         stop_ranks()
-    left = [name for name in thread_names() if "gloo" in name]
-    assert not left, f"the process group outlives its end: {left}"  # and may abort the process while Python ends
+    remaining = [name for name in thread_names() if "gloo" in name]
+    assert not remaining, f"the process group outlives its end: {remaining}"  # and may abort the process while Python ends
 
 
 def thread_names() -> list[str]:

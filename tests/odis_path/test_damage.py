@@ -42,25 +42,25 @@ def flipped(path: Path, out: Path, at: int, bit: int = 0) -> Path:
     return out
 
 
-def same(one: Any, other: Any) -> bool:
+def same(a: Any, b: Any) -> bool:
     """Whether two loaded contents are equal, tensor by tensor."""
-    if isinstance(one, dict):
-        return isinstance(other, dict) and one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, torch.Tensor):
-        return isinstance(other, torch.Tensor) and torch.equal(one, other)
-    return bool(one == other)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and torch.equal(a, b)
+    return bool(a == b)
 
 
 def outcome(path: Path) -> tuple[Any, str]:
     """What is loaded, or what is said."""
     try:
-        return load_checkpoint(path).state, ""
+        return vars(load_checkpoint(path).state), ""
     except UserError as error:
         return None, str(error)
 
 
 def test_no_flipped_bit_of_a_checkpoint_changes_what_is_loaded(checkpoint: Path, tmp_path: Path) -> None:
-    whole = load_checkpoint(checkpoint).state
+    whole = vars(load_checkpoint(checkpoint).state)
     rng = np.random.default_rng(0)
     refused = 0
     for number, at in enumerate(rng.integers(0, checkpoint.stat().st_size, 64)):

@@ -44,11 +44,11 @@ class Trend:
         self._sums.append((value, 1))
 
     def means(self) -> list[float]:
-        """The mean of each cell, oldest first."""
+        """Return the mean of each cell, oldest first."""
         return [total / count for total, count in self._sums]
 
     def line(self, *, ascii_only: bool = False) -> str:
-        """A bar a cell, between the least and the greatest mean; "!" for one that is not finite."""
+        """Draw a bar a cell, between the least and the greatest mean; "!" for one that is not finite."""
         means, bars = self.means(), _ASCII_BARS if ascii_only else _BARS
         finite = [value for value in means if isfinite(value)]
         low, high = min(finite, default=0.0), max(finite, default=0.0)
@@ -91,21 +91,21 @@ class Progress:
         return [key for key in self.last if key.startswith("loss_")]
 
     def elapsed(self) -> str:
-        """Time since this start, h:mm:ss."""
+        """Return the time since this start, h:mm:ss."""
         return str(timedelta(seconds=int(time.monotonic() - self._begun)))
 
     def eta(self) -> str:
-        """Time to go, h:mm:ss, from the last rows; "?" before there are two of different steps."""
+        """Estimate the time to go, h:mm:ss, from the last rows; "?" before there are two of different steps."""
         if self.step >= self.total:
             return "0:00:00"
         if not self._times or self._times[-1][1] == self._times[0][1]:
             return "?"
         (begin, first), (end, last) = self._times[0], self._times[-1]
-        left = (self.total - last) * (end - begin) / (last - first) - (time.monotonic() - end)
-        return str(timedelta(seconds=int(max(0.0, left))))
+        remaining = (self.total - last) * (end - begin) / (last - first) - (time.monotonic() - end)
+        return str(timedelta(seconds=int(max(0.0, remaining))))
 
     def text(self) -> str:
-        """All of it as one plain line."""
+        """Say all of it in one plain line."""
         last = self.last
         parts = [f"step {self.step}/{self.total}"]
         if "epoch" in last:
@@ -128,24 +128,24 @@ class Progress:
         return f"{self.title}: {', '.join(parts)}, ETA {self.eta()}"
 
     def rows(self) -> list[tuple[str, str, str, str]]:
-        """(figure, its key, value now, remark) for each line of the live table."""
+        """Return (figure, its key, value now, remark) for each line of the live table."""
         last = self.last
-        found = [("loss", "loss", "{:.3f}", "")]
-        found += [(f"  {key.removeprefix('loss_')}", key, "{:.3f}", "") for key in self.loss_parts]
+        figures = [("loss", "loss", "{:.3f}", "")]
+        figures += [(f"  {key.removeprefix('loss_')}", key, "{:.3f}", "") for key in self.loss_parts]
         best = "" if self.best is None else f"best {self.best[0]:.3f} at epoch {self.best[1]:.1f}"
-        found.append(("k-NN balanced accuracy", KNN, "{:.3f}", best))
+        figures.append(("k-NN balanced accuracy", KNN, "{:.3f}", best))
         most = f"at most log K = {self.log_k:.2f}" if self.log_k else ""
-        found.append(("teacher entropy", "teacher_entropy", "{:.2f}", most))
+        figures.append(("teacher entropy", "teacher_entropy", "{:.2f}", most))
         low = last.get("token_spread", 1.0) < COLLAPSE_SPREAD
         spread = f"LOW: below {COLLAPSE_SPREAD}" if low else f"low below {COLLAPSE_SPREAD}"
-        found.append(("token spread", "token_spread", "{:.2f}", spread))
+        figures.append(("token spread", "token_spread", "{:.2f}", spread))
         many = "MANY: see target.whole_share" if last.get("identity_pairs", 0.0) > IDENTITY_SHARE else ""
-        found.append(("identity pairs", "identity_pairs", "{:.1%}", many))
-        found.append(("learning rate", "lr", "{:.2e}", ""))
-        found.append(("tiles/s", "images_per_s", "{:.0f}", ""))
+        figures.append(("identity pairs", "identity_pairs", "{:.1%}", many))
+        figures.append(("learning rate", "lr", "{:.2e}", ""))
+        figures.append(("tiles/s", "images_per_s", "{:.0f}", ""))
         much = last.get("data_wait_share", 0.0) > _MUCH_WAITING
-        found.append(("waiting for data", "data_wait_share", "{:.0%}", "MUCH: see data.workers" if much else ""))
-        return [(name, key, form.format(last[key]), note) for name, key, form, note in found if key in last]
+        figures.append(("waiting for data", "data_wait_share", "{:.0%}", "MUCH: see data.workers" if much else ""))
+        return [(name, key, form.format(last[key]), note) for name, key, form, note in figures if key in last]
 
 
 class LiveTable:
@@ -166,7 +166,7 @@ class LiveTable:
         self._live.start()
 
     def render(self) -> RenderableType:
-        """The table of this moment."""
+        """Draw the table of this moment."""
         from rich.console import Group
 
         with self._lock:
@@ -208,7 +208,7 @@ class LiveTable:
         return table
 
     def say(self, text: str) -> None:
-        """A line above the table."""
+        """Print a line above the table."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True, style="yellow")
 
     def close(self) -> None:

@@ -12,9 +12,8 @@ from torch import Tensor
 from odis_path.data.sampler import Batch
 from odis_path.distributed import Ranks, mean_of_ranks
 from odis_path.training.knn_monitor import identity_pairs
+from odis_path.training.log.rows import Row
 from odis_path.training.optim import StepValues
-
-Row = dict[str, float]  # of train.jsonl: step, epoch and figures
 
 
 class StepMeter:

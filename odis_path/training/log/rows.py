@@ -6,15 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+Row = dict[str, float]  # one that a run writes: step, epoch and figures
+
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The rows of train.jsonl; [] where there is none, lines that are no rows are left out."""
+    """Read the rows of train.jsonl; [] where there is none, lines that are no rows are left out."""
     path = folder / "train.jsonl"
     return read_rows(path)[0] if path.exists() else []
 
 
 def read_rows(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
-    """The rows of a train.jsonl, and the numbers (from 1) of lines that are none: cut off, damaged, or no object."""
+    """Read the rows of a train.jsonl, and the numbers (from 1) of lines that are none: cut off, damaged, or no object."""
     rows, wrong = [], []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:

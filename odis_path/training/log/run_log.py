@@ -20,7 +20,7 @@ from odis_path.features.pretraining import side_of
 from odis_path.training.collapse import CollapseWatch
 from odis_path.training.knn_monitor import IdentityWatch
 from odis_path.training.log.live_table import LiveTable, Progress
-from odis_path.training.log.rows import read_rows
+from odis_path.training.log.rows import Row, read_rows
 from odis_path.training.log.trackers import Tracker
 from tiling.storage.atomic import atomic_path, write_error
 
@@ -70,11 +70,11 @@ class RunLog:
         self._table: LiveTable | None = None  # from the first row on: what fails before leaves the terminal as it was
 
     def at(self, step: int) -> None:
-        """The run has done `step` steps: moves the bar between rows."""
+        """Move the bar between rows: the run has done `step` steps."""
         if self.active:
             self.progress.step = step
 
-    def write(self, row: dict[str, Any]) -> None:
+    def write(self, row: Row) -> None:
         """Append a row (it holds `step` and `epoch`), show its figures, and tell of a collapse."""
         if not self.active:
             return
@@ -96,7 +96,7 @@ class RunLog:
                 self.warn(message)
 
     def warn(self, text: str) -> None:
-        """One line to the user, above the table."""
+        """Print one line to the user, above the table."""
         if not self.active:
             return
         if self._table is not None:
@@ -105,7 +105,7 @@ class RunLog:
             print(text, file=sys.stderr, flush=True)
 
     def warn_once(self, text: str) -> None:
-        """One line to the user, the first time it comes up."""
+        """Print one line to the user, the first time it comes up."""
         if text not in self._warned:
             self._warned.add(text)
             self.warn(text)
@@ -136,12 +136,12 @@ class RunLog:
         self._printed, self._unsaid = now, False
         print(self.progress.text(), file=sys.stderr, flush=True)
 
-    def _track(self, row: dict[str, Any]) -> None:
+    def _track(self, row: Row) -> None:
         """Hand the figures on; a tracker that fails is left out, training goes on."""
         figures = {key: value for key, value in row.items() if key != "step"}
         for tracker in list(self._trackers):
             try:
-                tracker.log(figures, row["step"])
+                tracker.log(figures, int(row["step"]))
             except Exception as error:  # a full disk, a lost connection: not worth a long run
                 self._trackers.remove(tracker)
                 name = type(tracker).__name__
@@ -170,7 +170,7 @@ def _forget_after(path: Path, step: int) -> list[dict[str, Any]]:
 
 
 def write_run_files(folder: Path, config: PretrainConfig, tiles: TileIndex, away: set[str]) -> None:
-    """config.yaml (resolved) and split.csv of a new run. tiles: of all slides; away: the held-out patients."""
+    """Write config.yaml (resolved) and split.csv of a new run. tiles: of all slides; away: the held-out patients."""
     import yaml
 
     try:
@@ -187,7 +187,7 @@ def write_run_files(folder: Path, config: PretrainConfig, tiles: TileIndex, away
 
 
 def record_start(folder: Path, step: int, facts: dict[str, Any]) -> None:
-    """`versions.json`: what the run began with, and under `resumed` what was different at each later start."""
+    """Write `versions.json`: what the run began with, and under `resumed` what was different at each later start."""
     path = folder / "versions.json"
     try:
         known = json.loads(path.read_text(encoding="utf-8")) if step else None

@@ -82,7 +82,7 @@ class WandbTracker:
 
 
 def run_id(folder: Path) -> str:
-    """The W&B id of a run folder: drawn once, then kept in `wandb-id.txt`."""
+    """Return the W&B id of a run folder: drawn once, then kept in `wandb-id.txt`."""
     path = folder / "wandb-id.txt"
     if path.is_file() and (known := path.read_text(encoding="utf-8").strip()):
         return known
@@ -94,9 +94,9 @@ def run_id(folder: Path) -> str:
 
 def open_trackers(config: PretrainConfig, first_step: int) -> list[Tracker]:
     """Open the trackers of `run.tensorboard` and `run.wandb`. Raises UserError where the extra is not installed."""
-    folder, found = Path(config.run.out), list[Tracker]()
+    folder, trackers = Path(config.run.out), list[Tracker]()
     if config.run.tensorboard:
-        found.append(TensorBoardTracker(folder, first_step))
+        trackers.append(TensorBoardTracker(folder, first_step))
     if config.run.wandb:
-        found.append(WandbTracker(folder, config.run.wandb_project, config.model_dump(mode="json")))
-    return found
+        trackers.append(WandbTracker(folder, config.run.wandb_project, config.model_dump(mode="json")))
+    return trackers

@@ -30,36 +30,36 @@ def samples_of(tiles: Path, **target: Any) -> TileSamples:
 
 def test_without_noise_the_boxes_are_the_same() -> None:
     boxes = many_boxes()
-    found, was = noisy_boxes(np.random.default_rng(0), boxes, **QUIET)
-    assert np.array_equal(found, boxes)
-    assert np.array_equal(was, np.arange(len(boxes)))
+    noisy, source = noisy_boxes(np.random.default_rng(0), boxes, **QUIET)
+    assert np.array_equal(noisy, boxes)
+    assert np.array_equal(source, np.arange(len(boxes)))
 
 
 def test_every_edge_moves_by_at_most_the_share_of_its_side_and_on_average_by_half_of_it() -> None:
     boxes = many_boxes()
-    found, was = noisy_boxes(np.random.default_rng(0), boxes, **{**QUIET, "jitter": 0.2})
-    assert np.array_equal(was, np.arange(len(boxes)))
-    share = np.abs(found - boxes) / np.tile(boxes[:, 2:] - boxes[:, :2], 2)
+    noisy, source = noisy_boxes(np.random.default_rng(0), boxes, **{**QUIET, "jitter": 0.2})
+    assert np.array_equal(source, np.arange(len(boxes)))
+    share = np.abs(noisy - boxes) / np.tile(boxes[:, 2:] - boxes[:, :2], 2)
     assert share.max() <= 0.2 + 1e-12
     inside = (boxes > 10).all(1) & (boxes < 90).all(1)
     assert share[inside].mean() == pytest.approx(0.1, rel=0.05)
-    assert found.min() >= 0
-    assert found.max() <= 100
+    assert noisy.min() >= 0
+    assert noisy.max() <= 100
 
 
 def test_jitter_never_turns_a_box_inside_out() -> None:
     boxes = np.concatenate([many_boxes(), [[5.0, 5.0, 5.4, 5.2], [0.0, 0.0, 100.0, 100.0]]])
-    found, _ = noisy_boxes(np.random.default_rng(0), boxes, **{**QUIET, "jitter": 0.5})
-    assert (found[:, 2:] > found[:, :2]).all()
+    noisy, _ = noisy_boxes(np.random.default_rng(0), boxes, **{**QUIET, "jitter": 0.5})
+    assert (noisy[:, 2:] > noisy[:, :2]).all()
 
 
 def test_boxes_are_dropped_and_false_ones_added_at_their_rates() -> None:
     boxes = many_boxes()
-    found, was = noisy_boxes(np.random.default_rng(0), boxes, **{**QUIET, "drop": 0.3, "false": 0.2})
-    assert (was >= 0).sum() / len(boxes) == pytest.approx(0.7, abs=0.03)
-    assert (was < 0).sum() / len(boxes) == pytest.approx(0.2, abs=0.03)
-    assert np.array_equal(found[was >= 0], boxes[was[was >= 0]])
-    made = found[was < 0]
+    noisy, source = noisy_boxes(np.random.default_rng(0), boxes, **{**QUIET, "drop": 0.3, "false": 0.2})
+    assert (source >= 0).sum() / len(boxes) == pytest.approx(0.7, abs=0.03)
+    assert (source < 0).sum() / len(boxes) == pytest.approx(0.2, abs=0.03)
+    assert np.array_equal(noisy[source >= 0], boxes[source[source >= 0]])
+    made = noisy[source < 0]
     assert made.min() >= 0
     assert made.max() <= 100
     sizes = {tuple(size) for size in (boxes[:, 2:] - boxes[:, :2]).round(6)}
@@ -79,17 +79,17 @@ def test_zero_noise_leaves_every_draw_of_a_sample_as_it_was(tiny_tiles: Path) ->
 
 def test_a_noisy_sample_is_a_function_of_seed_epoch_and_index(tiny_tiles: Path) -> None:
     noise = {"noise_jitter": 0.2, "noise_drop": 0.3, "noise_false": 0.5}
-    one, two, plain = samples_of(tiny_tiles, **noise), samples_of(tiny_tiles, **noise), samples_of(tiny_tiles)
+    first, second, plain = samples_of(tiny_tiles, **noise), samples_of(tiny_tiles, **noise), samples_of(tiny_tiles)
     differs = 0
-    for i in reversed(range(len(one))):
-        a = one[(3, i)]
+    for i in reversed(range(len(first))):
+        a = first[(3, i)]
         differs += not np.array_equal(a.target, plain[(3, i)].target)
-    for i in range(len(one)):
-        a, b = one[(3, i)], two[(3, i)]
+    for i in range(len(first)):
+        a, b = first[(3, i)], second[(3, i)]
         assert_same_sample(a, b)
         assert (a.target >= 0).all()
         assert (a.target <= SIDE).all()
-    assert differs > len(one) / 2
+    assert differs > len(first) / 2
 
 
 def test_a_tile_whose_boxes_are_all_missing_is_trained_whole(tiny_tiles: Path) -> None:

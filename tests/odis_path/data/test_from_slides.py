@@ -66,10 +66,10 @@ def samples(folder: Path, out: Path, **sections: dict) -> TileSamples:
 
 def test_samples_from_slides_are_those_from_stored_pixels(both: tuple[Path, Path], tmp_path: Path) -> None:
     free = {"target": {"crop": False, "mask": False}}
-    one, other = (samples(folder, tmp_path, **free) for folder in both)
-    assert len(one) == len(other) == 4 * 24
+    from_pixels, from_slides = (samples(folder, tmp_path, **free) for folder in both)
+    assert len(from_pixels) == len(from_slides) == 4 * 24
     for i in (0, 17, 95):
-        stored, read = one[2, i], other[2, i]
+        stored, read = from_pixels[2, i], from_slides[2, i]
         assert np.abs(stored.pixels.astype(int) - read.pixels).mean() < 2
         assert_same_sample(stored, read, pixels=False)
 
@@ -92,9 +92,9 @@ def test_a_model_trains_and_embeds_from_coords_alone(both: tuple[Path, Path], tm
     run = loop.pretrain(config).parent
     for folder, name in zip(both, ("stored", "bare"), strict=True):
         assert all(outcome.ok for outcome in embed(folder, str(run), tmp_path / name, dtype="float32", batch=7))
-    one, other = (read_features(tmp_path / name / "S1.h5").x for name in ("stored", "bare"))
-    assert one.shape == other.shape == (24, 32)
-    cosine = (one * other).sum(1) / np.linalg.norm(one, axis=1) / np.linalg.norm(other, axis=1)
+    from_pixels, from_slides = (read_features(tmp_path / name / "S1.h5").x for name in ("stored", "bare"))
+    assert from_pixels.shape == from_slides.shape == (24, 32)
+    cosine = (from_pixels * from_slides).sum(1) / np.linalg.norm(from_pixels, axis=1) / np.linalg.norm(from_slides, axis=1)
     assert cosine.min() > 0.98
 
 
@@ -102,9 +102,9 @@ def test_tiles_read_together_are_tiles_read_alone(both: tuple[Path, Path]) -> No
     for folder in both:
         with SlideFile(folder / "S0.h5") as file:
             for numbers in ([0, 1, 2, 7, 23], [5], [9, 3, 9], []):
-                found = file.tiles(np.array(numbers, dtype=np.int64))
-                assert found.shape == (len(numbers), 64, 64, 3)
-                for tile, i in zip(found, numbers, strict=True):
+                pixels = file.tiles(np.array(numbers, dtype=np.int64))
+                assert pixels.shape == (len(numbers), 64, 64, 3)
+                for tile, i in zip(pixels, numbers, strict=True):
                     np.testing.assert_array_equal(tile, file.tile(i))
             with pytest.raises(IndexError, match="tile 24 of 24"):
                 file.tiles(np.array([3, 24]))

@@ -53,14 +53,14 @@ def test_further_objects_show_in_both_globals_and_are_not_the_first(tiny_tiles: 
         assert not sample.views.object_visible[:, 2].any()  # a tile has two boxes
         assert sample.views.object_masks_global[:, 2].all()
         boxes = samples.files[int(samples.index.slide[i])].boxes(int(samples.index.row[i])).astype(float)
-        other = boxes[(boxes != sample.target).any(1)]
-        share = np.minimum(*(crops.visible_share(view, other) for view in crops_of(sample)[:2]))
-        large = (other[:, 2:] - other[:, :2]).prod(1) >= samples._min_side_px**2
+        further = boxes[(boxes != sample.target).any(1)]
+        share = np.minimum(*(crops.visible_share(view, further) for view in crops_of(sample)[:2]))
+        large = (further[:, 2:] - further[:, :2]).prod(1) >= samples._min_side_px**2
         assert sample.views.object_visible[:2, 1].all() == bool((large & (share >= 0.5)).any())
         if sample.views.object_visible[0, 1]:
             used += 1
             view = crops_of(sample)[0]
-            assert np.array_equal(sample.views.object_masks_global[0, 1], crops.patch_mask(view, other[0], 4).ravel())
+            assert np.array_equal(sample.views.object_masks_global[0, 1], crops.patch_mask(view, further[0], 4).ravel())
     assert used > len(samples) / 3
 
 
@@ -318,11 +318,11 @@ def test_every_method_embeds_in_every_mode(name: str) -> None:
     encoder = FrozenEncoder(build_network(config, student=False).encoder.eval(), name, (0.5,) * 3, (0.2,) * 3, CPU.device)  # type: ignore[arg-type]
     tiles = np.random.default_rng(0).integers(0, 255, (2, 32, 32, 3), dtype=np.uint8)
     boxes = np.array([[4.0, 4, 20, 20], [8, 0, 32, 12]])
-    found = {mode: encoder.encode(tiles, boxes, mode) for mode in MODES}  # type: ignore[arg-type]
-    assert all(x.shape == (2, 32) and np.isfinite(x).all() for x in found.values())
-    assert np.array_equal(found.pop("window"), found["masked"])
-    for a, b in combinations(found, 2):
-        assert np.abs(found[a] - found[b]).max() > 1e-5, (a, b)
+    embeddings = {mode: encoder.encode(tiles, boxes, mode) for mode in MODES}  # type: ignore[arg-type]
+    assert all(x.shape == (2, 32) and np.isfinite(x).all() for x in embeddings.values())
+    assert np.array_equal(embeddings.pop("window"), embeddings["masked"])
+    for a, b in combinations(embeddings, 2):
+        assert np.abs(embeddings[a] - embeddings[b]).max() > 1e-5, (a, b)
 
 
 def test_compiled_blocks_train_as_plain_ones(tiny_tiles: Path, tmp_path: Path) -> None:

@@ -41,17 +41,17 @@ def star(rng: np.random.Generator, x: float, y: float, size: float) -> shapely.G
 def shape(seed: int) -> shapely.Geometry:
     """Stars: one, several apart or merged, with holes and islands in the holes; now and then cut by a tile's border."""
     rng = np.random.default_rng(seed)
-    found = shapely.Polygon()
+    polygon = shapely.Polygon()
     for _ in range(int(rng.integers(1, 4))):
         x, y = rng.uniform(-5, SIDE + 5, 2)
         size = rng.uniform(1, 40)
-        found |= star(rng, x, y, size)
+        polygon |= star(rng, x, y, size)
         if rng.random() < 0.5:
-            found -= star(rng, x, y, size * 0.6)
-            found |= star(rng, x, y, size * 0.15)
+            polygon -= star(rng, x, y, size * 0.6)
+            polygon |= star(rng, x, y, size * 0.15)
     if rng.random() < 0.5:
-        found &= shapely.box(0, 0, SIDE, SIDE)
-    return found
+        polygon &= shapely.box(0, 0, SIDE, SIDE)
+    return polygon
 
 
 def rings_of(geometry: shapely.Geometry, seed: int = 0) -> list[np.ndarray]:
@@ -88,7 +88,7 @@ def by_patch(picture: np.ndarray, grid: int) -> np.ndarray:
 @given(crops(), SEEDS, st.integers(2, 8), st.sampled_from([0.1, 0.5, 0.9]), st.integers(0, 2))
 def test_the_mask_is_where_the_painted_polygon_shows(crop: Crop, seed: int, grid: int, fraction: float, margin: int) -> None:
     rings = rings_of(shape(seed), seed)
-    surely, maybe = (by_patch(turn_grid(each, crop.turn), grid) for each in painted(crop, rings, grid, 9))
+    surely, maybe = (by_patch(turn_grid(painting, crop.turn), grid) for painting in painted(crop, rings, grid, 9))
     square = np.ones((2 * margin + 1, 2 * margin + 1), bool)
     for rule, low, high in (
         ("any", surely.any((2, 3)), maybe.any((2, 3))),
@@ -139,11 +139,11 @@ def test_a_rectangle_has_the_mask_of_its_box(crop: Crop, sides: list[int], grid:
         turned = Crop(crop.x, crop.y, crop.w, crop.h, turn, crop.size_px)
         for rule in RULES:
             # 0.3719 is no share that integers below 65 make: what ties do with round-off is no matter here.
-            how = {"rule": rule, "fraction": 0.3719}
-            wanted = patch_mask(turned, box, grid, **how, margin=margin)
+            options = {"rule": rule, "fraction": 0.3719}
+            wanted = patch_mask(turned, box, grid, **options, margin=margin)
             if not plain:  # by its share of patches a box may lose a corner, and patch_mask's margin fills it again
-                wanted = binary_dilation(patch_mask(turned, box, grid, **how), np.ones((2 * margin + 1, 2 * margin + 1)))
-            assert np.array_equal(polygon_mask(turned, [ring], grid, **how, margin=margin), wanted), (rule, turn)
+                wanted = binary_dilation(patch_mask(turned, box, grid, **options), np.ones((2 * margin + 1, 2 * margin + 1)))
+            assert np.array_equal(polygon_mask(turned, [ring], grid, **options, margin=margin), wanted), (rule, turn)
 
 
 def test_a_plain_rectangle_ties_like_its_box() -> None:
@@ -151,8 +151,8 @@ def test_a_plain_rectangle_ties_like_its_box() -> None:
     box = np.array([3.5, 5.0, 37.7, 33.0])
     ring = box[[0, 1, 2, 1, 2, 3, 0, 3, 0, 1]].reshape(5, 2)  # closed
     for fraction in (0.25, 0.5, 1.0):
-        how = {"rule": "fraction", "fraction": fraction}
-        assert np.array_equal(polygon_mask(crop, [ring], 14, **how), patch_mask(crop, box, 14, **how))
+        options = {"rule": "fraction", "fraction": fraction}
+        assert np.array_equal(polygon_mask(crop, [ring], 14, **options), patch_mask(crop, box, 14, **options))
 
 
 def test_holes_are_out_and_islands_in() -> None:

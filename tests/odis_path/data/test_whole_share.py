@@ -101,9 +101,9 @@ def test_crops_of_a_box_that_fills_the_tile_have_the_law_of_free_ones(index: Any
     box = np.array([1.0, 0.0, 64.0, 63.0])
     rects = np.concatenate([draw(index, box, seed)[0].views.rects[:2] for seed in range(1500)])
     free = crops.sample_crops(np.random.default_rng(0), SIDE, None, crops.CropRule(scale=(0.25, 1), size_px=32), 3000)
-    other = np.array([(v.x, v.y, v.w, v.h) for v in free])
-    assert np.abs(rects[:, :4].mean(0) - other.mean(0)).max() < 0.8
-    assert np.abs(rects[:, :4].std(0) - other.std(0)).max() < 0.8
+    drawn = np.array([(v.x, v.y, v.w, v.h) for v in free])
+    assert np.abs(rects[:, :4].mean(0) - drawn.mean(0)).max() < 0.8
+    assert np.abs(rects[:, :4].std(0) - drawn.std(0)).max() < 0.8
 
 
 def test_an_outline_keeps_its_mask_where_its_box_fills_the_tile(index: Any) -> None:
@@ -187,11 +187,11 @@ def test_many_identity_pairs_are_told_once_with_the_keys_to_change(
     loop.train(run)
     run = prepare(config, CPU)  # goes on
     loop.train(run)
-    told = [line for line in capsys.readouterr().err.splitlines() if "same crop of their tile" in line]
-    assert len(told) == 1
-    assert "in 100% of the samples so far" in told[0]
-    assert "target.whole_share (now 1)" in told[0]
-    assert "views.global_scale (now 0.25 to 1)" in told[0]
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "same crop of their tile" in line]
+    assert len(warnings) == 1
+    assert "in 100% of the samples so far" in warnings[0]
+    assert "target.whole_share (now 1)" in warnings[0]
+    assert "views.global_scale (now 0.25 to 1)" in warnings[0]
 
 
 def test_at_the_default_nothing_is_told(tiny_tiles: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -206,8 +206,8 @@ def watch(batch: int = 10) -> IdentityWatch:
 
 
 def test_chance_is_not_told_and_a_lasting_share_is() -> None:
-    one = watch(8)
-    assert one.see({"step": 1, "identity_pairs": 1 / 8}) is None  # one pair of eight
+    few = watch(8)
+    assert few.see({"step": 1, "identity_pairs": 1 / 8}) is None  # one pair of eight
     rng = np.random.default_rng(0)
     for share, expected in ((0.03, False), (0.08, True)):
         of = watch(20)
@@ -251,7 +251,7 @@ def test_a_run_saved_before_the_key_goes_on_as_it_began(
     straight = loop.pretrain(tiny_config(tiny_tiles, tmp_path / "straight", target={"whole_share": 1.0}))
     resumed = loop.pretrain(new)
     assert "with target.whole_share=1 as it began" in capsys.readouterr().err
-    a, b = load_checkpoint(straight).state["student"], load_checkpoint(resumed).state["student"]
+    a, b = load_checkpoint(straight).state.student, load_checkpoint(resumed).state.student
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert load_checkpoint(resumed).config.target.whole_share == 1.0
 

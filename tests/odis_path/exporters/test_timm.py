@@ -13,7 +13,7 @@ from safetensors import safe_open
 from typer.testing import CliRunner
 
 from annotations.errors import UserError
-from odis_path.checkpoint import save_checkpoint
+from odis_path.checkpoint import TrainedState, save_checkpoint
 from odis_path.cli.app import app
 from odis_path.exporters.run import export
 from odis_path.exporters.timm import export_timm
@@ -54,7 +54,7 @@ def write_checkpoint(folder: Path, tiles: Path | str = "gone", **model: Any) -> 
             parameter.add_(0.2 * torch.randn_like(parameter))
     state = network.state_dict()
     student = {key: value + 1 for key, value in state.items()}
-    return save_checkpoint(folder, 7, 1.0, config, {"teacher": state, "student": student}, 2), network.encoder.eval()
+    return save_checkpoint(folder, 7, 1.0, config, TrainedState(teacher=state, student=student), 2), network.encoder.eval()
 
 
 def run_line(line: str) -> torch.nn.Module:
@@ -139,7 +139,7 @@ def test_read_only_objects_are_no_plain_timm_model(tmp_path: Path) -> None:
 def test_several_tokens_are_no_plain_timm_model(sections: dict[str, Any], tmp_path: Path) -> None:
     config = tiny_config("x", tmp_path, **sections)
     state = build_network(config, student=False).state_dict()
-    checkpoint = save_checkpoint(tmp_path / "run", 1, 0.1, config, {"teacher": state}, keep=1)
+    checkpoint = save_checkpoint(tmp_path / "run", 1, 0.1, config, TrainedState(teacher=state), keep=1)
     with pytest.raises(UserError, match="it has several \\[OBJ\\] tokens"):
         export_timm(checkpoint, tmp_path / "e.safetensors")
 

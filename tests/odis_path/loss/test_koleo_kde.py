@@ -162,36 +162,36 @@ CASES: dict[str, tuple[int, int, list[int]]] = {  # rows of the first rank, of a
 
 def share_of_ranks(rank: int, world: int) -> dict[str, Tensor]:
     """Value and gradients by row of a rank's share, divided by world as DistributedDataParallel does."""
-    found = {}
+    results = {}
     for case, (cut, n, dead) in CASES.items():
         weight = torch.ones(n)
         weight[dead] = 0
-        mine = slice(0, n) if world == 1 else (slice(0, cut) if rank == 0 else slice(cut, n))
+        own = slice(0, n) if world == 1 else (slice(0, cut) if rank == 0 else slice(cut, n))
         for name, loss in LOSSES.items():
             for rows in (None, 9):
-                z = some_tokens(n)[mine].requires_grad_(True)
+                z = some_tokens(n)[own].requires_grad_(True)
                 with NoWaiting() if rows or world == 1 else nullcontext():
-                    value = loss(z, weight[mine], rows)
+                    value = loss(z, weight[own], rows)
                     value.backward()
                 assert z.grad is not None
-                found[f"{case}, {name}, {rows}"] = torch.cat([value.detach()[None], z.grad.flatten()]) / world
+                results[f"{case}, {name}, {rows}"] = torch.cat([value.detach()[None], z.grad.flatten()]) / world
     if world > 1:
         with pytest.raises(ValueError, match=f"2 rows on rank {rank}, but rows=1"):
             koleo(some_tokens(2), rows=1)
-    return found | through_ddp(rank, world)
+    return results | through_ddp(rank, world)
 
 
 def through_ddp(rank: int, world: int) -> dict[str, Tensor]:
     """Gradients of a layer's parameters, by DistributedDataParallel itself."""
-    found = {}
+    results = {}
     for name, loss in LOSSES.items():
         torch.manual_seed(3)
         layer = torch.nn.Linear(5, 4).double()
         wrapped = layer if world == 1 else torch.nn.parallel.DistributedDataParallel(layer)
-        mine = slice(0, 9) if world == 1 else (slice(0, 2) if rank == 0 else slice(2, 9))
-        loss(wrapped(some_tokens()[mine])).backward()
-        found[f"ddp {name}"] = torch.cat([p.grad.flatten() for p in layer.parameters() if p.grad is not None])
-    return found
+        own = slice(0, 9) if world == 1 else (slice(0, 2) if rank == 0 else slice(2, 9))
+        loss(wrapped(some_tokens()[own])).backward()
+        results[f"ddp {name}"] = torch.cat([p.grad.flatten() for p in layer.parameters() if p.grad is not None])
+    return results
 
 
 @pytest.mark.ranks

@@ -108,24 +108,24 @@ CASES = {"unequal": (4, 13), "one rank empty": (0, 13), "one row": (12, 13), "no
 
 def share_of_ranks(rank: int, world: int) -> dict[str, Any]:
     """The rows of a rank, `cut` of them on the first, with and without weights."""
-    found = {}
+    results = {}
     for name, (cut, n) in CASES.items():
         z = some_logits()[:n] * 40  # exp(z / 0.04) of one rank underflows beside the other's
         weight = torch.ones(n)
         weight[[i for i in (1, 2, 7) if i < n]] = 0
-        mine = slice(0, n) if world == 1 else (slice(0, cut) if rank == 0 else slice(cut, n))
+        own = slice(0, n) if world == 1 else (slice(0, cut) if rank == 0 else slice(cut, n))
         with NoWaiting():
-            found[name] = sinkhorn(z[mine], 1.0)
-            found[f"{name}, sharp"] = sinkhorn(z[mine], 0.04)
-            found[f"{name}, weights"] = sinkhorn(z[mine], 1.0, weight[mine])
+            results[name] = sinkhorn(z[own], 1.0)
+            results[f"{name}, sharp"] = sinkhorn(z[own], 0.04)
+            results[f"{name}, weights"] = sinkhorn(z[own], 1.0, weight[own])
     dead = torch.zeros(4) if rank == 0 else torch.ones(9)
     half = slice(0, 4) if rank == 0 else slice(4, 13)
-    found["all weight on one rank"] = (
+    results["all weight on one rank"] = (
         sinkhorn(some_logits()[half], 0.1, dead)
         if world == 2
         else sinkhorn(some_logits(), 0.1, torch.cat([dead, torch.ones(9)]))
     )
-    return found
+    return results
 
 
 @pytest.mark.ranks

@@ -283,12 +283,12 @@ def test_a_box_of_a_model_with_attention_pooling_is_pooled_over_its_patches(tmp_
 def test_class_token_and_mean_of_a_box_are_of_one_masked_pass(tmp_path: Path) -> None:
     source, _ = hub_folder(tmp_path / "model", "vit_tiny_patch16_224")
     both, token = (load_encoder(source, device="cpu", pool=pool) for pool in ("cls+mean", "cls"))
-    found = both.encode(TILES, BOX, "masked")
-    np.testing.assert_allclose(found[:, :32], token.encode(TILES, BOX, "masked"), rtol=0, atol=1e-6)
+    embeddings = both.encode(TILES, BOX, "masked")
+    np.testing.assert_allclose(embeddings[:, :32], token.encode(TILES, BOX, "masked"), rtol=0, atol=1e-6)
     with torch.no_grad():
         patches = token.module(pixels(TILES), torch.from_numpy(in_box())).patches
     means = [patches[i][torch.from_numpy(mask)].mean(0).numpy() for i, mask in enumerate(in_box())]
-    np.testing.assert_allclose(found[:, 32:], np.stack(means), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(embeddings[:, 32:], np.stack(means), rtol=0, atol=1e-5)
 
 
 def test_resize_shows_tiles_at_the_models_size_with_their_boxes(tmp_path: Path) -> None:

@@ -26,12 +26,12 @@ TINY: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth
 def test_patches_by_one_matrix_product_are_timms_convolution_with_gradients(name: str) -> None:
     vit: Any = timm.create_model(name, dynamic_img_size=True, **TINY).double()
     images = torch.randn(2, 3, 24, 40, dtype=torch.float64, requires_grad=True)
-    ours, theirs = embed_patches(vit.patch_embed, images), vit.patch_embed(images)
+    ours, timms = embed_patches(vit.patch_embed, images), vit.patch_embed(images)
     assert ours.shape == (2, 3, 5, 32)
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    torch.testing.assert_close(ours, timms, rtol=0, atol=1e-12)
     weight = torch.randn_like(ours)
     wanted = [images, vit.patch_embed.proj.weight, vit.patch_embed.proj.bias]
-    for a, b in zip(*(torch.autograd.grad((y * weight).sum(), wanted) for y in (ours, theirs)), strict=True):
+    for a, b in zip(*(torch.autograd.grad((y * weight).sum(), wanted) for y in (ours, timms)), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
 
 
@@ -130,9 +130,9 @@ def test_stain_changes_scale_and_shift_each_stain_and_nothing_else() -> None:
     assert np.allclose(packed[:, 12:21].reshape(-1, 3, 3), np.eye(3))
     density = packed[:, :12].reshape(-1, 3, 4)
     base = density[:, :, 3] @ np.linalg.inv(stains)  # amounts of a pixel that had none
-    each = [(density[:, :, :3] @ stain) @ np.linalg.inv(stains) for stain in stains]
-    gains = np.stack([amounts[:, i] for i, amounts in enumerate(each)], axis=1)
-    assert all(np.abs(np.delete(amounts, i, axis=1)).max() < 1e-5 for i, amounts in enumerate(each))
+    amounts_by_stain = [(density[:, :, :3] @ stain) @ np.linalg.inv(stains) for stain in stains]
+    gains = np.stack([amounts[:, i] for i, amounts in enumerate(amounts_by_stain)], axis=1)
+    assert all(np.abs(np.delete(amounts, i, axis=1)).max() < 1e-5 for i, amounts in enumerate(amounts_by_stain))
     for drawn, low, high in ((gains, 0.7, 1.3), (base, -0.05, 0.05)):
         assert drawn.min() >= low - 1e-5
         assert drawn.max() <= high + 1e-5

@@ -197,8 +197,8 @@ def test_k_read_only_objects_in_one_pass_are_k_passes(kind: str) -> None:
     assert torch.allclose(together.obj, torch.stack([one.obj for one in alone], dim=1), atol=1e-10, rtol=0)
     weight = torch.randn_like(together.obj)
     one = torch.autograd.grad((together.obj * weight).sum(), images)[0]
-    each = torch.autograd.grad(sum((a.obj * weight[:, k]).sum() for k, a in enumerate(alone)), images)[0]  # type: ignore[arg-type,union-attr]
-    assert torch.allclose(one, each, atol=1e-10, rtol=0)
+    separate = torch.autograd.grad(sum((a.obj * weight[:, k]).sum() for k, a in enumerate(alone)), images)[0]  # type: ignore[arg-type,union-attr]
+    assert torch.allclose(one, separate, atol=1e-10, rtol=0)
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))

@@ -18,7 +18,7 @@ import torch
 import yaml
 
 from annotations.errors import UserError
-from odis_path.checkpoint import load_checkpoint, save_checkpoint
+from odis_path.checkpoint import TrainedState, load_checkpoint, save_checkpoint
 from odis_path.config import PretrainConfig
 from odis_path.distributed import start_ranks
 from odis_path.training import loop
@@ -28,7 +28,7 @@ from tiling.storage.atomic import DiskFullError
 from tiling.storage.checksums import DamagedError
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-STATE = {"student": {f"{i}": torch.arange(20_000.0) + i for i in range(4)}}  # 320 kB
+STATE = TrainedState(student={f"{i}": torch.arange(20_000.0) + i for i in range(4)})  # 320 kB
 
 
 def names(folder: Path) -> list[str]:
@@ -61,7 +61,7 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_checkpoint_without_room_is_one_line_and_the_older_stays(tmp_path: Path, file_limit: None) -> None:
     config = tiny_config("x", tmp_path)
-    small = save_checkpoint(tmp_path, 1, 0.1, config, {"student": {}}, keep=1)
+    small = save_checkpoint(tmp_path, 1, 0.1, config, TrainedState(), keep=1)
     with pytest.raises(DiskFullError, match=r"checkpoint-00000002\.pt: cannot be written: File too large: make room"):
         save_checkpoint(tmp_path, 2, 0.2, config, STATE, keep=1)
     assert names(tmp_path) == [small.name]
@@ -70,7 +70,7 @@ def test_a_checkpoint_without_room_is_one_line_and_the_older_stays(tmp_path: Pat
 
 def test_a_disk_that_is_full_in_earnest_is_the_same_line(tiny_disk: Path) -> None:
     config = tiny_config("x", tiny_disk)
-    small = save_checkpoint(tiny_disk, 1, 0.1, config, {"student": {}}, keep=1)
+    small = save_checkpoint(tiny_disk, 1, 0.1, config, TrainedState(), keep=1)
     with pytest.raises(DiskFullError, match=r"cannot be written: No space left on device: make room, then run"):
         save_checkpoint(tiny_disk, 2, 0.2, config, STATE, keep=1)
     assert names(tiny_disk) == [small.name]
@@ -192,11 +192,11 @@ def empty(path: Path) -> None:
 def test_a_damaged_newest_checkpoint_names_the_older_and_the_option(damage: Any, run_folder: Path, tiny_tiles: Path) -> None:
     newest, older = (run_folder / f"checkpoint-{step:08d}.pt" for step in (12, 6))
     damage(newest)
-    with pytest.raises(DamagedError) as told:
+    with pytest.raises(DamagedError) as caught:
         loop.pretrain(three_epochs(tiny_tiles, run_folder))
-    assert str(newest) in str(told.value)
-    assert f"give --from-previous to go on from {older}, which is whole" in str(told.value)
-    assert "\n" not in str(told.value)
+    assert str(newest) in str(caught.value)
+    assert f"give --from-previous to go on from {older}, which is whole" in str(caught.value)
+    assert "\n" not in str(caught.value)
     with pytest.raises(DamagedError, match=r"00000012\.pt.*take an older checkpoint: .*checkpoint-00000006\.pt is whole"):
         load_checkpoint(run_folder)  # who embeds or exports is told as well
 
@@ -229,7 +229,7 @@ def test_from_previous_goes_on_bit_for_bit(run_folder: Path, trained: Path, tiny
     gone_on = load_checkpoint(run_folder)
     assert gone_on.step == expected.step == 18
     for key in ("student", "teacher", "criterion", "optimizer"):
-        assert equal(gone_on.state[key], expected.state[key]), key
+        assert equal(getattr(gone_on.state, key), getattr(expected.state, key)), key
     steps = [json.loads(line)["step"] for line in (run_folder / "train.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 19))
 

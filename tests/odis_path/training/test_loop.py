@@ -18,7 +18,7 @@ import torch
 import yaml
 
 from annotations.errors import UserError
-from odis_path.checkpoint import load_checkpoint, save_checkpoint
+from odis_path.checkpoint import TrainedState, load_checkpoint, save_checkpoint
 from odis_path.config import config_folders, load_config
 from odis_path.distributed import Ranks
 from odis_path.model.network import build_network
@@ -33,8 +33,8 @@ CPU = Ranks(0, 1, torch.device("cpu"))
 
 def flat_state(path: Path) -> dict[str, Any]:
     state = load_checkpoint(path).state
-    parts = {f"{k}.{n}": v for k in ("student", "teacher", "criterion") for n, v in state[k].items()}
-    for i, moments in state["optimizer"]["state"].items():
+    parts = {f"{k}.{n}": v for k in ("student", "teacher", "criterion") for n, v in getattr(state, k).items()}
+    for i, moments in state.optimizer["state"].items():
         parts.update({f"optimizer.{i}.{n}": v for n, v in moments.items()})
     return parts
 
@@ -120,7 +120,7 @@ def test_accumulated_micro_batches_give_the_gradient_of_the_batch(tiny_tiles: Pa
             loss={"center_momentum": 1.0},
             eval={"every_epochs": 0},
         )
-        weights.append(load_checkpoint(loop.pretrain(config)).state["optimizer"]["state"])
+        weights.append(load_checkpoint(loop.pretrain(config)).state.optimizer["state"])
     for name, moments in weights[0].items():
         other = weights[1][name]["exp_avg"]
         assert torch.allclose(moments["exp_avg"], other, atol=2e-6), name
@@ -147,8 +147,8 @@ def test_the_teacher_follows_by_name_buffers_included(tmp_path: Path) -> None:
     before = {n: p.detach().clone() for n, p in teacher.named_parameters()}
     update_teacher(teacher, student, 0.9)
     for name, p in student.named_parameters():
-        mine = dict(teacher.named_parameters())[name]
-        assert torch.allclose(mine, 0.9 * before[name] + 0.1 * p, atol=1e-7), name
+        averaged = dict(teacher.named_parameters())[name]
+        assert torch.allclose(averaged, 0.9 * before[name] + 0.1 * p, atol=1e-7), name
     assert float(teacher.count) == 3.0  # type: ignore[arg-type]
 
 
@@ -167,9 +167,9 @@ def test_clipping_is_per_parameter_or_global_as_named() -> None:
         parameters[0].grad, parameters[1].grad = torch.full((4,), 3.0), torch.full((4,), 0.1)
         return parameters
 
-    each = grads()
-    clip_gradients(each, 3.0, "per_parameter")
-    assert [float(p.grad.norm()) for p in each] == pytest.approx([3.0, 0.2], rel=1e-5)
+    parameters_alone = grads()
+    clip_gradients(parameters_alone, 3.0, "per_parameter")
+    assert [float(p.grad.norm()) for p in parameters_alone] == pytest.approx([3.0, 0.2], rel=1e-5)
     together = grads()
     clip_gradients(together, 3.0, "global")
     assert float(torch.cat([p.grad for p in together]).norm()) == pytest.approx(3.0, rel=1e-5)
@@ -189,7 +189,7 @@ def test_the_last_layer_stands_still_while_frozen(tiny_tiles: Path, tmp_path: Pa
 
 def test_a_torn_save_leaves_the_last_checkpoint(tiny_tiles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny_config(tiny_tiles, tmp_path / "run")
-    good = save_checkpoint(tmp_path / "run", 3, 0.5, config, {"student": {}}, keep=2)
+    good = save_checkpoint(tmp_path / "run", 3, 0.5, config, TrainedState(), keep=2)
 
     def torn(_content: object, file: IO[bytes]) -> None:
         file.write(b"half")
@@ -197,14 +197,14 @@ def test_a_torn_save_leaves_the_last_checkpoint(tiny_tiles: Path, tmp_path: Path
 
     monkeypatch.setattr(torch, "save", torn)
     with pytest.raises(UserError, match="No space"):
-        save_checkpoint(tmp_path / "run", 4, 0.7, config, {"student": {}}, keep=2)
+        save_checkpoint(tmp_path / "run", 4, 0.7, config, TrainedState(), keep=2)
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [good.name]
     assert load_checkpoint(tmp_path / "run").step == 3
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     for step in (1, 2, 3):
-        save_checkpoint(tmp_path, step, 0.0, tiny_config("x", tmp_path), {}, keep=2)
+        save_checkpoint(tmp_path, step, 0.0, tiny_config("x", tmp_path), TrainedState(), keep=2)
     assert sorted(p.name for p in tmp_path.glob("*.pt")) == ["checkpoint-00000002.pt", "checkpoint-00000003.pt"]
 
 
@@ -298,7 +298,7 @@ def test_a_checkpoint_of_another_shape_is_refused(tiny_tiles: Path, tmp_path: Pa
         tiny_config("x", tmp_path, head={"out_dim": 128, "hidden_dim": 32, "bottleneck_dim": 16}), student=False
     )
     with pytest.raises(UserError, match=r"last_layer.*\(64, 16\) there, \(128, 16\) here|differences"):
-        load_into(wider, load_checkpoint(path).state["teacher"], path, "teacher")
+        load_into(wider, load_checkpoint(path).state.teacher, path, "teacher")
     (tmp_path / "torn.pt").write_bytes(path.read_bytes()[:1000])
     with pytest.raises(UserError, match="not a readable checkpoint"):
         load_checkpoint(tmp_path / "torn.pt")

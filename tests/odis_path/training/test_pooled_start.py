@@ -60,15 +60,15 @@ def test_a_published_model_has_the_layers_and_colours_that_its_config_does_not_h
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         x = model.forward_features(images)
-        found = encoder.module(images).obj
-    torch.testing.assert_close(found, torch.cat([x[:, 0], x[:, 5:].mean(1)], dim=1), rtol=0, atol=1e-5)
+        embeddings = encoder.module(images).obj
+    torch.testing.assert_close(embeddings, torch.cat([x[:, 0], x[:, 5:].mean(1)], dim=1), rtol=0, atol=1e-5)
     assert "as H0-mini is used" in encoder.about(224)
     config["model_args"] |= {"mlp_layer": "SwiGLUPacked", "act_layer": "SiLU"}  # any other folder says it in words
     (tmp_path / "H0-mini" / "config.json").write_text(json.dumps(config))
     (tmp_path / "H0-mini").rename(tmp_path / "mine")
     with torch.no_grad():
         same = load_encoder(f"local-dir:{tmp_path / 'mine'}", device="cpu", pool="cls+mean").module(images).obj
-    torch.testing.assert_close(same, found, rtol=0, atol=1e-5)
+    torch.testing.assert_close(same, embeddings, rtol=0, atol=1e-5)
 
 
 def test_names_of_published_models_are_told_apart() -> None:
@@ -103,9 +103,9 @@ def test_pretraining_goes_on_from_an_averaged_model_by_the_mean(
     architecture, arguments, _ = KINDS[kind]
     source, _ = hub_folder(tmp_path / "model", architecture, **arguments)
     path = train(tiny_tiles, tmp_path / "run", source)
-    told = capsys.readouterr().err
-    assert "pooled by the mean of in-box patches (model.pool=linear)" in told
-    assert "views.global_size=32, as trained; trained with another mean and std: set data.mean=[0.5, 0.4, 0.6]" in told
+    messages = capsys.readouterr().err
+    assert "pooled by the mean of in-box patches (model.pool=linear)" in messages
+    assert "views.global_size=32, as trained; trained with another mean and std: set data.mean=[0.5, 0.4, 0.6]" in messages
     assert load_checkpoint(path).config.model.pool == "linear"
     encoder = load_encoder(str(path), device="cpu")
     assert encoder.pool == "mean"

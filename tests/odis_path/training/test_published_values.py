@@ -94,13 +94,13 @@ def shape_of(masks: list[np.ndarray]) -> dict[str, float]:
 def test_ibots_blocks_have_the_law_of_its_algorithm(grid: int) -> None:
     rng, plain = np.random.default_rng(0), random.Random(0)
     ratios = [draw_ratio(rng, 1.0, (0.1, 0.5)) for _ in range(4000)]
-    ours, theirs = (
+    ours, published = (
         shape_of([block_mask(rng, grid, r, "ibot") for r in ratios]),
         shape_of([plain_ibot_mask(plain, grid, r) for r in ratios]),
     )
-    assert ours["hidden"] == pytest.approx(theirs["hidden"], abs=0.006)
-    assert ours["pieces"] == pytest.approx(theirs["pieces"], abs=0.06)
-    assert ours["tiny"] == pytest.approx(theirs["tiny"], abs=0.015)
+    assert ours["hidden"] == pytest.approx(published["hidden"], abs=0.006)
+    assert ours["pieces"] == pytest.approx(published["pieces"], abs=0.06)
+    assert ours["tiny"] == pytest.approx(published["tiny"], abs=0.015)
 
 
 def test_ibots_blocks_are_few_and_large_and_filled_ones_many() -> None:
@@ -208,9 +208,9 @@ def test_the_gain_decays_where_it_is_trained_and_asked_to() -> None:
 def test_nothing_else_changes_its_group_with_the_gain() -> None:
     network = build_network(tiny_config("x", "y", head={"norm_last_layer": False, "shared": False}), student=True)
 
-    def names(**how: bool) -> set[str]:
+    def names(**options: bool) -> set[str]:
         known = {id(p): name for name, p in network.named_parameters()}
-        return {known[id(p)] for group in parameter_groups(network, **how) if group["decays"] for p in group["params"]}
+        return {known[id(p)] for group in parameter_groups(network, **options) if group["decays"] for p in group["params"]}
 
     assert names(decay_gain=True) - names() == {"head.last_layer.gain", "patch_head.last_layer.gain"}
 

@@ -42,8 +42,8 @@ def gradients(tiles: Path, out: Path, **sections: Any) -> dict[int, torch.Tensor
     """First Adam moments after the steps of a short run: the sums of its gradients."""
     config = tiny_config(tiles, out, **{**SHORT, "model": {"drop_path": 0.0}, **sections})
     state = load_checkpoint(loop.pretrain(config)).state
-    moments = {name: each["exp_avg"] for name, each in state["optimizer"]["state"].items()}
-    return {**moments, -1: state["criterion"]["obj_center.value"], -2: state["criterion"]["patch_center.value"]}
+    moments = {name: moment["exp_avg"] for name, moment in state.optimizer["state"].items()}
+    return {**moments, -1: state.criterion["obj_center.value"], -2: state.criterion["patch_center.value"]}
 
 
 @pytest.mark.parametrize(
@@ -62,13 +62,13 @@ def test_micro_batches_add_up_to_the_batch_where_views_lack_their_object(
     sections: dict[str, Any], tiny_tiles: Path, tmp_path: Path
 ) -> None:
     """Two steps, so that the centers have moved once: the same gradients, and the same centers."""
-    found = []
+    moments = []
     for parts in (1, 2):
         optim = {"accumulate": parts, "epochs": 0.34, "freeze_last_layer_epochs": 0}
-        more = {"data": {"kinds": ["cell"]}, **sections, "optim": optim}
-        found.append(gradients(tiny_tiles, tmp_path / str(parts), **more))
-    for name, moment in found[0].items():
-        assert torch.allclose(moment, found[1][name], atol=3e-6), name
+        settings = {"data": {"kinds": ["cell"]}, **sections, "optim": optim}
+        moments.append(gradients(tiny_tiles, tmp_path / str(parts), **settings))
+    for name, moment in moments[0].items():
+        assert torch.allclose(moment, moments[1][name], atol=3e-6), name
 
 
 def test_pairs_are_counted_as_the_loss_counts_them() -> None:
@@ -174,17 +174,17 @@ def test_a_torn_slide_without_stored_pixels_costs_its_tiles_and_no_run(
         eval={"every_epochs": 0},
     )
     torn = TileSamples(index_tiles(tmp_path / "tiles"), config, 8)
-    lost = [i for i in range(len(torn)) if torn[0, i].unreadable is not None]
-    assert 1 <= len(lost) <= 9
+    unreadable = [i for i in range(len(torn)) if torn[0, i].unreadable is not None]
+    assert 1 <= len(unreadable) <= 9
     loop.pretrain(config)
-    said = capsys.readouterr().err
-    assert said.count("cannot be read from its slide, another is taken in its place") == len(lost)
-    assert "S0.h5: tile" in said
+    messages = capsys.readouterr().err
+    assert messages.count("cannot be read from its slide, another is taken in its place") == len(unreadable)
+    assert "S0.h5: tile" in messages
     outcomes = embed(tmp_path / "tiles", str(tmp_path / "run"), tmp_path / "features")
     assert all(outcome.ok for outcome in outcomes), outcomes
-    told = [outcome.message for outcome in outcomes]
-    assert told[0].startswith(f"{len(lost)} tiles cannot be read from its slide (the first, row ")
-    assert told[1:] == ["", ""]
+    notes = [outcome.message for outcome in outcomes]
+    assert notes[0].startswith(f"{len(unreadable)} tiles cannot be read from its slide (the first, row ")
+    assert notes[1:] == ["", ""]
 
 
 def test_what_is_no_plain_vit_is_refused_when_it_is_built() -> None:
@@ -212,7 +212,7 @@ def test_several_tokens_are_kept_from_a_checkpoint(tiny_tiles: Path, tmp_path: P
     path = loop.pretrain(two)
     start = two.model_copy(update={"model": two.model.model_copy(update={"weights": str(path)})})
     encoder = build_network(start, student=True, weights=True).encoder
-    assert torch.equal(encoder.more_obj, load_checkpoint(path).state["teacher"]["encoder.more_obj"])  # type: ignore[arg-type]
+    assert torch.equal(encoder.more_obj, load_checkpoint(path).state.teacher["encoder.more_obj"])  # type: ignore[arg-type]
     four = start.model_copy(update={"target": start.target.model_copy(update={"objects": 4})})
     with pytest.raises(UserError, match=r"has 2 \[OBJ\] tokens, the model 4; set target\.objects"):
         build_network(four, student=True, weights=True)
@@ -222,8 +222,8 @@ def test_a_fallback_is_for_the_object_the_crops_were_drawn_for(tiny_tiles: Path)
     """Rejection that gives up says nothing of the second object, whose mask is what the view shows of it."""
     rules: dict[str, Any] = {"objects": 2, "min_patches": 1, "sampler": "reject", "tries": 1}
     full, construct = (
-        TileSamples(index_tiles(tiny_tiles), tiny_config(tiny_tiles, "unused", target={**rules, "fallback": how}), 8)
-        for how in ("full", "zero")
+        TileSamples(index_tiles(tiny_tiles), tiny_config(tiny_tiles, "unused", target={**rules, "fallback": fallback}), 8)
+        for fallback in ("full", "zero")
     )
     for i in range(30):
         a, b = full[0, i], construct[0, i]
@@ -263,7 +263,7 @@ def test_the_split_file_is_that_of_the_checkpoint(tmp_path: Path) -> None:
     path = loop.pretrain(tiny_config(tiles, tmp_path / "run", **SHORT))
     with (path.parent / "split.csv").open() as file:
         test = sorted(row["patient_id"] for row in csv.DictReader(file) if row["split"] == "test")
-    assert load_checkpoint(path).state["data"]["held_out"] == test
+    assert load_checkpoint(path).state.data["held_out"] == test
     shutil.rmtree(tmp_path / "run")
 
 

@@ -52,11 +52,11 @@ class Screen(io.StringIO):
 
 def terminal(patch: pytest.MonkeyPatch) -> Screen:
     """A terminal of 80 x 24 in place of stderr, from here on."""
-    found = Screen()
-    patch.setattr(sys, "stderr", found)
+    screen = Screen()
+    patch.setattr(sys, "stderr", screen)
     for name, value in {"TERM": "xterm-256color", "COLUMNS": "80", "LINES": "24"}.items():
         patch.setenv(name, value)
-    return found
+    return screen
 
 
 def test_the_table_shows_every_figure_within_80_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,8 +212,8 @@ def test_other_ranks_are_silent(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 def see_all(watch: CollapseWatch, values: list[float], key: str = "token_spread", every: int = 10) -> list[tuple[int, str]]:
     """(step, line) of what the watch says about a course of one figure."""
-    told = [(every * n, watch.see({"step": every * n, "epoch": 0.0, key: value})) for n, value in enumerate(values, 1)]
-    return [(step, line) for step, line in told if line]
+    warnings = [(every * n, watch.see({"step": every * n, "epoch": 0.0, key: value})) for n, value in enumerate(values, 1)]
+    return [(step, line) for step, line in warnings if line]
 
 
 def test_a_dip_that_recovers_is_no_collapse() -> None:
@@ -225,32 +225,32 @@ def test_a_dip_that_recovers_is_no_collapse() -> None:
 
 def test_a_lasting_collapse_is_told_once_with_what_to_do_and_its_end_too() -> None:
     watch = CollapseWatch(1000, warmup_steps=50)
-    told = see_all(watch, [0.1] * 30 + [0.22] * 5 + [0.1] * 5 + [0.6] * 10 + [0.1] * 30)
-    assert [step for step, _ in told] == [160, 410, 610]  # counted from step 60, the first after the warm-up
-    assert "since step 60 (token spread 0.10 of 1)" in told[0][1]
-    assert "optim.lr" in told[0][1]
-    assert "recovered: token spread 0.60" in told[1][1]
-    assert all("\n" not in line for _, line in told)
+    warnings = see_all(watch, [0.1] * 30 + [0.22] * 5 + [0.1] * 5 + [0.6] * 10 + [0.1] * 30)
+    assert [step for step, _ in warnings] == [160, 410, 610]  # counted from step 60, the first after the warm-up
+    assert "since step 60 (token spread 0.10 of 1)" in warnings[0][1]
+    assert "optim.lr" in warnings[0][1]
+    assert "recovered: token spread 0.60" in warnings[1][1]
+    assert all("\n" not in line for _, line in warnings)
 
 
 def test_two_low_knn_spreads_in_a_row_are_a_collapse() -> None:
-    told = see_all(CollapseWatch(700, warmup_steps=35), [0.13, 0.12, 0.11], "embedding_spread", every=140)
-    assert [step for step, _ in told] == [280]
+    warnings = see_all(CollapseWatch(700, warmup_steps=35), [0.13, 0.12, 0.11], "embedding_spread", every=140)
+    assert [step for step, _ in warnings] == [280]
 
 
 @pytest.mark.parametrize(("share", "words"), [(0.995, "lower loss.teacher_temperature"), (0.005, "higher loss.teacher_temp")])
 def test_an_entropy_near_its_ends_is_told(share: float, words: str) -> None:
     course = [share * math.log(256)] * 30
-    told = see_all(CollapseWatch(300, prototypes=256), course, "teacher_entropy")
-    assert [step for step, _ in told] == [40]
-    assert words in told[0][1]
+    warnings = see_all(CollapseWatch(300, prototypes=256), course, "teacher_entropy")
+    assert [step for step, _ in warnings] == [40]
+    assert words in warnings[0][1]
     assert see_all(CollapseWatch(300, prototypes=256), [0.925 * math.log(256)] * 30, "teacher_entropy") == []
     assert see_all(CollapseWatch(300), course, "teacher_entropy") == []
 
 
 def test_a_long_run_does_not_wait_a_tenth_of_itself() -> None:
-    told = see_all(CollapseWatch(1_000_000), [0.1] * 30, every=100)
-    assert [step for step, _ in told] == [2100]
+    warnings = see_all(CollapseWatch(1_000_000), [0.1] * 30, every=100)
+    assert [step for step, _ in warnings] == [2100]
 
 
 def test_a_collapse_told_before_a_stop_is_not_told_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -258,9 +258,9 @@ def test_the_slurm_script_saves_at_the_warning_and_asks_for_another_turn(tiny_ti
             break
         time.sleep(0.1)
     job.send_signal(signal.SIGUSR1)  # what --signal=B:USR1 does
-    said, _ = job.communicate(timeout=180)
+    messages, _ = job.communicate(timeout=180)
     assert job.returncode != 0
-    assert said.count("saved; the same command goes on from there") == 2, said
+    assert messages.count("saved; the same command goes on from there") == 2, messages
     assert (tmp_path / "fakes" / "asked").read_text() == "requeue 77\n"
     saved = load_checkpoint(tmp_path / "run").step
     last = json.loads(log.read_text().splitlines()[-1])["step"]
@@ -270,7 +270,7 @@ def test_the_slurm_script_saves_at_the_warning_and_asks_for_another_turn(tiny_ti
 
 def test_the_slurm_script_does_not_repeat_a_run_that_fails_by_itself(tmp_path: Path) -> None:
     job = start_job(tmp_path, "odis_wsi", "optim.lrr=1")
-    said, _ = job.communicate(timeout=180)
-    assert "did you mean optim.lr" in said
+    messages, _ = job.communicate(timeout=180)
+    assert "did you mean optim.lr" in messages
     assert job.returncode == 2
     assert not (tmp_path / "fakes" / "asked").exists()
