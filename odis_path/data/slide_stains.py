@@ -68,4 +68,5 @@ def stain_matrix(tiles: list[np.ndarray]) -> np.ndarray:
         return nothing
     vectors = np.concatenate([pair, rest[None] / np.linalg.norm(rest)])
     amounts = np.percentile(density @ np.linalg.inv(vectors), 99, axis=0)[:2]
-    return vectors * np.array([*np.maximum(amounts, 0.05), 1.0])[:, None]
+    stains: np.ndarray = vectors * np.array([*np.maximum(amounts, 0.05), 1.0])[:, None]
+    return stains

@@ -118,15 +118,16 @@ class Criterion(nn.Module):
 
 
 def centred_in_tile(logits: Tensor, weight: Tensor, objects: int, share: float) -> Tensor:
-    """Logits (V, B * K, P) minus a share of their mean over the K objects of their tile and view.
+    """Subtract from logits (V, B * K, P) a share of their mean over the K objects of their tile and view.
 
     weight: (V, B * K), 0 where a view lacks its object, which then does not count; a single object of a tile stays as it is.
     """
-    grouped = logits.unflatten(1, (-1, objects))
-    counted = weight.unflatten(1, (-1, objects))[..., None].to(logits.dtype)
+    grouped = logits.reshape(len(logits), -1, objects, logits.shape[2])
+    counted = weight.reshape(len(weight), -1, objects, 1).to(logits.dtype)
     count = counted.sum(2, keepdim=True)
     mean = (grouped * counted).sum(2, keepdim=True) / count.clamp_min(1)
-    return (grouped - share * mean * (count > 1)).flatten(1, 2)
+    centred: Tensor = grouped - share * mean * (count > 1)
+    return centred.flatten(1, 2)
 
 
 def feature_std(obj: Tensor) -> Tensor:
