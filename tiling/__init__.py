@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from tiling.grid import GridPlan as GridPlan
     from tiling.grid import plan_grid as plan_grid
     from tiling.images.run import import_images as import_images
+    from tiling.jobs.outcome import ItemResult as ItemResult
+    from tiling.jobs.outcome import Note as Note
     from tiling.jobs.outcome import Outcome as Outcome
     from tiling.jobs.run import run_cohort as run_cohort
     from tiling.jobs.summary import Outcomes as Outcomes
@@ -29,7 +31,7 @@ __all__, __getattr__, __dir__ = lazy_names(
     {
         "tiling.grid": "GridPlan, plan_grid",
         "tiling.images.run": "import_images",
-        "tiling.jobs.outcome": "Outcome",
+        "tiling.jobs.outcome": "ItemResult, Note, Outcome",
         "tiling.jobs.run": "run_cohort",
         "tiling.jobs.summary": "Outcomes",
         "tiling.slide_file.read": "SlideFile, list_slide_files",

@@ -78,8 +78,8 @@ def test_the_same_again_is_skipped_and_says_so(tmp_path: Path) -> None:
         assert (outcome.ok, outcome.skipped) == (True, True)
         assert outcome.message.startswith("nothing added: the objects of a_")
         assert path.read_bytes() == before
-    more = save(tmp_path / "a_3.geojson", rectangle(0, 0, 9, 9))
-    (outcome,) = annotate(tmp_path / "s", [tissue, cells, more], append=True)
+    extra = save(tmp_path / "a_3.geojson", rectangle(0, 0, 9, 9))
+    (outcome,) = annotate(tmp_path / "s", [tissue, cells, extra], append=True)
     assert (outcome.info["objects"], outcome.skipped) == (1, False)
     assert len(contents(path)["objects"]) == 6
 
@@ -133,8 +133,8 @@ def test_proposals_are_added_to_and_columns_filled(tmp_path: Path) -> None:
         "object": np.zeros(1, np.int32),
     }
     boxes["visible"] = np.ones(1, np.float32)
-    more = {"score": np.full(1, 0.5, np.float32), "attrs": {"labels": ["nucleus"], "proposed": "yes"}}
-    replace_groups(path, {"objects": {**objects, **more}, "boxes": boxes})
+    extra = {"score": np.full(1, 0.5, np.float32), "attrs": {"labels": ["nucleus"], "proposed": "yes"}}
+    replace_groups(path, {"objects": {**objects, **extra}, "boxes": boxes})
     (outcome,) = annotate(tmp_path / "s", save(tmp_path / "a.geojson", *CELLS), append=True)
     assert outcome.ok, outcome.message
     stored = contents(path)

@@ -153,7 +153,7 @@ def test_what_reading_changed_is_told(tmp_path: Path) -> None:
     ring = [*RING[:2], [None, 7], [1e308, 3], *RING[2:]]
     item = {**feature(ring, "a"), "geometry": {"type": "Polygon", "coordinates": [ring, [[1, 1], [2, 2]]]}}
     (outcome,) = annotate(tmp_path / "s", save(tmp_path / "a.geojson", [item]))
-    assert outcome.message.split("; ") == [
+    assert [str(note) for note in outcome.notes] == [
         "2 positions left out that are no numbers, or beyond any slide",
         "1 holes left out that are no rings, or in no region",
     ]

@@ -160,15 +160,15 @@ def prepared(stage: Stage, command: str, base: Path) -> Path:
 def after_operations(count: int) -> Iterator[None]:
     """In a child: end at once, as kill -9 does, at the count-th operation on files (opened, renamed, removed, locked,
     flushed, a group or dataset written)."""
-    left = [count]
+    remaining = [count]
 
     def tick(*_: object) -> None:
-        left[0] -= 1
-        if left[0] < 0:
+        remaining[0] -= 1
+        if remaining[0] < 0:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def hook(event: str, args: tuple) -> None:
-        if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.truncate", "fcntl.flock") and left[0] >= 0:
+        if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.truncate", "fcntl.flock") and remaining[0] >= 0:
             tick()
 
     def counted(function: Callable) -> Callable:
@@ -218,10 +218,10 @@ def check_kill(stage: Stage, command: str, base: Path, prepare: Iterator[None], 
     run = getattr(stage, command)
     fresh = {path.name: contents(path) for path in out.glob("*.h5")} if out.is_dir() else {}
     code = in_child(prepare, lambda: run(out))
-    left = {path.name: contents(path) for path in out.glob("*.h5")} if out.is_dir() else {}
-    for name, content in left.items():
+    contents_after = {path.name: contents(path) for path in out.glob("*.h5")} if out.is_dir() else {}
+    for name, content in contents_after.items():
         assert content in (undisturbed[name], fresh.get(name)), f"{name} is torn"
-    whole = [name for name, content in left.items() if content == undisturbed[name] and content != fresh.get(name)]
+    whole = [name for name, content in contents_after.items() if content == undisturbed[name] and content != fresh.get(name)]
     stamps = {name: (out / name).stat() for name in whole}
     outcomes = run(out)
     assert all(outcome.ok for outcome in outcomes), outcomes
@@ -308,14 +308,14 @@ class FailingWrites:
     """Every `os` function named fails with `code` from the count-th call on."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, names: list[str], code: int, count: int) -> None:
-        self.left = count
+        self.remaining = count
         for name in names:
             monkeypatch.setattr(os, name, self.failing(getattr(os, name), code))
 
     def failing(self, function: Callable, code: int) -> Callable:
         def around(*args: Any, **named: Any) -> Any:
-            self.left -= 1
-            if self.left < 0:
+            self.remaining -= 1
+            if self.remaining < 0:
                 raise OSError(code, os.strerror(code))
             return function(*args, **named)
 

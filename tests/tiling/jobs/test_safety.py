@@ -34,8 +34,8 @@ from tiling.tiles.run import tile
 MakeSlide = Callable[..., Path]
 
 
-def tiled(slide: Path, out: Path, **more: Any) -> Outcome:
-    (outcome,) = tile([slide], out, **({"mpp": 1.0, "size": 96, "workers": 1} | more))
+def tiled(slide: Path, out: Path, **options: Any) -> Outcome:
+    (outcome,) = tile([slide], out, **({"mpp": 1.0, "size": 96, "workers": 1} | options))
     return outcome
 
 
@@ -122,8 +122,8 @@ def test_another_slide_of_equal_name_and_size_is_refused(
 
 def test_a_slide_that_was_moved_linked_or_copied_is_done(make_slide: MakeSlide, picture: np.ndarray, tmp_path: Path) -> None:
     first, _ = equal_slides(tmp_path, make_slide, picture)
-    out, there, link = tmp_path / "out", tmp_path / "c" / "S.svs", tmp_path / "d" / "S.svs"
-    for path in (there, link):
+    out, moved, link = tmp_path / "out", tmp_path / "c" / "S.svs", tmp_path / "d" / "S.svs"
+    for path in (moved, link):
         path.parent.mkdir()
     assert tiled(first, out).ok
     link.symlink_to(first)
@@ -135,10 +135,10 @@ def test_a_slide_that_was_moved_linked_or_copied_is_done(make_slide: MakeSlide, 
     os.utime(copy)  # as a copy that has a time of its own
     assert tiled(copy, out).redone == "the slide file changed"
     assert tiled(first, out).redone == "the slide file changed"
-    shutil.move(first, there)
-    assert tiled(there, out).skipped
+    shutil.move(first, moved)
+    assert tiled(moved, out).skipped
     first.touch()  # as archives leave stubs behind
-    assert tiled(there, out).skipped
+    assert tiled(moved, out).skipped
 
 
 # --- two runs
@@ -191,11 +191,11 @@ def test_a_lock_of_another_user_keeps_runs_apart(tmp_path: Path, monkeypatch: py
     foreign_files: set[str] = set()
     real = os.open
 
-    def foreign(path: Any, flags: int, *more: Any, **named: Any) -> int:
+    def foreign(path: Any, flags: int, *args: Any, **keywords: Any) -> int:
         """`foreign_files` are to be read, not written, as those of another user under umask 022."""
         if str(path) in foreign_files and flags & (os.O_RDWR | os.O_WRONLY) and os.path.exists(path):
             raise PermissionError(13, "Permission denied", str(path))
-        return real(path, flags, *more, **named)
+        return real(path, flags, *args, **keywords)
 
     monkeypatch.setattr(os, "open", foreign)
     path, lock = tmp_path / "a.h5", tmp_path / ".tile.odis-lock"
@@ -228,13 +228,13 @@ def test_a_file_that_only_the_worker_sees_is_a_failure(tmp_path: Path, monkeypat
     now = (tmp_path / "old.h5").stat().st_mtime_ns
     shared_storage = SharedStorageCheck()
 
-    def check(name: str, at: int) -> Outcome:
-        return shared_storage.check(Outcome(name, ok=True, written=(tmp_path / name, at)))
+    def check(name: str, mtime_ns: int) -> Outcome:
+        return shared_storage.check(Outcome(name, ok=True, written=(tmp_path / name, mtime_ns)))
 
     assert check("old.h5", now) == Outcome("old.h5", ok=True)
     begin = time.monotonic()
-    for name, at in (("no.h5", now), ("no.h5", -1), ("old.h5", now + 60 * 10**9)):
-        outcome = check(name, at)
+    for name, mtime_ns in (("no.h5", now), ("no.h5", -1), ("old.h5", now + 60 * 10**9)):
+        outcome = check(name, mtime_ns)
         assert not outcome.ok
         assert "the worker wrote it where this machine does not see it: is --out on a shared disk?" in outcome.message
     assert 0.4 < time.monotonic() - begin < 1.4  # only the first is waited for
@@ -342,8 +342,8 @@ def test_the_time_left_is_told_by_what_was_not_skipped(
     run_cohort(range(310), work, title="t", workers=1)
     lines = re.findall(r"t: (\d+)/310 .*?(?:ETA (\d+) s)?\n", capsys.readouterr().err)
     assert lines
-    for count, left in lines:
-        if left:
-            assert int(left) + 0.51 >= 0.2 * (310 - int(count))
-            assert int(left) < 2 * (310 - int(count)) + 1
+    for count, eta_s in lines:
+        if eta_s:
+            assert int(eta_s) + 0.51 >= 0.2 * (310 - int(count))
+            assert int(eta_s) < 2 * (310 - int(count)) + 1
     assert int(lines[-1][0]) > 300
