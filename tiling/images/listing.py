@@ -59,7 +59,7 @@ class ImageItem:
 
 
 def find_images(images: Path | str | Sequence[Path | str]) -> list[ImageItem]:
-    """Images (IMAGE_EXTENSIONS) of folders, searched recursively, and single files, in order of their paths.
+    """Find images (IMAGE_EXTENSIONS) in folders, searched recursively, and among single files, in order of their paths.
 
     A line on stderr counts other pictures and slides that are left out.
 
@@ -67,22 +67,22 @@ def find_images(images: Path | str | Sequence[Path | str]) -> list[ImageItem]:
     class folders below `train`, `val` and `test`, which become their `split` (as does the given folder of such a name).
     Equal stems get their folder in front (`AC__name`). Raises UserError for what does not exist or holds no image.
     """
-    inputs = [Path(images)] if isinstance(images, str | Path) else [Path(each) for each in images]
-    found: dict[Path, str] = {}
+    inputs = [Path(images)] if isinstance(images, str | Path) else [Path(path) for path in images]
+    keys: dict[Path, str] = {}
     root: dict[Path, str] = {}
-    for each in inputs:
-        for path, key in _expanded(expand_home(each)):
-            if found.setdefault(path, key) is key:
-                root[path] = (each.absolute() if each.is_dir() else path.absolute().parent).name
-    if not found:
+    for given in inputs:
+        for path, key in _expanded(expand_home(given)):
+            if keys.setdefault(path, key) is key:
+                root[path] = (given.absolute() if given.is_dir() else path.absolute().parent).name
+    if not keys:
         raise UserError("no images given: name a folder of images")
-    stems = _unique_stems(found)
-    items = [ImageItem(path, key, stems[path], patient_of(path.name), root=root[path]) for path, key in found.items()]
+    stems = _unique_stems(keys)
+    items = [ImageItem(path, key, stems[path], patient_of(path.name), root=root[path]) for path, key in keys.items()]
     return _classified(items) if len(inputs) == 1 else items
 
 
 def _classified(items: list[ImageItem]) -> list[ImageItem]:
-    """Labels and splits of the images of one folder, where its folders tell them."""
+    """Give the images of one folder their labels and splits, where its folders are classes."""
     folders = [tuple(item.key.split("/")[:-1]) for item in items]
     names = set(folders)
     if all(len(parts) == 1 for parts in names) and len(names) > 1 and not {parts[0] for parts in names} <= set(SPLITS):
@@ -94,7 +94,7 @@ def _classified(items: list[ImageItem]) -> list[ImageItem]:
 
 
 def apply_manifest(items: Sequence[ImageItem], manifest: Path) -> list[ImageItem]:
-    """Patients, and where given slide_id and mpp, from a CSV with the column `image`; other columns are ignored.
+    """Take patients, and where given slide_id and mpp, from a CSV with the column `image`; other columns are ignored.
 
     An image is found by its path below the image folder or by its file name. Raises UserError for a missing file or
     column, a bad value, a name that means two images, or a manifest that lists none of the images.
@@ -115,14 +115,14 @@ def apply_manifest(items: Sequence[ImageItem], manifest: Path) -> list[ImageItem
         new.append(replace(item, slide_id=slide_id, patient_id=patient_id, mpp=mpp_in(manifest, line, row)))
     owner: dict[str, ImageItem] = {}
     for item in new:
-        other = owner.setdefault(item.slide_id, item)
-        if other is not item:
-            raise UserError(f"{manifest}: slide_id {item.slide_id} stands for both {other.path} and {item.path}: rename one")
+        first = owner.setdefault(item.slide_id, item)
+        if first is not item:
+            raise UserError(f"{manifest}: slide_id {item.slide_id} stands for both {first.path} and {item.path}: rename one")
     return new
 
 
 def match_names(items: Sequence[ImageItem], names: Iterable[str], where: object) -> dict[Path, str]:
-    """Which of `names` (as a manifest or a COCO file writes them) means which image: image path -> name.
+    """Match names, as a manifest or a COCO file writes them, to images: image path -> name.
 
     A name is a path that ends like the image's, or the bare file name, with or without its extension; of several that could
     mean an image, the one with most folders in common does. Raises UserError naming `where` for a name that means two
@@ -145,22 +145,22 @@ def match_names(items: Sequence[ImageItem], names: Iterable[str], where: object)
             candidates = exact
         for item in candidates:
             common = inf if clean in by_key else _common_folders(clean, item.path)
-            before, other = best.get(item.path, (-1, ""))
-            if common == before:
-                raise UserError(f"{where}: {other} and {name} both mean {item.path}: write its folders in front, or keep one")
-            if common > before:
+            shared, rival = best.get(item.path, (-1, ""))
+            if common == shared:
+                raise UserError(f"{where}: {rival} and {name} both mean {item.path}: write its folders in front, or keep one")
+            if common > shared:
                 best[item.path] = (common, name)
     return {path: name for path, (_, name) in best.items()}
 
 
 def _common_folders(name: str, path: Path) -> int:
-    """The number of folders before the file name that a name shares with a path."""
+    """Count the folders before the file name that a name shares with a path."""
     pairs = zip(reversed(name.split("/")[:-1]), reversed(path.absolute().parts[:-1]), strict=False)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _expanded(path: Path) -> list[tuple[Path, str]]:
-    """(image, its path below `path`), sorted."""
+    """List the images of a folder with their paths below it, sorted; or the one image that is given."""
     if path.is_file():
         if path.suffix.lower() not in IMAGE_EXTENSIONS:
             raise UserError(
@@ -170,24 +170,24 @@ def _expanded(path: Path) -> list[tuple[Path, str]]:
     if not path.is_dir():
         raise UserError(f"{path}: no such file or folder")
     images = []
-    others: Counter[str] = Counter()
+    skipped: Counter[str] = Counter()
     for folder, below, names in os.walk(path):  # scandir behind it: a million files in seconds
         below[:] = [name for name in below if not name.startswith(".")]
         for name in names:
             suffix = os.path.splitext(name)[1].lower()
             if not name.startswith(".") and suffix in IMAGE_EXTENSIONS:
-                each = Path(folder, name)
-                images.append((each, each.relative_to(path).as_posix()))
+                image = Path(folder, name)
+                images.append((image, image.relative_to(path).as_posix()))
             elif not name.startswith(".") and suffix not in BESIDE:
-                others[suffix] += 1
-    images = sorted((each, key) for each, key in images if each.is_file())
-    left_out = f"left out: {', '.join(f'{count} {suffix}' for suffix, count in sorted(others.items()))}"
-    if others.keys() & find.SLIDE_EXTENSIONS:
+                skipped[suffix] += 1
+    images = sorted((image, key) for image, key in images if image.is_file())
+    left_out = f"left out: {', '.join(f'{count} {suffix}' for suffix, count in sorted(skipped.items()))}"
+    if skipped.keys() & find.SLIDE_EXTENSIONS:
         left_out += " (slides are cut by odis-path tile)"
     if not images:
-        what = f"; {left_out}" if others else ""
+        what = f"; {left_out}" if skipped else ""
         raise UserError(f"{path}: holds no image (looked for {_looked_for()}, in its folders too){what}")
-    if others:
+    if skipped:
         print(f"{path}: {left_out}", file=sys.stderr, flush=True)
     return images
 
@@ -197,7 +197,7 @@ def _looked_for() -> str:
 
 
 def _unique_stems(keys: Mapping[Path, str]) -> dict[Path, str]:
-    """The stem of each image, as far as a file may be called so.
+    """Name each image by its stem, as far as a file may be called so.
 
     Where it occurs more than once with folders in front, then with the extension behind.
     """
@@ -213,14 +213,14 @@ def _unique_stems(keys: Mapping[Path, str]) -> dict[Path, str]:
         names[path] = safe_id(f"{names[path]}_{path.suffix[1:].lower()}")
     for path in clashing(names):
         names[path] = safe_id(printable(JOINT.join([path.absolute().parent.name, names[path]])))
-    if left := clashing(names):
-        twice = [path for path in left if names[path] == names[left[0]]]
-        raise UserError(f"{twice[0]}, {twice[1]}: both would be named {names[left[0]]}: rename one, or use a manifest")
+    if alike := clashing(names):
+        twice = [path for path in alike if names[path] == names[alike[0]]]
+        raise UserError(f"{twice[0]}, {twice[1]}: both would be named {names[alike[0]]}: rename one, or use a manifest")
     return names
 
 
 def _manifest_rows(manifest: Path) -> dict[str, tuple[int, dict[str, str]]]:
-    """Value of column `image` -> its line and row, stripped."""
+    """Read the line and row, stripped, of each value of column `image`."""
     rows: dict[str, tuple[int, dict[str, str]]] = {}
     for line, values in manifest_rows(manifest, "image", "a CSV with the columns image and patient_id").rows:
         row = {name: text.strip() for name, text in values.items()}

@@ -25,7 +25,7 @@ METHOD_VERSION = 1  # raise it when the method changes, so that old groups are m
 CLUSTERS_ATTR = "gathered_sha256"
 
 
-def propose_from_annotations(path: Path, how: ClusterSettings | None = None) -> ItemResult:
+def propose_from_annotations(path: Path, settings: ClusterSettings | None = None) -> ItemResult:
     """Add clusters of cells and parts of tissue to the boxes of one slide file; earlier ones are replaced.
 
     info: the numbers of clusters and parts. Raises UserError where the file holds no annotated objects.
@@ -35,7 +35,7 @@ def propose_from_annotations(path: Path, how: ClusterSettings | None = None) -> 
     from annotations.objects import Kind
     from annotations.slide_groups import annotation_groups
 
-    how = how or ClusterSettings()
+    settings = settings or ClusterSettings()
     with lock_file(path):
         with SlideFile(path) as file:
             objects = file.objects_table()
@@ -43,11 +43,11 @@ def propose_from_annotations(path: Path, how: ClusterSettings | None = None) -> 
             if not annotated.any():
                 raise UserError(f"{path}: holds no annotated cells or tissue, which --from-cells gathers: run annotate first")
             attrs = file.group_attrs("objects")
-            stamp = [METHOD_VERSION, asdict(how), str(attrs.get(ANNOTATED_ATTR)), int(annotated.sum()), file.has_polygons]
+            stamp = [METHOD_VERSION, asdict(settings), str(attrs.get(ANNOTATED_ATTR)), int(annotated.sum()), file.has_polygons]
             digest = parameters_hash({"gathered": stamp})[1]
             if attrs.get(CLUSTERS_ATTR) == digest:
                 return ItemResult(_counts(objects["label"], objects["labels"]), skipped=True)
-            table = cluster_objects(table_of_boxes(file), file.mpp_level0, how)
+            table = cluster_objects(table_of_boxes(file), file.mpp_level0, settings)
             boxes = clip_to_tiles(table.geometry, file.coords, file.size_l0, file.patch_size, polygons=file.has_polygons)
             new = annotation_groups(table, boxes, file.mpp_level0)
         old = drop_objects(read_groups(path), (CLUSTER_LABEL, PART_LABEL))
@@ -86,7 +86,7 @@ def table_of_boxes(file: SlideFile) -> ObjectTable:
     order = np.argsort(boxes["object"][rows], kind="stable")
     owners, index = np.unique(boxes["object"][rows][order], return_inverse=True)
     collected = shapely.geometrycollections(pieces[order], indices=index) if len(rows) else np.zeros(0, dtype=object)
-    geometry.append(np.array([_joined(each) for each in collected], dtype=object))
+    geometry.append(np.array([_joined(parts) for parts in collected], dtype=object))
     taken = np.concatenate([cells, owners]).astype(int)
     ids, label, kind = (objects[name][taken] for name in ("id", "label", "kind"))
     return ObjectTable(np.concatenate(geometry), ids, label, kind, tuple(objects["labels"]))

@@ -53,9 +53,18 @@ def propose(
     files = [path.absolute() for path in list_slide_files(folder)]
     work = propose_from_annotations if from_cells else partial(propose_slide, replace=replace)
     folder = Path(folder)
-    how: dict[str, Any] = {"workers": workers, "scheduler": scheduler, "timeout": timeout, "folder": folder, "wrote": Path}
     with lock_settings(folder, "propose", {"method": METHOD_VERSION, "replace": replace, "from_cells": from_cells}):
-        outcomes = run_cohort(files, work, title="propose", name=_name, **how)
+        outcomes = run_cohort(
+            files,
+            work,
+            title="propose",
+            workers=workers,
+            scheduler=scheduler,
+            name=_name,
+            timeout=timeout,
+            folder=folder,
+            wrote=Path,
+        )
     return Outcomes(outcomes, "propose", folder, COUNTED_FROM_CELLS if from_cells else COUNTED, perf_counter() - begun)
 
 
@@ -80,8 +89,8 @@ def _proposed(path: Path, replace: bool, settings: ProposalSettings) -> ItemResu
                 raise UserError(f"{path}: holds boxes from annotations: left as they are; --replace overwrites them")
         sample = np.unique(np.linspace(0, len(file) - 1, LEVEL_TILES).astype(int)) if len(file) else np.zeros(0, int)
         levels = slide_levels([file.tile(int(i)) for i in sample], file.mpp, settings)
-        found = [propose_tile(file.tile(i), file.mpp, settings, levels) for i in range(len(file))]
-        groups = proposal_groups(found, file.mpp)
+        proposals = [propose_tile(file.tile(i), file.mpp, settings, levels) for i in range(len(file))]
+        groups = proposal_groups(proposals, file.mpp)
     groups["objects"]["attrs"][HASH_ATTR] = digest  # on the group, so that it goes when annotate replaces the group
     replace_groups(path, groups)
     redone = "" if not was_proposed else DAMAGED if damaged else "the tiles or the method changed"
@@ -93,13 +102,13 @@ def _counts(label: np.ndarray) -> dict[str, int]:
     return dict(zip(COUNTED, counts, strict=True))
 
 
-def proposal_groups(found: list[Proposals], mpp: float) -> dict[str, dict[str, Any]]:
-    """Groups /objects and /boxes of a slide file from the proposals of its tiles, in order; one object per box."""
-    counts = np.array([len(proposals.label) for proposals in found], np.int64)
+def proposal_groups(tiles: list[Proposals], mpp: float) -> dict[str, dict[str, Any]]:
+    """Arrange groups /objects and /boxes of a slide file from the proposals of its tiles, in order; one object per box."""
+    counts = np.array([len(proposals.label) for proposals in tiles], np.int64)
     total = int(counts.sum())
 
     def joined(name: str, shape: tuple[int, ...], dtype: type) -> np.ndarray:
-        arrays = [np.zeros(shape, dtype), *(getattr(proposals, name) for proposals in found)]
+        arrays = [np.zeros(shape, dtype), *(getattr(proposals, name) for proposals in tiles)]
         return np.concatenate(arrays).astype(dtype)
 
     objects: Mapping[str, Any] = {

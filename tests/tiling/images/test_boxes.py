@@ -250,7 +250,7 @@ def test_box_files_tell_what_they_lose_too(tmp_path: Path) -> None:
     picture(tmp_path / "in" / "a.png")
     corners = "<xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax>"
     objects = [corners.format(4, 4, 12, 12), corners.format(4, 4, 4, 4), corners.format(500, 500, 510, 510)]
-    text = "".join(f"<object><name>Tumor</name><bndbox>{each}</bndbox></object>" for each in objects)
+    text = "".join(f"<object><name>Tumor</name><bndbox>{box}</bndbox></object>" for box in objects)
     (tmp_path / "xml").mkdir()
     (tmp_path / "xml" / "a.xml").write_text(f"<annotation>{text}<object><name>Tumor</name></object></annotation>")
     outcomes = run(tmp_path, "tiles", coco=None, boxes=tmp_path / "xml")

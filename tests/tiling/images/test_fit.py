@@ -42,7 +42,7 @@ def red_box(tile: np.ndarray) -> list[float]:
 
 def xml(path: Path, boxes: list[tuple[str, tuple[float, ...]]], size: tuple[int, int] | None = None) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    said = f"<size><width>{size[0]}</width><height>{size[1]}</height><depth>3</depth></size>" if size else ""
+    size_tag = f"<size><width>{size[0]}</width><height>{size[1]}</height><depth>3</depth></size>" if size else ""
     corners = ("xmin", "ymin", "xmax", "ymax")
     objects = "".join(
         f"<object><name>{name}</name><bndbox>"
@@ -50,7 +50,7 @@ def xml(path: Path, boxes: list[tuple[str, tuple[float, ...]]], size: tuple[int,
         + "</bndbox></object>"
         for name, box in boxes
     )
-    path.write_text(f"<annotation>{said}{objects}</annotation>")
+    path.write_text(f"<annotation>{size_tag}{objects}</annotation>")
     return path
 
 
@@ -188,7 +188,7 @@ def test_every_kind_of_picture(tmp_path: Path) -> None:
     picture.save(folder / "f.tif")
     picture.save(folder / "g_png.JPEG", format="PNG")
     outcomes = import_images(folder, tmp_path / "out", fit="crop", no_mpp=True, size=30)
-    assert [each.ok for each in outcomes] == [True], outcomes
+    assert [outcome.ok for outcome in outcomes] == [True], outcomes
     grey = round(0.299 * 200 + 0.587 * 120 + 0.114 * 160)
     wanted = [rgb[0, 0], (grey,) * 3, rgb[0, 0], (255,) * 3, (200,) * 3, rgb[0, 0], rgb[0, 0]]
     with SlideFile(tmp_path / "out" / "in-0000.h5") as file:
@@ -204,7 +204,7 @@ def test_a_jpeg_of_the_right_size_keeps_its_bytes(tmp_path: Path) -> None:
     at = data.index(b"\xff\xdb")
     (tmp_path / "in" / "b.jpg").write_bytes(data[:at] + b"\x00\x11" + data[at:])
     outcomes = import_images(tmp_path / "in", tmp_path / "out", fit="crop", no_mpp=True, size=48)
-    assert [each.ok for each in outcomes] == [True], outcomes
+    assert [outcome.ok for outcome in outcomes] == [True], outcomes
     with SlideFile(tmp_path / "out" / "in-0000.h5") as file:
         assert file.tile_bytes(0) == data
         assert file.tile_bytes(1) != (tmp_path / "in" / "b.jpg").read_bytes()
@@ -223,7 +223,7 @@ def classes(tmp_path: Path) -> Path:
 def test_shards_of_class_folders_and_their_labels(classes: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     outcomes = import_images(classes, out, fit="crop", no_mpp=True, size=32, shard=2, workers=2)
-    assert [(each.item, each.info["tiles"]) for each in outcomes] == [
+    assert [(outcome.item, outcome.info["tiles"]) for outcome in outcomes] == [
         ("n01-0000", 2),
         ("n01-0001", 2),
         ("n01-0002", 1),
@@ -245,11 +245,11 @@ def test_shards_of_class_folders_and_their_labels(classes: Path, tmp_path: Path)
     stamps = {path.name: path.stat().st_mtime_ns for path in out.glob("*.h5")}
     before = (out / "labels.csv").read_text()
     again = import_images(classes, out, fit="crop", no_mpp=True, size=32, shard=2)
-    assert all(each.skipped for each in again)
+    assert all(outcome.skipped for outcome in again)
     assert {path.name: path.stat().st_mtime_ns for path in out.glob("*.h5")} == stamps
     assert (out / "labels.csv").read_text() == before
     os.utime(classes / "n01" / "n01_2.JPEG", ns=(1, 1))
-    assert [each.skipped for each in import_images(classes, out, fit="crop", no_mpp=True, size=32, shard=2)] == [
+    assert [outcome.skipped for outcome in import_images(classes, out, fit="crop", no_mpp=True, size=32, shard=2)] == [
         True,
         False,
         True,
@@ -274,8 +274,8 @@ def test_a_bad_image_is_named_and_its_shard_goes_on(classes: Path, tmp_path: Pat
     xml(tmp_path / "xml" / "n02" / "n02_0.xml", [("x", (1, 1, 9, 9))], (60, 50))
     xml(tmp_path / "xml" / "n02" / "n02_2.xml", [("x", (1, 1, 9, 9))], (640, 480))
     call = {"fit": "crop", "no_mpp": True, "size": 32, "boxes": tmp_path / "xml"}
-    outcomes = {each.item: each for each in import_images(classes, out, **call)}
-    assert [(name, each.ok) for name, each in outcomes.items()] == [
+    outcomes = {outcome.item: outcome for outcome in import_images(classes, out, **call)}
+    assert [(name, outcome.ok) for name, outcome in outcomes.items()] == [
         ("n01-0000", True),
         ("n02-0000", True),
         ("n01/n01_1.JPEG", False),
@@ -287,12 +287,12 @@ def test_a_bad_image_is_named_and_its_shard_goes_on(classes: Path, tmp_path: Pat
         assert file.coords.tolist() == [[0, 0], [64, 0], [0, 32], [32, 32]]
     assert len(labels_of(out)) == 6
     again = import_images(classes, out, **call)
-    assert [each.ok for each in again] == [True, True, False, False]
-    assert not any(each.skipped for each in again)
+    assert [outcome.ok for outcome in again] == [True, True, False, False]
+    assert not any(outcome.skipped for outcome in again)
     broken.write_bytes(whole)
     (tmp_path / "xml" / "n02" / "n02_2.xml").unlink()
-    assert all(each.ok and not each.skipped for each in import_images(classes, out, **call))
-    assert all(each.ok and each.skipped for each in import_images(classes, out, **call))
+    assert all(outcome.ok and not outcome.skipped for outcome in import_images(classes, out, **call))
+    assert all(outcome.ok and outcome.skipped for outcome in import_images(classes, out, **call))
     assert len(labels_of(out)) == 8
     with SlideFile(out / "n01-0000.h5") as file:
         assert file.coords.tolist() == [[0, 0], [32, 0], [64, 0], [0, 32], [32, 32]]
@@ -336,13 +336,13 @@ def test_patients_and_scales_are_never_mixed_in_a_file(tmp_path: Path) -> None:
     (tmp_path / "m.csv").write_text("image,patient_id\na.jpg,P1\nb.jpg,P2\nc.jpg,P1\n")
     call = {"fit": "crop", "size": 32, "manifest": tmp_path / "m.csv"}
     outcomes = import_images(tmp_path / "in", tmp_path / "out", mpp=0.25, **call)
-    found = []
+    stored = []
     for outcome in outcomes:
         with SlideFile(tmp_path / "out" / f"{outcome.item}.h5") as file:
-            found.append((file.patient_id, file.mpp, file.parameters["mpp_nominal"]))
-    assert found == [("P1", 0.5, False), ("P2", 0.5, False), ("P1", 1.0, False)]
+            stored.append((file.patient_id, file.mpp, file.parameters["mpp_nominal"]))
+    assert stored == [("P1", 0.5, False), ("P2", 0.5, False), ("P1", 1.0, False)]
     plain = import_images(tmp_path / "in", tmp_path / "plain", no_mpp=True, **call)
-    assert [each.info["tiles"] for each in plain] == [2, 1]
+    assert [outcome.info["tiles"] for outcome in plain] == [2, 1]
     with SlideFile(tmp_path / "plain" / "in-0000.h5") as file:
         assert (file.mpp, file.mpp_level0, file.size_l0) == (1, 1, 32)
         assert file.parameters["mpp_nominal"] is True
@@ -352,7 +352,7 @@ def test_patients_and_scales_are_never_mixed_in_a_file(tmp_path: Path) -> None:
 def test_no_scale_is_said_or_refused(tmp_path: Path) -> None:
     photo(tmp_path / "in" / "a.png", 90, 60)
     photo(tmp_path / "in" / "b.png", 90, 60, dpi=(50800, 50800))
-    outcomes = {each.item: each for each in import_images(tmp_path / "in", tmp_path / "out", fit="crop", size=30)}
+    outcomes = {outcome.item: outcome for outcome in import_images(tmp_path / "in", tmp_path / "out", fit="crop", size=30)}
     assert outcomes["in-0000"].info["tiles"] == 1
     assert "--no-mpp for photographs" in outcomes["a.png"].message
     with SlideFile(tmp_path / "out" / "in-0000.h5") as file:
@@ -362,7 +362,7 @@ def test_no_scale_is_said_or_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="squashed has two mpp"):
         import_images(tmp_path / "in" / "b.png", tmp_path / "o3", fit="squash")
     tiles = import_images(tmp_path / "in" / "a.png", tmp_path / "o4", no_mpp=True, size=30)
-    assert [each.info["tiles"] for each in tiles] == [6]
+    assert [outcome.info["tiles"] for outcome in tiles] == [6]
     with SlideFile(tmp_path / "o4" / "a.h5") as file:
         assert (file.mpp, file.parameters["mpp_nominal"]) == (1, True)
 
@@ -376,7 +376,7 @@ def test_box_files_for_whole_tiles_too(tmp_path: Path) -> None:
     assert (first.info["boxes"], second.message) == (2, "no box file")
     with SlideFile(tmp_path / "out" / "a.h5") as file:
         assert [file.boxes(i).tolist() for i in range(2)] == [[[20, 8, 32, 24]], [[0, 8, 12, 24]]]
-    assert all(each.skipped for each in import_images(tmp_path / "in", tmp_path / "out", **call))
+    assert all(outcome.skipped for outcome in import_images(tmp_path / "in", tmp_path / "out", **call))
     xml(tmp_path / "xml" / "a.xml", [], (640, 320))
     assert not import_images(tmp_path / "in", tmp_path / "out", **call)[0].ok
 
@@ -456,7 +456,7 @@ def test_coco_in_bulk_is_coco_one_by_one(tmp_path: Path) -> None:
     together = read_coco(tmp_path / "all.json")
     odd = {"id": 10**6, "image_id": 0, "bbox": [0, 0, 1, 1], "segmentation": [[0, 0, 1, 0, 1, 1]]}
     for i, image in enumerate(images):  # an outline beside the boxes keeps an image off the bulk path
-        own = [each for each in annotations if each["image_id"] == i]
+        own = [annotation for annotation in annotations if annotation["image_id"] == i]
         with_odd = {"images": [image], "annotations": [*own, {**odd, "image_id": i}], "categories": categories}
         (tmp_path / "one.json").write_text(json.dumps(with_odd))
         alone, here = read_coco(tmp_path / "one.json")[f"{i}.jpg"], together[f"{i}.jpg"]
@@ -478,6 +478,6 @@ def test_a_crash_leaves_the_old_shard(classes: Path, tmp_path: Path, monkeypatch
 
     monkeypatch.setattr("tiling.slide_file.write._PixelWriter.add", full)
     outcomes = import_images(classes, tmp_path / "out", **call)
-    assert [(each.item, each.ok) for each in outcomes] == [("n01-0000", False), ("n02-0000", True)]
+    assert [(outcome.item, outcome.ok) for outcome in outcomes] == [("n01-0000", False), ("n02-0000", True)]
     after = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.suffix == ".h5"}
     assert after == {name: data for name, data in before.items() if name.endswith(".h5")}

@@ -157,7 +157,7 @@ def saved(folder: Path) -> dict[str, Path]:
     """An image of 32 pixels of each kind that is imported, by its suffix; what Pillow here cannot write is left out."""
     Image.init()
     rgb = Image.fromarray(np.random.default_rng(1).integers(0, 255, (4, 4, 3), dtype=np.uint8)).resize((32, 32))
-    found = {}
+    paths = {}
     for suffix in sorted(IMPORTED):
         path = folder / f"of{suffix[1:]}{suffix}"
         form = Image.registered_extensions().get(suffix, "TIFF")
@@ -166,8 +166,8 @@ def saved(folder: Path) -> dict[str, Path]:
             continue
         options: dict[str, Any] = {"lossless": True} if form == "WEBP" else {}
         rgb.convert(mode).save(path, form, **options)
-        found[suffix] = path
-    return found
+        paths[suffix] = path
+    return paths
 
 
 @pytest.mark.parametrize("fit", ["tiles", "crop"])
@@ -177,8 +177,8 @@ def test_every_image_that_scan_reads_is_imported(fit: str, tmp_path: Path, capsy
     paths = saved(tmp_path / "in")
     assert {".webp", ".jp2", ".bmp", ".gif", ".btf", ".jfif"} <= paths.keys()
     assert all(row.ok for row in scan(list(paths.values()), tmp_path / "m.csv", workers=1))
-    how: dict[str, Any] = {"fit": fit} if fit == "crop" else {}
-    outcomes = import_images(tmp_path / "in", tmp_path / "out", mpp=0.5, size=32, **how)
+    options: dict[str, Any] = {"fit": fit} if fit == "crop" else {}
+    outcomes = import_images(tmp_path / "in", tmp_path / "out", mpp=0.5, size=32, **options)
     assert all(outcome.ok for outcome in outcomes), [outcome.message for outcome in outcomes]
     assert sum(outcome.info["tiles"] for outcome in outcomes) == len(paths)
     assert "left out" not in capsys.readouterr().err
@@ -196,10 +196,10 @@ def test_what_is_no_image_that_is_read_is_told_and_what_lies_beside_is_not(
     for name in ("a.svs", "b.SVS", "below/c.heic", "d.xml", "e.json", "Thumbs.db", "README", ".hidden.heic"):
         (folder / name).touch()
     looked = " ".join(sorted(IMPORTED))
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as refused:
         find_images(folder)
     left_out = "left out: 1 .heic, 2 .svs (slides are cut by odis-path tile)"
-    assert str(told.value) == f"{folder}: holds no image (looked for {looked}, in its folders too); {left_out}"
+    assert str(refused.value) == f"{folder}: holds no image (looked for {looked}, in its folders too); {left_out}"
     (folder / "x.png").write_bytes((images / "A" / "i00.png").read_bytes())
     assert [item.path.name for item in find_images(folder)] == ["x.png"]
     assert capsys.readouterr().err == f"{folder}: {left_out}\n"

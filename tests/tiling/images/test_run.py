@@ -36,7 +36,7 @@ def classes(tmp_path: Path) -> Path:
 def test_class_folders_become_slide_files_and_labels(classes: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     outcomes = import_images(classes, out, mpp=0.5)
-    assert [(each.item, each.ok, each.info["tiles"]) for each in outcomes] == [
+    assert [(outcome.item, outcome.ok, outcome.info["tiles"]) for outcome in outcomes] == [
         ("A__one", True, 1),
         ("two", True, 1),
         ("B__one", True, 1),
@@ -60,12 +60,12 @@ def test_second_run_skips_and_notices_changes(classes: Path, tmp_path: Path) -> 
     labels = (out / "labels.csv").read_text()
     stamps = {path.name: path.stat().st_mtime_ns for path in out.glob("*.h5")}
     again = import_images(classes, out, mpp=0.5)
-    assert all(each.skipped for each in again)
+    assert all(outcome.skipped for outcome in again)
     assert {path.name: path.stat().st_mtime_ns for path in out.glob("*.h5")} == stamps
     assert (out / "labels.csv").read_text() == labels
     os.utime(classes / "A" / "two.jpg", ns=(1, 1))
-    assert [each.skipped for each in import_images(classes, out, mpp=0.5)] == [True, False, True]
-    assert not any(each.skipped for each in import_images(classes, out, mpp=0.25))
+    assert [outcome.skipped for outcome in import_images(classes, out, mpp=0.5)] == [True, False, True]
+    assert not any(outcome.skipped for outcome in import_images(classes, out, mpp=0.25))
 
 
 def test_whole_tiles_of_a_larger_image_in_row_major_order(tmp_path: Path) -> None:
@@ -92,8 +92,8 @@ def test_a_broken_image_fails_alone(classes: Path, tmp_path: Path) -> None:
     whole = (classes / "A" / "two.jpg").read_bytes()
     (classes / "A" / "two.jpg").write_bytes(whole[: len(whole) // 2])
     (classes / "B" / "three.png").write_bytes(b"no image")
-    outcomes = {each.item: each for each in import_images(classes, tmp_path / "out", mpp=0.5)}
-    assert {name for name, each in outcomes.items() if not each.ok} == {"two", "three"}
+    outcomes = {outcome.item: outcome for outcome in import_images(classes, tmp_path / "out", mpp=0.5)}
+    assert {name for name, outcome in outcomes.items() if not outcome.ok} == {"two", "three"}
     assert "two.jpg: not a readable image" in outcomes["two"].message
     assert "two" not in (tmp_path / "out" / "labels.csv").read_text()
 
@@ -105,7 +105,7 @@ def test_mpp_from_argument_manifest_tags_or_a_clear_failure(tmp_path: Path) -> N
     save(folder / "listed.png", seed=2)
     manifest = tmp_path / "m.csv"
     manifest.write_text("image,patient_id,mpp,extra\nlisted.png,P7,0.3,x\nnot-here.png,P8,,\n")
-    outcomes = {each.item: each for each in import_images(folder, tmp_path / "out", manifest=manifest)}
+    outcomes = {outcome.item: outcome for outcome in import_images(folder, tmp_path / "out", manifest=manifest)}
     assert not outcomes["screen"].ok
     assert "72 dpi" in outcomes["screen"].message
     assert "--mpp" in outcomes["screen"].message
@@ -177,7 +177,7 @@ def test_tiff_and_grey_and_transparent_images(tmp_path: Path) -> None:
     Image.fromarray(np.dstack([rgb, np.zeros((64, 64), np.uint8)])).save(tmp_path / "w.png")
     Image.fromarray(rgb).convert("CMYK").save(tmp_path / "k.jpg", quality=95)
     outcomes = import_images([tmp_path / name for name in ("t.tif", "g.png", "w.png", "k.jpg")], tmp_path / "out", mpp=1)
-    assert all(each.ok for each in outcomes), outcomes
+    assert all(outcome.ok for outcome in outcomes), outcomes
     means = {}
     for name in "tgwk":
         with SlideFile(tmp_path / "out" / f"{name}.h5") as file:
@@ -211,7 +211,7 @@ def test_coco_boxes_are_clipped_to_the_tiles(tmp_path: Path) -> None:
     with SlideFile(tmp_path / "out" / "b.h5") as file:
         assert not file.has_boxes
     again = import_images(tmp_path / "in", tmp_path / "out", coco=tmp_path / "boxes.json", mpp=0.5, size=64)
-    assert [(each.skipped, each.info["boxes"]) for each in again] == [(True, 4), (True, 0)]
+    assert [(outcome.skipped, outcome.info["boxes"]) for outcome in again] == [(True, 4), (True, 0)]
 
 
 def test_coco_of_other_images_is_refused(tmp_path: Path) -> None:
@@ -229,7 +229,7 @@ def test_real_class_folders_with_two_workers(test_data: Path, tmp_path: Path) ->
         for path in sorted((test_data / "crc5" / name).iterdir())[:4]:
             (folder / name / path.name).symlink_to(path)
     outcomes = import_images(folder, tmp_path / "out", mpp=0.5, workers=2)
-    assert [each.info["tiles"] for each in outcomes] == [1] * 8
+    assert [outcome.info["tiles"] for outcome in outcomes] == [1] * 8
     with SlideFile(tmp_path / "out" / f"{outcomes[0].item}.h5") as file:
         assert file.patch_size == 224
         assert file.tile_bytes(0) == file.source.read_bytes()
