@@ -97,7 +97,8 @@ class TileWindows:
     @cached_property
     def _corners(self) -> np.ndarray:
         """Corner of the tile of each box in level-0 pixels: int64 (M, 2)."""
-        return self.file.coords[self.file.box_tiles]
+        corners: np.ndarray = self.file.coords[self.file.box_tiles]
+        return corners
 
     @cached_property
     def _objects(self) -> tuple[np.ndarray, np.ndarray]:

@@ -81,14 +81,14 @@ def count_missing_tiles(slide: Slide, plan: GridPlan) -> int:
         return 0
     boxes = np.concatenate([plan.coords, plan.coords + plan.size_l0], axis=1)
     view = slide.choose_view(plan.size_l0 / plan.patch_px, boxes)
-    found = slide.reader.sparse_tiles(view.level)
-    if found is None:
+    stored = slide.reader.sparse_tiles(view.level)
+    if stored is None:
         return 0
-    empty = np.pad(found.missing.astype(np.int64).cumsum(axis=0).cumsum(axis=1), ((1, 0), (1, 0)))
-    tile = np.array([found.tile_w, found.tile_h, found.tile_w, found.tile_h]) // view.scale
+    empty = np.pad(stored.missing.astype(np.int64).cumsum(axis=0).cumsum(axis=1), ((1, 0), (1, 0)))
+    tile = np.array([stored.tile_w, stored.tile_h, stored.tile_w, stored.tile_h]) // view.scale
     edges = pixel_bounds(view, boxes)
     edges[:, 2:] = np.minimum(edges[:, 2:], (view.width, view.height))
-    edges += (found.cut_x, found.cut_y) * 2
+    edges += (stored.cut_x, stored.cut_y) * 2
     left, top, right, bottom = ((edges - (0, 0, 1, 1)) // tile + (0, 0, 1, 1)).T
     return int((empty[bottom, right] - empty[top, right] - empty[bottom, left] + empty[top, left] > 0).sum())
 

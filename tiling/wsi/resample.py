@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
 
 
 def area_resize(rgb: np.ndarray, box: tuple[float, float, float, float], out_w: int, out_h: int) -> np.ndarray:
@@ -48,7 +52,7 @@ def _weighted(rgb: np.ndarray, box: tuple[float, float, float, float], out_w: in
 
 
 @lru_cache(maxsize=64)
-def _weights(length: int, start: float, extent: float, count: int, channels: int):  # type: ignore[no-untyped-def]
+def _weights(length: int, start: float, extent: float, count: int, channels: int) -> csr_array:
     """Compute sparse float32 (count * channels, length * channels) for a line of pixels with their channels side by side.
 
     Output i averages [start + i * step, start + (i + 1) * step] of the line, each channel by itself.

@@ -198,9 +198,14 @@ def test_what_cannot_be_is_one_line(painted_tiles: Path, sections: dict[str, Any
 def window_run(painted_tiles: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("run")
     config = config_of(
-        painted_tiles, out, target={"objects": 2}, loss={"tile_center": 1.0}, optim={"batch_size": 4, "epochs": 1},
-        views={"stain_swap_p": 0.5}, eval={"every_epochs": 0},
-    )  # fmt: skip
+        painted_tiles,
+        out,
+        target={"objects": 2},
+        loss={"tile_center": 1.0},
+        optim={"batch_size": 4, "epochs": 1},
+        views={"stain_swap_p": 0.5},
+        eval={"every_epochs": 0},
+    )
     return loop.pretrain(config)
 
 

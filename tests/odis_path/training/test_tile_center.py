@@ -22,9 +22,13 @@ def test_each_object_loses_the_mean_of_the_objects_of_its_tile_and_view_that_are
 
 def loss_of(logits: torch.Tensor, tile_center: float, window_um: float = 0) -> torch.Tensor:
     config = tiny_config(
-        "unused", "unused", target={"objects": 2}, loss={"tile_center": tile_center, "patch_weight": 0},
-        head={"out_dim": 5}, views={"local_count": 0, "window_um": window_um},
-    )  # fmt: skip
+        "unused",
+        "unused",
+        target={"objects": 2},
+        loss={"tile_center": tile_center, "patch_weight": 0},
+        head={"out_dim": 5},
+        views={"local_count": 0, "window_um": window_um},
+    )
     obj = logits if not window_um else logits.flatten(1, 2)[:, :, None]
     student = torch.zeros_like(obj)
     seen = torch.ones(obj.shape[:3], dtype=torch.bool)
