@@ -168,8 +168,8 @@ def test_a_manifest_of_images_may_not_lead_elsewhere_either(tmp_path: Path) -> N
 # What ids become names of files in, and why each of them can be one.
 CHECKED = {
     "item.slide_id": "SlideItem: of a manifest (checked), of a file name (made safe)",
-    "pair[0].slide_id": "ImageItem: of a manifest (checked), of a file name (made safe)",
-    "shard.slide_id": "Shard: of a folder (made safe)",
+    "self.item.slide_id": "the ImageItem of a task of import: of a manifest (checked), of a file name (made safe)",
+    "self.slide_id": "Shard: of a folder (made safe)",
     "file.slide_id": "SlideFile: checked as it is read",
     "job.slide_id": "SlideJob of the demo: drawn up there",
 }
