@@ -28,6 +28,7 @@ PAGES = {  # files outside docs/ that are pages of the site
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "experiments/RESULTS.md": "results.md",
+    "experiments/paper_in1k.md": "paper_in1k.md",
 }
 SOURCES = {page: source for source, page in PAGES.items()}
 LINK = re.compile(r"(?<=\]\()([^)#:\s]+)(?=[#)])")  # the path in [text](path#anchor), without those that have a scheme

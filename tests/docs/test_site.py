@@ -70,7 +70,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @needs_mkdocs
 def test_every_page_is_on_the_site(site: Path) -> None:
     names = {page.relative_to(ROOT / "docs").with_suffix(".html") for page in ROOT.glob("docs/**/*.md")}
-    names |= {Path(f"{name}.html") for name in ("index", "architecture", "contributing", "changelog", "results")}
+    names |= {Path(f"{name}.html") for name in ("index", "architecture", "contributing", "changelog", "results", "paper_in1k")}
     assert {path.relative_to(site) for path in site.rglob("*.html")} - {Path("404.html")} == names
 
 
