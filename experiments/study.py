@@ -20,6 +20,7 @@ import json
 import tarfile
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,7 @@ ARMS: dict[str, list[str] | None] = {
     "stain_swap": [*NO_PATCHES, "views.stain_swap_p=0.5"],
     "tile_center": [*NO_PATCHES, "target.objects=4", "loss.tile_center=1"],
     "tile_objects": [*NO_PATCHES, "target.objects=4"],
+    "sinkhorn": [*NO_PATCHES, "loss.centering=sinkhorn"],
     "whole_half": [*NO_PATCHES, "target.whole_tile_p=0.5"],
 }
 ONE_WINDOW_A_TILE = ("multi_obj_2", "multi_obj_4", "readonly_4")  # several tokens need one picture: not in windows
@@ -93,14 +95,14 @@ class Scale:
 
 
 SCALES = {"smoke": Scale(3, 8, 32, 2, 2), "cpu": Scale(120, 32, 128, 4, 4), "gpu": Scale(800, 512, 384, 12, 6, "cuda")}
-VIEWS = {"cells": (40, "[0.46,1]"), "mosaic": (64, "[0.2,0.6]"), "crc5": (64, "[0.3,1]")}  # px of a view, area of its crop
+VIEWS = {"cells": (40, "[0.46,1]"), "mosaic": (48, "[0.2,0.6]"), "crc5": (64, "[0.3,1]")}  # px of a view, area of its crop
 
 
 def config_of(name: str, corpus_: Corpus, arm: list[str], scale: Scale, seed: int, out: Path) -> PretrainConfig:
     """The configuration of a run; its length in steps, whatever the number of tiles."""
     px, area = VIEWS.get(name.partition("-")[0], VIEWS["crc5"])
     keys = [
-        *COLOURS, *corpus_.overrides, f"data.tiles={corpus_.tiles}", f"run.out={out}", f"run.seed={seed}",
+        *COLOURS, "views.window_um=0", *corpus_.overrides, f"data.tiles={corpus_.tiles}", f"run.out={out}", f"run.seed={seed}",
         f"run.device={scale.device}", f"data.workers={0 if scale.device == 'cpu' else 12}", f"views.global_size={px}",
         f"views.global_scale={area}", "target.whole_tile_p=0", "target.min_patches=4", f"optim.batch_size={scale.batch}",
         SHAPE.format(px=px, dim=scale.dim, depth=scale.depth, heads=scale.heads), *arm,
@@ -170,17 +172,14 @@ def append(rows: Path, row: dict[str, Any]) -> None:
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def run_one(name: str, arm: str, seed: int, c: Corpus, scale: Scale, size: str) -> dict[str, Any]:
+def run_one(name: str, arm: str, seed: int, c: Corpus, scale: Scale, size: str, modes: Sequence[str]) -> dict[str, Any]:
     """Train and judge one arm of a corpus and seed."""
     begin, cells = time.process_time(), name == "cells"
     px = VIEWS.get(name.partition("-")[0], VIEWS["crc5"])[0]
-    modes = ["masked", "crop", "full", "blackout"] if cells else ["masked", "crop"]
     figures: dict[str, Any] = {}
     trained = 0.0
     if arm in ("colour", "texture"):
-        modes, parts = ["masked", "full"], {}
-        for mode in modes:
-            parts[mode] = [hand_made(arm, objects, mode) for objects in (c.compared, c.judged)]
+        parts = {mode: [hand_made(arm, objects, mode) for objects in (c.compared, c.judged)] for mode in ("masked", "full")}
     else:
         with tempfile.TemporaryDirectory() as out:
             config = config_of(name, c, ARMS[arm] or NO_PATCHES, scale, seed, Path(out))
@@ -224,7 +223,7 @@ def run(options: argparse.Namespace) -> None:
                 continue
             c = corpus(name, options.data, options.work / options.size, options.size, seed)
             for arm in arms:
-                row = run_one(name, arm, seed, c, scale, options.size)
+                row = run_one(name, arm, seed, c, scale, options.size, options.modes.split(","))
                 append(rows, row)
                 short = {m: [round(s[p]["balanced_accuracy"], 3) for p in ("knn", "linear")] for m, s in row["scores"].items()}
                 print(f"{name} {arm} seed {seed}: {short}, {row['cpu_s']:.0f} CPU s", flush=True)
@@ -255,6 +254,7 @@ def main() -> None:
     parser.add_argument("--corpora", help="cells, mosaic-0, mosaic-0.5, mosaic-1, crc5, or folders of annotated slide files")
     parser.add_argument("--arms", help=", ".join(ARMS))
     parser.add_argument("--seeds", help="for example 0,1,2; what is not given has the size's own")
+    parser.add_argument("--modes", default="masked,crop,full", help="judged in; masked, crop, full, blackout")
     parser.add_argument("--steps", type=int, help="of training, in place of those of the size")
     parser.add_argument("--data", type=Path, help="folder with brca_m2c and crc5")
     parser.add_argument("--work", type=Path, default=Path("study"), help="folder for slide files")

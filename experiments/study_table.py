@@ -16,7 +16,7 @@ PAIRS = [
     ("crop_only", "untrained"), ("dino", "untrained"), ("mask_only", "odis"), ("linear_pool", "odis"),
     ("multi_obj_2", "odis"), ("multi_obj_4", "odis"), ("readonly_4", "odis"), ("jittered_boxes", "odis"),
     ("random_boxes", "odis"), ("stain_swap", "odis"), ("tile_objects", "odis"), ("tile_center", "tile_objects"),
-    ("odis_patches", "odis"), ("odis_patches", "ibot"), ("whole_half", "odis"),
+    ("odis_patches", "odis"), ("odis_patches", "ibot"), ("whole_half", "odis"), ("sinkhorn", "odis"),
 ]  # fmt: skip
 DRAWS = 2000
 PROBES = ("knn", "linear")
@@ -60,11 +60,10 @@ def _differences(rows: list[Row]) -> list[str]:
         "|---" * 7 + "|",
     ]
     for one, other in PAIRS:
-        seeds = sorted(set(by_arm[one]) & set(by_arm[other]))
-        if len(seeds) < 2:
-            continue
-        for mode in (m for m in by_arm[one][seeds[0]]["scores"] if m in by_arm[other][seeds[0]]["scores"]):
-            for probe in PROBES:
+        shared = sorted(set(by_arm[one]) & set(by_arm[other]))
+        for mode in dict.fromkeys(mode for seed in shared for mode in by_arm[one][seed]["scores"]):
+            seeds = [seed for seed in shared if all(mode in by_arm[arm][seed]["scores"] for arm in (one, other))]
+            for probe in PROBES if len(seeds) > 1 else ():
                 pairs = [tuple(by_arm[arm][seed]["scores"][mode][probe] for arm in (one, other)) for seed in seeds]
                 gaps = np.array([a["balanced_accuracy"] - b["balanced_accuracy"] for a, b in pairs])
                 low, high = t_interval(gaps)

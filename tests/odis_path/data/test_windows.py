@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from annotations.errors import UserError
 from odis_path.config import load_config
@@ -23,6 +24,7 @@ from odis_path.training import loop
 from tests.odis_path.conftest import tiny_config
 from tests.tiling.slide_file.test_window import png
 from tiling.slide_file.read import SlideFile, list_slide_files
+from tiling.slide_file.window import TileWindows
 from tiling.slide_file.write import SlideMeta, write_slide_file
 
 SIDE, COLUMNS, ROWS = 64, 4, 3
@@ -46,7 +48,7 @@ def paint(seed: int) -> np.ndarray:
     return image
 
 
-def write_painted(folder: Path, name: str, patient: str, seed: int) -> None:
+def write_painted(folder: Path, name: str, patient: str, seed: int, *, stored: bool = True) -> None:
     coords = np.array([(x * SIDE, y * SIDE) for y in range(ROWS) for x in range(COLUMNS)], np.int64)
     image = paint(seed)
     parts = [
@@ -79,7 +81,7 @@ def write_painted(folder: Path, name: str, patient: str, seed: int) -> None:
     }
     meta = SlideMeta(name, folder / f"{name}.png", COLUMNS * SIDE, ROWS * SIDE, 0.5, 0.5, SIDE, patient_id=patient)
     tiles = [png(image[y : y + SIDE, x : x + SIDE]) for x, y in coords]
-    write_slide_file(folder / f"{name}.h5", meta=meta, coords=coords, pixels=tiles, groups=groups)
+    write_slide_file(folder / f"{name}.h5", meta=meta, coords=coords, pixels=tiles if stored else None, groups=groups)
 
 
 @pytest.fixture(scope="module")
@@ -247,3 +249,44 @@ def test_embed_in_windows_needs_to_know_their_side(painted_tiles: Path, tmp_path
 
 def test_recipes_have_no_window_unless_they_say_so() -> None:
     assert load_config("odis").views.window_um == 0
+
+
+@pytest.fixture
+def unstored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The painted slide without stored pixels, which cannot be decoded at tile 1."""
+    folder = tmp_path / "unstored"
+    folder.mkdir()
+    write_painted(folder, "S0", "P0", 0, stored=False)
+    Image.fromarray(paint(0)).save(folder / "S0.png")
+    read = SlideFile.region
+
+    def torn(self: SlideFile, i: int, x: int, y: int, side_px: int) -> np.ndarray:
+        if i == 1:
+            raise UserError("S0.png: cannot be decoded there")
+        return read(self, i, x, y, side_px)
+
+    monkeypatch.setattr(SlideFile, "region", torn)
+    return folder
+
+
+def test_where_a_slide_is_torn_a_window_of_the_next_tile_is_taken(unstored: Path) -> None:
+    samples = training_samples(index_tiles(unstored), config_of(unstored), 8)
+    for i in range(len(samples)):
+        sample = samples[(0, i)]
+        assert isinstance(sample, TileSample)
+        assert sample.unreadable == (1 if i == 1 else None)
+
+
+def test_a_window_that_cannot_be_read_is_embedded_black(unstored: Path, window_run: Path, tmp_path: Path) -> None:
+    done = embed(unstored, window_run, tmp_path / "f", level="object", mode="window", dtype="float32")
+    assert not done.failed
+    features = read_features(tmp_path / "f" / "S0.h5", "object")
+    black = load_encoder(str(window_run), device="cpu", resize=32)
+    with SlideFile(unstored / "S0.h5") as file:
+        rows = np.flatnonzero(file.box_tiles == 1)
+        assert len(rows)
+        for row in rows:
+            box = TileWindows(file).whole_boxes(WINDOW)[row]
+            corner = np.tile(TileWindows(file).corner(1, box, WINDOW), 2)
+            expected = black.encode(np.zeros((1, WINDOW, WINDOW, 3), np.uint8), (box - corner)[None], "masked")
+            assert np.allclose(features.x[row], expected[0], atol=1e-5)
