@@ -98,6 +98,7 @@ def train(run: Run) -> None:
             if log_due:
                 meter.restart()
     finally:
+        stop.release()
         log.close()
 
 

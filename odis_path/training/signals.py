@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
+from typing import Any
 
 
 @dataclass
 class StopRequest:
-    """Whether a signal asked the run to save and stop."""
+    """Whether a signal asked the run to save and stop; `release` gives the signals back when the run has ended."""
 
     requested: bool = False
+    handlers_before: dict[int, Any] = field(default_factory=dict)
+
+    def release(self) -> None:
+        """Handle signals as before the run: a program that trains several networks can be ended between them."""
+        for number, handler in self.handlers_before.items():
+            signal.signal(number, handler)
+        self.handlers_before.clear()
 
 
 def watch_signals() -> StopRequest:
@@ -23,8 +31,9 @@ def watch_signals() -> StopRequest:
 
     for name in ("SIGTERM", "SIGUSR1"):
         if hasattr(signal, name):
+            number = getattr(signal, name)
             try:
-                signal.signal(getattr(signal, name), note)
+                stop.handlers_before[number] = signal.signal(number, note)
             except ValueError:  # not the main thread: whoever embeds this loop stops it in their own way
                 break
     return stop
