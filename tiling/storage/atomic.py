@@ -7,6 +7,7 @@ import errno
 import itertools
 import os
 import re
+import shutil
 import socket
 import time
 import zlib
@@ -76,6 +77,35 @@ def atomic_path(final: Path) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def atomic_folder(final: Path) -> Iterator[Path]:
+    """Give a temporary name beside `final` for a folder that the block makes; it becomes `final` when the block ends well.
+
+    All its files are on the disk before. An older folder of the name goes only then: a crash between the two renames leaves
+    neither under the name, but never half of one. Raises as `atomic_path` does.
+    """
+    final = Path(final)
+    temporary, replaced = _temporary(final), _temporary(final)
+    try:
+        yield temporary
+        for place, _, names in os.walk(temporary):
+            for name in names:
+                _fsync_path(Path(place, name))
+            _fsync_path(Path(place))
+        if os.path.lexists(final):
+            os.rename(final, replaced)
+        os.rename(temporary, final)
+        _fsync_path(final.parent)
+    except BaseException as error:
+        if replaced.exists() and not os.path.lexists(final):
+            os.rename(replaced, final)
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise write_error(final, error) from error
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
 def check_writable(final: Path) -> None:
     """Raises UserError where `final` cannot be written: for work that would find it out in the end. Leaves nothing behind."""
     temporary = _temporary(final)
@@ -121,7 +151,7 @@ def write_error(final: Path, error: OSError) -> UserError:
 
 
 def sweep_temporaries(folder: Path) -> int:
-    """Remove temporary files of `folder` whose writer is dead; return their number.
+    """Remove temporary files (and folders) of `folder` whose writer is dead; return their number.
 
     A writer on this machine is dead when its process is; one on another machine when the file lay untouched for a week.
     """
@@ -135,7 +165,10 @@ def sweep_temporaries(folder: Path) -> int:
             else:
                 dead = time.time() - entry.stat(follow_symlinks=False).st_mtime > ABANDONED_S
             if dead:
-                os.unlink(entry.path)
+                if entry.is_dir(follow_symlinks=False):
+                    shutil.rmtree(entry.path)
+                else:
+                    os.unlink(entry.path)
                 removed += 1
     return removed
 
