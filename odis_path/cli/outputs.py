@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from odis_path.cli.slides import exit_with
+from odis_path.exporters.targets import NAMES, describe_targets
 
 
 def register(app: typer.Typer) -> None:
@@ -17,11 +18,12 @@ def register(app: typer.Typer) -> None:
 
 
 def export(
-    source: Annotated[Path, typer.Argument(metavar="CKPT|DIR", help="A checkpoint or run folder; for geojson, slide files.")],
-    to: Annotated[
-        str, typer.Option(help="timm: safetensors that timm.create_model loads; geojson: objects that QuPath opens.")
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="CKPT|DIR", help="timm: a checkpoint or run folder; geojson: slide files; else feature files."),
     ],
-    out: Annotated[Path, typer.Option(help="The file to write, for example encoder.safetensors; for geojson, a folder.")],
+    to: Annotated[str, typer.Option(metavar="|".join(NAMES), help=describe_targets())],
+    out: Annotated[Path, typer.Option(help="The folder to write into; for timm a file, for example encoder.safetensors.")],
     what: Annotated[
         str | None,
         typer.Option(metavar="PARTS", help="geojson: the parts to write, of tissue,tiles,boxes,labels.", show_default=False),
@@ -33,9 +35,9 @@ def export(
     origin: Annotated[
         str, typer.Option(metavar="auto|level0|bounds", help="geojson: what coordinates count from; auto: as QuPath does.")
     ] = "auto",
-    workers: Annotated[int | None, typer.Option(min=1, help="geojson: processes.", show_default=False)] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; not for timm.", show_default=False)] = None,
 ) -> None:
-    """Write a trained encoder, or what slide files hold, in the form that other programs read."""
+    """Write a trained encoder, what slide files hold, or tile features, in the form that other programs read."""
     from odis_path.exporters.run import export as run
 
     parts = None if what is None else [part.strip() for part in what.split(",") if part.strip()]

@@ -1,1 +1,1 @@
-"""Exports for other programs: timm weights, QuPath GeoJSON."""
+"""Exports for other programs: timm weights, QuPath GeoJSON, tile features in many forms."""

@@ -1,4 +1,4 @@
-"""`export`: write an encoder or the contents of slide files in the formats of other programs."""
+"""`export`: write an encoder, the contents of slide files or tile features in the formats of other programs."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from annotations.errors import UserError
+from odis_path.exporters.targets import NAMES, targets_of
 
 if TYPE_CHECKING:
     from odis_path.exporters.timm import TimmExport
     from tiling.jobs.summary import Outcomes
-
-FORMATS = ("timm", "geojson")
 
 
 def export(
@@ -25,20 +24,25 @@ def export(
     origin: str = "auto",
     workers: int | None = None,
 ) -> TimmExport | Outcomes:
-    """Write a trained encoder, or what slide files hold, in the form that other programs read.
+    """Write a trained encoder, what slide files hold, or tile features, in the form that other programs read.
 
     to "timm": source is a checkpoint or run folder, out a .safetensors file that timm.create_model loads (`export_timm`).
-    to "geojson": source is a folder of slide files (or of features), out a folder of GeoJSON that QuPath opens; the further
-    options are for it (`export_geojson`). Raises UserError for a form that does not exist, or that source cannot be put in.
+    to "geojson": source is a folder of slide files (or of features), out a folder of GeoJSON that QuPath opens; what,
+    predictions and origin are for it (`export_geojson`). Any other of `exporters.targets`: source is a folder of feature
+    files, out a folder (`export_features`). Raises UserError for a form that does not exist, or that source cannot be put in.
     """
-    if to not in FORMATS:
-        raise UserError(f"--to {to}: no such export; there is: {', '.join(FORMATS)}")
+    if to not in NAMES:
+        raise UserError(f"--to {to}: no such export; there is: {', '.join(NAMES)}")
     if to == "geojson":
         from odis_path.exporters.geojson import export_geojson
 
         return export_geojson(Path(source), out, what, predictions, origin, workers)
-    if what is not None or predictions is not None:
-        raise UserError(f"--to {to}: takes no --what and no --predictions, which go with --to geojson")
+    if what is not None or predictions is not None or origin != "auto":
+        raise UserError(f"--to {to}: takes no --what, --predictions and --origin, which go with --to geojson")
+    if to in targets_of("tile features"):
+        from odis_path.exporters.cohort import export_features
+
+        return export_features(Path(source), to, out, workers)
     from odis_path.exporters.timm import export_timm
 
     return export_timm(Path(source), Path(out))

@@ -88,13 +88,13 @@ def read_features(
         raise UserError(f"--level {level}: no such level; take tile, object or slide")
     paths, parts = [], []
     for path in feature_paths(folder):
-        part = _read_index(path, level)
+        part = read_index(path, level)
         if part is not None:
             paths.append(path)
             parts.append(part)
     if not parts:
         raise UserError(f"{folder}: no file holds {level} embeddings: run odis-path embed --level {level} first")
-    _refuse_mixtures(paths, parts)
+    refuse_mixtures(paths, parts)
     index = _concatenate(parts)
     if select is not None:
         rows = np.asarray(select(index), dtype=np.int64)
@@ -135,8 +135,11 @@ def levels_in(folder: Path) -> list[str]:
     return [level for level in ("tile", "object", "slide") if level in levels]
 
 
-def _read_index(path: Path, level: str) -> FeatureSet | None:
-    """Read everything of one file but the embeddings; None where it has none of the level."""
+def read_index(path: Path, level: str) -> FeatureSet | None:
+    """Read everything of one file but the embeddings; None where it has none of the level ("tile", "object").
+
+    Raises UserError where the file is none of embed, or its rows do not match.
+    """
     name = DATASETS[level]
     with open_features(path) as file:
         root = file.attrs()
@@ -253,7 +256,8 @@ def refuse_constant(x: np.ndarray, where: str) -> None:
         raise UserError(f"{where}: all {len(x)} embeddings are the same: the encoder has collapsed or was given blank tiles")
 
 
-def _refuse_mixtures(paths: list[Path], parts: list[FeatureSet]) -> None:
+def refuse_mixtures(paths: list[Path], parts: list[FeatureSet]) -> None:
+    """Raise UserError where files, and what was read of each, are of several encoders, modes, mpp, widths, or of one slide."""
     for name in ("encoder", "mode", "mpp"):
         first = getattr(parts[0], name)
         for path, part in zip(paths, parts, strict=True):

@@ -39,6 +39,7 @@ def leftovers(folder: Path) -> list[Path]:
         [*PRETRAIN, "data.tiles=MISSING", "run.out=OUT"],
         ["embed", "MISSING", "--checkpoint", "vit_tiny_patch16_224", "--out", "OUT"],
         ["evaluate", "MISSING", "--labels", "annotations", "--probe", "knn", "--out", "OUT"],
+        ["export", "MISSING", "--to", "clam", "--out", "OUT"],
         ["report", "MISSING"],
         ["demo", "--slides", "MISSING", "--out", "OUT"],
     ],

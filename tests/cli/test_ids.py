@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from annotations.errors import UserError
 from odis_path.cli.app import app
+from odis_path.exporters.cohort import export_features
 from odis_path.exporters.geojson import export_geojson, read_predictions
 from odis_path.features.read import read_features
 from odis_path.features.write import write_features, write_slides_parquet
@@ -112,6 +113,10 @@ def test_ids_of_feature_files_and_tables_are_checked_too(slide_id: str, slides: 
         file.attrs["slide_id"] = slide_id
     with pytest.raises(UserError, match=r"S\.h5: slide_id"):
         read_features(tmp_path / "f")
+    for target in ("clam", "trident"):
+        with pytest.raises(UserError, match=r"S\.h5: slide_id"):
+            export_features(tmp_path / "f", target, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
     row = {"slide_id": slide_id, "patient_id": "P", "n_tiles": 1, "encoder": "e", "mode": "full", "features": [1.0, 2.0]}
     write_slides_parquet(tmp_path / "f" / "slides.parquet", [row])
     assert pq.read_table(tmp_path / "f" / "slides.parquet").num_rows == 1
@@ -171,12 +176,14 @@ CHECKED = {
     "self.item.slide_id": "the ImageItem of a task of import: of a manifest (checked), of a file name (made safe)",
     "self.slide_id": "Shard: of a folder (made safe)",
     "file.slide_id": "SlideFile: checked as it is read",
+    "slide.file_id": "ExportedSlide: of a feature file (checked), without the suffix of a slide",
+    "tiles.slide.file_id": "the same",
     "job.slide_id": "SlideJob of the demo: drawn up there",
 }
 
 
 def id_expressions(tree: ast.AST) -> Iterator[str]:
-    """Whatever ends in slide_id or an `item` and is put into a text that is joined to a path."""
+    """Whatever ends in slide_id or file_id and is put into a text that is joined to a path."""
     for node in ast.walk(tree):
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
             parts = [node.right]
@@ -188,9 +195,8 @@ def id_expressions(tree: ast.AST) -> Iterator[str]:
             continue
         for part in parts:
             for inner in ast.walk(part):
-                if isinstance(inner, ast.Attribute | ast.Name | ast.Subscript) and ast.unparse(inner).rstrip("'\"]").endswith(
-                    "slide_id"
-                ):
+                is_value = isinstance(inner, ast.Attribute | ast.Name | ast.Subscript)
+                if is_value and ast.unparse(inner).rstrip("'\"]").endswith(("slide_id", "file_id")):
                     yield ast.unparse(inner)
 
 

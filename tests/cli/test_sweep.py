@@ -91,6 +91,12 @@ def export(run: Run, cohort: Path, tiles: Path, out: Path) -> tuple[list[str | P
     return ["export", tiles, "--to", "geojson", "--out", out, "--workers", "1"], [out / "a.geojson"]
 
 
+def export_features(run: Run, cohort: Path, tiles: Path, out: Path) -> tuple[list[str | Path], list[Path]]:
+    feats = features(tiles, out.parent / "feats")
+    paths = [out / "features" / "a.npy", out / ".odis-export" / "a.json"]
+    return ["export", feats, "--to", "torchmil", "--out", out, "--workers", "1"], paths
+
+
 def evaluate(run: Run, cohort: Path, tiles: Path, out: Path) -> tuple[list[str | Path], list[Path]]:
     feats = features(tiles, out.parent / "feats")
     options: list[str | Path] = ["--labels", "annotations", "--probe", "knn", "--folds", "2", "--k", "1", "--bootstrap", "20"]
@@ -124,7 +130,7 @@ def export_timm(run: Run, cohort: Path, tiles: Path, out: Path) -> tuple[list[st
     return ["export", out.with_name("run"), "--to", "timm", "--out", weights], [weights, out / "w.json"]
 
 
-@pytest.mark.parametrize("prepare", [scan, import_, annotate, export, evaluate, report, pretrain, export_timm])
+@pytest.mark.parametrize("prepare", [scan, import_, annotate, export, export_features, evaluate, report, pretrain, export_timm])
 def test_a_command_sweeps_where_it_writes(
     prepare: Callable[[Run, Path, Path, Path], tuple[list[str | Path], list[Path]]],
     run: Run,

@@ -151,7 +151,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert len(features(tmp_path / "out" / "a.geojson")) == 8
     for arguments, words in (
-        (["--to", "xml"], "there is: timm, geojson"),
+        (["--to", "xml"], "there is: timm, geojson, trident"),
         (["--to", "timm", "--what", "tiles"], "takes no --what"),
     ):
         result = run.invoke(app, ["export", str(tmp_path / "s"), "--out", str(tmp_path / "o"), *arguments])

@@ -1,0 +1,1 @@
+"""Tile features in the forms of other programs, a module each, named after its `--to`."""
