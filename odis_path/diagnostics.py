@@ -1,16 +1,18 @@
-"""`doctor`: check versions, slide readers and GPU, and run each part on tiny inputs."""
+"""`doctor`: check versions, slide readers and GPU, and run each part on tiny inputs; or check what is given to it."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from annotations.errors import one_line
+from annotations.errors import UserError, one_line
+from odis_path.config import find_config
 from odis_path.versions import OPTIONAL, PACKAGES, versions
 from tiling.jobs.outcome import Outcome, notes_of
-from tiling.jobs.summary import Outcomes
+from tiling.jobs.summary import Outcomes, Result
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,16 +32,26 @@ class InstallChecks(Outcomes):
         console.print(table)
 
 
-def doctor(folder: Path | str | None = None, workers: int | None = None) -> Outcomes:
+def doctor(
+    subject: Path | str | None = None,
+    overrides: Mapping[str, Any] | Sequence[str] | None = None,
+    workers: int | None = None,
+) -> Result:
     """Check the install: versions, slide readers, GPU, a tiny run of each part. A failing check says what to do.
 
-    folder: look instead through all slide files, feature files and checkpoints below it, each compared with its checksums,
-    by `workers` processes (None: one per CPU). Raises UserError where it is missing or holds nothing of ours.
+    subject: look instead through all slide files, feature files and checkpoints below that folder, each compared with its
+    checksums, by `workers` processes (None: one per CPU). Or a YAML file or the name of a recipe, with overrides as for
+    `pretrain`: say what its views, targets and schedules give away, without training; with overrides a name is always that of
+    a recipe. Raises UserError where it is missing or holds nothing of ours.
     """
-    if folder is not None:
+    if subject is not None and (overrides or is_recipe(subject)):
+        from odis_path.training.run import look_before
+
+        return look_before(subject, overrides)
+    if subject is not None:
         from odis_path.verification import verify
 
-        return verify(Path(folder), workers)
+        return verify(Path(subject), workers)
     installed = versions()
     checks = [Outcome("Python", sys.version_info >= (3, 11), notes=notes_of(f"{installed['python']} (3.11 or newer)"))]
     for package in PACKAGES:
@@ -60,6 +72,16 @@ def doctor(folder: Path | str | None = None, workers: int | None = None) -> Outc
         except Exception as error:  # whatever is broken, the doctor names it and goes on
             checks.append(Outcome(item, False, error=f"{type(error).__name__}: {one_line(error)[:160]}"))
     return InstallChecks(checks, "odis-path doctor", "")
+
+
+def is_recipe(subject: Path | str) -> bool:
+    """Tell whether `doctor` takes this for a configuration: a file, or the name of a recipe where no such folder is."""
+    if Path(subject).exists():
+        return not Path(subject).is_dir()
+    try:
+        return find_config(str(subject)).is_file()
+    except UserError:
+        return Path(subject).suffix in (".yaml", ".yml")  # misspelt: the error names the recipes
 
 
 def _readers() -> str:

@@ -78,15 +78,25 @@ def embed(
 
 
 def doctor(
-    folder: Annotated[
-        Path | None, typer.Argument(metavar="[DIR]", help="Look through slide files, feature files and checkpoints below it.")
+    subject: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[DIR|CONFIG]",
+            help="Look through slide files, feature files and checkpoints below DIR; or at what CONFIG would train on.",
+        ),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Of CONFIG: key.sub=value, for example data.tiles=tiles.")
     ] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Files read at once; default: one per CPU.")] = None,
 ) -> None:
-    """Check the install; with DIR check what was written there: every file is read and compared with its checksums."""
+    """Check the install; with DIR check what was written there: every file is read and compared with its checksums.
+
+    With CONFIG look at views, targets and schedules before training: does colour alone find the other view of a tile?
+    """
     from odis_path.diagnostics import doctor as run
 
-    exit_with(run(folder, workers))
+    exit_with(run(subject, overrides, workers))
 
 
 def demo(

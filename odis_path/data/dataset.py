@@ -105,9 +105,9 @@ class TileSamples(torch.utils.data.Dataset[TileSample | list[TileSample]]):
         kinds = kinds_of(config)
         self._kinds = None if len(kinds) == len(Kind) else kinds
         mean_scale = sum(config.views.global_scale) / 2
-        cell = sqrt(mean_scale) * self.side_px / self.grids[0]  # tile px a patch of a mean global crop
+        self.patch_side_px = sqrt(mean_scale) * self.side_px / self.grids[0]  # of a patch of a mean global crop, in tile px
         t = config.target
-        self._min_side_px = sqrt(t.min_patches) * cell
+        self.min_side_px = sqrt(t.min_patches) * self.patch_side_px
         self._box_masks = partial(patch_masks, rule=t.mask_rule, fraction=t.mask_fraction, margin=t.mask_margin)
         self._outline_mask = partial(polygon_mask, rule=t.mask_rule, fraction=t.mask_fraction, margin=t.mask_margin)
 
@@ -258,7 +258,7 @@ class TileSamples(torch.utils.data.Dataset[TileSample | list[TileSample]]):
             boxes.xyxy[rows] + beyond_px,
             choice=self.config.target.choice,
             groups=None if boxes.label is None else boxes.label[rows],
-            min_side_px=self._min_side_px,
+            min_side_px=self.min_side_px,
             side_px=self.index.tile_px + 2 * beyond_px,
         )
         return None if target is None else Target(target.box - beyond_px, rows[target.rows])
@@ -279,7 +279,7 @@ class TileSamples(torch.utils.data.Dataset[TileSample | list[TileSample]]):
         targets: list[Target | None] = [target]
         if t.objects > 1:
             shared = np.minimum(*(visible_share(crop, xyxy) for crop in crops[:2])) >= t.fraction
-            large = (xyxy[:, 2:] - xyxy[:, :2]).prod(1) >= self._min_side_px**2
+            large = (xyxy[:, 2:] - xyxy[:, :2]).prod(1) >= self.min_side_px**2
             targets += further_targets(rng, xyxy, shared & large, t.objects - 1, target)
         in_crops = t.crop and not self._fills(target)
         return [

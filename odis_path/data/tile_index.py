@@ -54,6 +54,12 @@ class OpenSlides:
         self._open[slide] = SlideFile(self.paths[slide])
         return self._open[slide]
 
+    def close(self) -> None:
+        """Close them all; the next look opens them again."""
+        for file in self._open.values():
+            file.close()
+        self._open, self._windows = OrderedDict(), {}
+
     def windows(self, slide: int) -> TileWindows:
         """The windows of a slide file that is open."""
         file = self[slide]

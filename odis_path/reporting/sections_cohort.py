@@ -11,6 +11,7 @@ from odis_path.reporting.cohort_table import UNCLASSIFIED, Cohort, SlideRow
 from odis_path.reporting.figures import boxes as box_figures
 from odis_path.reporting.figures import slides as slide_figures
 from odis_path.reporting.figures.training import draw_training
+from odis_path.reporting.figures.variance import draw_shares, read_shares
 from odis_path.reporting.inventory import RunFolder
 from odis_path.reporting.page import FigureItem, FoldItem, Report, Section, TableItem, TextItem
 from odis_path.reporting.sections_results import embedding_maps, headline, results, slides_of_patients
@@ -19,6 +20,7 @@ from odis_path.versions import versions
 
 MAX_SLIDE_FIGURES = 4
 MAX_TABLE_ROWS = 300
+MAX_VARIANCE_RUNS = 3
 FOLD_FROM = 9
 KIND_COLUMNS = {Kind.TISSUE: "tissue regions", Kind.CELL: "cells", Kind.PROPOSAL: "proposals"}
 LOGGED = ("step", "epoch", "loss", "loss_obj", "loss_patch", "knn_balanced_accuracy", "embedding_spread", "images_per_s")
@@ -152,8 +154,29 @@ def training(report: Report) -> Section | None:
     for run in runs:
         keys = list(dict.fromkeys(key for row in run.rows for key in row))
         report.write_csv(f"training-{run.name}", keys, [[row.get(key, "") for key in keys] for row in run.rows])
+    if (knows := _knows(report, runs)) is not None:
+        section.items.append(knows)
     report.numbers["training"] = {run.name: {key: run.last(key) for key in LOGGED} for run in runs}
     return section
+
+
+def _knows(report: Report, runs: list[RunFolder]) -> FigureItem | None:
+    """Draw what the embedding knows, of the first runs that measured it."""
+    measured = [shares for run in runs if (shares := read_shares(run)) is not None]
+    if not measured:
+        return None
+    report.numbers["embedding_variance"] = {shares.name: vars(shares) for shares in measured}
+    caption = (
+        "What the embedding knows: the share of its variance that the class explains, against patient, slide and tile, before "
+        "training (grey) and after (blue). Good training lifts the class. Where it lifts tile, slide or patient instead, the "
+        "network has learned to tell places and stains apart. Shares do not add up: a tile's holds that of its slide."
+    )
+    if len(measured) > MAX_VARIANCE_RUNS:
+        caption += f" The first {MAX_VARIANCE_RUNS} of {len(measured)} runs; all are in {report.files.name}/report.json."
+    figure = draw_shares(measured[:MAX_VARIANCE_RUNS])
+    return report.figure(
+        "embedding-knows", figure, caption, "Variance explained by class, patient, slide and tile", narrow=True
+    )
 
 
 def _run_row(run: RunFolder) -> list[str]:

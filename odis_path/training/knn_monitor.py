@@ -49,13 +49,15 @@ def read_tiles(index: TileIndex) -> np.ndarray:
 class KnnProbe:
     """k-NN from tiles of the training patients to tiles of the held-out ones, by tissue label, cosine, exp(cos / 0.07).
 
-    `ready` is False where there is nothing to compare: no held-out patient, or fewer than two classes.
+    Of embeddings as they are, and with each column at mean 0 and spread 1 over the training tiles, as `evaluate` may do.
+    `ready` is False where there is nothing to compare: no held-out patient, or fewer than two classes. tiles: how many are
+    embedded.
     """
 
     def __init__(self, gallery: TileIndex, queries: TileIndex, *, k: int, max_tiles: int, seed: int) -> None:
         self.k = k
         names: dict[str, int] = {}
-        self.ready = False
+        self.ready, self.tiles = False, 0
         if not len(queries):
             return
         gallery, self.gallery_labels = labelled_tiles(gallery, names, max_tiles, seed)
@@ -64,22 +66,32 @@ class KnnProbe:
         self.ready = len(set(self.gallery_labels)) > 1 and len(queries) > 0
         if self.ready:
             self.gallery, self.queries = read_tiles(gallery), read_tiles(queries)
+            self.tiles = len(gallery) + len(queries)
 
     def score(self, encoder: FrozenEncoder) -> dict[str, float]:
-        """Compute the balanced accuracy on the queries, and the spread of their embeddings (0: collapsed)."""
-        from odis_path.evaluation.metrics import balanced_accuracy
-        from odis_path.evaluation.probes.knn import knn_scores, unit_rows
+        """Compute the balanced accuracy on the queries, raw and z-scored, and the spread of their embeddings (0: collapsed)."""
+        from odis_path.evaluation.probes.knn import unit_rows
+        from odis_path.evaluation.probes.standardise import Features
 
         gallery = np.concatenate([encoder.encode(self.gallery[s]) for s in batches(len(self.gallery), _BATCH)])
         queries = np.concatenate([encoder.encode(self.queries[s]) for s in batches(len(self.queries), _BATCH)])
-        classes = len(self.names)
-        scores = knn_scores(gallery, self.gallery_labels, queries, classes, min(self.k, len(gallery)))
         unit = unit_rows(queries)
+        both = Features.of(np.concatenate([gallery, queries])).standardised("zscore", np.arange(len(gallery)))
         return {
-            "knn_balanced_accuracy": float(balanced_accuracy(self.query_labels, scores.argmax(1), classes)),
+            "knn_balanced_accuracy": self.accuracy(gallery, queries),
+            "knn_balanced_accuracy_zscored": self.accuracy(both[: len(gallery)], both[len(gallery) :]),
             "knn_queries": len(queries),
             "embedding_spread": float(unit.std(0).mean() * np.sqrt(unit.shape[1])),
         }
+
+    def accuracy(self, gallery: np.ndarray, queries: np.ndarray) -> float:
+        """Compute the balanced accuracy on query embeddings (m, D) from gallery embeddings (n, D)."""
+        from odis_path.evaluation.metrics import balanced_accuracy
+        from odis_path.evaluation.probes.knn import knn_scores
+
+        classes = len(self.names)
+        scores = knn_scores(gallery, self.gallery_labels, queries, classes, min(self.k, len(gallery)))
+        return float(balanced_accuracy(self.query_labels, scores.argmax(1), classes))
 
 
 def identity_pairs(rects: Tensor) -> int:

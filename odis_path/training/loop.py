@@ -7,6 +7,7 @@ alone or under torchrun. A run that stops goes on from its newest checkpoint, bi
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -16,16 +17,18 @@ import torch
 from annotations.errors import UserError
 from odis_path.checkpoint import TrainedState, latest_checkpoint, save_checkpoint
 from odis_path.config import PretrainConfig
+from odis_path.data.dataset import TileSamples
 from odis_path.data.sampler import next_batch
 from odis_path.distributed import any_rank, on_first_rank, start_ranks, stop_ranks
-from odis_path.embedding.encoder import FrozenEncoder
-from odis_path.training.knn_monitor import IdentityWatch, KnnProbe
+from odis_path.training.knn_monitor import IdentityWatch
 from odis_path.training.log.meter import StepMeter
 from odis_path.training.log.rows import Row
 from odis_path.training.log.run_log import RunLog, record_start
 from odis_path.training.log.trackers import open_trackers
 from odis_path.training.optim import step_values
-from odis_path.training.setup import Run, batch_loader, prepare
+from odis_path.training.probes import Probe, open_probes, score_teacher
+from odis_path.training.setup import Run, batch_loader, prepare, samples_of
+from odis_path.training.shortcut.first_look import take_first_look
 from odis_path.training.signals import watch_signals
 from odis_path.training.step import train_step
 
@@ -64,11 +67,13 @@ def train(run: Run) -> None:
     save_every = run.steps_of(config.run.save_every_epochs)
     score_every = run.steps_of(config.eval.every_epochs) if config.eval.every_epochs else 0
     log = on_first_rank(ranks, partial(open_log, run), f"{run.folder}: not begun") or RunLog(run.folder, 0, active=False)
-    probe = open_probe(run, log) if ranks.first and score_every else None
+    samples = samples_of(run)
     stop = watch_signals()
-    meter = StepMeter(config.optim.batch_size, ranks)
     try:
-        batches = iter(batch_loader(run))
+        begun = partial(begin, run, log, samples, scored=score_every > 0)
+        probes = on_first_rank(ranks, begun, f"{run.folder}: not begun") or []
+        batches = iter(batch_loader(run, samples))
+        meter = StepMeter(config.optim.batch_size, ranks)
         for step in range(run.step, run.total_steps):
             values = step_values(config, step, run.steps_per_epoch, run.total_steps)
             with meter.waiting():
@@ -86,7 +91,7 @@ def train(run: Run) -> None:
                 row = {"step": run.step, "epoch": round(run.epoch, 4), **meter.figures(losses, values)}
                 check_finite(run, row["loss"])
             if log_due or score_due:
-                write = partial(write_log, run, log, row, meter.unreadable, probe if score_due else None)
+                write = partial(write_log, run, log, row, meter.unreadable, probes if score_due else [])
                 on_first_rank(ranks, write, f"{run.folder}: not logged at step {run.step}")
             stopping = any_rank(stop.requested, ranks) if log_due or ranks.world == 1 else False
             if is_last or stopping or run.step % save_every == 0:
@@ -131,16 +136,24 @@ def open_log(run: Run) -> RunLog:
     )
 
 
-def open_probe(run: Run, log: RunLog) -> KnnProbe | None:
-    """Read the tiles of the k-NN while training; None, with a warning, where there is nothing to compare."""
-    e = run.config.eval
-    probe = KnnProbe(run.train, run.held_out, k=e.k, max_tiles=e.max_tiles, seed=run.config.run.seed)
-    if not probe.ready:
-        log.warn("k-NN while training: off (it needs tissue labels of two classes, and held-out patients that have them)")
-    return probe if probe.ready else None
+def begin(run: Run, log: RunLog, samples: TileSamples, *, scored: bool) -> list[Probe]:
+    """Tell what views, targets and schedules of a new run give away, before the hours are spent; open the teacher's scores.
+
+    The row of step 0 holds the figures of that look, and the scores of the untrained teacher.
+    """
+    row: Row = {"step": 0, "epoch": 0.0}
+    if run.step == 0:
+        look = take_first_look(samples, run.steps_per_epoch, run.total_steps, run.ranks.device)
+        for line in look.lines():
+            log.warn(line)
+        row |= look.row()
+    probes = open_probes(run, log) if scored else []
+    if run.step == 0:
+        log.write(row | score_teacher(run, probes))
+    return probes
 
 
-def write_log(run: Run, log: RunLog, row: Row | None, unreadable: set[int], probe: KnnProbe | None) -> None:
+def write_log(run: Run, log: RunLog, row: Row | None, unreadable: set[int], probes: Sequence[Probe]) -> None:
     """Write the figures of a step and the score of the teacher, where they are due.
 
     unreadable: tiles of run.train that could not be read so far; the user hears of each once.
@@ -150,12 +163,8 @@ def write_log(run: Run, log: RunLog, row: Row | None, unreadable: set[int], prob
         for i in sorted(unreadable):
             path, tile = run.train.paths[int(run.train.slide[i])], int(run.train.row[i])
             log.warn_once(f"{path}: tile {tile} cannot be read from its slide, another is taken in its place")
-    if probe is not None:
-        data = run.config.data
-        encoder = FrozenEncoder(run.teacher.encoder, run.config.name, data.mean, data.std, run.ranks.device)
-        with torch.compiler.set_stance("force_eager"):  # its batches have sizes of their own
-            score = probe.score(encoder)
-        log.write({"step": run.step, "epoch": round(run.epoch, 4), **score})
+    if probes:
+        log.write({"step": run.step, "epoch": round(run.epoch, 4), **score_teacher(run, probes)})
 
 
 def save(run: Run) -> None:

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from odis_path.config import load_config
+from odis_path.model.architectures import patch_px
 from odis_path.model.source import check_start
-from odis_path.training.log.rows import read_log
+from odis_path.training.log.rows import VARIANCE, read_log
 from tiling.jobs.summary import Result, show_lines
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from odis_path.training.shortcut.first_look import FirstLook
 
 
 def pretrain(
@@ -33,6 +36,19 @@ def pretrain(
     from odis_path.training.loop import pretrain as train
 
     return TrainedRun(train(settings, from_previous=from_previous))
+
+
+def look_before(config: Path | str, overrides: Mapping[str, Any] | Sequence[str] | None = None) -> FirstLook:
+    """Look at the views, targets and schedules of a configuration without training, as `pretrain` does first."""
+    settings = load_config(config, override_words(overrides))
+    from odis_path.data.windows import training_samples
+    from odis_path.training.setup import count_steps, split_tiles
+    from odis_path.training.shortcut.first_look import take_first_look
+
+    index, away = split_tiles(settings)
+    train = index.of_patients(away, inside=False)
+    samples = training_samples(train, settings, patch_px(settings.model.name, settings.model.kwargs))
+    return take_first_look(samples, *count_steps(settings, len(train)))
 
 
 def override_words(overrides: Mapping[str, Any] | Sequence[str] | None) -> list[str]:
@@ -80,7 +96,15 @@ class TrainedRun(Result, os.PathLike[str]):
         table.add_column("figure")
         table.add_column("last value", justify="right")
         parts = sorted(key for key in last if key.startswith("loss_"))
-        after = ("knn_balanced_accuracy", "token_spread", "identity_pairs", "images_per_s", "data_wait_share")
+        after = (
+            "knn_balanced_accuracy",
+            "knn_balanced_accuracy_zscored",
+            *VARIANCE,
+            "token_spread",
+            "identity_pairs",
+            "images_per_s",
+            "data_wait_share",
+        )
         for key in ("step", "epoch", "loss", *parts, *after):
             if key in last:
                 table.add_row(key.replace("_", " "), f"{last[key]:.4g}")

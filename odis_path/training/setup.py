@@ -15,7 +15,7 @@ from torch import nn
 from annotations.errors import UserError
 from odis_path.checkpoint import Checkpoint, DataFacts, as_begun, load_into, newest_checkpoint
 from odis_path.config import PretrainConfig
-from odis_path.data.dataset import kinds_of
+from odis_path.data.dataset import TileSamples, kinds_of
 from odis_path.data.sampler import Batch, StepSampler, collate
 from odis_path.data.tile_index import TileIndex, held_out_patients, index_tiles
 from odis_path.data.windows import training_samples
@@ -54,8 +54,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.folder = Path(self.config.run.out)
-        self.steps_per_epoch = len(self.train) // self.config.optim.batch_size
-        self.total_steps = max(1, round(self.config.optim.epochs * self.steps_per_epoch))
+        self.steps_per_epoch, self.total_steps = count_steps(self.config, len(self.train))
 
     @property
     def epoch(self) -> float:
@@ -66,24 +65,37 @@ class Run:
         return max(1, round(epochs * self.steps_per_epoch))
 
 
-def prepare(config: PretrainConfig, ranks: Ranks, *, from_previous: bool = False) -> Run:
-    """Build data, networks and optimizer, and load the newest checkpoint of the run folder if there is one."""
-    check_sizes(config, ranks.world)
-    folder = Path(config.run.out)
-    if ranks.first:
-        sweep(folder)
+def count_steps(config: PretrainConfig, tiles: int) -> tuple[int, int]:
+    """Count the steps of an epoch of so many training tiles, and those of the run."""
+    steps_per_epoch = tiles // config.optim.batch_size
+    return steps_per_epoch, max(1, round(config.optim.epochs * steps_per_epoch))
+
+
+def split_tiles(config: PretrainConfig) -> tuple[TileIndex, set[str]]:
+    """Index the tiles of a configuration and choose the held-out patients. UserError where too few are left to train on."""
     index = index_tiles(
         config.data.tiles,
         need_boxes=kinds_of(config) if config.data.boxless == "drop" else None,
         need_polygons=config.target.geometry == "polygon",
     )
     away = held_out_patients(index, config.data.holdout, config.data.holdout_patients, config.run.seed)
-    train_tiles = index.of_patients(away, inside=False)
-    if len(train_tiles) < config.optim.batch_size:
+    tiles = len(index.of_patients(away, inside=False))
+    if tiles < config.optim.batch_size:
         raise UserError(
-            f"{config.data.tiles}: {len(train_tiles)} tiles to train on, fewer than optim.batch_size="
-            f"{config.optim.batch_size}; tile more slides or set optim.batch_size={max(1, len(train_tiles) // 2)}"
+            f"{config.data.tiles}: {tiles} tiles to train on, fewer than optim.batch_size="
+            f"{config.optim.batch_size}; tile more slides or set optim.batch_size={max(1, tiles // 2)}"
         )
+    return index, away
+
+
+def prepare(config: PretrainConfig, ranks: Ranks, *, from_previous: bool = False) -> Run:
+    """Build data, networks and optimizer, and load the newest checkpoint of the run folder if there is one."""
+    check_sizes(config, ranks.world)
+    folder = Path(config.run.out)
+    if ranks.first:
+        sweep(folder)
+    index, away = split_tiles(config)
+    train_tiles = index.of_patients(away, inside=False)
     torch.manual_seed(config.run.seed)
     checkpoint, damaged = newest_checkpoint(folder, from_previous=from_previous)
     config, student, teacher = build_networks(config, checkpoint, ranks)
@@ -200,8 +212,16 @@ def start_line(config: PretrainConfig, encoder: ObjViT) -> str:
     return f"start weights {source}: {'; '.join(parts)}{encoder.adapted()}"
 
 
-def batch_loader(run: Run) -> Iterable[Batch]:
-    """Load the micro-batches of this rank from run.step on; see `odis_path.data.sampler.next_batch`."""
+def samples_of(run: Run) -> TileSamples:
+    """Return the training samples of a run."""
+    return training_samples(run.train, run.config, run.student.encoder.patch_px)
+
+
+def batch_loader(run: Run, samples: TileSamples | None = None) -> Iterable[Batch]:
+    """Load the micro-batches of this rank from run.step on; see `odis_path.data.sampler.next_batch`.
+
+    samples: those of `samples_of`, where they are at hand.
+    """
     config, ranks = run.config, run.ranks
     sampler = StepSampler(
         len(run.train),
@@ -214,7 +234,7 @@ def batch_loader(run: Run) -> Iterable[Batch]:
         accumulate=config.optim.accumulate,
     )
     return torch.utils.data.DataLoader(
-        training_samples(run.train, config, run.student.encoder.patch_px),
+        samples or samples_of(run),
         batch_sampler=sampler,
         collate_fn=collate,
         num_workers=config.data.workers,

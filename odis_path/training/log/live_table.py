@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from odis_path.training.collapse import COLLAPSE_SPREAD
 from odis_path.training.knn_monitor import IDENTITY_SHARE
+from odis_path.training.log.rows import GROUPINGS
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -115,6 +116,9 @@ class Progress:
             parts.append(f"loss {last['loss']:.3f}" + (f" ({inner})" if inner else ""))
         if self.best is not None:
             parts.append(f"k-NN {last[KNN]:.3f} (best {self.best[0]:.3f} at epoch {self.best[1]:.1f})")
+        shares = [f"{name} {last[f'variance_{name}']:.2f}" for name in GROUPINGS if f"variance_{name}" in last]
+        if shares:
+            parts.append(f"variance by {', '.join(shares)}")
         if "teacher_entropy" in last:
             parts.append(f"entropy {last['teacher_entropy']:.2f}" + (f" of {self.log_k:.2f}" if self.log_k else ""))
         if "token_spread" in last:
@@ -134,6 +138,9 @@ class Progress:
         figures += [(f"  {key.removeprefix('loss_')}", key, "{:.3f}", "") for key in self.loss_parts]
         best = "" if self.best is None else f"best {self.best[0]:.3f} at epoch {self.best[1]:.1f}"
         figures.append(("k-NN balanced accuracy", KNN, "{:.3f}", best))
+        zscored = "columns at mean 0 and spread 1"
+        figures.append(("k-NN z-scored", f"{KNN}_zscored", "{:.3f}", zscored))
+        figures += [(f"variance by {name}", f"variance_{name}", "{:.2f}", "") for name in GROUPINGS]
         most = f"at most log K = {self.log_k:.2f}" if self.log_k else ""
         figures.append(("teacher entropy", "teacher_entropy", "{:.2f}", most))
         low = last.get("token_spread", 1.0) < COLLAPSE_SPREAD

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, float]  # one that a run writes: step, epoch and figures
+GROUPINGS = ("class", "patient", "slide", "tile")  # whose share of the embedding variance a run measures
+VARIANCE = tuple(f"variance_{name}" for name in GROUPINGS)  # the keys of these shares
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:

@@ -89,7 +89,7 @@ class RunLog:
         now = time.monotonic()
         if self._live and self._table is None:
             self._table = LiveTable(self.progress, self._lock)
-        if not self._live and (self._printed is None or now - self._printed > _QUIET_SECONDS):
+        if not self._live and "loss" in row and (self._printed is None or now - self._printed > _QUIET_SECONDS):
             self._say_line(now)
         for watch in self._watches:
             if message := watch.see(row):
@@ -156,14 +156,14 @@ def _terminal() -> bool:
 def _forget_after(path: Path, step: int) -> list[dict[str, Any]]:
     """Drop the rows of steps after `step` (a run that died past its last checkpoint does them again), and lines that are none.
 
-    Returns the rows kept.
+    A run from the start begins with its row of step 0, and keeps none. Returns the rows kept.
     """
     if not path.exists():
         return []
     rows, wrong = read_rows(path)
     if wrong and wrong[0] <= len(rows):  # not only the last one, which a killed run leaves half
         print(f"{path}: lines {', '.join(map(str, wrong[:5]))} are no JSON, damaged: left out", file=sys.stderr)
-    kept = [row for row in rows if isinstance(row.get("step"), int | float) and row["step"] <= step]
+    kept = [row for row in rows if isinstance(row.get("step"), int | float) and row["step"] <= step > 0]
     with atomic_path(path) as temporary:
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
     return kept

@@ -55,7 +55,7 @@ def test_further_objects_show_in_both_globals_and_are_not_the_first(tiny_tiles: 
         boxes = samples.files[int(samples.index.slide[i])].boxes(int(samples.index.row[i])).astype(float)
         further = boxes[(boxes != sample.target).any(1)]
         share = np.minimum(*(crops.visible_share(view, further) for view in crops_of(sample)[:2]))
-        large = (further[:, 2:] - further[:, :2]).prod(1) >= samples._min_side_px**2
+        large = (further[:, 2:] - further[:, :2]).prod(1) >= samples.min_side_px**2
         assert sample.views.object_visible[:2, 1].all() == bool((large & (share >= 0.5)).any())
         if sample.views.object_visible[0, 1]:
             used += 1

@@ -173,7 +173,7 @@ def test_the_log_holds_the_share_of_identity_pairs_of_its_steps(tiny_tiles: Path
     sampler = StepSampler(len(run.train), 8, seed=0, first_step=0, last_step=12, rank=0, world=1)
     batches = [[samples[key] for key in keys] for keys in sampler]
     expected = [np.mean([identical(s.views.rects) for batch in batches[k : k + 4] for s in batch]) for k in (0, 4, 8)]
-    assert [row["identity_pairs"] for row in rows_of(folder)] == pytest.approx(expected, abs=1e-6)
+    assert [row["identity_pairs"] for row in rows_of(folder) if row["step"]] == pytest.approx(expected, abs=1e-6)
     assert min(expected) > 0.2  # half of the boxes are the tile
 
 
