@@ -108,8 +108,10 @@ def _values(schema: dict[str, Any]) -> str:
     """What a key may be, from its JSON schema: "whole number ≥ 1"."""
     if "enum" in schema:
         return ", ".join(f"`{value if isinstance(value, str) else json.dumps(value)}`" for value in schema["enum"])
-    if "anyOf" in schema:
-        return " or ".join(_values(part) for part in schema["anyOf"])
+    if parts := schema.get("anyOf", schema.get("oneOf")):
+        return " or ".join(_values(part) for part in parts)
+    if "const" in schema:
+        return f"`{schema['const']}`"
     if items := schema.get("prefixItems"):
         return f"{len(items)} times {_values(items[0])}"
     if schema["type"] == "array":

@@ -10,7 +10,9 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -36,6 +38,10 @@ Share = Annotated[float, Field(ge=0, le=1)]  # of something, or a probability
 PositiveShare = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
+Auto = Annotated[Literal["auto"], Tag("auto")]  # derived from the length of the run
+ByWord = Discriminator(
+    lambda value: "auto" if isinstance(value, str | bool) else "given"
+)  # so that an error is of one type only
 Ordered = AfterValidator(_ordered)  # of the ends of a range; the two ends of a schedule may fall
 
 
@@ -219,7 +225,9 @@ class OptimConfig(_Section):
     epochs: Positive = Field(100, le=1e6)
     lr: Positive = Field(5e-4, description="at batch 256; scaled by batch / 256")
     min_lr: NotNegative = 1e-6
-    warmup_epochs: NotNegative = 10
+    warmup_epochs: Annotated[Annotated[NotNegative, Tag("given")] | Auto, ByWord] = Field(
+        "auto", description="of the learning rate; auto: a tenth of the run, but at most 10 epochs"
+    )
     weight_decay: tuple[NotNegative, NotNegative] = (0.04, 0.4)
     decay_gain: bool = Field(False, description="weight decay on the gain that head.norm_last_layer=false trains (DINO, iBOT)")
     clip: NotNegative = Field(3.0, description="0: off")
@@ -227,7 +235,11 @@ class OptimConfig(_Section):
     freeze_last_layer_epochs: NotNegative = 1
     freeze_backbone_epochs: NotNegative = Field(0, description="until the heads are warm, when going on from other weights")
     layer_decay: PositiveShare = Field(1.0, description="learning rate of each block relative to the next")
-    ema: tuple[Share, Share] = (0.996, 1.0)
+    ema: Annotated[Annotated[tuple[Share, Share], Tag("given")] | Auto, ByWord] = Field(
+        "auto",
+        description="momentum of the teacher, at first and at the end; auto: 0.996 to 1, and in runs of less than 1,497 steps "
+        "from so much less that at most 5 % of the start weights stay in it",
+    )
     amp: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 on a GPU, fp32 on a CPU")
 
 
@@ -350,7 +362,8 @@ def parse_config(values: dict[str, Any], where: str) -> PretrainConfig:
 
 
 def _explain(item: Any) -> str:
-    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in item["loc"]).removeprefix(".")
+    parts = [part for part in item["loc"] if part not in ("given", "auto")]  # tags of a union, no keys
+    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).removeprefix(".")
     if item["type"] == "extra_forbidden":
         near = _nearest(key)
         return f"unknown key {key}" + (f"; did you mean {near}?" if near else f"; known: {', '.join(_siblings(key))}")

@@ -25,7 +25,7 @@ from odis_path.training.log.meter import StepMeter
 from odis_path.training.log.rows import Row
 from odis_path.training.log.run_log import RunLog, record_start
 from odis_path.training.log.trackers import open_trackers
-from odis_path.training.optim import step_values
+from odis_path.training.optim import step_values, warmup_epochs
 from odis_path.training.probes import Probe, open_probes, score_teacher
 from odis_path.training.setup import Run, batch_loader, prepare, samples_of
 from odis_path.training.shortcut.first_look import take_first_look
@@ -130,7 +130,7 @@ def open_log(run: Run) -> RunLog:
         first_step=run.step,
         title=f"pretraining {config.name}",
         prototypes=config.head.out_dim,
-        warmup_steps=round(config.optim.warmup_epochs * run.steps_per_epoch),
+        warmup_steps=round(warmup_epochs(config.optim) * run.steps_per_epoch),
         trackers=open_trackers(config, run.step),
         identity=IdentityWatch(config),
     )

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from math import cos, pi
+from math import cos, log, pi
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
-from odis_path.config import PretrainConfig
+from odis_path.config import OptimConfig, PretrainConfig
 from odis_path.model.network import Network
+
+EMA_START = 0.996  # the published one
+START_LEFT = 0.05  # share of the start weights that a derived schedule leaves in the teacher, at most
+WARMUP_SHARE, WARMUP_EPOCHS = 0.1, 10.0  # of a derived warm-up: share of the run, and at most the published epochs
 
 
 def parameter_groups(network: Network, layer_decay: float = 1.0, *, decay_gain: bool = False) -> list[dict[str, Any]]:
@@ -84,11 +89,60 @@ def cosine(start: float, end: float, at: float) -> float:
     return end + 0.5 * (start - end) * (1 + cos(pi * min(1.0, max(0.0, at))))
 
 
+def ema_ends(optim: OptimConfig, total_steps: int) -> tuple[float, float]:
+    """Return the teacher's first and last momentum.
+
+    auto: m_t = 1 - (1 - s) c_t along half a cosine c_t, whose sum over T steps is (T + 1) / 2, and log m <= m - 1: the product
+    of all momenta is at most exp(-(1 - s) (T + 1) / 2), which s = 1 - 2 ln(1 / START_LEFT) / (T + 1) makes START_LEFT.
+    """
+    if not isinstance(optim.ema, str):
+        return optim.ema
+    return min(EMA_START, max(0.0, 1 - 2 * log(1 / START_LEFT) / (total_steps + 1))), 1.0
+
+
+def start_left(ema: tuple[float, float], total_steps: int) -> float:
+    """Return the share of the start weights in the teacher after a run: the product of the momenta of its steps."""
+    start, end = ema
+    momenta = end + 0.5 * (start - end) * (1 + np.cos(np.pi * np.arange(total_steps) / max(1, total_steps)))
+    return float(np.prod(momenta))
+
+
+def warmup_epochs(optim: OptimConfig) -> float:
+    """Return the epochs over which the learning rate rises."""
+    given = optim.warmup_epochs
+    return min(WARMUP_EPOCHS, WARMUP_SHARE * optim.epochs) if isinstance(given, str) else given
+
+
+def with_schedules(config: PretrainConfig, total_steps: int) -> PretrainConfig:
+    """Return the configuration with numbers in place of auto, as a run of this length takes them."""
+    o = config.optim
+    numbers = {"warmup_epochs": warmup_epochs(o), "ema": ema_ends(o, total_steps)}
+    return config.model_copy(update={"optim": o.model_copy(update=numbers)})
+
+
+def with_schedules_of(config: PretrainConfig, begun: PretrainConfig) -> PretrainConfig:
+    """Return the configuration with what a run began with in place of auto, whatever would be derived now."""
+    numbers = {key: getattr(begun.optim, key) for key in ("warmup_epochs", "ema") if getattr(config.optim, key) == "auto"}
+    return config.model_copy(update={"optim": config.optim.model_copy(update=numbers)})
+
+
+def schedules_line(config: PretrainConfig, steps_per_epoch: int, total_steps: int) -> str:
+    """Describe what the schedules of a configuration leave to the length of the run, in a line; empty where nothing."""
+    o, parts = config.optim, []
+    if o.warmup_epochs == "auto":
+        epochs = warmup_epochs(o)
+        parts.append(f"warm-up of {int(epochs * steps_per_epoch)} steps (optim.warmup_epochs={epochs:.4g})")
+    if o.ema == "auto":
+        (first, last), left = (ends := ema_ends(o, total_steps)), start_left(ends, total_steps)
+        parts.append(f"teacher's momentum from {first:.4g} to {last:g} (optim.ema), {left:.1%} of the start weights stay in it")
+    return f"schedules of {total_steps} steps: {'; '.join(parts)}" if parts else ""
+
+
 def step_values(config: PretrainConfig, step: int, steps_per_epoch: int, total_steps: int) -> StepValues:
     """Compute all scheduled values at a step (0-based), as in DINO's recipe: warm-up then cosine, per step, not per epoch."""
     o, loss = config.optim, config.loss
     peak = o.lr * o.batch_size / 256
-    warm = min(int(o.warmup_epochs * steps_per_epoch), total_steps - 1)
+    warm = min(int(warmup_epochs(o) * steps_per_epoch), total_steps - 1)
     if step < warm:
         lr = peak * (step + 1) / warm
     else:
@@ -100,7 +154,7 @@ def step_values(config: PretrainConfig, step: int, steps_per_epoch: int, total_s
     return StepValues(
         lr,
         cosine(*o.weight_decay, at),
-        cosine(*o.ema, at),
+        cosine(*ema_ends(o, total_steps), at),
         temperature,
         step < o.freeze_last_layer_epochs * steps_per_epoch,
         step < o.freeze_backbone_epochs * steps_per_epoch,

@@ -26,14 +26,14 @@ from odis_path.model.vit import ObjViT
 from odis_path.training.compile import compile_blocks, compiles
 from odis_path.training.criterion import Criterion
 from odis_path.training.log.run_log import write_run_files
-from odis_path.training.optim import parameter_groups
+from odis_path.training.optim import parameter_groups, schedules_line, with_schedules, with_schedules_of
 from odis_path.training.resume import check_sizes, check_views, config_difference, data_difference, data_facts
 from tiling.storage.locks import sweep
 
 
 @dataclass
 class Run:
-    """Everything that training moves. step: the number of steps done."""
+    """Everything that training moves. step: the number of steps done. config: with the schedules of its length."""
 
     config: PretrainConfig
     ranks: Ranks
@@ -55,6 +55,7 @@ class Run:
     def __post_init__(self) -> None:
         self.folder = Path(self.config.run.out)
         self.steps_per_epoch, self.total_steps = count_steps(self.config, len(self.train))
+        self.config = with_schedules(self.config, self.total_steps)
 
     @property
     def epoch(self) -> float:
@@ -98,6 +99,8 @@ def prepare(config: PretrainConfig, ranks: Ranks, *, from_previous: bool = False
     train_tiles = index.of_patients(away, inside=False)
     torch.manual_seed(config.run.seed)
     checkpoint, damaged = newest_checkpoint(folder, from_previous=from_previous)
+    if checkpoint is not None:
+        config = with_schedules_of(config, checkpoint.config)
     config, student, teacher = build_networks(config, checkpoint, ranks)
     compiled = compiles(config, ranks)
     if compiled:
@@ -125,7 +128,9 @@ def prepare(config: PretrainConfig, ranks: Ranks, *, from_previous: bool = False
     if checkpoint is not None:
         resume(run, checkpoint)
     else:
-        on_first_rank(ranks, partial(write_run_files, folder, config, train_tiles, away), f"{folder}: not begun")
+        on_first_rank(ranks, partial(write_run_files, folder, run.config, train_tiles, away), f"{folder}: not begun")
+        if ranks.first and (line := schedules_line(config, run.steps_per_epoch, run.total_steps)):
+            print(line, file=sys.stderr)
     if "pretrained_on" not in run.data:
         base = config.model.name if config.model.weights == "timm" else config.model.weights
         run.data["pretrained_on"] = kept_in_checkpoint(slides_of(train_tiles, away), base)

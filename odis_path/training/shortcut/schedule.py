@@ -2,46 +2,33 @@
 
 from __future__ import annotations
 
-from math import exp, log, log1p
+from math import exp, log
 
 from odis_path.config import PretrainConfig
-from odis_path.training.optim import step_values
+from odis_path.training.optim import ema_ends, start_left, warmup_epochs
 
 MOST_OF_START = 0.05  # of the teacher's start weights at the end of the run
 MOST_WARMUP = 1 / 3  # of the run
 _LEAST_OF_START = 0.01  # what the proposed momentum leaves
-_POINTS = 1000  # of a long schedule
-
-
-def start_share(config: PretrainConfig, steps_per_epoch: int, total_steps: int) -> float:
-    """Compute the share of the start weights in the teacher after the run: the product of all EMA momenta.
-
-    A longer run than _POINTS steps is sampled, which changes the share by less than a thousandth of its logarithm.
-    """
-    points = min(total_steps, _POINTS)
-    at = [int((i + 0.5) * total_steps / points) for i in range(points)] if points < total_steps else range(total_steps)
-    momenta = [step_values(config, step, steps_per_epoch, total_steps).ema for step in at]
-    if min(momenta) <= 0:
-        return 0.0
-    return exp(total_steps / points * sum(log1p(momentum - 1) for momentum in momenta))
 
 
 def schedule_warnings(config: PretrainConfig, steps_per_epoch: int, total_steps: int) -> list[str]:
     """List what in the schedules does not fit a run of that many steps, each with the keys to change."""
     o = config.optim
     warnings = []
-    left = start_share(config, steps_per_epoch, total_steps)
+    ema, epochs = ema_ends(o, total_steps), warmup_epochs(o)
+    left = start_left(ema, total_steps)
     if left > MOST_OF_START:
         warnings.append(
             f"after {total_steps} steps the teacher still holds {left:.0%} of its start weights: "
-            f"{_quicker(o.ema, total_steps)} (now [{o.ema[0]:g}, {o.ema[1]:g}]), or train longer (optim.epochs)"
+            f"{_quicker(ema, total_steps)} (now [{ema[0]:g}, {ema[1]:g}]), or train longer (optim.epochs)"
         )
-    warm = o.warmup_epochs * steps_per_epoch
+    warm = epochs * steps_per_epoch
     if warm > MOST_WARMUP * total_steps:
         cut = f", cut to {total_steps - 1}" if warm > total_steps - 1 else ""
         fitting = 0.1 * total_steps / steps_per_epoch
         warnings.append(
-            f"the warm-up takes {warm:.0f} of {total_steps} steps{cut}: lower optim.warmup_epochs (now {o.warmup_epochs:g}) to "
+            f"the warm-up takes {warm:.0f} of {total_steps} steps{cut}: lower optim.warmup_epochs (now {epochs:g}) to "
             f"{fitting:.2g}, a tenth of the run, or train longer (optim.epochs)"
         )
     return warnings

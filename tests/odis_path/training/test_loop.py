@@ -127,7 +127,9 @@ def test_accumulated_micro_batches_give_the_gradient_of_the_batch(tiny_tiles: Pa
 
 
 def test_schedules_start_and_end_where_the_recipe_says(tmp_path: Path) -> None:
-    config = tiny_config("x", tmp_path, optim={"batch_size": 256, "warmup_epochs": 2, "lr": 1e-3, "min_lr": 1e-6})
+    config = tiny_config(
+        "x", tmp_path, optim={"batch_size": 256, "warmup_epochs": 2, "lr": 1e-3, "min_lr": 1e-6, "ema": [0.996, 1]}
+    )
     at = [step_values(config, step, 10, 100) for step in range(101)]
     assert at[0].lr == pytest.approx(1e-4 / 2)
     assert at[19].lr == pytest.approx(1e-3)

@@ -30,6 +30,8 @@ PUBLISHED: dict[str, Any] = {
     "head.prototype_init": "uniform",
     "loss.patch_center": "all",
     "optim.decay_gain": True,
+    "optim.warmup_epochs": 10,
+    "optim.ema": (0.996, 1.0),
 }
 # What the recipes for slides have in their place (experiments/RESULTS.md).
 OURS: dict[str, Any] = {
@@ -39,6 +41,8 @@ OURS: dict[str, Any] = {
     "head.prototype_init": "normal",
     "loss.patch_center": "hidden",
     "optim.decay_gain": False,
+    "optim.warmup_epochs": "auto",
+    "optim.ema": "auto",
     "target.sampler": "construct",
     "target.local": "object",
 }
