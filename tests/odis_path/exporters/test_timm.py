@@ -156,7 +156,7 @@ def test_an_export_that_differs_does_not_appear(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("source", "to", "out", "says"),
     [
-        ("run", "clam", "e.safetensors", "--to clam: no such export; there is: timm"),
+        ("run", "onnx", "e.safetensors", "--to onnx: no such export; there is: timm, "),
         ("missing.pt", "timm", "e.safetensors", "no such checkpoint"),
         ("empty", "timm", "e.safetensors", "no checkpoint"),
         ("features", "timm", "e.safetensors", "slide or feature files"),
