@@ -23,6 +23,7 @@ from odis_path.config import PretrainConfig
 from odis_path.training import loop
 from odis_path.training.log.run_log import RunLog
 from odis_path.training.log.trackers import TensorBoardTracker, WandbTracker, open_trackers, run_id
+from odis_path.training.optim import ema_ends
 from odis_path.training.resume import config_difference
 from odis_path.training.signals import StopRequest
 from tests.odis_path.conftest import tiny_config, tiny_values
@@ -75,11 +76,12 @@ def test_wandb_gets_the_config_and_every_row_of_the_log(
     (init,) = recorder.inits
     assert init["project"] == "slides"
     assert init["resume"] == "allow"
+    rows = [json.loads(line) for line in (tmp_path / "run" / "train.jsonl").read_text().splitlines()]
     settled = config.model_dump(mode="json")
     settled["model"]["pool"] = "obj"  # what "auto" means here
+    settled["optim"]["ema"] = list(ema_ends(config.optim, total_steps=rows[-1]["step"]))  # and here
     assert init["config"] == settled
     assert init["config"]["optim"]["lr"] == 5e-4
-    rows = [json.loads(line) for line in (tmp_path / "run" / "train.jsonl").read_text().splitlines()]
     assert recorder.rows == rows
     assert any("knn_balanced_accuracy" in row for row in rows)
     assert recorder.metrics == [("*", "step")]

@@ -156,7 +156,7 @@ def command(*words: str | Path) -> subprocess.CompletedProcess[str]:
 def test_doctor_looks_without_training_and_pretrain_says_the_same_before_its_first_step(tmp_path: Path) -> None:
     folder = write_painted(tmp_path / "t", BOX)
     values = tiny_values("", tmp_path / "run", views=UNCHANGED, data={"holdout": 0.0})
-    values["optim"] |= {"epochs": 1}
+    values["optim"] |= {"epochs": 1, "ema": [0.996, 1.0], "warmup_epochs": 1}
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(values))
     doctor = command("doctor", recipe, f"data.tiles={folder}")
