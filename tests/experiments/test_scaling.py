@@ -191,7 +191,7 @@ def test_durations_are_in_the_unit_that_reads_best() -> None:
     ]
 
 
-@pytest.mark.parametrize("figures", ["0.529 0.581", "0.836 0.606", "0.023 0.040", "-0.017 0.002", "347.9"])
+@pytest.mark.parametrize("figures", ["0.529 0.581", "0.832 0.648", "0.023 0.040", "-0.017 0.002", "347.9"])
 def test_figures_that_the_guide_takes_from_the_results_stand_there(figures: str) -> None:
     guide = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
     for figure in figures.split():
