@@ -75,10 +75,18 @@ DEFAULTS = {  # corpora, arms and seeds of a size
     "gpu": ("mosaic-1", "odis,dino", "0,1,2"),
 }
 COLOURS = [
-    "views.turns=dihedral", "views.brightness=0.3", "views.contrast=0.2", "views.saturation=0.2", "views.hue=0.1",
-    "views.gray_p=0.3", "views.blur_p=[0.5,0.5,0.5]", "views.solarise_p=0", "views.stain_p=0.9", "views.stain_scale=0.5",
+    "views.turns=dihedral",
+    "views.brightness=0.3",
+    "views.contrast=0.2",
+    "views.saturation=0.2",
+    "views.hue=0.1",
+    "views.gray_p=0.3",
+    "views.blur_p=[0.5,0.5,0.5]",
+    "views.solarise_p=0",
+    "views.stain_p=0.9",
+    "views.stain_scale=0.5",
     "views.stain_shift=0.25",
-]  # fmt: skip
+]
 SHAPE = "model.kwargs={{img_size: {px}, patch_size: 8, embed_dim: {dim}, depth: {depth}, num_heads: {heads}}}"
 
 
@@ -102,11 +110,22 @@ def config_of(name: str, corpus_: Corpus, arm: list[str], scale: Scale, seed: in
     """The configuration of a run; its length in steps, whatever the number of tiles."""
     px, area = VIEWS.get(name.partition("-")[0], VIEWS["crc5"])
     keys = [
-        *COLOURS, "views.window_um=0", *corpus_.overrides, f"data.tiles={corpus_.tiles}", f"run.out={out}", f"run.seed={seed}",
-        f"run.device={scale.device}", f"data.workers={0 if scale.device == 'cpu' else 12}", f"views.global_size={px}",
-        f"views.global_scale={area}", "target.whole_tile_p=0", "target.min_patches=4", f"optim.batch_size={scale.batch}",
-        SHAPE.format(px=px, dim=scale.dim, depth=scale.depth, heads=scale.heads), *arm,
-    ]  # fmt: skip
+        *COLOURS,
+        "views.window_um=0",
+        *corpus_.overrides,
+        f"data.tiles={corpus_.tiles}",
+        f"run.out={out}",
+        f"run.seed={seed}",
+        f"run.device={scale.device}",
+        f"data.workers={0 if scale.device == 'cpu' else 12}",
+        f"views.global_size={px}",
+        f"views.global_scale={area}",
+        "target.whole_tile_p=0",
+        "target.min_patches=4",
+        f"optim.batch_size={scale.batch}",
+        SHAPE.format(px=px, dim=scale.dim, depth=scale.depth, heads=scale.heads),
+        *arm,
+    ]
     config = load_config("cells_cpu", keys)
     index = index_tiles(config.data.tiles, need_boxes=kinds_of(config) if config.data.boxless == "drop" else None)
     away = held_out_patients(index, config.data.holdout, config.data.holdout_patients, seed)

@@ -196,10 +196,10 @@ def crc5_tiles(source: Path, a_class: int, side: int) -> tuple[np.ndarray, np.nd
         density = -np.log((tiles.reshape(len(tiles), -1, 3).astype(np.float32) + 1) / 256)
         colour = np.concatenate([density.mean(1), density.std(1)], axis=1)
         count = min(GROUPS_A_CLASS, len(tiles) // 3)
-        found = KMeans(count, n_init=3, random_state=0).fit_predict((colour - colour.mean(0)) / colour.std(0))
+        clusters = KMeans(count, n_init=3, random_state=0).fit_predict((colour - colour.mean(0)) / colour.std(0))
         pixels.append(tiles)
         labels += [label] * len(tiles)
-        groups += (label * GROUPS_A_CLASS + found).tolist()
+        groups += (label * GROUPS_A_CLASS + clusters).tolist()
     return np.concatenate(pixels), np.array(labels), np.array(groups)
 
 
@@ -254,7 +254,7 @@ def mosaics(data: Path | None, work: Path, size: str, seed: int, dial: float) ->
 def _held_out_groups(labels: np.ndarray, groups: np.ndarray, seed: int) -> np.ndarray:
     rng = np.random.default_rng([seed, 99])
     per_class = [rng.permutation(np.unique(groups[labels == label])) for label in np.unique(labels)]
-    return np.concatenate([mine[: max(1, round(HELD_OUT * len(mine)))] for mine in per_class])
+    return np.concatenate([groups_of_class[: max(1, round(HELD_OUT * len(groups_of_class)))] for groups_of_class in per_class])
 
 
 def _write_mosaics(

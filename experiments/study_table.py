@@ -12,12 +12,28 @@ from odis_path.evaluation.metrics import balanced_from_confusion
 
 Row = dict[str, Any]
 PAIRS = [
-    ("odis", "untrained"), ("odis", "crop_only"), ("odis", "dino"), ("odis", "ibot"), ("crop_only", "dino"),
-    ("crop_only", "untrained"), ("dino", "untrained"), ("mask_only", "odis"), ("linear_pool", "odis"),
-    ("multi_obj_2", "odis"), ("multi_obj_4", "odis"), ("readonly_4", "odis"), ("jittered_boxes", "odis"),
-    ("random_boxes", "odis"), ("stain_swap", "odis"), ("tile_objects", "odis"), ("tile_center", "tile_objects"),
-    ("odis_patches", "odis"), ("odis_patches", "ibot"), ("whole_half", "odis"), ("sinkhorn", "odis"),
-]  # fmt: skip
+    ("odis", "untrained"),
+    ("odis", "crop_only"),
+    ("odis", "dino"),
+    ("odis", "ibot"),
+    ("crop_only", "dino"),
+    ("crop_only", "untrained"),
+    ("dino", "untrained"),
+    ("mask_only", "odis"),
+    ("linear_pool", "odis"),
+    ("multi_obj_2", "odis"),
+    ("multi_obj_4", "odis"),
+    ("readonly_4", "odis"),
+    ("jittered_boxes", "odis"),
+    ("random_boxes", "odis"),
+    ("stain_swap", "odis"),
+    ("tile_objects", "odis"),
+    ("tile_center", "tile_objects"),
+    ("odis_patches", "odis"),
+    ("odis_patches", "ibot"),
+    ("whole_half", "odis"),
+    ("sinkhorn", "odis"),
+]
 DRAWS = 2000
 PROBES = ("knn", "linear")
 
@@ -37,17 +53,17 @@ def _scores(rows: list[Row]) -> list[str]:
     lines = ["| arm | seeds | " + " | ".join(f"{mode}: k-NN / linear" for mode in modes) + " | patient, class share | CPU s |"]
     lines.append("|---" * (len(modes) + 4) + "|")
     for arm in dict.fromkeys(row["arm"] for row in rows):
-        mine = [row for row in rows if row["arm"] == arm]
+        arm_rows = [row for row in rows if row["arm"] == arm]
         cells = []
         for mode in modes:
-            having = [row for row in mine if mode in row["scores"]]
+            having = [row for row in arm_rows if mode in row["scores"]]
             values = [
                 np.mean([row["scores"][mode][probe]["balanced_accuracy"] for row in having]) for probe in PROBES if having
             ]
             cells.append(" / ".join(f"{value:.3f}" for value in values))
-        shares = [f"{np.mean([row[k] for row in mine]):.2f}" for k in ("patient_share", "class_share") if k in mine[0]]
-        seconds = np.mean([row["cpu_s"] for row in mine])
-        lines.append(f"| {arm} | {len(mine)} | " + " | ".join([*cells, ", ".join(shares), f"{seconds:.0f}"]) + " |")
+        shares = [f"{np.mean([row[k] for row in arm_rows]):.2f}" for k in ("patient_share", "class_share") if k in arm_rows[0]]
+        seconds = np.mean([row["cpu_s"] for row in arm_rows])
+        lines.append(f"| {arm} | {len(arm_rows)} | " + " | ".join([*cells, ", ".join(shares), f"{seconds:.0f}"]) + " |")
     return lines
 
 
@@ -68,10 +84,10 @@ def _differences(rows: list[Row]) -> list[str]:
                 gaps = np.array([a["balanced_accuracy"] - b["balanced_accuracy"] for a, b in pairs])
                 low, high = t_interval(gaps)
                 low_p, high_p = patient_interval(pairs)
-                each = " ".join(f"{gap:+.3f}" for gap in gaps)
+                gaps_by_seed = " ".join(f"{gap:+.3f}" for gap in gaps)
                 lines.append(
                     f"| {one} - {other} | {mode}, {probe} | {len(seeds)} | {gaps.mean():+.3f} | [{low:+.3f}, {high:+.3f}] | "
-                    f"[{low_p:+.3f}, {high_p:+.3f}] | {each} |"
+                    f"[{low_p:+.3f}, {high_p:+.3f}] | {gaps_by_seed} |"
                 )
     return lines
 
