@@ -117,6 +117,26 @@ def polygon(x: float, y: float, side: float = 20) -> dict[str, Any]:
     return {"type": "Polygon", "coordinates": [ring]}
 
 
+def xml_seeds() -> list[bytes]:
+    """Sound files of ASAP, ImageScope, HALO and NDPA."""
+    texts = []
+    corners = "".join(f'<Coordinate Order="{i}" X="{x}" Y="{y},5"/>' for i, (x, y) in enumerate([(5, 5), (50, 5), (50, 50)]))
+    asap = f'<ASAP_Annotations><Annotations><Annotation Name="a" Type="Polygon" PartOfGroup="Tumor"><Coordinates>{corners}'
+    texts.append(f"{asap}</Coordinates></Annotation></Annotations></ASAP_Annotations>".encode())
+    corners = "".join(f'<Vertex X="{x}" Y="{y}"/>' for x, y in [(5, 5), (50, 5), (50, 50)])
+    scope = f'<Annotations><Annotation Name="Tumor"><Regions><Region NegativeROA="0"><Vertices>{corners}</Vertices></Region>'
+    texts.append(f"{scope}</Regions></Annotation></Annotations>".encode())
+    corners = '<V X="5" Y="5"/><V X="50" Y="50"/>'
+    halo = f'<Annotations><Annotation Name="Tumor"><Regions><Region Type="Ellipse"><Vertices>{corners}</Vertices></Region>'
+    halo += f'<Region Type="Rectangle" NegativeROA="1"><Vertices>{corners}</Vertices></Region>'
+    texts.append(f"{halo}</Regions></Annotation></Annotations>".encode())
+    corners = "".join(f"<point><x>{x}</x><y>{y}</y></point>" for x, y in [(5, 5), (50, 5), (50, 50)])
+    ndpa = f'<annotation type="freehand"><pointlist>{corners}</pointlist></annotation>'
+    ndpa = f'<ndpviewstate id="1"><title>Tumor</title><coordformat>pixels</coordformat>{ndpa}</ndpviewstate>'
+    texts.append(f"<annotations>{ndpa}</annotations>".encode())
+    return texts
+
+
 def seeds() -> list[bytes]:
     """Sound files of every dialect."""
 
@@ -168,20 +188,7 @@ def seeds() -> list[bytes]:
     documents += [sets, sure, [{"image_id": 1, "category_id": 2, "bbox": [5, 5, 20, 20], "score": 0.5}]]
     text = [json.dumps(document).encode() for document in documents]
     text += [json.dumps(documents[0], indent=1).encode(), json.dumps(documents[0], separators=(",", ":")).encode()]
-    corners = "".join(f'<Coordinate Order="{i}" X="{x}" Y="{y},5"/>' for i, (x, y) in enumerate([(5, 5), (50, 5), (50, 50)]))
-    asap = f'<ASAP_Annotations><Annotations><Annotation Name="a" Type="Polygon" PartOfGroup="Tumor"><Coordinates>{corners}'
-    text.append(f"{asap}</Coordinates></Annotation></Annotations></ASAP_Annotations>".encode())
-    corners = "".join(f'<Vertex X="{x}" Y="{y}"/>' for x, y in [(5, 5), (50, 5), (50, 50)])
-    scope = f'<Annotations><Annotation Name="Tumor"><Regions><Region NegativeROA="0"><Vertices>{corners}</Vertices></Region>'
-    text.append(f"{scope}</Regions></Annotation></Annotations>".encode())
-    corners = '<V X="5" Y="5"/><V X="50" Y="50"/>'
-    halo = f'<Annotations><Annotation Name="Tumor"><Regions><Region Type="Ellipse"><Vertices>{corners}</Vertices></Region>'
-    halo += f'<Region Type="Rectangle" NegativeROA="1"><Vertices>{corners}</Vertices></Region>'
-    text.append(f"{halo}</Regions></Annotation></Annotations>".encode())
-    corners = "".join(f"<point><x>{x}</x><y>{y}</y></point>" for x, y in [(5, 5), (50, 5), (50, 50)])
-    ndpa = f'<annotation type="freehand"><pointlist>{corners}</pointlist></annotation>'
-    ndpa = f'<ndpviewstate id="1"><title>Tumor</title><coordformat>pixels</coordformat>{ndpa}</ndpviewstate>'
-    text.append(f"<annotations>{ndpa}</annotations>".encode())
+    text += xml_seeds()
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a.geojson", text[0])
